@@ -1,0 +1,68 @@
+# Athanor's entry point: `make help` lists what there is. Settings: scripts/env.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
+
+ENV := . scripts/env &&
+CARGO := $(ENV) cargo
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+setup: ## install what is missing: Debian packages, libtorch, the base model, the demo's data
+	@scripts/setup
+
+build: setup ## compile every binary
+	@$(CARGO) build --release --workspace --bins
+
+images: build ## build the five images from images/*.Dockerfile
+	@scripts/images
+
+generate: setup ## write the CRDs (crds/*.yaml and the chart's copies) from the Rust types
+	@$(CARGO) run --release -q -p athanor-crds --bin crdgen -- crds
+	@cp crds/*.yaml helm/athanor/crds/
+
+fmt: ## format the code
+	@cargo fmt --all
+
+lint: setup ## rustfmt and clippy, warnings are errors
+	@cargo fmt --all -- --check
+	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+test: ## every test: unit, parity, real API server, chart, and the whole loop with kills on a real cluster
+	@scripts/test
+
+test-unit: setup ## tests that need no cluster (parity and two-rank training included)
+	@$(CARGO) test --release --workspace
+
+test-apiserver: setup ## admission against a real etcd and kube-apiserver
+	@cluster/tools --only etcd,kubernetes
+	@$(CARGO) test --release -p athanor-tests --test admission -- --ignored
+
+test-chart: ## helm lint, template, schema errors; promtool on rules
+	@cluster/tools --only helm
+	@helm/check
+
+test-cluster: ## kill tests and bad input on the running demo cluster (after `make demo`)
+	@$(CARGO) test --release -p athanor-tests --test cluster -- --ignored --test-threads=1 --nocapture
+
+test-clients: setup ## transformers, tritonclient, ... against our artifact and server, in a Python environment of their own
+	@scripts/test-clients
+
+demo: ## the whole loop on a real single-node Kubernetes
+	@scripts/demo
+
+demo-down: cluster-down ## end the demo and leave the machine as it was
+
+cluster: ## start the local cluster: Kubernetes, Kafka, S3, Prometheus
+	@cluster/tools && cluster/up
+
+cluster-down: ## stop it and remove all it made but the caches
+	@cluster/down --purge
+
+cluster-status: ## what runs, and whether it is well
+	@cluster/status
+
+kubeconfig: ## print the path of the kubeconfig
+	@cluster/kubeconfig

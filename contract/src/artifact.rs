@@ -1,0 +1,71 @@
+//! The manifest that makes a folder a model or a checkpoint. It is written last: no manifest, no model.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Name of the manifest in an artifact or checkpoint folder.
+pub const MANIFEST: &str = "manifest.json";
+/// Name of the reference statistics in an artifact, which the monitor compares live traffic with.
+pub const REFERENCE: &str = "reference.json";
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    pub kind: Kind,
+    /// Name of the job that wrote it.
+    pub job: String,
+    /// sha256 over the sorted lines `sha256  name` of `files`.
+    pub model_digest: String,
+    pub data_digest: String,
+    /// The folder this model was trained from.
+    pub parent: String,
+    /// Version of Athanor that wrote it.
+    pub code_version: String,
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Every file of the folder but this one.
+    pub files: BTreeMap<String, FileEntry>,
+    /// Test metrics of an artifact; empty in a checkpoint.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, crate::Decimal>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    Model,
+    Checkpoint,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Lower-case hexadecimal.
+    pub sha256: String,
+    pub bytes: u64,
+}
+
+/// Hexadecimal sha256 of bytes.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The digest of a set of files, independent of their order on disk.
+pub fn model_digest(files: &BTreeMap<String, FileEntry>) -> String {
+    let lines: String = files.iter().map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();
+    sha256_hex(lines.as_bytes())
+}
+
+/// What the model did on its held-out rows, as the baseline of drift detection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Reference {
+    pub labels: Vec<String>,
+    /// Predicted label counts on the test rows, in the order of `labels`.
+    pub predicted: Vec<u64>,
+    /// The winning probability of each test row, at most 2,048 of them, sorted.
+    pub confidences: Vec<f32>,
+    /// Correct predictions and rows of the test set.
+    pub correct: u64,
+    pub rows: u64,
+}

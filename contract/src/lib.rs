@@ -1,0 +1,14 @@
+//! What Athanor's processes say to each other: plain serde and schemars types, no I/O.
+//!
+//! - [`train`]: the training part of a `FineTuneJob`, what the operator mounts into a trainer, and what comes back;
+//! - [`serve`]: configuration of server, router and monitor, and the monitor's verdict;
+//! - [`event`]: the CloudEvents on a deployment's Kafka topic;
+//! - [`artifact`]: the manifest that makes a folder a model or a checkpoint.
+
+pub mod artifact;
+mod decimal;
+pub mod event;
+pub mod serve;
+pub mod train;
+
+pub use decimal::Decimal;

@@ -1,0 +1,122 @@
+//! Publishing events without losing one that was acknowledged, and without making a request wait for Kafka.
+//!
+//! Events go through one bounded queue to one task. It hands them to Kafka (acks=all, idempotent); what Kafka does not acknowledge
+//! within a second goes to the [`spill`](crate::spill) on disk, and while Kafka is known to be away everything goes there at once.
+//! A second task creates the topic, notices when Kafka is back, and replays spilled segments in order.
+//!
+//! An event may reach Kafka twice (a late acknowledgement, a crash during a replay) and, after an outage, out of order with newer
+//! ones: consumers drop second events of one CloudEvents id and order by the event's time.
+
+mod dispatch;
+mod replay;
+mod shared;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use athanor_contract::{event::Event, serve::EventsConfig};
+use rdkafka::error::KafkaError;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::spill::{Spill, SpillError};
+use dispatch::{Command, Dispatcher, Pending};
+use shared::Shared;
+
+/// Events waiting for the task that sends them.
+const QUEUE_EVENTS: usize = 16_384;
+/// The most the spill may hold: at a kilobyte an event, a million events.
+const MAX_SPILL_BYTES: u64 = 1 << 30;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ProducerError {
+    #[error("the Kafka client cannot be configured: {0}")]
+    Configuration(#[from] KafkaError),
+    /// Neither Kafka nor the disk took the event.
+    #[error("the event could not be kept: {0}")]
+    Spill(#[from] Arc<SpillError>),
+    /// Kafka or JSON will never take this event, such as one larger than the broker's limit.
+    #[error("event {id:?} was refused: {reason}")]
+    Rejected { id: String, reason: String },
+    #[error("the producer has shut down")]
+    Closed,
+}
+
+/// Publishes a deployment's events. Clones share one queue; when the last is dropped, or at shutdown, what is queued is still sent
+/// or spilled.
+#[derive(Clone, Debug)]
+pub struct Producer {
+    commands: mpsc::Sender<Command>,
+    /// Cancelled when the sending task has ended.
+    finished: CancellationToken,
+}
+
+impl Producer {
+    /// Starts the two tasks on the current tokio runtime. Kafka may be away; segments a former process left in `spill_dir` are
+    /// replayed. After `shutdown` no event is taken any more, and those taken are sent or spilled.
+    ///
+    /// # Errors
+    /// When the spill folder cannot be used or is used by another process, or the configuration is not Kafka's.
+    pub fn start(config: EventsConfig, spill_dir: PathBuf, shutdown: CancellationToken) -> Result<Self, ProducerError> {
+        let spill = Spill::open(&spill_dir, MAX_SPILL_BYTES).map_err(Arc::new)?;
+        describe_metrics();
+        let shared = Arc::new(Shared::new(config, spill)?);
+        let (commands, receiver) = mpsc::channel(QUEUE_EVENTS);
+        let finished = CancellationToken::new();
+        tokio::spawn(replay::run(shared.clone(), finished.clone()));
+        tokio::spawn(Dispatcher::new(shared, receiver, shutdown).run(finished.clone()));
+        Ok(Self { commands, finished })
+    }
+
+    /// Publishes events and waits until each is acknowledged by Kafka or on disk; within about a second even if Kafka is away.
+    ///
+    /// # Errors
+    /// The first event's error; others of the call may have been kept.
+    pub async fn publish_durable(&self, events: Vec<Event>) -> Result<(), ProducerError> {
+        let mut kept = Vec::with_capacity(events.len());
+        for event in events {
+            let (sender, receiver) = oneshot::channel();
+            let pending = Pending { event, kept: Some(sender) };
+            self.commands.send(Command::Publish(pending)).await.map_err(|_| ProducerError::Closed)?;
+            kept.push(receiver);
+        }
+        let mut result = Ok(());
+        for receiver in kept {
+            let kept = receiver.await.unwrap_or(Err(ProducerError::Closed));
+            result = result.and(kept);
+        }
+        result
+    }
+
+    /// Queues an event and returns at once. With a full queue it is dropped and counted in `athanor_events_dropped_total`.
+    pub fn publish(&self, event: Event) {
+        if self.commands.try_send(Command::Publish(Pending { event, kept: None })).is_err() {
+            metrics::counter!("athanor_events_dropped_total").increment(1);
+        }
+    }
+
+    /// Waits until every event taken before this call is acknowledged or on disk, after a shutdown until all are.
+    /// `false`: `limit` passed before that.
+    pub async fn flush(&self, limit: Duration) -> bool {
+        let flushed = async {
+            let (sender, receiver) = oneshot::channel();
+            if self.commands.send(Command::Flush(sender)).await.is_err() || receiver.await.is_err() {
+                self.finished.cancelled().await;
+            }
+        };
+        tokio::time::timeout(limit, flushed).await.is_ok()
+    }
+}
+
+fn describe_metrics() {
+    metrics::describe_counter!("athanor_events_produced_total", "Events acknowledged by Kafka");
+    metrics::describe_counter!("athanor_events_spilled_total", "Events written to disk because Kafka was away");
+    metrics::describe_counter!("athanor_events_replayed_total", "Spilled events acknowledged by Kafka later");
+    metrics::describe_counter!(
+        "athanor_events_dropped_total",
+        "Events lost: full queue, full or damaged spill, refused"
+    );
+    metrics::describe_gauge!("athanor_events_spill_bytes", metrics::Unit::Bytes, "Bytes waiting on disk for Kafka");
+    for name in ["produced", "spilled", "replayed", "dropped"] {
+        metrics::counter!(format!("athanor_events_{name}_total")).increment(0);
+    }
+}

@@ -1,0 +1,148 @@
+//! The replaying task: creates the topic, notices when Kafka is back, and sends what waits on disk.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{StreamExt, stream};
+use rdkafka::{
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    error::RDKafkaErrorCode,
+    producer::Producer as _,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::shared::{SendError, Shared, classify};
+use crate::{
+    kafka::{LogContext, client_config},
+    spill::read_segment,
+};
+
+const PARTITIONS: i32 = 3;
+/// For one question to the broker.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between attempts while Kafka is away.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// For one replayed event; longer than librdkafka's own message timeout.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Replayed events sent and not acknowledged.
+const REPLAY_WINDOW: usize = 512;
+/// Looks for leftover segments even if nothing wakes the task.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// Runs until `stop`.
+pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
+    stop.run_until_cancelled(replay(&shared)).await;
+}
+
+async fn replay(shared: &Shared) {
+    let mut admin = None;
+    loop {
+        let result = match shared.is_up() {
+            true => replay_all(shared).await,
+            false => match ensure_topic(shared, &mut admin).await {
+                Ok(()) => replay_all(shared).await,
+                Err(reason) => Err(reason),
+            },
+        };
+        match result {
+            Ok(()) => {
+                shared.set_up();
+                let _ = tokio::time::timeout(IDLE, shared.spilled.notified()).await;
+            }
+            Err(reason) => {
+                shared.set_down(&reason);
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Makes sure that Kafka answers and has the topic.
+async fn ensure_topic(shared: &Shared, admin: &mut Option<AdminClient<LogContext>>) -> Result<(), String> {
+    shared.replace_failed_client().map_err(|error| error.to_string())?;
+    let topic = &shared.config.topic;
+    let admin = match admin {
+        Some(admin) => admin,
+        None => {
+            let client = client_config(&shared.config.bootstrap_servers).create_with_context(LogContext);
+            admin.insert(client.map_err(|error| error.to_string())?)
+        }
+    };
+    let options = AdminOptions::new().request_timeout(Some(ASK_TIMEOUT)).operation_timeout(Some(ASK_TIMEOUT));
+    let new_topic = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1));
+    let answer = admin.create_topics([&new_topic], &options).await;
+    let reason = match answer {
+        Ok(results) => match results.into_iter().next() {
+            Some(Ok(_)) => {
+                tracing::info!(topic, partitions = PARTITIONS, "topic created");
+                return Ok(());
+            }
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => return Ok(()),
+            Some(Err((_, code))) => format!("topic {topic} cannot be created: {code}"),
+            None => format!("topic {topic} cannot be created: no answer"),
+        },
+        Err(error) => format!("topic {topic} cannot be created: {error}"),
+    };
+    // Who may not create topics may still write to one that exists.
+    let (client, name) = (shared.client(), topic.clone());
+    let exists = tokio::task::spawn_blocking(move || {
+        let metadata = client.client().fetch_metadata(Some(&name), ASK_TIMEOUT).ok()?;
+        let topic = metadata.topics().first()?;
+        Some(topic.error().is_none() && !topic.partitions().is_empty())
+    });
+    if matches!(exists.await, Ok(Some(true))) { Ok(()) } else { Err(reason) }
+}
+
+/// Replays what is on disk now, oldest first.
+async fn replay_all(shared: &Shared) -> Result<(), String> {
+    let segments = shared
+        .with_spill(|spill| {
+            spill.rotate();
+            spill.closed()
+        })
+        .await;
+    for number in segments {
+        replay_segment(shared, number).await?;
+    }
+    Ok(())
+}
+
+async fn replay_segment(shared: &Shared, number: u64) -> Result<(), String> {
+    let segment = shared.with_spill(move |spill| read_segment(&spill.path(number))).await;
+    let segment = segment.map_err(|error| error.to_string())?;
+    if segment.torn {
+        tracing::warn!(segment = number, "the last line was cut off by a crash and is skipped");
+    }
+    if !segment.damaged_lines.is_empty() {
+        metrics::counter!("athanor_events_dropped_total").increment(segment.damaged_lines.len() as u64);
+        tracing::error!(segment = number, lines = ?segment.damaged_lines, "damaged lines are skipped, the file is kept");
+    }
+    let mut deliveries = stream::iter(&segment.events)
+        .map(|event| async move {
+            let delivery = shared.send(event)?;
+            match tokio::time::timeout(REPLAY_TIMEOUT, delivery).await {
+                Ok(Ok(Ok(_))) => Ok(()),
+                Ok(Ok(Err((error, _)))) => Err(classify(&error)),
+                Ok(Err(_)) | Err(_) => Err(SendError::Unavailable("not acknowledged".into())),
+            }
+        })
+        .buffered(REPLAY_WINDOW);
+    let mut replayed = 0;
+    while let Some(result) = deliveries.next().await {
+        match result {
+            Ok(()) => {
+                replayed += 1;
+                metrics::counter!("athanor_events_replayed_total").increment(1);
+            }
+            Err(SendError::Refused(reason)) => {
+                metrics::counter!("athanor_events_dropped_total").increment(1);
+                tracing::error!(segment = number, reason, "Kafka refuses a spilled event for good");
+            }
+            Err(SendError::Unavailable(reason)) => return Err(reason),
+        }
+    }
+    drop(deliveries);
+    let events = segment.events.len();
+    shared.with_spill(move |spill| spill.remove(&segment)).await.map_err(|error| error.to_string())?;
+    tracing::info!(segment = number, events, replayed, "spilled events are in Kafka");
+    Ok(())
+}

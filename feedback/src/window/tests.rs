@@ -1,0 +1,184 @@
+use super::*;
+use athanor_contract::event::Feedback;
+use proptest::prelude::*;
+
+const LABELS: [&str; 2] = ["negative", "positive"];
+
+fn reference() -> Reference {
+    Reference {
+        labels: LABELS.map(String::from).to_vec(),
+        predicted: vec![100, 100],
+        confidences: (0..200).map(|i| 0.5 + i as f32 / 400.0).collect(),
+        correct: 180,
+        rows: 200,
+    }
+}
+
+fn window() -> Window {
+    Window::new(
+        "r2",
+        Some(reference()),
+        MonitorSpec { window_predictions: 100, minimum_labels: 20, ..Default::default() },
+    )
+}
+
+fn event(id: String, second: i64, data: EventData) -> Event {
+    let time = jiff::Timestamp::from_second(1_800_000_000 + second).expect("in range").to_string();
+    Event { id, source: "/athanor/ns/d".into(), time, trace_parent: None, data }
+}
+
+/// Prediction number `at`, as the reference distributes them.
+fn prediction(at: i64, revision: &str) -> Event {
+    answer(at, revision, LABELS[at as usize % 2], usual_confidence(at))
+}
+
+fn answer(at: i64, revision: &str, label: &str, confidence: f32) -> Event {
+    let data = EventData::Prediction(Prediction {
+        request_id: format!("q{at}"),
+        index: 0,
+        revision: revision.into(),
+        text: "text".into(),
+        label: label.into(),
+        confidence,
+        latency_ms: 1.0,
+    });
+    event(format!("q{at}/0"), at, data)
+}
+
+fn feedback(at: i64, label: &str) -> Event {
+    let (request_id, expected_label) = (format!("q{at}"), label.into());
+    event(
+        format!("f{at}"),
+        at + 1,
+        EventData::Feedback(Feedback { request_id, index: 0, expected_label, comment: None }),
+    )
+}
+
+/// Feeds events as partition 0 from offset 0 on.
+fn feed(window: &mut Window, events: impl IntoIterator<Item = Event>) {
+    for (offset, event) in events.into_iter().enumerate() {
+        window.observe(0, offset as i64, Some(&event));
+    }
+}
+
+#[test]
+fn ranges_begin_with_the_revisions_first_event_in_each_partition() {
+    let mut window = window();
+    let steps = [
+        (0, 10, Some(prediction(0, "r1")), Observed::Prediction),
+        (0, 11, Some(prediction(1, "r2")), Observed::Prediction),
+        (1, 7, Some(prediction(2, "r2")), Observed::Prediction),
+        (0, 12, Some(prediction(3, "r1")), Observed::Prediction),
+        (0, 13, Some(prediction(1, "r2")), Observed::Duplicate),
+        (2, 5, Some(feedback(1, "positive")), Observed::Feedback),
+        (0, 14, None, Observed::Malformed),
+    ];
+    for (partition, offset, event, expected) in steps {
+        assert_eq!(window.observe(partition, offset, event.as_ref()), expected);
+    }
+    let status = window.status();
+    let ranges: Vec<_> = status.ranges.iter().map(|range| (range.partition, range.begin, range.end)).collect();
+    assert_eq!(ranges, [(0, 11, 15), (1, 7, 8)]);
+    assert_eq!((status.revision.as_str(), status.predictions, status.labelled), ("r2", 2, 1));
+}
+
+/// Confidences as in the reference, in another order.
+fn usual_confidence(at: i64) -> f32 {
+    0.5 + (at * 37 % 100) as f32 / 200.0
+}
+
+/// Each prediction with feedback after all of them; every `wrong_every`th says that the other label was right.
+fn labelled(predictions: Vec<Event>, wrong_every: usize) -> Vec<Event> {
+    let mut events = predictions.clone();
+    for (at, event) in predictions.iter().enumerate() {
+        let EventData::Prediction(prediction) = &event.data else { panic!("only predictions") };
+        let other = LABELS[usize::from(prediction.label == LABELS[0])];
+        events.push(feedback(at as i64, if at % wrong_every == 0 { other } else { &prediction.label }));
+    }
+    events
+}
+
+#[test]
+fn verdicts() {
+    let usual = |range: std::ops::Range<i64>| range.map(|at| prediction(at, "r2")).collect::<Vec<_>>();
+    let all = |answer: fn(i64) -> Event| (0..100).map(answer).collect::<Vec<_>>();
+    let both_moved = all(|at| answer(at, "r2", "positive", 0.51));
+    let cases = [
+        ("too few", usual(0..99), Verdict::Unknown),
+        ("a full window like the reference", usual(0..100), Verdict::Stable),
+        ("only labels moved", all(|at| answer(at, "r2", "positive", usual_confidence(at))), Verdict::Stable),
+        ("only confidences moved", all(|at| answer(at, "r2", LABELS[at as usize % 2], 0.51)), Verdict::Stable),
+        ("both moved", both_moved.clone(), Verdict::Drifted),
+        ("both moved, to a label the reference lacks", all(|at| answer(at, "r2", "new", 0.51)), Verdict::Drifted),
+        ("a later window like the reference", [both_moved.clone(), usual(100..200)].concat(), Verdict::Stable),
+        ("half of the answers are wrong", labelled(usual(0..60), 2), Verdict::Drifted),
+        ("half are wrong, but they are too few", labelled(usual(0..19), 2), Verdict::Unknown),
+        ("a tenth is wrong, as in the reference", labelled(usual(0..100), 10), Verdict::Stable),
+        ("with enough labels the distributions do not matter", labelled(both_moved, 10), Verdict::Stable),
+        ("another revision's predictions", all(|at| answer(at, "r1", "positive", 0.51)), Verdict::Unknown),
+    ];
+    for (name, events, expected) in cases {
+        let mut window = window();
+        feed(&mut window, events);
+        assert_eq!(window.status().verdict, expected, "{name}: {:?}", window.status());
+    }
+}
+
+#[test]
+fn feedback_before_its_prediction_counts() {
+    let mut window = window();
+    feed(&mut window, [feedback(1, "positive"), prediction(1, "r2"), feedback(1, "negative")]);
+    assert_eq!(window.status().labelled, 1);
+}
+
+#[test]
+fn without_a_reference_only_counts_are_known() {
+    let mut window = Window::new("r2", None, MonitorSpec { window_predictions: 50, ..Default::default() });
+    feed(&mut window, (0..60).map(|at| prediction(at, "r2")));
+    let status = window.status();
+    assert_eq!((status.verdict, status.predictions, status.statistics.len()), (Verdict::Unknown, 60, 0));
+    assert_eq!(window.window_predictions(), 50);
+}
+
+#[test]
+fn published_drift_survives_a_restart_under_the_same_threshold() {
+    let mut drifted = window();
+    feed(&mut drifted, (0..40).map(|at| prediction(at, "r2")).chain((0..40).map(|at| feedback(at, "neither"))));
+    let published = drifted.status();
+    assert_eq!(published.verdict, Verdict::Drifted);
+    let mut same = window();
+    same.resume(&published);
+    assert_eq!(same.status().verdict, Verdict::Drifted);
+    let other_spec = MonitorSpec { accuracy_loss: Decimal::new(0.3).expect("finite"), ..Default::default() };
+    for mut other in
+        [Window::new("r3", Some(reference()), MonitorSpec::default()), Window::new("r2", Some(reference()), other_spec)]
+    {
+        other.resume(&published);
+        assert_eq!(other.status().verdict, Verdict::Unknown);
+    }
+}
+
+proptest! {
+    /// Rebuilding from Kafka interleaves the partitions in another way; windows and counts must not change.
+    #[test]
+    fn the_interleaving_of_partitions_does_not_matter(picks in prop::collection::vec(any::<bool>(), 300)) {
+        let partition = |odd: i64| (0..150).map(move |at| prediction(2 * at + odd, "r2")).collect::<Vec<_>>();
+        let partitions = [partition(0), partition(1)];
+        let mut next = [0, 0];
+        let mut mixed = window();
+        for pick in picks.into_iter().chain([false; 150]).chain([true; 150]) {
+            let which = usize::from(pick);
+            if let Some(event) = partitions[which].get(next[which]) {
+                mixed.observe(which as i32, next[which] as i64, Some(event));
+                next[which] += 1;
+            }
+        }
+        let mut straight = window();
+        for (which, events) in partitions.iter().enumerate() {
+            for (offset, event) in events.iter().enumerate() {
+                straight.observe(which as i32, offset as i64, Some(event));
+            }
+        }
+        prop_assert_eq!(mixed.status(), straight.status());
+    }
+}

@@ -1,0 +1,125 @@
+//! With a real Kafka at `ATHANOR_TEST_KAFKA` (host:port).
+
+mod common;
+
+use std::time::Duration;
+
+use athanor_contract::{
+    serve::EventsConfig,
+    train::{KafkaSource, OffsetRange},
+};
+use athanor_feedback::{Producer, SnapshotError, kafka::client_config, read_rows};
+use common::{eventually, feedback, prediction, segments, whole_topic};
+use rdkafka::{
+    Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions},
+    client::DefaultClientContext,
+    producer::{FutureProducer, FutureRecord},
+};
+use tokio_util::sync::CancellationToken;
+
+/// A topic of its own for each test.
+fn config() -> EventsConfig {
+    let bootstrap_servers = std::env::var("ATHANOR_TEST_KAFKA").expect("ATHANOR_TEST_KAFKA=host:port");
+    EventsConfig { bootstrap_servers, topic: format!("athanor-test-{}", uuid::Uuid::now_v7()) }
+}
+
+fn start(config: &EventsConfig, dir: &tempfile::TempDir) -> (Producer, CancellationToken) {
+    let shutdown = CancellationToken::new();
+    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts");
+    (producer, shutdown)
+}
+
+fn source(config: &EventsConfig, partition: i32, begin: i64, end: i64) -> KafkaSource {
+    let EventsConfig { bootstrap_servers, topic } = config.clone();
+    KafkaSource { bootstrap_servers, topic, ranges: vec![OffsetRange { partition, begin, end }] }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Kafka: make test-cluster"]
+async fn a_snapshot_is_what_was_published() {
+    let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
+    let (producer, _shutdown) = start(&config, &dir);
+    let mut events: Vec<_> = (0..30).map(|at| prediction(&format!("p{at}"), at % 2)).collect();
+    events.extend((0..10).map(|at| feedback(&format!("f{at}"), &format!("p{at}"), at % 2, "positive")));
+    events.push(feedback("newest", "p0", 0, "neutral"));
+    events.push(feedback("orphan", "gone", 0, "positive"));
+    // Replays may bring an event twice.
+    events.extend([events[0].clone(), events[30].clone()]);
+    producer.publish_durable(events).await.expect("kept");
+    eventually("all events in Kafka", || segments(dir.path()) == 0).await;
+    let raw: FutureProducer = client_config(&config.bootstrap_servers).create().expect("a producer");
+    let record = FutureRecord::to(&config.topic).key("p0").payload("not an event");
+    raw.send(record, Duration::from_secs(10)).await.expect("sent");
+
+    let whole = whole_topic(&config);
+    assert_eq!(whole.ranges.len(), 3);
+    let snapshot = read_rows(&whole).await.expect("readable");
+    assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.rows.len()), (30, 12, 10));
+    assert_eq!((snapshot.orphans, snapshot.malformed), (1, 1));
+    assert!(snapshot.duplicates >= 2, "{snapshot:?}");
+    let first = snapshot.rows.iter().find(|row| row.id == "p0/0").expect("a row");
+    assert_eq!((first.text.as_str(), first.label.as_str()), ("text of p0/0", "neutral"));
+    assert_eq!(read_rows(&whole).await.expect("readable"), snapshot);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Kafka: make test-cluster"]
+async fn ranges_that_cannot_be_read_are_the_users_error() {
+    let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
+    let missing = read_rows(&source(&config, 0, 0, 1)).await.expect_err("no topic yet");
+    assert!(matches!(&missing, SnapshotError::TopicMissing { .. }) && missing.is_user_error(), "{missing}");
+
+    let (producer, _shutdown) = start(&config, &dir);
+    producer.publish_durable((0..20).map(|at| prediction(&format!("p{at}"), 0)).collect()).await.expect("kept");
+    eventually("all events in Kafka", || segments(dir.path()) == 0).await;
+    let range = whole_topic(&config).ranges.into_iter().max_by_key(|range| range.end).expect("partitions");
+    let OffsetRange { partition, end, .. } = range;
+    assert!(end >= 2);
+
+    let empty = read_rows(&source(&config, partition, 1, 1)).await.expect("an empty range is fine");
+    assert_eq!((empty.rows.len(), empty.predictions), (0, 0));
+    let part = read_rows(&source(&config, partition, 1, 2)).await.expect("readable");
+    assert_eq!(part.predictions, 1);
+    for (wrong, expected) in [
+        (source(&config, 7, 0, 1), "has no partition 7".to_owned()),
+        (source(&config, partition, 0, end + 1), format!("ends at offset {end}, but the range ends at {}", end + 1)),
+    ] {
+        let error = read_rows(&wrong).await.expect_err("not in the topic");
+        assert!(error.is_user_error() && error.to_string().contains(&expected), "{error}");
+    }
+
+    let admin: AdminClient<DefaultClientContext> = client_config(&config.bootstrap_servers).create().expect("a client");
+    let mut before = TopicPartitionList::new();
+    before.add_partition_offset(&config.topic, partition, Offset::Offset(1)).expect("an offset");
+    admin.delete_records(&before, &AdminOptions::new()).await.expect("deleted");
+    let deleted = read_rows(&source(&config, partition, 0, end)).await.expect_err("offset 0 is gone");
+    assert!(matches!(deleted, SnapshotError::Deleted { begin: 0, low: 1, .. }), "{deleted}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Kafka: make test-cluster"]
+async fn events_spilled_by_a_process_that_died_are_replayed_by_the_next() {
+    let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
+    let unreachable = EventsConfig { bootstrap_servers: "127.0.0.1:1".into(), ..config.clone() };
+    let (producer, shutdown) = start(&unreachable, &dir);
+    producer.publish_durable((0..50).map(|at| prediction(&format!("p{at}"), 0)).collect()).await.expect("kept");
+    shutdown.cancel();
+    assert!(producer.flush(Duration::from_secs(10)).await);
+    drop(producer);
+    assert!(segments(dir.path()) > 0);
+
+    // The old tasks give the folder's lock back when they end.
+    let mut next = None;
+    eventually("the folder is free", || {
+        next = Producer::start(config.clone(), dir.path().into(), CancellationToken::new()).ok();
+        next.is_some()
+    })
+    .await;
+    let producer = next.expect("started");
+    let labels = (0..50).map(|at| feedback(&format!("f{at}"), &format!("p{at}"), 0, "positive"));
+    producer.publish_durable(labels.collect()).await.expect("kept");
+    eventually("all segments replayed", || segments(dir.path()) == 0).await;
+    let snapshot = read_rows(&whole_topic(&config)).await.expect("readable");
+    assert_eq!((snapshot.predictions, snapshot.rows.len(), snapshot.orphans), (50, 50, 0));
+}

@@ -1,0 +1,62 @@
+//! The producer without a cluster: no broker at all, and librdkafka's own in-process broker that goes down and comes back.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use athanor_contract::serve::EventsConfig;
+use athanor_feedback::{Producer, ProducerError, read_rows};
+use common::{eventually, feedback, prediction, segments, whole_topic};
+use rdkafka::mocking::MockCluster;
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_kafka_events_are_on_disk_within_seconds() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = EventsConfig { bootstrap_servers: "127.0.0.1:1".into(), topic: "events".into() };
+    let shutdown = CancellationToken::new();
+    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts without Kafka");
+    let busy = Producer::start(config, dir.path().into(), shutdown.clone());
+    assert!(matches!(busy, Err(ProducerError::Spill(_))), "{busy:?}");
+
+    let started = Instant::now();
+    producer.publish_durable(vec![prediction("p", 0), prediction("p", 1)]).await.expect("kept");
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    let started = Instant::now();
+    producer.publish_durable(vec![feedback("f", "p", 0, "positive")]).await.expect("kept");
+    assert!(started.elapsed() < Duration::from_millis(500), "known to be away: {:?}", started.elapsed());
+    producer.publish(prediction("q", 0));
+    assert!(producer.flush(Duration::from_secs(5)).await);
+    assert!(segments(dir.path()) > 0);
+
+    shutdown.cancel();
+    assert!(producer.flush(Duration::from_secs(5)).await);
+    assert!(matches!(producer.publish_durable(vec![prediction("r", 0)]).await, Err(ProducerError::Closed)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_delays_events_and_loses_none() {
+    let cluster = MockCluster::new(1).expect("librdkafka's broker");
+    cluster.create_topic("events", 3, 1).expect("a topic");
+    let config = EventsConfig { bootstrap_servers: cluster.bootstrap_servers(), topic: "events".into() };
+    let dir = tempfile::tempdir().expect("a folder");
+    let shutdown = CancellationToken::new();
+    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts");
+
+    producer.publish_durable((0..20).map(|at| prediction(&format!("before-{at}"), 0)).collect()).await.expect("kept");
+    eventually("all events in Kafka", || segments(dir.path()) == 0).await;
+
+    cluster.broker_down(1).expect("down");
+    producer.publish_durable((0..20).map(|at| prediction(&format!("during-{at}"), 0)).collect()).await.expect("kept");
+    assert!(segments(dir.path()) > 0, "nothing was spilled");
+    cluster.broker_up(1).expect("up");
+    let labels = (0..20).map(|at| feedback(&format!("f-{at}"), &format!("during-{at}"), 0, "positive"));
+    producer.publish_durable(labels.collect()).await.expect("kept");
+    eventually("all segments replayed", || segments(dir.path()) == 0).await;
+
+    shutdown.cancel();
+    assert!(producer.flush(Duration::from_secs(5)).await);
+    let snapshot = read_rows(&whole_topic(&config)).await.expect("readable");
+    assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.orphans), (40, 20, 0));
+    assert_eq!((snapshot.rows.len(), snapshot.malformed), (20, 0));
+}

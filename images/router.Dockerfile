@@ -1,0 +1,16 @@
+# athanor-router: the stable address of a ModelDeployment. It holds no libtorch.
+# Context: ca-certificates.crt, lib/ (shared libraries the base lacks; may be empty), bin/athanor-router. See README.md.
+FROM docker.io/library/debian:bookworm-slim
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="athanor-router" \
+      org.opencontainers.image.description="The stable address of a ModelDeployment: canary weights, retries, feedback" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+COPY lib/ /opt/athanor/lib/
+COPY --chmod=0755 bin/athanor-router /usr/local/bin/athanor-router
+ENV LD_LIBRARY_PATH=/opt/athanor/lib
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/athanor-router"]

@@ -1,0 +1,18 @@
+# athanor-server: one revision of a ModelDeployment.
+# Context: ca-certificates.crt, lib/ (shared libraries the base lacks; may be empty), libtorch/lib/, bin/athanor-server. See README.md.
+FROM docker.io/library/debian:bookworm-slim
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="athanor-server" \
+      org.opencontainers.image.description="Serves one revision of a model over HTTP and gRPC" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+# In a layered build this layer is the same in trainer and server: stored and pulled once.
+COPY libtorch/lib/ /opt/libtorch/lib/
+COPY lib/ /opt/athanor/lib/
+COPY --chmod=0755 bin/athanor-server /usr/local/bin/athanor-server
+ENV LD_LIBRARY_PATH=/opt/libtorch/lib:/opt/athanor/lib
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/athanor-server"]

@@ -1,0 +1,58 @@
+//! A trained classifier for inference.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    bert::BertForSequenceClassification,
+    config::BertConfig,
+    load::LoadError,
+};
+
+/// A model with its labels, without gradients. It is `Send`: one thread at a time uses it.
+pub struct Classifier {
+    model: BertForSequenceClassification,
+    labels: Vec<String>,
+    device: Device,
+}
+
+impl Classifier {
+    /// Reads an artifact or another Hugging Face folder of a trained BERT classifier.
+    pub fn load(folder: &Path, device: Device) -> Result<Self, LoadError> {
+        let config = BertConfig::load(folder)?;
+        let refused = |field: &str, message: &str| LoadError::Config {
+            file: PathBuf::from(folder).join("config.json"),
+            field: field.into(),
+            message: message.into(),
+        };
+        let Some(labels) = config.labels() else {
+            return Err(if config.id2label.is_none() {
+                refused("id2label", "missing, so this is not a trained classifier")
+            } else {
+                refused("architectures", "not BertForSequenceClassification, so this model has no trained head")
+            });
+        };
+        let model = BertForSequenceClassification::load(folder, &labels, 0, device)?;
+        Ok(Self { model, labels, device })
+    }
+
+    /// Class names in the order of the logits.
+    pub fn labels(&self) -> &[String] {
+        &self.labels
+    }
+
+    pub fn config(&self) -> &BertConfig {
+        self.model.config()
+    }
+
+    /// Ids and mask [B, T] (i64) to logits [B, L] (f32, on the CPU).
+    pub fn forward(&self, input_ids: &Tensor, attention_mask: &Tensor) -> Tensor {
+        tch::no_grad(|| {
+            // Without padding attention needs no mask and takes the faster kernel.
+            let padded = bool::try_from(attention_mask.eq(0).any()).unwrap_or(true);
+            let mask = padded.then(|| attention_mask.to_device(self.device));
+            self.model.forward(&input_ids.to_device(self.device), mask.as_ref(), false).to_kind(Kind::Float).to_device(Device::Cpu)
+        })
+    }
+}

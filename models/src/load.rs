@@ -1,0 +1,188 @@
+//! safetensors files to tensors. Floating-point weights become f32; every error names the file and the tensor.
+//!
+//! Leaves out sharded checkpoints (`model.safetensors.index.json`) and, on purpose, pickled weights.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use tch::{Device, Kind, Tensor};
+
+/// Name of the weights in a model folder.
+pub const WEIGHTS: &str = "model.safetensors";
+
+/// Why a model folder cannot be used. All of these are for the user to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{file}: {message}", file = .file.display())]
+    File { file: PathBuf, message: String },
+    #[error("{file}: field {field}: {message}", file = .file.display())]
+    Config { file: PathBuf, field: String, message: String },
+    #[error("{file}: tensor {tensor}: {message}", file = .file.display())]
+    Tensor { file: PathBuf, tensor: String, message: String },
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+impl LoadError {
+    pub(crate) fn io(file: &Path, error: std::io::Error) -> Self {
+        Self::File { file: file.to_owned(), message: error.to_string() }
+    }
+}
+
+/// The tensors of one file by name.
+pub struct Weights {
+    file: PathBuf,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Weights {
+    /// Reads `model.safetensors` of a model folder.
+    pub fn load_folder(folder: &Path, device: Device) -> Result<Self, LoadError> {
+        let path = folder.join(WEIGHTS);
+        if !path.exists() {
+            let refused = |message: &str| LoadError::File { file: path.clone(), message: message.into() };
+            if folder.join("pytorch_model.bin").exists() {
+                return Err(refused("missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code"));
+            }
+            if folder.join("model.safetensors.index.json").exists() {
+                return Err(refused("missing; a model in several shards is not supported, write it as one file"));
+            }
+        }
+        Self::load(&path, device)
+    }
+
+    /// Reads a safetensors file whole.
+    pub fn load(path: &Path, device: Device) -> Result<Self, LoadError> {
+        let bytes = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| LoadError::File {
+            file: path.to_owned(),
+            message: format!("not a whole safetensors file ({} bytes): {error}", bytes.len()),
+        })?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in file.iter() {
+            let tensor = tensor_of(&view).map_err(|message| LoadError::Tensor {
+                file: path.to_owned(),
+                tensor: name.to_owned(),
+                message,
+            })?;
+            tensors.insert(name.to_owned(), tensor.f_to_device(device)?);
+        }
+        Ok(Self { file: path.to_owned(), tensors })
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Takes a tensor out as f32, checked for its shape.
+    pub fn take(&mut self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+        let refused = |message: String| LoadError::Tensor { file: self.file.clone(), tensor: name.to_owned(), message };
+        let Some(tensor) = self.tensors.remove(name) else { return Err(refused("missing".into())) };
+        if tensor.size() != shape {
+            return Err(refused(format!("its shape is {:?}, config.json asks for {shape:?}", tensor.size())));
+        }
+        match tensor.kind() {
+            Kind::Float => Ok(tensor),
+            Kind::Half | Kind::BFloat16 | Kind::Double => Ok(tensor.f_to_kind(Kind::Float)?),
+            other => Err(refused(format!("its dtype is {other:?}, weights are floating-point numbers"))),
+        }
+    }
+
+    /// Takes a tensor out as it is.
+    pub fn take_any(&mut self, name: &str) -> Option<Tensor> {
+        self.tensors.remove(name)
+    }
+}
+
+fn tensor_of(view: &TensorView) -> Result<Tensor, String> {
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F64 => Kind::Double,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        other => return Err(format!("dtype {other:?} is not supported")),
+    };
+    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+    Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| error.to_string())
+}
+
+/// Writes named tensors as one safetensors file, with the metadata transformers asks for. The file appears whole: it is
+/// written beside its place and renamed.
+pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
+    let failed = |message: String| LoadError::File { file: path.to_owned(), message };
+    let mut owned = Vec::with_capacity(named.len());
+    for (name, tensor) in named {
+        let tensor = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+        let (kind, bytes) = match tensor.kind() {
+            Kind::Float => (Dtype::F32, 4),
+            Kind::BFloat16 => (Dtype::BF16, 2),
+            Kind::Int64 => (Dtype::I64, 8),
+            Kind::Uint8 => (Dtype::U8, 1),
+            other => return Err(failed(format!("tensor {name} has dtype {other:?}, which is not written"))),
+        };
+        let mut data = vec![0_u8; tensor.numel() * bytes];
+        tensor.f_copy_data_u8(&mut data, tensor.numel())?;
+        owned.push((name.as_str(), kind, tensor.size().iter().map(|&size| size as usize).collect::<Vec<_>>(), data));
+    }
+    let views = owned
+        .iter()
+        .map(|(name, kind, shape, data)| {
+            TensorView::new(*kind, shape.clone(), data).map(|view| (*name, view)).map_err(|error| failed(error.to_string()))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let part = path.with_extension("part");
+    safetensors::serialize_to_file(views, Some(metadata), &part).map_err(|error| failed(error.to_string()))?;
+    std::fs::rename(&part, path).map_err(|error| LoadError::io(path, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_come_back_and_damage_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(WEIGHTS);
+        let tensor = Tensor::rand([3, 2], (Kind::Float, Device::Cpu));
+        let named = vec![
+            ("a.weight".to_owned(), tensor.shallow_clone()),
+            ("ids".to_owned(), Tensor::from_slice(&[1_i64, 2])),
+            ("step".to_owned(), Tensor::from(3_f32)),
+        ];
+        save(&path, &named).unwrap();
+        let load = || Weights::load_folder(folder.path(), Device::Cpu);
+        assert_eq!(load().unwrap().take("a.weight", &[3, 2]).unwrap(), tensor);
+        assert_eq!(load().unwrap().take_any("step").unwrap(), Tensor::from(3_f32));
+
+        for (name, shape, part) in [
+            ("b.weight", vec![1], "tensor b.weight: missing"),
+            ("a.weight", vec![2, 3], "its shape is [3, 2], config.json asks for [2, 3]"),
+            ("ids", vec![2], "its dtype is Int64"),
+        ] {
+            let error = load().unwrap().take(name, &shape).unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains(WEIGHTS), "{error}");
+        }
+
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 5]).unwrap();
+        let error = load().err().unwrap().to_string();
+        assert!(error.contains("not a whole safetensors file"), "{error}");
+
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(folder.path().join("pytorch_model.bin"), b"").unwrap();
+        let error = load().err().unwrap().to_string();
+        assert!(error.contains("pickled"), "{error}");
+    }
+}

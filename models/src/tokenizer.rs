@@ -1,0 +1,76 @@
+//! Texts to token ids, by the model folder's `tokenizer.json`, and ids to padded tensors.
+
+use std::path::Path;
+
+use tch::Tensor;
+use tokenizers::PostProcessor;
+
+use crate::load::LoadError;
+
+/// A Hugging Face fast tokenizer. Shared between threads by reference.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Tokens such as [CLS] and [SEP] that every text gets.
+    specials: usize,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder. Truncation and padding that the file asks for are turned off: both are the
+    /// caller's, who knows the batch.
+    pub fn load(folder: &Path) -> Result<Self, LoadError> {
+        let path = folder.join("tokenizer.json");
+        let failed = |message: String| LoadError::File { file: path.clone(), message };
+        let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| failed(format!("not a tokenizer: {error}")))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| failed(error.to_string()))?;
+        let specials = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        Ok(Self { inner, specials })
+    }
+
+    /// Ids of each text with the special tokens around them, at most `max_length` of them: longer texts lose their end.
+    pub fn encode_batch(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
+        let failed = |error: tokenizers::Error| LoadError::File {
+            file: "tokenizer.json".into(),
+            message: format!("a text cannot be tokenized: {error}"),
+        };
+        let inputs: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let encodings = self.inner.encode_batch_fast(inputs, false).map_err(failed)?;
+        let room = max_length.saturating_sub(self.specials);
+        encodings
+            .into_iter()
+            .map(|mut encoding| {
+                encoding.truncate(room, 0, tokenizers::TruncationDirection::Right);
+                let encoding = self.inner.post_process(encoding, None, true).map_err(failed)?;
+                Ok(encoding.get_ids().to_vec())
+            })
+            .collect()
+    }
+}
+
+/// Ids `[batch, longest]` (i64), filled up with `pad_id`, and the mask of real tokens (i64, 1 or 0).
+pub fn pad(batch: &[&[u32]], pad_id: i64) -> (Tensor, Tensor) {
+    let longest = batch.iter().map(|ids| ids.len()).max().unwrap_or(0);
+    let mut ids = Vec::with_capacity(batch.len() * longest);
+    let mut mask = Vec::with_capacity(batch.len() * longest);
+    for row in batch {
+        ids.extend(row.iter().map(|&id| i64::from(id)));
+        ids.extend(std::iter::repeat_n(pad_id, longest - row.len()));
+        mask.extend(std::iter::repeat_n(1_i64, row.len()));
+        mask.extend(std::iter::repeat_n(0_i64, longest - row.len()));
+    }
+    let shape = [batch.len() as i64, longest as i64];
+    (Tensor::from_slice(&ids).view(shape), Tensor::from_slice(&mask).view(shape))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_rows_are_filled_up() {
+        let (ids, mask) = pad(&[&[5, 6, 7], &[8]], 9);
+        assert_eq!(Vec::<Vec<i64>>::try_from(ids).unwrap(), [[5, 6, 7], [8, 9, 9]]);
+        assert_eq!(Vec::<Vec<i64>>::try_from(mask).unwrap(), [[1, 1, 1], [1, 0, 0]]);
+    }
+}

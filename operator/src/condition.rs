@@ -1,0 +1,88 @@
+//! Conditions of a status, as the Kubernetes API conventions have them.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+/// Longest message that a CRD of ours takes is 4,096 characters; more helps nobody.
+const MESSAGE: usize = 1024;
+
+/// Value of a condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    True,
+    False,
+    Unknown,
+}
+
+impl State {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl From<bool> for State {
+    fn from(value: bool) -> Self {
+        if value { Self::True } else { Self::False }
+    }
+}
+
+/// Sets one condition; its transition time moves only when its value does.
+pub fn set(
+    conditions: &mut Vec<Condition>,
+    type_: &str,
+    state: State,
+    reason: &str,
+    message: impl AsRef<str>,
+    generation: Option<i64>,
+    now: Timestamp,
+) {
+    let before = conditions.iter().position(|condition| condition.type_ == type_);
+    let unmoved = before.map(|at| &conditions[at]).filter(|condition| condition.status == state.as_str());
+    let condition = Condition {
+        type_: type_.into(),
+        status: state.as_str().into(),
+        reason: reason.into(),
+        message: cut(message.as_ref(), MESSAGE),
+        observed_generation: generation,
+        last_transition_time: unmoved.map_or(Time(now), |condition| condition.last_transition_time.clone()),
+    };
+    match before {
+        Some(at) => conditions[at] = condition,
+        None => conditions.push(condition),
+    }
+}
+
+/// The condition of a type.
+pub fn get<'a>(conditions: &'a [Condition], type_: &str) -> Option<&'a Condition> {
+    conditions.iter().find(|condition| condition.type_ == type_)
+}
+
+/// At most so many characters, with a sign that there were more.
+pub fn cut(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        None => text.into(),
+        Some(_) => text.chars().take(most - 1).chain(['…']).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transition_time_moves_with_the_value_only() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let mut conditions = Vec::new();
+        set(&mut conditions, "Ready", State::False, "Waiting", "0 of 1", Some(1), at(10));
+        set(&mut conditions, "Ready", State::False, "Waiting", "still", Some(2), at(20));
+        assert_eq!((conditions[0].last_transition_time.0, conditions[0].message.as_str()), (at(10), "still"));
+        set(&mut conditions, "Ready", State::True, "Available", "", Some(2), at(30));
+        assert_eq!((conditions.len(), conditions[0].last_transition_time.0), (1, at(30)));
+        assert_eq!(cut("äöü", 3), "äöü");
+        assert_eq!(cut("äöüß", 3), "äö…");
+    }
+}

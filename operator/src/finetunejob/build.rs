@@ -1,0 +1,162 @@
+//! The children of a FineTuneJob: the trainer's configuration, a headless Service for the rendezvous, an Indexed Job.
+
+use std::time::Duration;
+
+use athanor_contract::train::TrainConfig;
+use athanor_crds::label;
+use k8s_openapi::{
+    api::{
+        batch::v1::{Job, JobSpec},
+        core::v1::{ConfigMap, Service, ServicePort, ServiceSpec},
+    },
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+
+use super::{
+    decide::{Decision, job_name},
+    validate::ValidatedJob,
+};
+use crate::{
+    pods::{self, PodPlan},
+    settings::Settings,
+};
+
+/// Component, and name of the container.
+pub const COMPONENT: &str = "trainer";
+/// Port of rank 0's rendezvous (c10d's TCPStore).
+const MASTER_PORT: i32 = 29500;
+const METRICS_PORT: i32 = 9100;
+/// Seconds for a last checkpoint after SIGTERM.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Everything that one attempt needs.
+pub struct Children {
+    pub config: ConfigMap,
+    pub service: Service,
+    pub job: Job,
+}
+
+/// The children, if the decision asks for them.
+pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Option<Children> {
+    decision.create.then(|| Children {
+        config: config(job, settings),
+        service: service(job),
+        job: indexed_job(job, settings, decision.attempt),
+    })
+}
+
+/// The trainer's configuration.
+pub fn train_config(job: &ValidatedJob, settings: &Settings) -> TrainConfig {
+    let short = job.uid.get(..8).unwrap_or(&job.uid);
+    let folder = format!("{}/{}-{short}", job.spec.train.output.to.trim_end_matches('/'), job.name);
+    TrainConfig {
+        name: job.name.clone(),
+        run_id: job.uid.clone(),
+        spec: job.spec.train.clone(),
+        checkpoint_to: format!("{folder}/checkpoints"),
+        artifact_to: format!("{folder}/artifact"),
+        progress_to: settings.progress_address.clone(),
+    }
+}
+
+fn metadata(job: &ValidatedJob, name: String) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name),
+        namespace: Some(job.namespace.clone()),
+        labels: Some(pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name)),
+        owner_references: Some(job.owner.clone()),
+        ..ObjectMeta::default()
+    }
+}
+
+fn config_name(job: &ValidatedJob) -> String {
+    format!("{}-train", job.name)
+}
+
+fn service_name(job: &ValidatedJob) -> String {
+    format!("{}-trainer", job.name)
+}
+
+fn config(job: &ValidatedJob, settings: &Settings) -> ConfigMap {
+    let text = serde_json::to_string_pretty(&train_config(job, settings)).expect("a configuration has string keys only");
+    ConfigMap { metadata: metadata(job, config_name(job)), data: Some([("train.json".into(), text)].into()), ..ConfigMap::default() }
+}
+
+/// Headless, and with addresses of pods that are not ready: ranks meet before any of them is.
+fn service(job: &ValidatedJob) -> Service {
+    let port = |name: &str, port| ServicePort {
+        name: Some(name.into()),
+        port,
+        target_port: Some(IntOrString::Int(port)),
+        protocol: Some("TCP".into()),
+        ..ServicePort::default()
+    };
+    Service {
+        metadata: metadata(job, service_name(job)),
+        spec: Some(ServiceSpec {
+            cluster_ip: Some("None".into()),
+            publish_not_ready_addresses: Some(true),
+            selector: Some([(label::FINE_TUNE_JOB.into(), job.name.clone())].into()),
+            ports: Some(vec![port("rendezvous", MASTER_PORT), port("metrics", METRICS_PORT)]),
+            ..ServiceSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
+    let name = job_name(&job.name, attempt);
+    let nodes = i32::try_from(job.spec.train.distributed.num_nodes).unwrap_or(i32::MAX);
+    let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
+    let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
+    env.extend([
+        pods::field("ATHANOR_NODE_RANK", "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
+        pods::variable("ATHANOR_NUM_NODES", nodes.to_string()),
+        pods::variable("ATHANOR_MASTER_ADDR", master),
+        pods::variable("ATHANOR_MASTER_PORT", MASTER_PORT.to_string()),
+        pods::field("ATHANOR_POD_IP", "status.podIP"),
+        pods::variable("ATHANOR_NAMESPACE", job.namespace.clone()),
+        pods::variable("ATHANOR_METRICS_PORT", METRICS_PORT.to_string()),
+        pods::variable("ATHANOR_ATTEMPT", attempt.to_string()),
+    ]);
+    let mut template = pods::template(PodPlan {
+        component: COMPONENT,
+        image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
+        command: ["athanor-trainer", "run", "--config", "/etc/athanor/train.json"].map(Into::into).into(),
+        labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
+        annotations: pods::Labels::new(),
+        env,
+        credentials: job.spec.credentials_secret_name.as_deref(),
+        ports: vec![("metrics", METRICS_PORT)],
+        metrics_port: METRICS_PORT,
+        volumes: vec![
+            (pods::config(&config_name(job)), "/etc/athanor"),
+            // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
+            (pods::scratch("shm", Some("Memory")), "/dev/shm"),
+        ],
+        overrides: job.spec.pod_template.as_ref(),
+        service_account: None,
+        grace_seconds: GRACE.as_secs() as i64,
+    });
+    if let Some(spec) = &mut template.spec {
+        spec.restart_policy = Some("Never".into());
+        spec.subdomain = Some(service_name(job));
+    }
+    let mut metadata = metadata(job, name);
+    metadata.labels.get_or_insert_default().extend(job.queue_labels.iter().cloned());
+    Job {
+        metadata,
+        spec: Some(JobSpec {
+            completion_mode: Some("Indexed".into()),
+            completions: Some(nodes),
+            parallelism: Some(nodes),
+            // The gang restarts as a whole, by another Job.
+            backoff_limit: Some(0),
+            // A queue starts it.
+            suspend: (!job.queue_labels.is_empty()).then_some(true),
+            template,
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}

@@ -1,0 +1,76 @@
+//! From a ModelDeployment to one that children can be built from. What the API server's rules already refuse is not checked again.
+
+use athanor_contract::serve::EventsConfig;
+use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::ResourceExt;
+
+use crate::{cluster, finetunejob::is_service_name};
+
+/// A deployment whose children have valid names.
+pub struct ValidatedDeployment {
+    pub name: String,
+    pub namespace: String,
+    pub uid: String,
+    pub owner: Vec<OwnerReference>,
+    pub source: Source,
+    /// Where events go, the topic's name filled in.
+    pub events: Option<EventsConfig>,
+    pub spec: ModelDeploymentSpec,
+}
+
+/// `spec.model`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Uri(String),
+    Job(String),
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidDeployment {
+    #[error("metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_DEPLOYMENT_NAME} lower-case letters, digits and '-', beginning with a letter")]
+    Name(String),
+    #[error("spec.model: set exactly one of from and fromJob")]
+    Model,
+    #[error("spec.retrain.template.spec.data.sources: {0:?} is the name of the added source (spec.retrain.sourceName)")]
+    SourceName(String),
+    #[error("spec.feedback.kafka.topic: {0:?} has more than 249 characters; give a shorter one")]
+    Topic(String),
+    #[error("the object has no {0}")]
+    Incomplete(&'static str),
+}
+
+pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, InvalidDeployment> {
+    let name = deployment.name_any();
+    if !is_service_name(&name, LONGEST_DEPLOYMENT_NAME) {
+        return Err(InvalidDeployment::Name(name));
+    }
+    let namespace = deployment.namespace().ok_or(InvalidDeployment::Incomplete("namespace"))?;
+    let spec = &deployment.spec;
+    let source = match (&spec.model.from, &spec.model.from_job) {
+        (Some(uri), None) => Source::Uri(uri.clone()),
+        (None, Some(job)) => Source::Job(job.name.clone()),
+        _ => return Err(InvalidDeployment::Model),
+    };
+    if let Some(retrain) = &spec.retrain
+        && retrain.template.spec.train.data.sources.iter().any(|source| source.name == retrain.source_name)
+    {
+        return Err(InvalidDeployment::SourceName(retrain.source_name.clone()));
+    }
+    let events = spec.feedback.as_ref().map(|feedback| EventsConfig {
+        bootstrap_servers: feedback.kafka.bootstrap_servers.clone(),
+        topic: feedback.kafka.topic.clone().unwrap_or_else(|| format!("athanor.{namespace}.{name}")),
+    });
+    if let Some(events) = events.as_ref().filter(|events| events.topic.len() > 249) {
+        return Err(InvalidDeployment::Topic(events.topic.clone()));
+    }
+    Ok(ValidatedDeployment {
+        uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,
+        owner: cluster::owner(deployment),
+        spec: spec.clone(),
+        name,
+        namespace,
+        source,
+        events,
+    })
+}

@@ -1,0 +1,159 @@
+//! Takes progress reports of trainers over gRPC and keeps the newest of each run in memory.
+//!
+//! Nothing depends on a report: a job's outcome comes from its pods. A report of an unknown job or of another run is refused.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use athanor_crds::FineTuneJob;
+use kube::{
+    ResourceExt,
+    runtime::reflector::{ObjectRef, Store},
+};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Messages and server, generated from contract/proto/progress.proto.
+pub mod proto {
+    tonic::include_proto!("athanor.train.v1");
+}
+
+use proto::{ProgressReply, ProgressUpdate, progress_server::Progress};
+
+/// The status of a job changes at most this often because of reports.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Most metrics and timeline entries kept of a report.
+const ENTRIES: usize = 32;
+
+/// The newest report of a run.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    pub stage: String,
+    pub step: u64,
+    pub total_steps: u64,
+    pub loss: f64,
+    pub samples_per_second: f64,
+    pub eta_seconds: f64,
+    pub metrics: BTreeMap<String, f64>,
+    pub checkpoint_step: u64,
+    /// Seconds since the trainer's process began.
+    pub timeline: BTreeMap<String, f64>,
+}
+
+/// The newest report of every run, by the UID of its job.
+pub struct Reports {
+    newest: Mutex<HashMap<String, Report>>,
+    jobs: RwLock<Option<Store<FineTuneJob>>>,
+    changed: mpsc::Sender<ObjectRef<FineTuneJob>>,
+}
+
+impl Reports {
+    /// `changed` gets the jobs to reconcile; when it is full a report waits for the next.
+    pub fn new(changed: mpsc::Sender<ObjectRef<FineTuneJob>>) -> Self {
+        Self { newest: Mutex::default(), jobs: RwLock::default(), changed }
+    }
+
+    /// From now on reports are taken: this process leads, and these are the jobs.
+    pub fn serve(&self, jobs: Store<FineTuneJob>) {
+        *self.jobs.write().unwrap_or_else(PoisonError::into_inner) = Some(jobs);
+    }
+
+    pub fn get(&self, uid: &str) -> Option<Report> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// A job that is over needs no report any more.
+    pub fn forget(&self, uid: &str) {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+    }
+
+    fn check(&self, update: &ProgressUpdate) -> Result<ObjectRef<FineTuneJob>, Status> {
+        let key = ObjectRef::new(&update.job).within(&update.namespace);
+        let jobs = self.jobs.read().unwrap_or_else(PoisonError::into_inner);
+        let jobs = jobs.as_ref().ok_or_else(|| Status::unavailable("another operator leads"))?;
+        let job = jobs.get(&key).ok_or_else(|| Status::not_found(format!("there is no FineTuneJob {}/{}", update.namespace, update.job)))?;
+        if job.uid().as_deref() != Some(&update.run_id) {
+            return Err(Status::permission_denied("run_id is not that of this FineTuneJob"));
+        }
+        Ok(key)
+    }
+
+    fn keep(&self, update: ProgressUpdate) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if !newest.contains_key(&update.run_id)
+            && let Some(jobs) = &*self.jobs.read().unwrap_or_else(PoisonError::into_inner)
+        {
+            let known: std::collections::HashSet<String> = jobs.state().iter().filter_map(|job| job.uid()).collect();
+            newest.retain(|uid, _| known.contains(uid));
+        }
+        let report = Report {
+            stage: update.stage.chars().take(64).collect(),
+            step: update.step,
+            total_steps: update.total_steps,
+            loss: update.loss,
+            samples_per_second: update.samples_per_second,
+            eta_seconds: update.eta_seconds,
+            metrics: update.metrics.into_iter().filter(|(name, _)| name.len() <= 128).take(ENTRIES).collect(),
+            checkpoint_step: update.checkpoint_step,
+            timeline: update.timeline.into_iter().filter(|(name, _)| name.len() <= 64).take(ENTRIES).collect(),
+        };
+        newest.insert(update.run_id, report);
+    }
+}
+
+/// The gRPC service.
+pub struct ProgressService(pub Arc<Reports>);
+
+#[tonic::async_trait]
+impl Progress for ProgressService {
+    async fn report(&self, request: Request<Streaming<ProgressUpdate>>) -> Result<Response<ProgressReply>, Status> {
+        let mut updates = request.into_inner();
+        let mut last: Option<(Instant, String)> = None;
+        let mut unseen = None;
+        while let Some(update) = updates.message().await? {
+            let key = self.0.check(&update)?;
+            let stage = update.stage.clone();
+            self.0.keep(update);
+            let due = last.as_ref().is_none_or(|(at, before)| at.elapsed() >= INTERVAL || *before != stage);
+            if due {
+                last = Some((Instant::now(), stage));
+                unseen = self.0.changed.try_send(key.clone()).is_err().then_some(key);
+            } else {
+                unseen = Some(key);
+            }
+        }
+        if let Some(key) = unseen {
+            let _full_or_closed = self.0.changed.try_send(key);
+        }
+        Ok(Response::new(ProgressReply {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::runtime::{reflector, watcher};
+
+    use super::*;
+
+    #[test]
+    fn only_the_run_of_a_known_job_may_report() {
+        let (sender, _receiver) = mpsc::channel(1);
+        let reports = Reports::new(sender);
+        let update = |job: &str, run: &str| ProgressUpdate {
+            namespace: "ns".into(),
+            job: job.into(),
+            run_id: run.into(),
+            ..ProgressUpdate::default()
+        };
+        assert_eq!(reports.check(&update("a", "1")).unwrap_err().code(), tonic::Code::Unavailable);
+        let (store, mut writer) = reflector::store();
+        writer.apply_watcher_event(&watcher::Event::Apply(crate::finetunejob::tests::job("a", "1")));
+        reports.serve(store);
+        assert!(reports.check(&update("a", "1")).is_ok());
+        assert_eq!(reports.check(&update("a", "2")).unwrap_err().code(), tonic::Code::PermissionDenied);
+        assert_eq!(reports.check(&update("b", "1")).unwrap_err().code(), tonic::Code::NotFound);
+    }
+}

@@ -1,0 +1,150 @@
+//! `athanor-server`: fetches one model revision and answers for it over HTTP and gRPC.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use athanor_contract::serve::ServeConfig;
+use athanor_serving::{
+    engine::{Engine, torch},
+    grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+    http::{self, ApiError},
+    lifecycle::{self, Servers},
+    service::Service,
+};
+use athanor_telemetry::Readiness;
+use axum::{Router, extract::Request, extract::State, http::StatusCode, response::IntoResponse};
+use clap::Parser;
+use tokio::sync::watch;
+use tower::ServiceExt;
+
+/// Serves one revision of a model: JSON in OpenAI's shapes, and the Open Inference Protocol v2 over gRPC.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration the operator mounts.
+    #[arg(long, env = "ATHANOR_CONFIG", default_value = "/etc/athanor/serve.json")]
+    config: PathBuf,
+    /// Address to listen on.
+    #[arg(long, default_value = "0.0.0.0")]
+    address: String,
+    /// Folder for the fetched model; a temporary one without it.
+    #[arg(long, env = "ATHANOR_CACHE_DIR")]
+    cache: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let _telemetry = athanor_telemetry::init("athanor-server");
+    let result = run(arguments).await;
+    if let Err(error) = &result {
+        tracing::error!(error = format!("{error:#}"), "athanor-server ends");
+    }
+    result
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let shutdown = athanor_telemetry::shutdown_signal();
+    let metrics = athanor_telemetry::metrics();
+    let ready = Readiness::new();
+    let config = read_config(&arguments.config)?;
+
+    // Health is served while the model loads, so that a long download does not look like a dead process.
+    let ops = athanor_telemetry::ops_router(metrics, ready.clone());
+    let (current, app) = watch::channel(ops.clone().fallback(async || {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "loading", "the model is being loaded").into_response()
+    }));
+    let mut servers = Servers::default();
+    let listener = lifecycle::listen(&arguments.address, config.http_port.0).await?;
+    servers.http(listener, Router::new().fallback(dispatch).with_state(app));
+
+    let loaded = tokio::select! {
+        loaded = load(&config, arguments.cache.as_deref()) => loaded?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    // The weights are in memory; the folder is not needed any more, but a given cache stays.
+    let (service, _folder) = loaded;
+    current.send_replace(http::app(service.clone(), ops));
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let inference = GrpcInferenceServiceServer::new(grpc::Inference::new(service.clone(), ready.clone()))
+        .max_decoding_message_size(config.limits.max_body_bytes.saturating_add(64 << 10));
+    health.set_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
+    let routes = grpc::reflection()?.add_service(health_service).add_service(inference);
+    servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port.0).await?, routes);
+
+    ready.set(true);
+    tracing::info!(
+        model = config.model_name,
+        revision = config.revision,
+        http_port = config.http_port.0,
+        grpc_port = config.grpc_port.0,
+        "ready"
+    );
+    tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            shutdown.cancelled().await;
+            health.set_not_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
+        }
+    });
+    let drain = Duration::from_secs(config.limits.drain_seconds);
+    let fault = async {
+        service.stopped().await;
+        "the engine's thread ended by a fault".to_owned()
+    };
+    servers.run(shutdown, ready, lifecycle::grace(), || drain, fault).await
+}
+
+fn read_config(path: &PathBuf) -> anyhow::Result<ServeConfig> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(&text))
+        .map_err(|error| anyhow::anyhow!("{}, {}: {}", path.display(), error.path(), error.inner()))
+}
+
+/// Fetches, loads and warms up the model. The folder is removed when the second value is dropped, unless it is a given cache.
+async fn load(
+    config: &ServeConfig,
+    cache: Option<&std::path::Path>,
+) -> anyhow::Result<(Arc<Service>, Option<tempfile::TempDir>)> {
+    let started = std::time::Instant::now();
+    let (folder, temporary) = match cache {
+        Some(cache) => {
+            let folder = cache.join(&config.revision);
+            std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+            (folder, None)
+        }
+        None => {
+            let temporary = tempfile::tempdir().context("making a temporary folder")?;
+            (temporary.path().to_owned(), Some(temporary))
+        }
+    };
+    let location = athanor_store::open(&config.model_uri)?;
+    let manifest = athanor_store::artifact::download_model(&location, &folder)
+        .await
+        .with_context(|| format!("fetching {}", config.model_uri))?;
+    tracing::info!(
+        uri = config.model_uri,
+        digest = manifest.map(|manifest| manifest.model_digest),
+        seconds = started.elapsed().as_secs_f64(),
+        "model fetched"
+    );
+    let limits = config.limits;
+    let uri = config.model_uri.clone();
+    let (engine, labels, tokenizer) = tokio::task::spawn_blocking(move || {
+        let (backend, labels, tokenizer) = torch::load(&folder).with_context(|| format!("loading {uri}"))?;
+        let engine = Engine::start(backend, &limits).context("starting the engine's thread")?;
+        anyhow::Ok((engine, labels, tokenizer))
+    })
+    .await??;
+    let service = Arc::new(Service::new(config, labels, Arc::new(tokenizer), engine));
+    service.warm_up().await.context("the model did not answer a warm-up")?;
+    tracing::info!(seconds = started.elapsed().as_secs_f64(), "warmed up");
+    Ok((service, temporary))
+}
+
+/// Hands a request to the application of the moment.
+async fn dispatch(State(app): State<watch::Receiver<Router>>, request: Request) -> axum::response::Response {
+    let app = app.borrow().clone();
+    app.oneshot(request).await.into_response()
+}

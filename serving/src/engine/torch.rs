@@ -1,0 +1,66 @@
+//! The engine's backend over libtorch: a classifier of the crate `models` on one device, in FP32.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
+
+use athanor_models::{Classifier, Tokenizer, tokenizer::pad};
+use tch::Device;
+
+use super::{Backend, BackendError};
+use crate::service::Tokenize;
+
+/// A classifier and the id it pads with.
+pub struct TorchBackend {
+    classifier: Classifier,
+    device: Device,
+    pad_id: i64,
+}
+
+/// Loads the model and its tokenizer from a local folder: the backend, its labels and the tokenizer.
+pub fn load(folder: &Path) -> anyhow::Result<(TorchBackend, Vec<String>, TextTokenizer)> {
+    // libtorch's default counts the machine's cores, not those this container may use.
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    let device = Device::cuda_if_available();
+    let tokenizer = Tokenizer::load(folder)?;
+    let classifier = Classifier::load(folder, device)?;
+    let labels = classifier.labels().to_vec();
+    let pad_id = classifier.config().pad_token_id;
+    tracing::info!(?device, threads, labels = labels.len(), "model loaded");
+    Ok((TorchBackend { classifier, device, pad_id }, labels, TextTokenizer(tokenizer)))
+}
+
+impl Backend for TorchBackend {
+    fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
+        // libtorch's errors (memory of a GPU above all) are panics here. Weights are only read, so nothing is left half changed, and
+        // the next batch may well fit.
+        let logits = catch_unwind(AssertUnwindSafe(|| {
+            let (ids, mask) = pad(rows, self.pad_id);
+            self.classifier.forward(&ids, &mask)
+        }));
+        let logits = logits.map_err(|panic| BackendError(describe(&*panic)))?;
+        Vec::<Vec<f32>>::try_from(logits).map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn call_cost(&self) -> usize {
+        // On a GPU a call of a small encoder takes as long as some thousand tokens, on a CPU as long as a handful.
+        if self.device.is_cuda() { 2048 } else { 12 }
+    }
+}
+
+/// The first line of a panic's message: libtorch appends a stack.
+fn describe(panic: &(dyn std::any::Any + Send)) -> String {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    message.and_then(|message| message.lines().next()).unwrap_or("a panic").to_owned()
+}
+
+/// The model's tokenizer.
+pub struct TextTokenizer(Tokenizer);
+
+impl Tokenize for TextTokenizer {
+    fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
+        self.0.encode_batch(texts, max_length).map_err(|error| error.to_string())
+    }
+}

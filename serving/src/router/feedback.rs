@@ -1,0 +1,167 @@
+//! `POST /v1/feedback`: what the answer should have been. Accepted only when it is kept for good.
+
+use std::{fmt, sync::Arc};
+
+use athanor_contract::{
+    event::{Event, EventData, Feedback},
+    serve::RouterConfig,
+};
+use axum::http::StatusCode;
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
+};
+use uuid::Uuid;
+
+use super::{events, gateway::Gateway};
+use crate::http::ApiError;
+
+/// Items of one request.
+const MAX_ITEMS: usize = 256;
+/// Bytes of a comment.
+const MAX_COMMENT: usize = 4096;
+/// Labels that an error lists.
+const LISTED_LABELS: usize = 50;
+
+/// Feedback to one input of one request.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Item {
+    pub request_id: String,
+    #[serde(default)]
+    pub index: u32,
+    pub expected_label: String,
+    #[serde(default)]
+    pub comment: Option<String>,
+}
+
+/// One item or a list of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Items {
+    pub items: Vec<Item>,
+    /// Whether they came as a list: errors then name the element.
+    pub list: bool,
+}
+
+impl<'de> Deserialize<'de> for Items {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMany;
+        impl<'de> Visitor<'de> for OneOrMany {
+            type Value = Items;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a feedback object or a list of them")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Items, A::Error> {
+                Item::deserialize(MapAccessDeserializer::new(map)).map(|item| Items { items: vec![item], list: false })
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Items, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = elements.next_element()? {
+                    items.push(item);
+                }
+                Ok(Items { items, list: true })
+            }
+        }
+        deserializer.deserialize_any(OneOrMany)
+    }
+}
+
+/// The body of a 202.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    pub accepted: usize,
+}
+
+/// Checks all items, then publishes all of them; nothing is published when one is wrong.
+pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiError> {
+    let Some(config) = gateway.records() else {
+        let message = "this deployment records no events, so it takes no feedback";
+        return Err(ApiError::new(StatusCode::NOT_FOUND, "feedback_off", message));
+    };
+    let unprocessable = |code, message: String| ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, code, message);
+    if items.items.is_empty() {
+        return Err(unprocessable("feedback_empty", "there is no feedback in the list".into()));
+    }
+    if items.items.len() > MAX_ITEMS {
+        let message = format!("{} items; at most {MAX_ITEMS} in one request", items.items.len());
+        return Err(unprocessable("too_many_items", message));
+    }
+    let mut keys = Vec::with_capacity(items.items.len());
+    for (position, item) in items.items.iter().enumerate() {
+        let path = |field: &str| if items.list { format!("[{position}].{field}") } else { field.to_owned() };
+        keys.push((check(gateway, item, &path)?, item.index));
+    }
+    let sink = gateway.events.get().ok_or_else(|| {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "events_unavailable", "events cannot be kept at the moment")
+    })?;
+    let trace_parent = athanor_telemetry::propagation::current_traceparent();
+    let labels: Vec<String> = items.items.iter().map(|item| item.expected_label.clone()).collect();
+    let events = items.items.into_iter().map(|item| event(&config, item, trace_parent.clone())).collect();
+    sink.publish_durable(events).await.map_err(|error| {
+        tracing::error!(error, "feedback could not be kept");
+        ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "events_unavailable",
+            "the feedback could not be kept; send it again",
+        )
+    })?;
+    for (key, label) in keys.iter().zip(&labels) {
+        if let Some(answer) = gateway.recent.judge(*key) {
+            gateway.analysis.of(&answer.revision).judged(*answer.label == **label);
+        }
+    }
+    Ok(Accepted { accepted: keys.len() })
+}
+
+fn check(gateway: &Gateway, item: &Item, path: &dyn Fn(&str) -> String) -> Result<Uuid, ApiError> {
+    let shown: String = item.request_id.chars().take(80).collect();
+    let uuid = gateway.ids.verify(&item.request_id).map_err(|error| {
+        ApiError::new(StatusCode::NOT_FOUND, "request_not_found", format!("there is no request {shown:?}: {error}"))
+            .param(path("request_id"))
+    })?;
+    if let Some(comment) = item.comment.as_ref().filter(|comment| comment.len() > MAX_COMMENT) {
+        let message = format!("the comment has {} bytes; at most {MAX_COMMENT}", comment.len());
+        return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "comment_too_long", message).param(path("comment")));
+    }
+    let answer = gateway.recent.get((uuid, item.index));
+    if answer.is_none() && item.index > 0 && gateway.recent.get((uuid, 0)).is_some() {
+        let message = format!("request {shown:?} had no input {}", item.index);
+        return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "no_such_input", message).param(path("index")));
+    }
+    let known: Vec<String> = match answer.and_then(|answer| gateway.labels.get(&answer.revision)) {
+        Some(labels) => labels.to_vec(),
+        None => gateway.labels.all().into_iter().collect(),
+    };
+    if known.is_empty() {
+        let message = "the model's labels are not known yet; send the feedback again";
+        return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "labels_unknown", message));
+    }
+    if !known.contains(&item.expected_label) {
+        let label: String = item.expected_label.chars().take(80).collect();
+        let more = if known.len() > LISTED_LABELS { ", ..." } else { "" };
+        let listed = known.iter().take(LISTED_LABELS).map(|label| format!("{label:?}")).collect::<Vec<_>>().join(", ");
+        let message = format!("the model has no label {label:?}; its labels are {listed}{more}");
+        return Err(
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "unknown_label", message).param(path("expected_label"))
+        );
+    }
+    Ok(uuid)
+}
+
+fn event(config: &Arc<RouterConfig>, item: Item, trace_parent: Option<String>) -> Event {
+    Event {
+        id: Uuid::now_v7().to_string(),
+        source: events::source(config),
+        time: jiff::Timestamp::now().to_string(),
+        trace_parent,
+        data: EventData::Feedback(Feedback {
+            request_id: item.request_id,
+            index: item.index,
+            expected_label: item.expected_label,
+            comment: item.comment,
+        }),
+    }
+}

@@ -1,0 +1,46 @@
+//! A service with a rule for a model, for the tests of HTTP, gRPC and the router.
+
+use std::sync::{Arc, Mutex};
+
+use athanor_contract::serve::{ServeConfig, ServeLimits};
+
+use crate::{
+    engine::{Backend, BackendError, Engine},
+    service::{Service, Tokenize},
+};
+
+/// One token a word: its length.
+struct Words;
+
+impl Tokenize for Words {
+    fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
+        Ok(texts.iter().map(|text| text.split(' ').map(|word| word.len() as u32).take(max_length).collect()).collect())
+    }
+}
+
+/// Answers "positive", with three to one, to a first word of more than three letters; stands still while a test holds the gate.
+struct Rule(Arc<Mutex<()>>);
+
+impl Backend for Rule {
+    fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let _gate = self.0.lock().map_err(|error| BackendError(error.to_string()))?;
+        Ok(rows.iter().map(|row| if row[0] > 3 { vec![0.0, 3f32.ln()] } else { vec![3f32.ln(), 0.0] }).collect())
+    }
+}
+
+/// Model `reviews`, revision `reviews-1`, at most 3 inputs a request, 3 waiting and 300 bytes; and the gate that holds its model.
+pub fn service() -> (Arc<Service>, Arc<Mutex<()>>) {
+    let limits = ServeLimits { max_body_bytes: 300, max_inputs: 3, queue_inputs: 3, ..ServeLimits::default() };
+    let config = ServeConfig {
+        model_name: "reviews".into(),
+        revision: "reviews-1".into(),
+        model_uri: "file:///nowhere".into(),
+        http_port: Default::default(),
+        grpc_port: Default::default(),
+        limits,
+    };
+    let gate = Arc::new(Mutex::new(()));
+    let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
+    let labels = vec!["negative".into(), "positive".into()];
+    (Arc::new(Service::new(&config, labels, Arc::new(Words), engine)), gate)
+}

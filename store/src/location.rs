@@ -1,0 +1,137 @@
+//! One place in a store: a file, or a folder of files.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path};
+
+use crate::StoreError;
+
+/// A place in a store.
+#[derive(Clone)]
+pub struct Location {
+    pub store: Arc<dyn ObjectStore>,
+    pub path: Path,
+    /// As the user wrote it, for messages.
+    pub uri: String,
+}
+
+impl std::fmt::Debug for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Location").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+/// Opens a URI; nothing is read yet, so only the URI's form and the environment can be wrong here.
+pub fn open(uri: &str) -> Result<Location, StoreError> {
+    let invalid = |message: String| StoreError::Invalid { uri: uri.to_owned(), message };
+    let url = url::Url::parse(uri).map_err(|error| invalid(format!("not a URI: {error}")))?;
+    let schemes = ["s3", "gs", "az", "http", "https", "file"];
+    if !schemes.contains(&url.scheme()) {
+        return Err(invalid(format!("unknown scheme {:?}, known: {}", url.scheme(), schemes.join(", "))));
+    }
+    if url.scheme() == "file" && url.host_str().is_some_and(|host| !host.is_empty()) {
+        return Err(invalid("a file URI has three slashes: file:///folder/file".into()));
+    }
+    // Every option by its usual environment variable; what a provider does not know is left out.
+    let options = std::env::vars()
+        .map(|(name, value)| (name.to_ascii_lowercase(), value))
+        .filter(|(name, _)| ["aws_", "google_", "azure_"].iter().any(|prefix| name.starts_with(prefix)))
+        .map(|(name, value)| (if name == "aws_endpoint_url" { "aws_endpoint".to_owned() } else { name }, value))
+        // A plain-text endpoint is one the user wrote down as such.
+        .chain([("allow_http".to_owned(), "true".to_owned())]);
+    let (store, path) = object_store::parse_url_opts(&url, options).map_err(|error| invalid(error.to_string()))?;
+    Ok(Location { store: Arc::from(store), path, uri: uri.to_owned() })
+}
+
+impl Location {
+    /// A place below this one; `name` may hold slashes.
+    pub fn child(&self, name: &str) -> Location {
+        let mut path = self.path.clone();
+        for part in name.split('/').filter(|part| !part.is_empty()) {
+            path = path.join(part);
+        }
+        Location { store: self.store.clone(), path, uri: format!("{}/{name}", self.uri.trim_end_matches('/')) }
+    }
+
+    /// The whole object.
+    pub async fn read(&self) -> Result<Bytes, StoreError> {
+        let result = self.store.get(&self.path).await.map_err(|error| self.error(error))?;
+        result.bytes().await.map_err(|error| self.error(error))
+    }
+
+    /// Writes the whole object; it appears complete or not at all.
+    pub async fn write(&self, bytes: Bytes) -> Result<(), StoreError> {
+        self.store.put(&self.path, PutPayload::from_bytes(bytes)).await.map_err(|error| self.error(error))?;
+        Ok(())
+    }
+
+    /// Deletes one object; none there is fine.
+    pub async fn delete(&self) -> Result<(), StoreError> {
+        match self.store.delete(&self.path).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.error(error)),
+        }
+    }
+
+    /// Names of the objects below this folder, relative to it, sorted.
+    pub async fn list(&self) -> Result<Vec<String>, StoreError> {
+        let found: Vec<_> = self.store.list(Some(&self.path)).try_collect().await.map_err(|error| self.error(error))?;
+        let prefix = format!("{}/", self.path);
+        let mut names: Vec<String> = found
+            .iter()
+            .map(|object| object.location.as_ref())
+            .map(|name| name.strip_prefix(&prefix).unwrap_or(name).to_owned())
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+
+    pub async fn exists(&self) -> Result<bool, StoreError> {
+        match self.store.head(&self.path).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(self.error(error)),
+        }
+    }
+
+    /// What tells one content of this object from another without reading it: its ETag, else size and time.
+    pub async fn version(&self) -> Result<String, StoreError> {
+        let meta = self.store.head(&self.path).await.map_err(|error| self.error(error))?;
+        Ok(meta.e_tag.unwrap_or_else(|| format!("{}-{}", meta.size, meta.last_modified.timestamp_micros())))
+    }
+
+    fn error(&self, error: object_store::Error) -> StoreError {
+        StoreError::of(&self.uri, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn files_are_written_listed_and_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = open(&format!("file://{}", folder.path().display())).unwrap();
+        let file = root.child("a/b.txt");
+        assert!(!file.exists().await.unwrap());
+        assert!(matches!(file.read().await, Err(StoreError::NotFound { .. })));
+        file.write(Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(root.list().await.unwrap(), ["a/b.txt"]);
+        assert_eq!(file.read().await.unwrap(), "x");
+        file.delete().await.unwrap();
+        file.delete().await.unwrap();
+        assert!(!file.exists().await.unwrap());
+    }
+
+    #[test]
+    fn a_wrong_uri_is_the_users_error() {
+        for (uri, part) in [("nonsense", "not a URI"), ("ftp://x/y", "unknown scheme"), ("file://relative/x", "three slashes")] {
+            let error = open(uri).unwrap_err();
+            assert!(error.is_user_error(), "{uri}");
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! `/metrics`, `/healthz` and `/readyz`.
+
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
+
+use axum::{Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse, routing::get};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Seconds, from a fast encoder call to a slow drain.
+const SECONDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+];
+/// Counts of things in a batch.
+const INPUTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+
+/// Renders what the `metrics` macros recorded.
+#[derive(Clone)]
+pub struct MetricsHandle(PrometheusHandle);
+
+impl MetricsHandle {
+    /// Prometheus text format.
+    pub fn render(&self) -> String {
+        self.0.run_upkeep();
+        self.0.render()
+    }
+}
+
+/// The recorder of this process, installed at the first call.
+pub fn metrics() -> MetricsHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    let handle = HANDLE.get_or_init(|| {
+        PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_inputs".into()), INPUTS))
+            .expect("the buckets are not empty")
+            .install_recorder()
+            .expect("no other recorder is installed in this process")
+    });
+    MetricsHandle(handle.clone())
+}
+
+/// Whether the process can take work; starts as not ready.
+#[derive(Clone, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Release);
+    }
+
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// `/metrics`, `/healthz` (the process answers) and `/readyz` (it can take work).
+pub fn ops_router(handle: MetricsHandle, ready: Readiness) -> Router {
+    let metrics = get(async |State(handle): State<MetricsHandle>| {
+        ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], handle.render())
+    })
+    .with_state(handle);
+    let readyz = get(async |State(ready): State<Readiness>| {
+        if ready.get() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") }.into_response()
+    })
+    .with_state(ready);
+    Router::new().route("/metrics", metrics).route("/healthz", get("ok\n")).route("/readyz", readyz)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, http::Request};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn readiness_and_metrics_are_served() {
+        let ready = Readiness::new();
+        let router = ops_router(metrics(), ready.clone());
+        let status = async |path: &str| {
+            router.clone().oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap().status()
+        };
+        assert_eq!(status("/readyz").await, StatusCode::SERVICE_UNAVAILABLE);
+        ready.set(true);
+        assert_eq!(status("/readyz").await, StatusCode::OK);
+        assert_eq!(status("/healthz").await, StatusCode::OK);
+        metrics::counter!("athanor_test_total").increment(2);
+        metrics::histogram!("athanor_test_seconds").record(0.3);
+        let text = metrics().render();
+        assert!(text.contains("athanor_test_total 2"), "{text}");
+        assert!(text.contains("athanor_test_seconds_bucket{le=\"0.5\"} 1"), "{text}");
+    }
+}

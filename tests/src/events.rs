@@ -1,0 +1,67 @@
+//! Reading a deployment's topic, to count what arrived.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Context, Result};
+use athanor_contract::event::attribute;
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+    message::Headers,
+};
+
+pub const BOOTSTRAP: &str = "192.0.2.1:9092";
+
+/// One record of the topic.
+#[derive(Clone, Debug)]
+pub struct Record {
+    pub partition: i32,
+    pub offset: i64,
+    pub id: String,
+    pub kind: String,
+    pub trace_parent: Option<String>,
+    pub request_id: String,
+}
+
+/// Every record of a topic from its beginning up to now. Blocking.
+pub fn read_all(topic: &str) -> Result<Vec<Record>> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", BOOTSTRAP)
+        .set("group.id", "athanor-demo-audit")
+        .set("enable.auto.commit", "false")
+        .create()
+        .context("Kafka consumer")?;
+    let timeout = Duration::from_secs(20);
+    let metadata = consumer.fetch_metadata(Some(topic), timeout).context("Kafka metadata")?;
+    let mut ends = BTreeMap::new();
+    let mut assignment = TopicPartitionList::new();
+    for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), timeout)?;
+        if high > low {
+            ends.insert(partition.id(), high);
+            assignment.add_partition_offset(topic, partition.id(), Offset::Offset(low))?;
+        }
+    }
+    consumer.assign(&assignment)?;
+    let mut records = Vec::new();
+    while !ends.is_empty() {
+        let message = consumer.poll(timeout).context("the topic ended early")??;
+        let header = |name: &str| {
+            let headers = message.headers()?;
+            let found = headers.iter().find(|header| header.key == name)?;
+            found.value.map(|value| String::from_utf8_lossy(value).into_owned())
+        };
+        records.push(Record {
+            partition: message.partition(),
+            offset: message.offset(),
+            id: header(attribute::ID).unwrap_or_default(),
+            kind: header(attribute::TYPE).unwrap_or_default(),
+            trace_parent: header(attribute::TRACE_PARENT),
+            request_id: message.key().map(|key| String::from_utf8_lossy(key).into_owned()).unwrap_or_default(),
+        });
+        if ends.get(&message.partition()).is_some_and(|end| message.offset() + 1 >= *end) {
+            ends.remove(&message.partition());
+        }
+    }
+    Ok(records)
+}

@@ -1,0 +1,14 @@
+//! The harness of the demo and of the tests that need a real API server or a real cluster.
+//!
+//! Nothing here stands in for a part of the product: Kubernetes, Kafka, S3 and Prometheus are the real ones that `cluster/up` starts,
+//! and Athanor's own processes run from the images or as binaries. Trainer and server are never linked.
+
+pub mod apiserver;
+pub mod cluster;
+pub mod events;
+pub mod otlp;
+pub mod paths;
+pub mod prometheus;
+pub mod sentiment;
+pub mod storage;
+pub mod traffic;

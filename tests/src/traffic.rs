@@ -1,0 +1,164 @@
+//! Clients of a deployment: they classify texts, post feedback, and count every failure.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use athanor_contract::serve::header;
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::sentiment::Text;
+
+/// An answer to one text.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub request_id: String,
+    pub revision: String,
+    pub label: String,
+}
+
+/// What was sent and what went wrong, over all clones.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub requests: AtomicU64,
+    pub failures: AtomicU64,
+    pub feedback: AtomicU64,
+    pub feedback_failures: AtomicU64,
+}
+
+/// A client of one deployment.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    /// `http://host:port`, without a path.
+    base: String,
+    pub counts: Arc<Counts>,
+}
+
+impl Client {
+    pub fn new(base: impl Into<String>) -> Result<Self> {
+        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(40)).build()?;
+        Ok(Self { http, base: base.into(), counts: Arc::default() })
+    }
+
+    /// Classifies one text; `revision` pins the answer to one revision.
+    pub async fn classify(&self, text: &str, revision: Option<&str>) -> Result<Answer> {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+        let answer = self.try_classify(text, revision).await;
+        if answer.is_err() {
+            self.counts.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        answer
+    }
+
+    async fn try_classify(&self, text: &str, revision: Option<&str>) -> Result<Answer> {
+        let mut request = self.http.post(format!("{}/v1/classify", self.base)).json(&json!({"input": text}));
+        if let Some(revision) = revision {
+            request = request.header(header::REVISION, revision);
+        }
+        let response = request.send().await?;
+        let status = response.status();
+        let field = |name: &str| {
+            response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+        };
+        let (request_id, answered_by) = (field(header::REQUEST_ID), field(header::REVISION));
+        let body: Value = response.json().await.context("the answer is not JSON")?;
+        ensure!(status.is_success(), "{status}: {body}");
+        let label = body["data"][0]["label"].as_str().with_context(|| format!("no label in {body}"))?.to_owned();
+        if revision.is_some_and(|revision| revision != answered_by) {
+            bail!("asked revision {revision:?}, {answered_by} answered");
+        }
+        Ok(Answer { request_id, revision: answered_by, label })
+    }
+
+    /// Posts the true label of a request.
+    pub async fn feedback(&self, request_id: &str, label: &str) -> Result<()> {
+        self.counts.feedback.fetch_add(1, Ordering::Relaxed);
+        let body = json!({"request_id": request_id, "expected_label": label});
+        let sent = async {
+            let response = self.http.post(format!("{}/v1/feedback", self.base)).json(&body).send().await?;
+            let status = response.status();
+            ensure!(status.is_success(), "feedback: {status}: {}", response.text().await.unwrap_or_default());
+            Ok(())
+        };
+        let sent = sent.await;
+        if sent.is_err() {
+            self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+        }
+        sent
+    }
+
+    /// Sends texts `concurrency` at a time, with the true label of every one of which `labelled` says so. Calls `done` after each.
+    /// Returns the share of right answers.
+    pub async fn replay(
+        &self,
+        texts: &[Text],
+        concurrency: usize,
+        labelled: impl Fn(usize) -> bool,
+        done: impl Fn(),
+    ) -> Result<f64> {
+        let (labelled, done) = (&labelled, &done);
+        let right: Vec<Result<bool>> = futures::stream::iter(texts.iter().enumerate())
+            .map(async |(index, text)| {
+                let answer = self.classify(&text.text, None).await?;
+                if labelled(index) {
+                    self.feedback(&answer.request_id, text.label).await?;
+                }
+                done();
+                Ok(answer.label == text.label)
+            })
+            .buffer_unordered(concurrency)
+            .collect()
+            .await;
+        let right = right.into_iter().collect::<Result<Vec<bool>>>()?;
+        Ok(right.iter().filter(|right| **right).count() as f64 / right.len().max(1) as f64)
+    }
+
+    /// Accuracy of one revision on texts it never saw.
+    pub async fn exam(&self, texts: &[Text], revision: &str) -> Result<f64> {
+        let right: Vec<Result<bool>> = futures::stream::iter(texts)
+            .map(async |text| Ok(self.classify(&text.text, Some(revision)).await?.label == text.label))
+            .buffer_unordered(16)
+            .collect()
+            .await;
+        let right = right.into_iter().collect::<Result<Vec<bool>>>()?;
+        ensure!(!right.is_empty(), "an exam without texts");
+        Ok(right.iter().filter(|right| **right).count() as f64 / right.len() as f64)
+    }
+
+    /// Sends texts over and over, `per_second` of them, until the task is dropped. Failures are counted and printed.
+    pub fn background(&self, texts: Vec<Text>, per_second: u32) -> Background {
+        let client = self.clone();
+        let task = tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second.max(1));
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+            for text in texts.iter().cycle() {
+                ticks.tick().await;
+                let (client, text) = (client.clone(), text.text.clone());
+                tokio::spawn(async move {
+                    let started = Instant::now();
+                    if let Err(error) = client.classify(&text, None).await {
+                        eprintln!("request failed after {:.1} s: {error:#}", started.elapsed().as_secs_f64());
+                    }
+                });
+            }
+        });
+        Background(task)
+    }
+}
+
+/// Traffic that ends when this is dropped.
+pub struct Background(JoinHandle<()>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

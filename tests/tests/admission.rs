@@ -1,0 +1,156 @@
+//! What a real API server takes and refuses by the CRDs alone: unknown fields, unions, ranges, immutability.
+
+use anyhow::Result;
+use athanor_tests::apiserver::ApiServer;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+use serde_json::{Value, json};
+
+fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("athanor.dev", "v1alpha1", kind));
+    Api::namespaced_with(client.clone(), "default", &resource)
+}
+
+fn job(change: impl Fn(&mut Value)) -> Value {
+    let mut spec = json!({
+        "model": {"from": "s3://bucket/model", "task": "TextClassification"},
+        "data": {"sources": [{"name": "reviews", "uri": "s3://bucket/reviews.csv"}]},
+        "output": {"to": "s3://bucket/out"},
+    });
+    change(&mut spec);
+    json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"generateName": "job-"}, "spec": spec})
+}
+
+fn deployment(change: impl Fn(&mut Value)) -> Value {
+    let mut spec = json!({"model": {"from": "s3://bucket/model"}});
+    change(&mut spec);
+    json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"generateName": "deployment-"}, "spec": spec})
+}
+
+/// Creates as `kubectl` does, with strict validation of fields. The message when refused.
+async fn create(client: &Client, object: &Value) -> Result<DynamicObject, String> {
+    let kind = object["kind"].as_str().unwrap();
+    // kube's PostParams carries no fieldValidation, so the request is built by hand.
+    let plural = if kind == "FineTuneJob" { "finetunejobs" } else { "modeldeployments" };
+    let uri = format!("/apis/athanor.dev/v1alpha1/namespaces/default/{plural}?fieldValidation=Strict");
+    let request = http_request(&uri, object);
+    client.request::<DynamicObject>(request).await.map_err(|error| match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
+    })
+}
+
+fn http_request(uri: &str, body: &Value) -> http::Request<Vec<u8>> {
+    http::Request::post(uri).header("content-type", "application/json").body(serde_json::to_vec(body).unwrap()).unwrap()
+}
+
+#[tokio::test]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
+    let server = ApiServer::start().await?;
+    let client = &server.client;
+
+    // The smallest manifests are whole, and defaults are filled in.
+    let made = create(client, &job(|_| {})).await.unwrap();
+    assert_eq!(made.data["spec"]["hyperparameters"]["batchSize"], 32, "{}", made.data);
+    create(client, &deployment(|_| {})).await.unwrap();
+
+    let refused: Vec<(&str, Value)> = vec![
+        ("unknown field", job(|spec| spec["hyperparameters"] = json!({"learningrate": 0.1}))),
+        ("unknown field", job(|spec| spec["modle"] = json!({}))),
+        ("exactly one of uri and kafka", job(|spec| spec["data"]["sources"][0].as_object_mut().unwrap().retain(|key, _| key == "name"))),
+        (
+            "exactly one of uri and kafka",
+            job(|spec| {
+                spec["data"]["sources"][0]["kafka"] =
+                    json!({"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 0, "end": 5}]})
+            }),
+        ),
+        (
+            "begin must not be after end",
+            job(|spec| {
+                spec["data"]["sources"] = json!([{"name": "k", "kafka":
+                    {"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 9, "end": 5}]}}])
+            }),
+        ),
+        ("Duplicate value", job(|spec| {
+            let source = spec["data"]["sources"][0].clone();
+            spec["data"]["sources"].as_array_mut().unwrap().push(source);
+        })),
+        ("should match", job(|spec| spec["model"]["from"] = "ftp://somewhere".into())),
+        ("Unsupported value", job(|spec| spec["model"]["task"] = "Telepathy".into())),
+        ("should have at least 1 items", job(|spec| spec["data"]["sources"] = json!([]))),
+        ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"learningRate": 99}))),
+        ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"batchSize": 0}))),
+        ("epochs or maxSteps, not both", job(|spec| spec["hyperparameters"] = json!({"epochs": 1, "maxSteps": 5}))),
+        ("leave no rows to train on", job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50}))),
+        ("exactly one of minimum and minimumGain", job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy"}]}))),
+        ("needs a baseline", job(|spec| {
+            spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimumGain": "0.1"}]})
+        })),
+        ("should match", job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimum": "much"}]}))),
+        ("Required value", job(|spec| { spec.as_object_mut().unwrap().remove("output"); })),
+        ("exactly one of from and fromJob", deployment(|spec| spec["model"] = json!({}))),
+        ("exactly one of from and fromJob", deployment(|spec| {
+            spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})
+        })),
+        ("monitor needs feedback", deployment(|spec| spec["monitor"] = json!({}))),
+        ("must not fall", deployment(|spec| {
+            spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 50}, {"trafficPercent": 10}]}})
+        })),
+        ("less than or equal to", deployment(|spec| {
+            spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 200}]}})
+        })),
+    ];
+    for (part, object) in &refused {
+        match create(client, object).await {
+            Ok(_) => panic!("taken, but should be refused with {part:?}: {object}"),
+            Err(message) => assert!(message.contains(part), "{part:?} is not in: {message}\n{object}"),
+        }
+    }
+
+    // The specification of a job is fixed, but for what may change while it runs.
+    let jobs = api(client, "FineTuneJob");
+    let name = made.metadata.name.unwrap();
+    let merge = async |patch: Value| {
+        let patched = jobs.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        patched.map(|_| ()).map_err(|error| error.to_string())
+    };
+    merge(json!({"spec": {"suspend": true, "ttlSecondsAfterFinished": 60}})).await.unwrap();
+    let message = merge(json!({"spec": {"output": {"to": "s3://bucket/elsewhere"}}})).await.unwrap_err();
+    assert!(message.contains("immutable"), "{message}");
+
+    let deployments = api(client, "ModelDeployment");
+    let made = create(client, &deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}})));
+    let name = made.await.unwrap().metadata.name.unwrap();
+    let patch = json!({"spec": {"feedback": {"kafka": {"topic": "b"}}}});
+    let error = deployments.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap_err();
+    assert!(error.to_string().contains("topic is immutable"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn every_example_is_taken() -> Result<()> {
+    use serde::Deserialize;
+    let server = ApiServer::start().await?;
+    let folder = athanor_tests::paths::checkout().join("examples");
+    let mut taken = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let text = std::fs::read_to_string(&path)?;
+        for document in serde_yaml::Deserializer::from_str(&text) {
+            let mut object = Value::deserialize(document)?;
+            if object["apiVersion"] == "athanor.dev/v1alpha1" {
+                object["metadata"]["namespace"] = "default".into();
+                create(&server.client, &object).await.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                taken += 1;
+            }
+        }
+    }
+    assert!(taken >= 3, "only {taken} examples");
+    Ok(())
+}

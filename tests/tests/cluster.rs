@@ -1,0 +1,440 @@
+//! Kills and bad input on the real cluster, after `make demo`: real pods, real SIGKILL, the real broker stopped.
+//! Run with one test thread; each test has a namespace of its own.
+
+use std::{
+    collections::BTreeSet,
+    process::Command,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use athanor_contract::event;
+use athanor_crds::{FineTuneJob, ModelDeploymentStatus};
+use athanor_tests::{
+    cluster::{Cluster, condition, job_succeeded, kill_9, processes, wait},
+    events, paths,
+    sentiment::{self, HOME, Part, Text},
+    storage,
+    traffic::Client,
+};
+use kube::{ResourceExt, api::ListParams};
+use serde_json::{Value, json};
+
+const MINUTES: Duration = Duration::from_secs(60);
+
+/// A job of some steps on the demo's data.
+fn job(name: &str, change: impl Fn(&mut Value)) -> String {
+    let mut job = json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name},
+        "spec": {
+            "model": {"from": "s3://athanor/models/minilm-l6", "task": "TextClassification"},
+            "data": {"sources": [{"name": "rows", "uri": "s3://athanor/tests/rows.csv"}]},
+            "hyperparameters": {"maxSteps": 60, "batchSize": 32, "precision": "BF16"},
+            "checkpoint": {"everySteps": 10},
+            "output": {"to": "s3://athanor/tests/out"},
+            "credentialsSecretName": "s3-credentials",
+        },
+    });
+    change(&mut job["spec"]);
+    job.to_string()
+}
+
+/// A fresh namespace, and the rows every test trains on.
+async fn prepare(namespace: &str) -> Result<Cluster> {
+    let cluster = Cluster::connect().await?;
+    cluster.delete_namespace(namespace).await?;
+    cluster.namespace(namespace).await?;
+    let rows = sentiment::texts(&HOME, Part::Training)?;
+    storage::put(&storage::bucket()?, "tests/rows.csv", sentiment::csv(&rows[..2000]).into_bytes()).await?;
+    Ok(cluster)
+}
+
+/// The newest artifact that the demo's first job wrote.
+async fn demo_artifact(cluster: &Cluster) -> Result<String> {
+    let job = cluster.jobs("demo").get("sentiment").await.context("run make demo first")?;
+    Ok(job.status.and_then(|status| status.summary).context("the demo's job has no summary")?.artifact)
+}
+
+async fn step(cluster: &Cluster, namespace: &str, name: &str) -> Result<u64> {
+    let job: FineTuneJob = cluster.jobs(namespace).get(name).await?;
+    Ok(job.status.and_then(|status| status.progress).map_or(0, |progress| progress.step))
+}
+
+async fn kill_operator(cluster: &Cluster) -> Result<()> {
+    // A restart takes longer each time (CrashLoopBackOff), so there may be a moment without a process.
+    wait("there is an operator to kill", MINUTES * 2, async || {
+        let pods = cluster.select("athanor-system", "").await?;
+        let pids: Vec<u32> = pods.iter().flat_map(|pod| processes(pod, "athanor-operator")).collect();
+        if pids.is_empty() {
+            return Ok(None);
+        }
+        kill_9(&pids).map(Some)
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn a_killed_rank_restarts_the_gang_from_the_last_checkpoint() -> Result<()> {
+    let namespace = "kill-rank";
+    let cluster = prepare(namespace).await?;
+    cluster.apply(namespace, &job("killed", |spec| spec["distributed"] = json!({"numNodes": 2}))).await?;
+    wait("step 25", MINUTES * 3, async || Ok((step(&cluster, namespace, "killed").await? >= 25).then_some(()))).await?;
+    let pods = cluster.select(namespace, "batch.kubernetes.io/job-completion-index=1").await?;
+    let pids: Vec<u32> = pods.iter().flat_map(|pod| processes(pod, "athanor-trainer")).collect();
+    kill_9(&pids)?;
+    let killed = Instant::now();
+
+    let steps = std::cell::RefCell::new(Vec::new());
+    let job = job_succeeded(&cluster, namespace, "killed", MINUTES * 4, |job| {
+        if let Some(status) = &job.status
+            && status.restarts == 1
+            && let Some(progress) = &status.progress
+        {
+            steps.borrow_mut().push(progress.step);
+        }
+    })
+    .await?;
+    let status = job.status.unwrap_or_default();
+    ensure!(status.restarts == 1, "restarts: {}", status.restarts);
+    let summary = status.summary.context("no summary")?;
+    ensure!(summary.steps == 60, "steps: {}", summary.steps);
+    let first = steps.borrow().iter().copied().find(|step| *step > 0).unwrap_or_default();
+    println!("restarted, first step seen {first}, done {:.1} s after the kill", killed.elapsed().as_secs_f64());
+    // The log of the second gang says where it resumed.
+    let pods = cluster.select(namespace, "batch.kubernetes.io/job-completion-index=0").await?;
+    let mut logs = String::new();
+    for pod in pods {
+        logs += &cluster.pods(namespace).logs(&pod.name_any(), &Default::default()).await.unwrap_or_default();
+    }
+    let resumed = logs.lines().find(|line| line.contains("resum")).context("no pod says that it resumed")?;
+    println!("{resumed}");
+    cluster.delete_namespace(namespace).await
+}
+
+fn deployment(name: &str, change: impl Fn(&mut Value)) -> String {
+    let mut deployment = json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": name},
+        "spec": {"model": {}, "replicas": 1, "credentialsSecretName": "s3-credentials"},
+    });
+    change(&mut deployment["spec"]);
+    deployment.to_string()
+}
+
+async fn status(cluster: &Cluster, namespace: &str, name: &str) -> Result<ModelDeploymentStatus> {
+    Ok(cluster.deployments(namespace).get(name).await?.status.unwrap_or_default())
+}
+
+async fn ready(cluster: &Cluster, namespace: &str, name: &str) -> Result<String> {
+    wait("the deployment is Ready", MINUTES * 3, async || {
+        let status = status(cluster, namespace, name).await?;
+        let ready = condition(&status.conditions, "Ready").is_some_and(|condition| condition.status == "True");
+        Ok(status.current_revision.filter(|_| ready).map(|revision| revision.name))
+    })
+    .await
+}
+
+/// A client that has had its first answer.
+async fn client(cluster: &Cluster, namespace: &str, name: &str) -> Result<Client> {
+    let client = Client::new(cluster.service(namespace, name).await?)?;
+    wait("the router answers", MINUTES, async || Ok(client.classify("first", None).await.is_ok().then_some(()))).await?;
+    client.counts.requests.store(0, Ordering::Relaxed);
+    client.counts.failures.store(0, Ordering::Relaxed);
+    Ok(client)
+}
+
+#[tokio::test]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
+    let namespace = "kill-operator";
+    let cluster = prepare(namespace).await?;
+    let retraining: Value = serde_json::from_str(&job("template", |spec| spec["hyperparameters"]["maxSteps"] = 15.into()))?;
+    let topic = format!("athanor.{namespace}.loop-{}", std::process::id());
+    cluster.apply(namespace, &job("first", |spec| spec["hyperparameters"]["maxSteps"] = 30.into())).await?;
+    let manifest = deployment("loop", |spec| {
+        spec["model"] = json!({"fromJob": {"name": "first"}});
+        spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 50, "pauseSeconds": 3}, {"trafficPercent": 100, "pauseSeconds": 1}],
+            "analysis": {"minimumRequests": 10}}});
+        spec["feedback"] = json!({"kafka": {"bootstrapServers": events::BOOTSTRAP, "topic": topic}});
+        spec["monitor"] = json!({"windowPredictions": 50, "minimumLabels": 30});
+        spec["retrain"] = json!({"minimumSamples": 60, "cooldownSeconds": 3600, "template": {"spec": retraining["spec"]}});
+    });
+    cluster.apply(namespace, &manifest).await?;
+
+    wait("training has begun", MINUTES * 2, async || Ok((step(&cluster, namespace, "first").await? >= 5).then_some(()))).await?;
+    kill_operator(&cluster).await?;
+    job_succeeded(&cluster, namespace, "first", MINUTES * 4, |_| {}).await?;
+    // The rollout is under way as soon as the job is done.
+    kill_operator(&cluster).await?;
+    let champion = ready(&cluster, namespace, "loop").await?;
+
+    let client = client(&cluster, namespace, "loop").await?;
+    let texts = sentiment::texts(&HOME, Part::Traffic)?;
+    for text in &texts[..150] {
+        let answer = client.classify(&text.text, None).await?;
+        // People who disagree with every answer: the labelled accuracy falls to zero.
+        let wrong = if answer.label == "positive" { "negative" } else { "positive" };
+        client.feedback(&answer.request_id, wrong).await?;
+    }
+    let _background = client.background(texts, 10);
+    wait("a retraining starts", MINUTES * 3, async || {
+        Ok(status(&cluster, namespace, "loop").await?.retraining.map(|_| ()))
+    })
+    .await?;
+    kill_operator(&cluster).await?;
+    let challenger = wait("the challenger takes over", MINUTES * 6, async || {
+        let current = status(&cluster, namespace, "loop").await?.current_revision;
+        Ok(current.map(|revision| revision.name).filter(|name| *name != champion))
+    })
+    .await?;
+    println!("{champion} -> {challenger}");
+
+    let jobs = cluster.jobs(namespace).list(&ListParams::default()).await?.items;
+    let names: Vec<String> = jobs.iter().map(ResourceExt::name_any).collect();
+    ensure!(jobs.len() == 2, "one job and one retraining expected, found {names:?}");
+    for job in &jobs {
+        let status = job.status.clone().unwrap_or_default();
+        ensure!(status.restarts == 0 && status.attempt <= 1, "{}: {} restarts, attempt {}", job.name_any(), status.restarts, status.attempt);
+    }
+    ensure!(client.counts.failures.load(Ordering::Relaxed) == 0, "requests failed");
+    cluster.delete_namespace(namespace).await
+}
+
+#[tokio::test]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn a_killed_server_fails_no_request() -> Result<()> {
+    let namespace = "kill-server";
+    let cluster = prepare(namespace).await?;
+    let artifact = demo_artifact(&cluster).await?;
+    let manifest = deployment("served", |spec| {
+        spec["model"] = json!({"from": artifact});
+        spec["replicas"] = 2.into();
+    });
+    cluster.apply(namespace, &manifest).await?;
+    ready(&cluster, namespace, "served").await?;
+    let client = client(&cluster, namespace, "served").await?;
+    let servers = async || {
+        let pods = cluster.select(namespace, "app.kubernetes.io/component=server").await?;
+        Ok::<_, anyhow::Error>(pods)
+    };
+    let _background = client.background(sentiment::texts(&HOME, Part::Traffic)?, 100);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for round in 0..2 {
+        let pods = servers().await?;
+        let victim = pods.iter().find(|pod| !processes(pod, "athanor-server").is_empty()).context("no server process")?;
+        kill_9(&processes(victim, "athanor-server"))?;
+        println!("round {round}: killed {}", victim.name_any());
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        wait("both servers are ready again", MINUTES * 2, async || {
+            let ready = servers().await?.iter().filter(|pod| {
+                let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+                conditions.is_some_and(|all| all.iter().any(|one| one.type_ == "Ready" && one.status == "True"))
+            });
+            Ok((ready.count() >= 2).then_some(()))
+        })
+        .await?;
+    }
+    let (sent, failed) =
+        (client.counts.requests.load(Ordering::Relaxed), client.counts.failures.load(Ordering::Relaxed));
+    println!("{sent} requests, {failed} failed");
+    ensure!(sent > 500 && failed == 0, "{failed} of {sent} requests failed");
+
+    bad_requests(&cluster, namespace, "served").await?;
+    cluster.delete_namespace(namespace).await
+}
+
+/// Requests that cannot be answered get a 4xx and a reason, and leave the server well.
+async fn bad_requests(cluster: &Cluster, namespace: &str, name: &str) -> Result<()> {
+    let base = cluster.service(namespace, name).await?;
+    let http = reqwest::Client::builder().no_proxy().build()?;
+    let post = async |path: &str, body: Vec<u8>| {
+        let response = http.post(format!("{base}{path}")).header("content-type", "application/json").body(body).send().await?;
+        let status = response.status().as_u16();
+        Ok::<_, anyhow::Error>((status, response.text().await?))
+    };
+    let big = json!({"input": "x".repeat(3 << 20)}).to_string().into_bytes();
+    let many = json!({"input": vec!["x"; 5000]}).to_string().into_bytes();
+    for (path, body, statuses, reason) in [
+        ("/v1/classify", b"{\"input\": ".to_vec(), &[400][..], ""),
+        ("/v1/classify", b"{\"inputs\": \"x\"}".to_vec(), &[400, 422], "input"),
+        ("/v1/classify", b"{\"input\": 7}".to_vec(), &[400, 422], "input"),
+        ("/v1/classify", b"{\"input\": []}".to_vec(), &[400, 422], "input"),
+        ("/v1/classify", b"{\"input\": \"\xff\xfe\"}".to_vec(), &[400], "UTF-8"),
+        ("/v1/classify", big, &[413], ""),
+        ("/v1/classify", many, &[400, 413, 422], ""),
+        ("/v1/classify", br#"{"input": "x", "model": "another"}"#.to_vec(), &[404], "another"),
+        ("/v1/nothing", b"{}".to_vec(), &[404], ""),
+    ] {
+        let (status, text) = post(path, body).await?;
+        ensure!(statuses.contains(&status), "{path}: {status} {text}");
+        ensure!(text.contains("error") && text.contains(reason), "{path}: {status}: no reason in {text}");
+    }
+    let client = Client::new(base)?;
+    client.classify("Still well?", None).await.context("after the bad requests")?;
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
+    let namespace = "stop-kafka";
+    let cluster = prepare(namespace).await?;
+    let artifact = demo_artifact(&cluster).await?;
+    let topic = format!("athanor.{namespace}.events-{}", std::process::id());
+    let manifest = deployment("events", |spec| {
+        spec["model"] = json!({"from": artifact});
+        spec["feedback"] = json!({"kafka": {"bootstrapServers": events::BOOTSTRAP, "topic": topic}});
+    });
+    cluster.apply(namespace, &manifest).await?;
+    ready(&cluster, namespace, "events").await?;
+    let client = client(&cluster, namespace, "events").await?;
+
+    // A made-up id is refused with a reason.
+    let refused = client.feedback("r-0123-forged", "positive").await.unwrap_err().to_string();
+    ensure!(refused.contains("404") && refused.contains("request"), "{refused}");
+
+    // Different texts, so that the dataset's rows can be counted.
+    let texts: Vec<Text> =
+        (0..4000).map(|n| Text { domain: "made", text: format!("Text number {n} was fine."), label: "positive" }).collect();
+    let mut acknowledged = BTreeSet::new();
+    let mut ticks = tokio::time::interval(Duration::from_millis(25));
+    let began = Instant::now();
+    let mut stopped: Option<Instant> = None;
+    let mut restarted = false;
+    for text in &texts {
+        ticks.tick().await;
+        let answer = client.classify(&text.text, None).await?;
+        client.feedback(&answer.request_id, text.label).await?;
+        acknowledged.insert(answer.request_id);
+        if stopped.is_none() && began.elapsed() > Duration::from_secs(5) {
+            stop_kafka()?;
+            stopped = Some(Instant::now());
+        }
+        if !restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(30)) {
+            restarted = true;
+            let up = Command::new(paths::checkout().join("cluster/up")).output()?;
+            ensure!(up.status.success(), "cluster/up: {}", String::from_utf8_lossy(&up.stderr));
+        }
+        if restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(45)) {
+            break;
+        }
+    }
+    ensure!(restarted, "the traffic ended before Kafka was started again");
+    println!("{} feedbacks acknowledged over a stop of 30 s", acknowledged.len());
+
+    let records = wait("every acknowledged event is in Kafka", MINUTES * 2, async || {
+        let topic = topic.clone();
+        let records = tokio::task::spawn_blocking(move || events::read_all(&topic)).await??;
+        let fed: BTreeSet<&String> =
+            records.iter().filter(|record| record.kind == event::FEEDBACK).map(|record| &record.request_id).collect();
+        Ok(acknowledged.iter().all(|id| fed.contains(id)).then_some(records))
+    })
+    .await?;
+    let ids: BTreeSet<&String> = records.iter().map(|record| &record.id).collect();
+    println!("{} records, {} of them repeated deliveries", records.len(), records.len() - ids.len());
+
+    // The dataset of exactly these offsets has each labelled request once.
+    let mut ends = std::collections::BTreeMap::new();
+    for record in &records {
+        let end = ends.entry(record.partition).or_insert(0);
+        *end = (*end).max(record.offset + 1);
+    }
+    let ranges: Vec<Value> = ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
+    let manifest = job("from-events", |spec| {
+        spec["data"] = json!({"sources": [{"name": "events", "kafka":
+            {"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges}}]});
+        spec["model"]["labels"] = json!(["negative", "positive"]);
+        spec["hyperparameters"]["maxSteps"] = 1.into();
+    });
+    cluster.apply(namespace, &manifest).await?;
+    let job = job_succeeded(&cluster, namespace, "from-events", MINUTES * 3, |_| {}).await?;
+    let rows = job.status.and_then(|status| status.summary).context("no summary")?.rows;
+    let all = rows.train + rows.validation + rows.test;
+    ensure!(all as usize == acknowledged.len(), "{all} rows, {} acknowledged feedbacks", acknowledged.len());
+    cluster.delete_namespace(namespace).await
+}
+
+/// Ends the broker by the id that the cluster's state folder holds for it.
+fn stop_kafka() -> Result<()> {
+    let stopped = Command::new(paths::checkout().join("cluster/down")).args(["--only", "kafka"]).output()?;
+    ensure!(stopped.status.success(), "cluster/down --only kafka: {}", String::from_utf8_lossy(&stopped.stderr));
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
+    let namespace = "bad-input";
+    let cluster = prepare(namespace).await?;
+    let bucket = storage::bucket()?;
+    let weights = storage::get(&bucket, "models/minilm-l6/model.safetensors").await?;
+    let config = storage::get(&bucket, "models/minilm-l6/config.json").await?;
+    let tokenizer = storage::get(&bucket, "models/minilm-l6/tokenizer.json").await?;
+    let put = async |key: &str, bytes: &[u8]| storage::put(&bucket, &format!("tests/bad/{key}"), bytes.to_vec()).await;
+    put("empty.csv", b"").await?;
+    put("header.csv", b"text,label\n").await?;
+    put("malformed.jsonl", b"{\"text\": \"a\", \"label\": \"positive\"}\n{\"text\": \"b\"}\n").await?;
+    put("column.csv", b"sentence,label\nfine,positive\n").await?;
+    put("latin.csv", b"text,label\nfine,positive\ncaf\xe9,negative\n").await?;
+    for folder in ["truncated", "pickled", "other"] {
+        put(&format!("{folder}/tokenizer.json"), &tokenizer).await?;
+    }
+    put("truncated/config.json", &config).await?;
+    put("truncated/model.safetensors", &weights[..weights.len() / 2]).await?;
+    put("pickled/config.json", &config).await?;
+    put("pickled/pytorch_model.bin", b"\x80\x04]").await?;
+    let other = String::from_utf8(config)?.replace("\"bert\"", "\"gpt2\"").replace("BertModel", "GPT2Model");
+    put("other/config.json", other.as_bytes()).await?;
+    put("other/model.safetensors", &weights).await?;
+
+    let data = |key: &'static str| move |spec: &mut Value| spec["data"]["sources"][0]["uri"] = format!("s3://athanor/tests/bad/{key}").into();
+    let model = |key: &'static str| move |spec: &mut Value| spec["model"]["from"] = format!("s3://athanor/tests/bad/{key}").into();
+    let secret: k8s_openapi::api::core::v1::Secret = serde_json::from_value(json!({"metadata": {"name": "wrong"},
+        "stringData": {"AWS_ENDPOINT_URL": storage::ENDPOINT, "AWS_ACCESS_KEY_ID": "athanor", "AWS_SECRET_ACCESS_KEY": "wrong",
+                       "AWS_REGION": storage::REGION}}))?;
+    kube::Api::namespaced(cluster.client.clone(), namespace).create(&Default::default(), &secret).await?;
+
+    let cases: Vec<(&str, String, Vec<&str>)> = vec![
+        ("missing-data", job("missing-data", data("none.csv")), vec!["none.csv", "nothing there"]),
+        ("missing-model", job("missing-model", model("none")), vec!["tests/bad/none"]),
+        ("wrong-credentials", job("wrong-credentials", |spec| spec["credentialsSecretName"] = "wrong".into()), vec!["credentials"]),
+        ("empty", job("empty", data("empty.csv")), vec!["empty.csv"]),
+        ("header-only", job("header-only", data("header.csv")), vec!["header.csv"]),
+        ("malformed", job("malformed", data("malformed.jsonl")), vec!["malformed.jsonl", "2", "label"]),
+        ("column", job("column", data("column.csv")), vec!["column.csv", "text"]),
+        ("latin", job("latin", data("latin.csv")), vec!["latin.csv", "3", "UTF-8"]),
+        ("unknown-label", job("unknown-label", |spec| spec["model"]["labels"] = json!(["good", "bad"])), vec!["rows.csv", "label"]),
+        ("truncated", job("truncated", model("truncated")), vec!["model.safetensors"]),
+        ("pickled", job("pickled", model("pickled")), vec!["pytorch_model.bin", "pickled"]),
+        ("architecture", job("architecture", model("other")), vec!["config.json", "gpt2"]),
+    ];
+    for (_, manifest, _) in &cases {
+        cluster.apply(namespace, manifest).await?;
+    }
+    for (name, _, parts) in &cases {
+        let jobs = cluster.jobs(namespace);
+        let job = wait(&format!("{name} fails"), MINUTES * 4, async || {
+            let job = jobs.get(name).await?;
+            let status = job.status.unwrap_or_default();
+            let ended = condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
+            Ok(ended.then_some(status))
+        })
+        .await?;
+        let succeeded = condition(&job.conditions, "Succeeded").context("no condition")?;
+        println!("{name}: {}: {}", succeeded.reason, succeeded.message);
+        ensure!(succeeded.status == "False" && succeeded.reason == "UserError", "{name}: {}", succeeded.reason);
+        ensure!(job.restarts == 0, "{name} was retried {} times", job.restarts);
+        for part in parts {
+            ensure!(succeeded.message.contains(part), "{name}: {part:?} is not in {}", succeeded.message);
+        }
+    }
+    // Nothing was left that could be taken for a result.
+    let written = storage::names(&bucket, "tests/out").await?;
+    for (name, _, _) in &cases {
+        let uid = cluster.jobs(namespace).get(name).await?.metadata.uid.unwrap_or_default();
+        let folder = format!("{name}-{}", &uid[..8.min(uid.len())]);
+        ensure!(!written.iter().any(|key| key.contains(&folder) && key.ends_with("manifest.json")), "{name} left a result");
+    }
+    cluster.delete_namespace(namespace).await
+}

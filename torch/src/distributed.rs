@@ -1,0 +1,165 @@
+//! Process groups and the DDP reducer of c10d.
+
+use std::{
+    ffi::{CString, c_int, c_void},
+    marker::PhantomData,
+    ptr::NonNull,
+    time::Duration,
+};
+
+use tch::Tensor;
+
+use crate::{Error, ffi};
+
+/// Which library moves the tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// CPU tensors over TCP.
+    Gloo,
+    /// CUDA tensors; only in builds with the feature `nccl`.
+    Nccl,
+}
+
+/// Where the ranks of a process group find each other.
+#[derive(Clone, Debug)]
+pub struct Rendezvous<'a> {
+    /// Address of rank 0, which runs the store; rank 0 itself may pass 127.0.0.1.
+    pub store_host: &'a str,
+    pub store_port: u16,
+    /// Address (or a name of it) of this machine that the other ranks can reach: Gloo listens there.
+    pub bind_host: &'a str,
+    pub rank: usize,
+    pub world: usize,
+    /// For the rendezvous and for each collective.
+    pub timeout: Duration,
+}
+
+/// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a time.
+pub struct ProcessGroup {
+    handle: NonNull<c_void>,
+    rank: usize,
+    world: usize,
+}
+
+// SAFETY: the handle owns a reference-counted c10d::ProcessGroup, which is not bound to the thread that made it.
+unsafe impl Send for ProcessGroup {}
+
+impl ProcessGroup {
+    /// Blocks until all ranks have arrived.
+    pub fn new(backend: Backend, at: &Rendezvous) -> Result<Self, Error> {
+        let text = |value: &str| CString::new(value).map_err(|_| Error::Torch(format!("{value:?} is not a host name")));
+        let (store_host, bind_host) = (text(at.store_host)?, text(at.bind_host)?);
+        let number = |value: usize| c_int::try_from(value).map_err(|_| Error::Torch(format!("{value} ranks are too many")));
+        let (rank, world) = (number(at.rank)?, number(at.world)?);
+        let timeout = i64::try_from(at.timeout.as_millis()).unwrap_or(i64::MAX);
+        let mut handle = std::ptr::null_mut();
+        ffi::call(|message| {
+            // SAFETY: the strings outlive the call; `handle` is written on success only.
+            unsafe {
+                ffi::athanor_group_new(
+                    c_int::from(backend == Backend::Nccl),
+                    store_host.as_ptr(),
+                    at.store_port,
+                    bind_host.as_ptr(),
+                    rank,
+                    world,
+                    timeout,
+                    &mut handle,
+                    message,
+                )
+            }
+        })?;
+        let handle = NonNull::new(handle).ok_or_else(|| Error::Torch("no process group was made".into()))?;
+        Ok(Self { handle, rank: at.rank, world: at.world })
+    }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Sums the tensor over all ranks, in place.
+    pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
+        // SAFETY: handle and tensor are alive for the call, which waits for the collective to end.
+        ffi::call(|message| unsafe { ffi::athanor_all_reduce_sum(self.handle.as_ptr(), ffi::pointer(tensor), message) })
+    }
+
+    /// Overwrites the tensor with the one of rank `root`; shape and kind have to be the same on all ranks.
+    pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<(), Error> {
+        let root = c_int::try_from(root).map_err(|_| Error::Torch("root is not a rank".into()))?;
+        // SAFETY: as in all_reduce_sum.
+        ffi::call(|message| unsafe {
+            ffi::athanor_broadcast(self.handle.as_ptr(), ffi::pointer(tensor), root, message)
+        })
+    }
+
+    /// Returns once all ranks have called it.
+    pub fn barrier(&self) -> Result<(), Error> {
+        // SAFETY: the handle is alive for the call.
+        ffi::call(|message| unsafe { ffi::athanor_barrier(self.handle.as_ptr(), message) })
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        // SAFETY: made by athanor_group_new, dropped once.
+        unsafe { ffi::athanor_group_drop(self.handle.as_ptr()) }
+    }
+}
+
+/// DistributedDataParallel's reducer (Li et al. 2020): it hooks into the backward pass and averages gradients over the ranks,
+/// bucket by bucket, while the backward pass goes on. Gradients are views into the buckets.
+///
+/// Each step: [`Reducer::prepare_for_forward`], the forward pass, [`Reducer::prepare_for_backward`], then [`crate::backward`].
+pub struct Reducer<'group> {
+    handle: NonNull<c_void>,
+    group: PhantomData<&'group ProcessGroup>,
+}
+
+impl<'group> Reducer<'group> {
+    /// Small, so that the first all-reduce starts early in the backward pass.
+    const FIRST_BUCKET_BYTES: i64 = 1 << 20;
+    const BUCKET_BYTES: i64 = 25 << 20;
+
+    /// Hooks into the parameters, which must be leaves that require gradients, in the same order on all ranks.
+    pub fn new(parameters: &[Tensor], group: &'group ProcessGroup) -> Result<Self, Error> {
+        let pointers = ffi::pointers(parameters);
+        let mut handle = std::ptr::null_mut();
+        ffi::call(|message| {
+            // SAFETY: the pointers are valid for the call; the shim copies the tensors' references.
+            unsafe {
+                ffi::athanor_reducer_new(
+                    group.handle.as_ptr(),
+                    pointers.as_ptr(),
+                    pointers.len(),
+                    Self::FIRST_BUCKET_BYTES,
+                    Self::BUCKET_BYTES,
+                    &mut handle,
+                    message,
+                )
+            }
+        })?;
+        let handle = NonNull::new(handle).ok_or_else(|| Error::Torch("no reducer was made".into()))?;
+        Ok(Self { handle, group: PhantomData })
+    }
+
+    pub fn prepare_for_forward(&mut self) -> Result<(), Error> {
+        // SAFETY: the handle is alive and borrowed alone.
+        ffi::call(|message| unsafe { ffi::athanor_reducer_prepare_for_forward(self.handle.as_ptr(), message) })
+    }
+
+    pub fn prepare_for_backward(&mut self) -> Result<(), Error> {
+        // SAFETY: the handle is alive and borrowed alone.
+        ffi::call(|message| unsafe { ffi::athanor_reducer_prepare_for_backward(self.handle.as_ptr(), message) })
+    }
+}
+
+impl Drop for Reducer<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by athanor_reducer_new, dropped once, before the group it borrows.
+        unsafe { ffi::athanor_reducer_drop(self.handle.as_ptr()) }
+    }
+}

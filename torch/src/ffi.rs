@@ -1,0 +1,102 @@
+//! The C ABI of `shim.cpp`, and the translation of its statuses.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use crate::Error;
+
+/// `at::Tensor*`, as tch hands it out.
+pub type TensorPointer = *mut c_void;
+
+unsafe extern "C" {
+    pub fn athanor_free(message: *mut c_char);
+    pub fn athanor_has_nccl() -> c_int;
+    pub fn athanor_group_new(
+        nccl: c_int,
+        store_host: *const c_char,
+        store_port: u16,
+        bind_host: *const c_char,
+        rank: c_int,
+        world: c_int,
+        timeout_ms: i64,
+        out: *mut *mut c_void,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_group_drop(group: *mut c_void);
+    pub fn athanor_all_reduce_sum(group: *mut c_void, tensor: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_broadcast(
+        group: *mut c_void,
+        tensor: TensorPointer,
+        root: c_int,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_reducer_new(
+        group: *mut c_void,
+        parameters: *const TensorPointer,
+        count: usize,
+        first_bucket_bytes: i64,
+        bucket_bytes: i64,
+        out: *mut *mut c_void,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_reducer_drop(reducer: *mut c_void);
+    pub fn athanor_reducer_prepare_for_forward(reducer: *mut c_void, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_reducer_prepare_for_backward(reducer: *mut c_void, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_backward(loss: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_zero_grad(parameters: *const TensorPointer, count: usize, keep_memory: c_int);
+    pub fn athanor_clip_grad_norm(
+        parameters: *const TensorPointer,
+        count: usize,
+        max_norm: f64,
+        norm: *mut f64,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_fused_adamw(
+        parameters: *const TensorPointer,
+        exp_avgs: *const TensorPointer,
+        exp_avg_sqs: *const TensorPointer,
+        steps: *const TensorPointer,
+        count: usize,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        epsilon: f64,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_autocast_enter(cuda: c_int) -> c_int;
+    pub fn athanor_autocast_exit(cuda: c_int, before: c_int);
+    pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_keep_freed_memory();
+    pub fn athanor_exit_now(code: c_int);
+}
+
+/// Runs a shim call with a place for its message and turns the status into a result.
+pub fn call(run: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), Error> {
+    let mut message: *mut c_char = std::ptr::null_mut();
+    let status = run(&mut message);
+    if status == 0 {
+        return Ok(());
+    }
+    let text = if message.is_null() {
+        "no message".to_owned()
+    } else {
+        // SAFETY: on failure the shim stores a NUL-terminated string of its own, freed here and nowhere else.
+        unsafe {
+            let text = CStr::from_ptr(message).to_string_lossy().into_owned();
+            athanor_free(message);
+            text
+        }
+    };
+    Err(if status == 2 { Error::LostPeer(text) } else { Error::Torch(text) })
+}
+
+/// Pointers to the tensors, valid as long as the tensors are.
+pub fn pointers(tensors: &[tch::Tensor]) -> Vec<TensorPointer> {
+    tensors.iter().map(pointer).collect()
+}
+
+pub fn pointer(tensor: &tch::Tensor) -> TensorPointer {
+    tensor.as_ptr().cast_mut().cast()
+}

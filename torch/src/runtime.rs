@@ -1,0 +1,99 @@
+//! Process-wide settings of libtorch: autocast, RNG state, threads, memory, and the way out.
+
+use std::{ffi::c_int, marker::PhantomData};
+
+use tch::{Device, Tensor};
+
+use crate::{Error, ffi};
+
+/// While it lives, matrix products on the device run in bfloat16 on this thread; weights stay as they are.
+pub struct Autocast {
+    cuda: c_int,
+    before: c_int,
+    // The setting is the thread's: the guard must not leave it.
+    not_send: PhantomData<*const ()>,
+}
+
+impl Autocast {
+    pub fn bf16(device: Device) -> Self {
+        let cuda = c_int::from(matches!(device, Device::Cuda(_)));
+        // SAFETY: sets a thread-local of libtorch.
+        let before = unsafe { ffi::athanor_autocast_enter(cuda) };
+        Self { cuda, before, not_send: PhantomData }
+    }
+}
+
+impl Drop for Autocast {
+    fn drop(&mut self) {
+        // SAFETY: undoes the enter of `bf16` on the same thread.
+        unsafe { ffi::athanor_autocast_exit(self.cuda, self.before) }
+    }
+}
+
+/// State of the CPU's default random generator, a byte tensor.
+pub fn rng_state() -> Result<Tensor, Error> {
+    let into = Tensor::new();
+    // SAFETY: the shim assigns the state to the tensor behind the pointer, which this function alone holds.
+    ffi::call(|message| unsafe { ffi::athanor_rng_get(ffi::pointer(&into), message) })?;
+    Ok(into)
+}
+
+/// Sets the CPU's default random generator to what [`rng_state`] gave.
+pub fn set_rng_state(state: &Tensor) -> Result<(), Error> {
+    // SAFETY: the tensor is alive for the call.
+    ffi::call(|message| unsafe { ffi::athanor_rng_set(ffi::pointer(state), message) })
+}
+
+/// Threads inside one operation.
+pub fn set_num_threads(threads: usize) {
+    tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
+}
+
+/// Makes malloc keep what a training step frees: the next step needs blocks of the same sizes, and page faults are dear.
+/// The process keeps its peak memory from then on. Call it before the first large allocation.
+pub fn keep_freed_memory() {
+    // SAFETY: mallopt is safe to call at any time.
+    unsafe { ffi::athanor_keep_freed_memory() }
+}
+
+/// Whether this build can talk NCCL.
+pub fn has_nccl() -> bool {
+    // SAFETY: returns a constant.
+    unsafe { ffi::athanor_has_nccl() != 0 }
+}
+
+/// Ends the process at once, without C++ destructors, which may wait for a peer that is gone. Flush what matters before.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit does not return and touches no memory.
+    unsafe { ffi::athanor_exit_now(code) };
+    unreachable!("_exit does not return")
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn rng_state_brings_the_same_numbers_back() {
+        tch::manual_seed(7);
+        let state = rng_state().unwrap();
+        let first = Tensor::rand([8], (Kind::Float, Device::Cpu));
+        let other = Tensor::rand([8], (Kind::Float, Device::Cpu));
+        set_rng_state(&state).unwrap();
+        let again = Tensor::rand([8], (Kind::Float, Device::Cpu));
+        assert_eq!(first, again);
+        assert_ne!(first, other);
+    }
+
+    #[test]
+    fn autocast_ends_with_its_guard() {
+        let a = Tensor::rand([4, 4], (Kind::Float, Device::Cpu));
+        {
+            let _guard = Autocast::bf16(Device::Cpu);
+            assert_eq!(a.matmul(&a).kind(), Kind::BFloat16);
+        }
+        assert_eq!(a.matmul(&a).kind(), Kind::Float);
+    }
+}

@@ -1,0 +1,265 @@
+// A C ABI over what tch does not have: c10d's process groups and Reducer, autocast, fused AdamW, RNG state.
+// Every function that can throw returns a status (0 ok, 1 error, 2 a peer is lost) and fills `message`, to be freed by the caller
+// with athanor_free. Tensors are `at::Tensor*`, the same pointers that tch holds.
+#include <torch/torch.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+#ifdef ATHANOR_NCCL
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#endif
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
+#include <malloc.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+
+namespace {
+
+constexpr int kOk = 0, kError = 1, kLostPeer = 2;
+
+// What Gloo, NCCL and the store say when the other end is gone. The text is looked at besides the type because a failed collective
+// inside a backward pass reaches us as the autograd engine's rethrow.
+bool speaks_of_a_lost_peer(const std::string& text) {
+  for (const char* part : {"Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused",
+                           "gloo/transport", "Timed out waiting", "timed out", "Socket Timeout", "recvValue failed",
+                           "remote process exited", "NCCL communicator was aborted", "sendBytes failed", "recvVector failed"}) {
+    if (text.find(part) != std::string::npos) return true;
+  }
+  return false;
+}
+
+// Only the first line: what follows in c10's messages is a C++ stack trace.
+int fail(char** message, int status, const std::string& text) {
+  auto line = text.substr(0, text.find('\n'));
+  *message = strdup(line.c_str());
+  return status;
+}
+
+template <typename F>
+int guarded(char** message, F&& f) {
+  try {
+    f();
+    return kOk;
+  } catch (const c10::DistError& e) {
+    return fail(message, kLostPeer, e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    std::string text = e.what_without_backtrace();
+    return fail(message, speaks_of_a_lost_peer(text) ? kLostPeer : kError, text);
+  } catch (const std::exception& e) {
+    std::string text = e.what();
+    return fail(message, speaks_of_a_lost_peer(text) ? kLostPeer : kError, text);
+  } catch (...) {
+    return fail(message, kError, "unknown C++ exception");
+  }
+}
+
+std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> out;
+  out.reserve(count);
+  for (size_t i = 0; i < count; i++) out.push_back(*tensors[i]);
+  return out;
+}
+
+struct Group {
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+};
+
+}  // namespace
+
+extern "C" {
+
+void athanor_free(char* message) { free(message); }
+
+int athanor_has_nccl() {
+#ifdef ATHANOR_NCCL
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, const char* bind_host, int rank, int world,
+                      int64_t timeout_ms, Group** out, char** message) {
+  return guarded(message, [&] {
+    const auto timeout = std::chrono::milliseconds(timeout_ms);
+    c10d::TCPStoreOptions options;
+    options.port = store_port;
+    options.isServer = rank == 0;
+    options.numWorkers = world;
+    options.timeout = timeout;
+    auto store = c10::make_intrusive<c10d::TCPStore>(store_host, options);
+    auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, world);
+    if (nccl) {
+#ifdef ATHANOR_NCCL
+      auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
+      nccl_options->timeout = timeout;
+      auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, world, nccl_options);
+      group->setBackend(c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, backend);
+      group->setDefaultBackend(c10d::ProcessGroup::BackendType::NCCL);
+#else
+      TORCH_CHECK(false, "this build has no NCCL");
+#endif
+    } else {
+      auto gloo_options = c10d::ProcessGroupGloo::Options::create(timeout);
+      gloo_options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind_host));
+      auto backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, gloo_options);
+      group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+      group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    }
+    *out = new Group{group};
+  });
+}
+
+void athanor_group_drop(Group* group) { delete group; }
+
+int athanor_all_reduce_sum(Group* group, at::Tensor* tensor, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> tensors{*tensor};
+    group->group->allreduce(tensors)->wait();
+  });
+}
+
+int athanor_broadcast(Group* group, at::Tensor* tensor, int root, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    group->group->broadcast(tensors, options)->wait();
+  });
+}
+
+int athanor_barrier(Group* group, char** message) {
+  return guarded(message, [&] { group->group->barrier()->wait(); });
+}
+
+int athanor_reducer_new(Group* group, at::Tensor* const* parameters, size_t count, int64_t first_bucket_bytes,
+                        int64_t bucket_bytes, c10d::Reducer** out, char** message) {
+  return guarded(message, [&] {
+    auto params = list(parameters, count);
+    // Buckets fill in the order gradients appear in the backward pass, which is about the reverse of the parameters' order.
+    std::vector<at::Tensor> reversed(params.rbegin(), params.rend());
+    auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(
+        reversed, {static_cast<size_t>(first_bucket_bytes), static_cast<size_t>(bucket_bytes)});
+    for (auto& bucket : buckets)
+      for (auto& index : bucket) index = count - 1 - index;
+    std::vector<bool> sparse(count, false);
+    *out = new c10d::Reducer(params, buckets, group->group, sparse, bucket_bytes, /*find_unused_parameters=*/false,
+                             /*gradient_as_bucket_view=*/true, {}, first_bucket_bytes,
+                             /*skip_all_reduce_unused_params=*/false, /*use_python_reducer=*/false, {});
+  });
+}
+
+// Reducer's destructor may throw; there is nothing left to do then.
+void athanor_reducer_drop(c10d::Reducer* reducer) {
+  try {
+    delete reducer;
+  } catch (...) {
+  }
+}
+
+int athanor_reducer_prepare_for_forward(c10d::Reducer* reducer, char** message) {
+  return guarded(message, [&] { reducer->prepare_for_forward(); });
+}
+
+int athanor_reducer_prepare_for_backward(c10d::Reducer* reducer, char** message) {
+  return guarded(message, [&] { reducer->prepare_for_backward({}); });
+}
+
+int athanor_backward(at::Tensor* loss, char** message) {
+  return guarded(message, [&] { loss->backward(); });
+}
+
+void athanor_zero_grad(at::Tensor* const* parameters, size_t count, int keep_memory) {
+  torch::NoGradGuard no_grad;
+  for (size_t i = 0; i < count; i++) {
+    auto& grad = parameters[i]->mutable_grad();
+    if (!grad.defined()) continue;
+    if (keep_memory) {
+      grad.zero_();
+    } else {
+      grad = at::Tensor();
+    }
+  }
+}
+
+// Global 2-norm of the gradients; with max_norm > 0 they are scaled down to it. All on the tensors' device but the returned number.
+int athanor_clip_grad_norm(at::Tensor* const* parameters, size_t count, double max_norm, double* norm, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> grads;
+    grads.reserve(count);
+    for (size_t i = 0; i < count; i++)
+      if (parameters[i]->grad().defined()) grads.push_back(parameters[i]->grad());
+    TORCH_CHECK(!grads.empty(), "no parameter has a gradient");
+    auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)), 2);
+    *norm = total.item<double>();
+    if (max_norm > 0 && std::isfinite(*norm) && *norm > max_norm) at::_foreach_mul_(grads, max_norm / (*norm + 1e-6));
+  });
+}
+
+int athanor_fused_adamw(at::Tensor* const* parameters, at::Tensor* const* exp_avgs, at::Tensor* const* exp_avg_sqs,
+                        at::Tensor* const* steps, size_t count, double lr, double beta1, double beta2, double weight_decay,
+                        double eps, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    auto params = list(parameters, count);
+    std::vector<at::Tensor> grads;
+    grads.reserve(count);
+    for (auto& parameter : params) {
+      TORCH_CHECK(parameter.grad().defined(), "a parameter has no gradient");
+      grads.push_back(parameter.grad());
+    }
+    auto step_list = list(steps, count);
+    at::_foreach_add_(step_list, 1);
+    at::_fused_adamw_(params, grads, list(exp_avgs, count), list(exp_avg_sqs, count), {}, step_list, lr, beta1, beta2,
+                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+int athanor_autocast_enter(int cuda) {
+  const auto device = cuda ? at::kCUDA : at::kCPU;
+  const bool before = at::autocast::is_autocast_enabled(device);
+  at::autocast::set_autocast_enabled(device, true);
+  at::autocast::set_autocast_dtype(device, at::kBFloat16);
+  at::autocast::increment_nesting();
+  return before;
+}
+
+void athanor_autocast_exit(int cuda, int before) {
+  if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(cuda ? at::kCUDA : at::kCPU, before != 0);
+}
+
+int athanor_rng_get(at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *into = generator.get_state();
+  });
+}
+
+int athanor_rng_set(at::Tensor* state, char** message) {
+  return guarded(message, [&] {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+  });
+}
+
+// glibc gives large blocks back to the kernel at once and faults them in again at the next step; a training loop reuses them.
+void athanor_keep_freed_memory() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, -1);
+  mallopt(M_TOP_PAD, 64 << 20);
+}
+
+void athanor_exit_now(int code) { _exit(code); }
+
+}  // extern "C"

@@ -1,0 +1,170 @@
+//! What to train: the operator's `train.json`, or the user's own manifest on a laptop.
+
+use std::{collections::BTreeSet, path::Path};
+
+use athanor_contract::{
+    artifact::sha256_hex,
+    train::{JobManifest, TrainConfig, TrainSpec},
+};
+use serde::de::DeserializeOwned;
+
+use crate::TrainError;
+
+/// Reads the configuration that the operator mounted.
+pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
+    let text = read(path)?;
+    let config: TrainConfig = located(path, &mut serde_json::Deserializer::from_str(&text))?;
+    check(&config.spec).map_err(|message| TrainError::User(format!("{}: {message}", path.display())))?;
+    Ok(config)
+}
+
+/// Reads a FineTuneJob as `kubectl apply` takes it. Its folders are named by a hash of the specification, so that running the
+/// same manifest again finds its checkpoints; nodes beyond this machine are left out.
+pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
+    let text = read(path)?;
+    let refused = |message: String| TrainError::User(format!("{}: {message}", path.display()));
+    let manifest: JobManifest = located(path, serde_yaml::Deserializer::from_str(&text))?;
+    if manifest.kind != "FineTuneJob" || !manifest.api_version.starts_with("athanor.dev/") {
+        let JobManifest { api_version, kind, .. } = manifest;
+        return Err(refused(format!("this is {kind} of {api_version}, not FineTuneJob of athanor.dev/v1alpha1")));
+    }
+    let mut spec = manifest.spec;
+    spec.distributed.num_nodes = 1;
+    check(&spec).map_err(refused)?;
+    let name = manifest.metadata.name;
+    let identity = serde_json::to_vec(&(&name, &spec)).map_err(TrainError::other)?;
+    let run_id = sha256_hex(&identity)[..32].to_owned();
+    let folder = format!("{}/{name}-{}", spec.output.to.trim_end_matches('/'), &run_id[..8]);
+    Ok(TrainConfig {
+        checkpoint_to: format!("{folder}/checkpoints"),
+        artifact_to: format!("{folder}/artifact"),
+        progress_to: None,
+        name,
+        run_id,
+        spec,
+    })
+}
+
+fn read(path: &Path) -> Result<String, TrainError> {
+    std::fs::read_to_string(path).map_err(|error| TrainError::User(format!("{}: {error}", path.display())))
+}
+
+/// Deserializes with the path of the field in the error.
+fn located<'de, T, D>(file: &Path, deserializer: D) -> Result<T, TrainError>
+where
+    T: DeserializeOwned,
+    D: serde::Deserializer<'de>,
+    D::Error: std::fmt::Display,
+{
+    serde_path_to_error::deserialize(deserializer).map_err(|error| {
+        let field = error.path().to_string();
+        let field = if field == "." { "the document".into() } else { format!("field {field}") };
+        TrainError::User(format!("{}: {field}: {}", file.display(), error.into_inner()))
+    })
+}
+
+/// The rules that the API server checks in a cluster and nobody on a laptop, and those between fields.
+fn check(spec: &TrainSpec) -> Result<(), String> {
+    let names: BTreeSet<&str> = spec.data.sources.iter().map(|source| source.name.as_str()).collect();
+    if spec.data.sources.is_empty() {
+        return Err("data.sources is empty".into());
+    }
+    if names.len() < spec.data.sources.len() {
+        return Err("data.sources: two sources have the same name".into());
+    }
+    for (index, source) in spec.data.sources.iter().enumerate() {
+        if source.uri.is_some() == source.kafka.is_some() {
+            return Err(format!("data.sources[{index}] ({}): set exactly one of uri and kafka", source.name));
+        }
+    }
+    if let Some(labels) = &spec.model.labels {
+        let distinct: BTreeSet<_> = labels.iter().collect();
+        if labels.len() < 2 || distinct.len() < labels.len() {
+            return Err("model.labels: at least two labels, each once".into());
+        }
+    }
+    let split = &spec.data.split;
+    let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
+    if split.validation_percent == 0 || split.test_percent == 0 || held_out >= 100 {
+        return Err("data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into());
+    }
+    let h = &spec.hyperparameters;
+    for (field, fine) in [
+        ("epochs or maxSteps, not both,", !(h.epochs.is_some() && h.max_steps.is_some())),
+        ("epochs", h.epochs != Some(0)),
+        ("maxSteps", h.max_steps != Some(0)),
+        ("batchSize", h.batch_size > 0),
+        ("learningRate", h.learning_rate > 0.0 && h.learning_rate.is_finite()),
+        ("warmupRatio", (0.0..=1.0).contains(&h.warmup_ratio)),
+        ("weightDecay", (0.0..=1.0).contains(&h.weight_decay)),
+        ("clipNorm", h.clip_norm >= 0.0 && h.clip_norm.is_finite()),
+        ("maxSequenceLength", h.max_sequence_length >= 8),
+    ] {
+        if !fine {
+            return Err(format!("hyperparameters: {field} has no usable value"));
+        }
+    }
+    for (index, gate) in spec.evaluate.gates.iter().enumerate() {
+        if gate.minimum.is_some() == gate.minimum_gain.is_some() {
+            return Err(format!("evaluate.gates[{index}]: set exactly one of minimum and minimumGain"));
+        }
+        if gate.minimum_gain.is_some() && spec.evaluate.baseline.is_none() {
+            return Err(format!("evaluate.gates[{index}].minimumGain needs evaluate.baseline"));
+        }
+        if let Some(unknown) = gate.sources.iter().flatten().find(|name| !names.contains(name.as_str())) {
+            return Err(format!("evaluate.gates[{index}].sources: no source is named {unknown:?}"));
+        }
+    }
+    if spec.distributed.num_nodes == 0 || spec.distributed.processes_per_node == 0 {
+        return Err("distributed: numNodes and processesPerNode are at least 1".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANIFEST: &str = "
+apiVersion: athanor.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: reviews}
+spec:
+  model: {from: file:///models/minilm, task: TextClassification}
+  data:
+    sources:
+      - {name: reviews, uri: file:///data/reviews.jsonl}
+  output: {to: file:///out}
+  podTemplate: {}
+";
+
+    fn manifest(text: &str) -> Result<TrainConfig, TrainError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        load_manifest(file.path())
+    }
+
+    #[test]
+    fn a_manifest_names_its_folders_by_its_content() {
+        let config = manifest(MANIFEST).unwrap();
+        assert_eq!(config.artifact_to, format!("file:///out/reviews-{}/artifact", &config.run_id[..8]));
+        assert_eq!(manifest(MANIFEST).unwrap(), config);
+        assert_ne!(manifest(&MANIFEST.replace("reviews.jsonl", "other.jsonl")).unwrap().run_id, config.run_id);
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let cases = [
+            ("kind: FineTuneJob", "kind: Pod", "not FineTuneJob"),
+            ("task: TextClassification", "task: Nonsense", "spec.model.task"),
+            ("uri: file:///data/reviews.jsonl", "columns: {}", "exactly one of uri and kafka"),
+            ("podTemplate: {}", "hyperparameters: {batchSize: 0}", "batchSize"),
+            ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}", "no source is named \"x\""),
+            ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimumGain: '0'}]}", "needs evaluate.baseline"),
+        ];
+        for (from, to, part) in cases {
+            let error = manifest(&MANIFEST.replace(from, to)).unwrap_err();
+            assert!(matches!(error, TrainError::User(_)) && error.to_string().contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Ends a process in which nothing moves any more: a hung collective cannot be interrupted from inside.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// A clock that work winds up; when it runs down, the action given to [`Watchdog::start`] runs.
+#[derive(Clone)]
+pub struct Watchdog {
+    started: Instant,
+    /// Milliseconds after `started` of the last beat; 0 means that nothing is watched now.
+    last: Arc<AtomicU64>,
+}
+
+impl Watchdog {
+    /// `on_hang` runs on a thread of its own and is expected to end the process. A limit of zero watches nothing.
+    pub fn start(limit: Duration, on_hang: impl FnOnce(Duration) + Send + 'static) -> Self {
+        let watchdog = Self { started: Instant::now(), last: Arc::default() };
+        if !limit.is_zero() {
+            let watch = watchdog.clone();
+            std::thread::spawn(move || {
+                loop {
+                    std::thread::sleep((limit / 10).clamp(Duration::from_millis(10), Duration::from_secs(1)));
+                    let last = watch.last.load(Ordering::Relaxed);
+                    let silent = watch.started.elapsed().saturating_sub(Duration::from_millis(last));
+                    if last > 0 && silent > limit {
+                        return on_hang(silent);
+                    }
+                }
+            });
+        }
+        watchdog
+    }
+
+    /// Something moved.
+    pub fn beat(&self) {
+        self.last.store((self.started.elapsed().as_millis() as u64).max(1), Ordering::Relaxed);
+    }
+
+    /// Nothing has to move until the next beat.
+    pub fn rest(&self) {
+        self.last.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn barks_only_when_silent_and_not_at_rest() {
+        let (sender, barked) = mpsc::channel();
+        let watchdog = Watchdog::start(Duration::from_millis(200), move |silent| sender.send(silent).unwrap());
+        assert!(barked.recv_timeout(Duration::from_millis(400)).is_err(), "no beat yet");
+        watchdog.beat();
+        watchdog.rest();
+        assert!(barked.recv_timeout(Duration::from_millis(400)).is_err(), "at rest");
+        watchdog.beat();
+        assert!(barked.recv_timeout(Duration::from_secs(5)).unwrap() > Duration::from_millis(200));
+    }
+}
