@@ -26,11 +26,13 @@ our_processes() {
 }
 
 end_processes() {
-  local pids i
+  local pids pid i
   # In rounds: a shim may start a process (its own clean-up) while we look.
   for ((i = 0; i < 50; i++)); do
     # 0 is a process outside this pid namespace; ourselves we are not.
-    pids=$(our_processes | sort -un | grep -vx -e 0 -e "$$" || true)
+    # A zombie has ended, though its parent may take long to notice.
+    pids=$(our_processes | sort -un | grep -vx -e 0 -e "$$" \
+      | while read -r pid; do if start_time "$pid" >/dev/null; then echo "$pid"; fi; done || true)
     [ -n "$pids" ] || break
     # shellcheck disable=SC2086
     kill -9 $pids 2>/dev/null || true

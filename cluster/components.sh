@@ -39,7 +39,19 @@ make_cgroups() {
   mkdir -p "$(daemon_cgroup)"
 }
 
+# The address of a neighbour, of the gateway above all, would cut this machine off from it.
+check_address() {
+  local route
+  if ip link show "$NODE_LINK" >/dev/null 2>&1; then return; fi
+  if ip -4 -o address show | grep -qF " $NODE_IP/"; then die "$NODE_IP is in use here: set ATHANOR_NODE_IP to another address"; fi
+  route=$(ip -4 route get "$NODE_IP" 2>/dev/null || true)
+  if [ -n "$route" ] && [[ $route != *" via "* ]]; then
+    die "$NODE_IP is in a network of this machine (${route%%$'\n'*}): set ATHANOR_NODE_IP to another address"
+  fi
+}
+
 make_network() {
+  check_address
   # Not every kernel has the `dummy` type; a bridge without ports serves as well.
   ip link show "$NODE_LINK" >/dev/null 2>&1 || ip link add "$NODE_LINK" type bridge
   ip address replace "$NODE_IP/32" dev "$NODE_LINK"

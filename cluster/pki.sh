@@ -3,7 +3,9 @@
 
 write_pki() {
   local name
-  if [ -f "$PKI/done" ] && openssl x509 -in "$PKI/apiserver.crt" -noout -checkend 86400 >/dev/null; then return; fi
+  # The server's certificates name the node's address.
+  if [ "$(cat "$PKI/done" 2>/dev/null)" = "$NODE_IP" ] \
+    && openssl x509 -in "$PKI/apiserver.crt" -noout -checkend 86400 >/dev/null; then return; fi
   rm -rf "$PKI"
   (umask 077 && mkdir -p "$PKI")
   authority ca athanor-ca
@@ -22,7 +24,7 @@ DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.
   certificate ca kubelet "system:node:$NODE_NAME" system:nodes "IP:$NODE_IP,IP:127.0.0.1,DNS:$NODE_NAME"
   certificate front-proxy-ca front-proxy front-proxy-client
   for name in admin kube-controller-manager kube-scheduler kube-proxy kubelet; do kubeconfig "$name"; done
-  touch "$PKI/done"
+  echo "$NODE_IP" >"$PKI/done"
 }
 
 # P-256: made in milliseconds, where RSA takes a second or more for all of these.

@@ -16,10 +16,11 @@ APT_PACKAGES=(
   libcurl4-openssl-dev zlib1g-dev libzstd-dev libgloo-dev protobuf-compiler
 )
 
-# An address of TEST-NET-1 on a bridge link of our own: the same for pods and for the host, on every machine.
+# An address on a bridge link of our own, the same for pods and for the host. It is of TEST-NET-2, which nobody routes;
+# not of TEST-NET-1 (192.0.2.0/24): some sandboxes have their gateway there, and whoever takes its address is cut off.
 NODE_NAME=athanor
 NODE_LINK=athanor0
-NODE_IP=192.0.2.1
+NODE_IP=${ATHANOR_NODE_IP:-198.51.100.1}
 API_SERVER=https://$NODE_IP:6443
 SERVICE_CIDR=10.96.0.0/16
 KUBERNETES_SERVICE_IP=10.96.0.1

@@ -32,17 +32,8 @@ use crate::PodOverrides;
     printcolumn(name = "Loss", type_ = "string", json_path = ".status.progress.loss"),
     printcolumn(name = "ETA", type_ = "string", json_path = ".status.progress.eta"),
     printcolumn(name = "Accuracy", type_ = "string", json_path = ".status.summary.metrics.accuracy"),
-    printcolumn(
-        name = "Status",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason"
-    ),
-    printcolumn(
-        name = "Restarts",
-        type_ = "integer",
-        json_path = ".status.restarts",
-        priority = 1
-    ),
+    printcolumn(name = "Status", type_ = "string", json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason"),
+    printcolumn(name = "Restarts", type_ = "integer", json_path = ".status.restarts", priority = 1),
     printcolumn(
         name = "Message",
         type_ = "string",

@@ -35,12 +35,7 @@ use crate::{FineTuneJobSpec, PodOverrides};
     ),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Revision", type_ = "string", json_path = ".status.currentRevision.name"),
-    printcolumn(
-        name = "Candidate",
-        type_ = "string",
-        json_path = ".status.candidate.name",
-        priority = 1
-    ),
+    printcolumn(name = "Candidate", type_ = "string", json_path = ".status.candidate.name", priority = 1),
     printcolumn(name = "Traffic", type_ = "integer", json_path = ".status.candidate.weight"),
     printcolumn(name = "Drifted", type_ = "string", json_path = ".status.conditions[?(@.type==\"Drifted\")].status"),
     printcolumn(name = "Retraining", type_ = "string", json_path = ".status.retraining.job"),

@@ -88,7 +88,9 @@ fn tidy(schema: &mut Value) {
         object.entry("minimum").or_insert(json!(0));
     }
     match object.get("type").and_then(Value::as_str) {
-        Some("string") if !object.contains_key("enum") && !object.contains_key("format") => bound(object, "maxLength", STRING),
+        Some("string") if !object.contains_key("enum") && !object.contains_key("format") => {
+            bound(object, "maxLength", STRING)
+        }
         Some("array") => bound(object, "maxItems", ITEMS),
         Some("object") if object.contains_key("additionalProperties") => bound(object, "maxProperties", ITEMS),
         _ => {}
@@ -142,12 +144,19 @@ mod tests {
             let schema = serde_json::to_value(&definition.spec.versions[0].schema).unwrap();
             walk("", &schema["openAPIV3Schema"], &mut |path, schema| {
                 let foreign = path.contains("podTemplate.") || path.contains("conditions[]");
-                let outside = path.is_empty() || path.ends_with("[]") || [".apiVersion", ".kind", ".metadata"].contains(&path);
+                let outside =
+                    path.is_empty() || path.ends_with("[]") || [".apiVersion", ".kind", ".metadata"].contains(&path);
                 assert!(foreign || outside || schema["description"].is_string(), "{name}: {path} has no description");
                 for key in ["anyOf", "oneOf", "allOf", "$ref"] {
-                    assert!(schema[key].is_null() || schema["x-kubernetes-int-or-string"] == true, "{name}: {path} has {key}");
+                    assert!(
+                        schema[key].is_null() || schema["x-kubernetes-int-or-string"] == true,
+                        "{name}: {path} has {key}"
+                    );
                 }
-                assert!(schema["type"].is_string() || schema["x-kubernetes-int-or-string"] == true, "{name}: {path} has no type");
+                assert!(
+                    schema["type"].is_string() || schema["x-kubernetes-int-or-string"] == true,
+                    "{name}: {path} has no type"
+                );
                 match schema["type"].as_str() {
                     Some("string") => assert!(
                         !(schema["maxLength"].is_null() && schema["enum"].is_null() && schema["format"].is_null()),

@@ -46,6 +46,7 @@ pub enum ProducerError {
 #[derive(Clone, Debug)]
 pub struct Producer {
     commands: mpsc::Sender<Command>,
+    shutdown: CancellationToken,
     /// Cancelled when the sending task has ended.
     finished: CancellationToken,
 }
@@ -63,8 +64,8 @@ impl Producer {
         let (commands, receiver) = mpsc::channel(QUEUE_EVENTS);
         let finished = CancellationToken::new();
         tokio::spawn(replay::run(shared.clone(), finished.clone()));
-        tokio::spawn(Dispatcher::new(shared, receiver, shutdown).run(finished.clone()));
-        Ok(Self { commands, finished })
+        tokio::spawn(Dispatcher::new(shared, receiver, shutdown.clone()).run(finished.clone()));
+        Ok(Self { commands, shutdown, finished })
     }
 
     /// Publishes events and waits until each is acknowledged by Kafka or on disk; within about a second even if Kafka is away.
@@ -72,6 +73,9 @@ impl Producer {
     /// # Errors
     /// The first event's error; others of the call may have been kept.
     pub async fn publish_durable(&self, events: Vec<Event>) -> Result<(), ProducerError> {
+        if self.shutdown.is_cancelled() {
+            return Err(ProducerError::Closed);
+        }
         let mut kept = Vec::with_capacity(events.len());
         for event in events {
             let (sender, receiver) = oneshot::channel();
@@ -99,7 +103,8 @@ impl Producer {
     pub async fn flush(&self, limit: Duration) -> bool {
         let flushed = async {
             let (sender, receiver) = oneshot::channel();
-            if self.commands.send(Command::Flush(sender)).await.is_err() || receiver.await.is_err() {
+            let sent = !self.shutdown.is_cancelled() && self.commands.send(Command::Flush(sender)).await.is_ok();
+            if !sent || receiver.await.is_err() {
                 self.finished.cancelled().await;
             }
         };

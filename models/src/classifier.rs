@@ -46,6 +46,11 @@ impl Classifier {
         self.model.config()
     }
 
+    /// The model without the labels, for callers that batch by themselves.
+    pub fn model(&self) -> &BertForSequenceClassification {
+        &self.model
+    }
+
     /// Ids and mask [B, T] (i64) to logits [B, L] (f32, on the CPU).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: &Tensor) -> Tensor {
         tch::no_grad(|| {

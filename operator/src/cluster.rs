@@ -62,10 +62,23 @@ pub async fn apply<K: Child>(client: &Client, child: &K) -> Result<K, ClusterErr
     match api.patch(&name, &params, &Patch::Apply(child)).await {
         Ok(applied) => Ok(applied),
         // Two controllers in one list: the object is another owner's.
-        Err(kube::Error::Api(status)) if status.code == 422 && status.message.contains("Only one reference can have Controller") => {
+        Err(kube::Error::Api(status))
+            if status.code == 422 && status.message.contains("Only one reference can have Controller") =>
+        {
             Err(ClusterError::Foreign { kind: K::kind(&()).into(), name })
         }
         Err(error) => Err(request::<K>("applying", &name, error)),
+    }
+}
+
+/// Applies a child whose name somebody else may well have used: one that has not this owner stays as it is.
+pub async fn apply_to_own<K: Child>(client: &Client, child: &K, uid: &str) -> Result<K, ClusterError> {
+    let (namespace, name) = (child.namespace().unwrap_or_default(), child.name_any());
+    let api: Api<K> = Api::namespaced(client.clone(), &namespace);
+    match api.get_opt(&name).await {
+        Ok(Some(there)) if !is_owned_by(&there, uid) => Err(ClusterError::Foreign { kind: K::kind(&()).into(), name }),
+        Ok(_) => apply(client, child).await,
+        Err(error) => Err(request::<K>("reading", &name, error)),
     }
 }
 
@@ -82,7 +95,12 @@ pub async fn create<K: Child>(client: &Client, child: &K) -> Result<bool, Cluste
 }
 
 /// Deletes an object, its dependants in the background. One that is not there is fine; with `uid`, so is another of that name.
-pub async fn delete<K: Child>(client: &Client, namespace: &str, name: &str, uid: Option<&str>) -> Result<(), ClusterError> {
+pub async fn delete<K: Child>(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    uid: Option<&str>,
+) -> Result<(), ClusterError> {
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
     let params = DeleteParams {
         propagation_policy: Some(PropagationPolicy::Background),

@@ -49,7 +49,8 @@ impl Context {
     pub fn finished(&self, kind: &'static str, key: &str, started: Instant, result: &Result<Action, ReconcileError>) {
         let label = if result.is_ok() { "ok" } else { "error" };
         metrics::counter!("athanor_operator_reconciles_total", "kind" => kind, "result" => label).increment(1);
-        metrics::histogram!("athanor_operator_reconcile_seconds", "kind" => kind).record(started.elapsed().as_secs_f64());
+        metrics::histogram!("athanor_operator_reconcile_seconds", "kind" => kind)
+            .record(started.elapsed().as_secs_f64());
         if result.is_ok() {
             self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
         }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use athanor_crds::{PodOverrides, label};
 use k8s_openapi::{
     api::core::v1::{
-        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource,
-        HTTPGetAction, ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, SeccompProfile,
-        SecretEnvSource, SecurityContext, Volume, VolumeMount,
+        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
+        EnvVarSource, HTTPGetAction, ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+        SeccompProfile, SecretEnvSource, SecurityContext, Volume, VolumeMount,
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
@@ -80,7 +80,8 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
         .chain([(scratch("tmp", None), "/tmp")])
         .map(|(volume, path)| {
             let read_only = volume.config_map.is_some().then_some(true);
-            let mount = VolumeMount { name: volume.name.clone(), mount_path: path.into(), read_only, ..VolumeMount::default() };
+            let mount =
+                VolumeMount { name: volume.name.clone(), mount_path: path.into(), read_only, ..VolumeMount::default() };
             (volume, mount)
         })
         .unzip();
@@ -153,7 +154,11 @@ pub fn field(name: &str, path: &str) -> EnvVar {
 
 /// Variables of every process: where traces go and where caches may live.
 pub fn common_environment(otlp_endpoint: Option<&str>) -> Vec<EnvVar> {
-    let mut env = vec![variable("HOME", "/tmp"), field("POD_NAME", "metadata.name"), field("POD_NAMESPACE", "metadata.namespace")];
+    let mut env = vec![
+        variable("HOME", "/tmp"),
+        field("POD_NAME", "metadata.name"),
+        field("POD_NAMESPACE", "metadata.namespace"),
+    ];
     env.extend(otlp_endpoint.map(|endpoint| variable("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)));
     env
 }
@@ -202,10 +207,15 @@ pub fn waiting_reason(pod: &Pod) -> Option<String> {
                 continue;
             }
             let last = container.last_state.as_ref().and_then(|state| state.terminated.as_ref());
-            let message = last.and_then(|ended| ended.message.as_deref()).or(waiting.message.as_deref()).unwrap_or_default();
+            let message =
+                last.and_then(|ended| ended.message.as_deref()).or(waiting.message.as_deref()).unwrap_or_default();
             return Some(format!("pod {name}: {reason}: {}", message.trim()));
         }
     }
-    let unscheduled = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
+    let unscheduled = status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
     Some(format!("pod {name}: {}", unscheduled.message.as_deref().unwrap_or("not scheduled")))
 }

@@ -74,7 +74,9 @@ impl Reports {
         let key = ObjectRef::new(&update.job).within(&update.namespace);
         let jobs = self.jobs.read().unwrap_or_else(PoisonError::into_inner);
         let jobs = jobs.as_ref().ok_or_else(|| Status::unavailable("another operator leads"))?;
-        let job = jobs.get(&key).ok_or_else(|| Status::not_found(format!("there is no FineTuneJob {}/{}", update.namespace, update.job)))?;
+        let job = jobs
+            .get(&key)
+            .ok_or_else(|| Status::not_found(format!("there is no FineTuneJob {}/{}", update.namespace, update.job)))?;
         if job.uid().as_deref() != Some(&update.run_id) {
             return Err(Status::permission_denied("run_id is not that of this FineTuneJob"));
         }

@@ -10,7 +10,7 @@ use rdkafka::{
     message::Headers,
 };
 
-pub const BOOTSTRAP: &str = "192.0.2.1:9092";
+pub const BOOTSTRAP: &str = "198.51.100.1:9092";
 
 /// One record of the topic.
 #[derive(Clone, Debug)]

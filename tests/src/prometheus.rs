@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-pub const ADDRESS: &str = "http://192.0.2.1:9090";
+pub const ADDRESS: &str = "http://198.51.100.1:9090";
 
 /// Number of series an instant query returns.
 pub async fn series(http: &reqwest::Client, query: &str) -> Result<usize> {

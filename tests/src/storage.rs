@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder};
 
 /// Address of the S3 server from the host and from pods.
-pub const ENDPOINT: &str = "http://192.0.2.1:7070";
+pub const ENDPOINT: &str = "http://198.51.100.1:7070";
 pub const ACCESS_KEY: &str = "athanor";
 pub const SECRET_KEY: &str = "athanor-secret";
 pub const REGION: &str = "us-east-1";

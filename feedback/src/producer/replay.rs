@@ -2,11 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::{StreamExt, stream};
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     error::RDKafkaErrorCode,
-    producer::Producer as _,
+    producer::{DeliveryFuture, Producer as _},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -116,33 +115,33 @@ async fn replay_segment(shared: &Shared, number: u64) -> Result<(), String> {
         metrics::counter!("athanor_events_dropped_total").increment(segment.damaged_lines.len() as u64);
         tracing::error!(segment = number, lines = ?segment.damaged_lines, "damaged lines are skipped, the file is kept");
     }
-    let mut deliveries = stream::iter(&segment.events)
-        .map(|event| async move {
-            let delivery = shared.send(event)?;
-            match tokio::time::timeout(REPLAY_TIMEOUT, delivery).await {
-                Ok(Ok(Ok(_))) => Ok(()),
-                Ok(Ok(Err((error, _)))) => Err(classify(&error)),
-                Ok(Err(_)) | Err(_) => Err(SendError::Unavailable("not acknowledged".into())),
-            }
-        })
-        .buffered(REPLAY_WINDOW);
     let mut replayed = 0;
-    while let Some(result) = deliveries.next().await {
-        match result {
-            Ok(()) => {
-                replayed += 1;
-                metrics::counter!("athanor_events_replayed_total").increment(1);
+    for window in segment.events.chunks(REPLAY_WINDOW) {
+        let deliveries: Vec<_> = window.iter().map(|event| shared.send(event)).collect();
+        for delivery in deliveries {
+            match acknowledged(delivery).await {
+                Ok(()) => {
+                    replayed += 1;
+                    metrics::counter!("athanor_events_replayed_total").increment(1);
+                }
+                Err(SendError::Refused(reason)) => {
+                    metrics::counter!("athanor_events_dropped_total").increment(1);
+                    tracing::error!(segment = number, reason, "Kafka refuses a spilled event for good");
+                }
+                Err(SendError::Unavailable(reason)) => return Err(reason),
             }
-            Err(SendError::Refused(reason)) => {
-                metrics::counter!("athanor_events_dropped_total").increment(1);
-                tracing::error!(segment = number, reason, "Kafka refuses a spilled event for good");
-            }
-            Err(SendError::Unavailable(reason)) => return Err(reason),
         }
     }
-    drop(deliveries);
     let events = segment.events.len();
     shared.with_spill(move |spill| spill.remove(&segment)).await.map_err(|error| error.to_string())?;
     tracing::info!(segment = number, events, replayed, "spilled events are in Kafka");
     Ok(())
+}
+
+async fn acknowledged(delivery: Result<DeliveryFuture, SendError>) -> Result<(), SendError> {
+    match tokio::time::timeout(REPLAY_TIMEOUT, delivery?).await {
+        Ok(Ok(Ok(_))) => Ok(()),
+        Ok(Ok(Err((error, _)))) => Err(classify(&error)),
+        Ok(Err(_)) | Err(_) => Err(SendError::Unavailable("not acknowledged".into())),
+    }
 }

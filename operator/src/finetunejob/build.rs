@@ -78,8 +78,13 @@ fn service_name(job: &ValidatedJob) -> String {
 }
 
 fn config(job: &ValidatedJob, settings: &Settings) -> ConfigMap {
-    let text = serde_json::to_string_pretty(&train_config(job, settings)).expect("a configuration has string keys only");
-    ConfigMap { metadata: metadata(job, config_name(job)), data: Some([("train.json".into(), text)].into()), ..ConfigMap::default() }
+    let text =
+        serde_json::to_string_pretty(&train_config(job, settings)).expect("a configuration has string keys only");
+    ConfigMap {
+        metadata: metadata(job, config_name(job)),
+        data: Some([("train.json".into(), text)].into()),
+        ..ConfigMap::default()
+    }
 }
 
 /// Headless, and with addresses of pods that are not ready: ranks meet before any of them is.

@@ -28,14 +28,23 @@ const INDEX: &str = "batch.kubernetes.io/job-completion-index";
 pub enum Phase {
     Suspended,
     /// Waiting for pods, or for the pods of the last attempt to go.
-    Pending { message: String },
+    Pending {
+        message: String,
+    },
     /// All pods run.
     Running,
     /// The attempt ended and another follows.
-    Restarting { counted: bool, cause: String },
+    Restarting {
+        counted: bool,
+        cause: String,
+    },
     /// Over: with this condition.
     Succeeded(TrainSummary),
-    Failed { reason: &'static str, message: String, summary: Option<TrainSummary> },
+    Failed {
+        reason: &'static str,
+        message: String,
+        summary: Option<TrainSummary>,
+    },
     /// It was over before.
     Over,
 }
@@ -66,15 +75,24 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
     let current = job_name(&observed.job.name_any(), status.attempt);
     let (ours, stale): (Vec<&Job>, Vec<&Job>) = observed.jobs.iter().partition(|job| job.name_any() == current);
     let identify = |job: &&Job| (job.name_any(), job.uid().unwrap_or_default());
-    let going = |jobs: &[&Job]| jobs.iter().filter(|job| job.metadata.deletion_timestamp.is_none()).map(identify).collect::<Vec<_>>();
-    let decision = |phase| Decision { phase, attempt: status.attempt, remove: going(&stale), create: false, expire: false, requeue: None };
+    let going = |jobs: &[&Job]| {
+        jobs.iter().filter(|job| job.metadata.deletion_timestamp.is_none()).map(identify).collect::<Vec<_>>()
+    };
+    let decision = |phase| Decision {
+        phase,
+        attempt: status.attempt,
+        remove: going(&stale),
+        create: false,
+        expire: false,
+        requeue: None,
+    };
 
     if is_over(status) {
         return finished(decision(Phase::Over), status, spec.ttl_seconds_after_finished, now);
     }
     let nodes = spec.train.distributed.num_nodes;
-    let pods: Vec<&Pod> = observed.pods.iter().filter(|pod| belongs_to(pod, &current)).collect();
     let job = ours.first().copied();
+    let pods: Vec<&Pod> = observed.pods.iter().filter(|pod| belongs_to(pod, job)).collect();
     // The result counts whatever happens at the same time: the artifact is there.
     let mut phase = verdict(job, &pods, nodes, now);
     let is_result = matches!(phase, Verdict::Phase(Phase::Succeeded(_) | Phase::Failed { .. }));
@@ -90,7 +108,11 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         if spec.suspend {
             // Another attempt's Job has another name, so nothing has to wait for this one to be gone.
             let attempt = status.attempt + u32::from(job.is_some());
-            return Decision { attempt, remove: going(&observed.jobs.iter().collect::<Vec<_>>()), ..decision(Phase::Suspended) };
+            return Decision {
+                attempt,
+                remove: going(&observed.jobs.iter().collect::<Vec<_>>()),
+                ..decision(Phase::Suspended)
+            };
         }
     }
     let deadline = spec.active_deadline_seconds.zip(status.start_time.as_ref()).map(|(limit, start)| {
@@ -106,10 +128,16 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
             let remove = if again { going(&observed.jobs.iter().collect::<Vec<_>>()) } else { going(&stale) };
             Decision { attempt: status.attempt + u32::from(again), remove, requeue: deadline, ..decision(phase) }
         }
-        Verdict::Settle(wait) => Decision { requeue: Some(wait), ..decision(Phase::Pending { message: "a process lost a peer".into() }) },
+        Verdict::Settle(wait) => {
+            Decision { requeue: Some(wait), ..decision(Phase::Pending { message: "a process lost a peer".into() }) }
+        }
         Verdict::Absent => {
-            let lingering: BTreeSet<String> =
-                observed.pods.iter().filter(|pod| !belongs_to(pod, &current) && may_still_write(pod, now)).map(ResourceExt::name_any).collect();
+            let lingering: BTreeSet<String> = observed
+                .pods
+                .iter()
+                .filter(|pod| !belongs_to(pod, job) && may_still_write(pod, now))
+                .map(ResourceExt::name_any)
+                .collect();
             if lingering.is_empty() {
                 let message = format!("{nodes} pods were asked for");
                 Decision { create: true, requeue: deadline, ..decision(Phase::Pending { message }) }
@@ -129,7 +157,10 @@ enum Verdict {
     Phase(Phase),
     /// Too early to say why it ended.
     Settle(Duration),
-    Ended { counted: bool, cause: String },
+    Ended {
+        counted: bool,
+        cause: String,
+    },
 }
 
 fn verdict(job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Verdict {
@@ -178,15 +209,20 @@ fn verdict(job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Verd
     if let Some(cause) = preempted.into_iter().next() {
         let all_ended = pods.iter().all(|pod| terminated(pod).is_some() || phase(pod) == "Failed");
         let waited = first_end.map_or(Duration::MAX, |first| since(first, now));
-        return if all_ended || waited >= SETTLE { Verdict::Ended { counted: false, cause } } else { Verdict::Settle(SETTLE - waited) };
+        return if all_ended || waited >= SETTLE {
+            Verdict::Ended { counted: false, cause }
+        } else {
+            Verdict::Settle(SETTLE - waited)
+        };
     }
     let Some(job) = job else { return Verdict::Absent };
     if job.metadata.deletion_timestamp.is_some() {
         return Verdict::Ended { counted: false, cause: format!("Job {} was deleted", job.name_any()) };
     }
-    let failed = job.status.iter().flat_map(|status| status.conditions.iter().flatten()).find(|condition| {
-        matches!(condition.type_.as_str(), "Failed" | "FailureTarget") && condition.status == "True"
-    });
+    let failed =
+        job.status.iter().flat_map(|status| status.conditions.iter().flatten()).find(|condition| {
+            matches!(condition.type_.as_str(), "Failed" | "FailureTarget") && condition.status == "True"
+        });
     if let Some(failed) = failed {
         let message = failed.message.as_deref().unwrap_or_default();
         return Verdict::Ended { counted: false, cause: format!("a pod of Job {} is gone: {message}", job.name_any()) };
@@ -195,7 +231,13 @@ fn verdict(job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Verd
     if running as u32 + pods.iter().filter(|pod| phase(pod) == "Succeeded").count() as u32 >= nodes && running > 0 {
         return Verdict::Phase(Phase::Running);
     }
-    let message = pods.iter().find_map(|pod| pods::waiting_reason(pod)).unwrap_or_else(|| format!("{running} of {nodes} pods run"));
+    if job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true) {
+        return Verdict::Phase(Phase::Pending { message: "waiting for the queue to admit it".into() });
+    }
+    let message = pods
+        .iter()
+        .find_map(|pod| pods::waiting_reason(pod))
+        .unwrap_or_else(|| format!("{running} of {nodes} pods run"));
     Verdict::Phase(Phase::Pending { message })
 }
 
@@ -212,14 +254,17 @@ fn restart(status: &FineTuneJobStatus, max_restarts: u32, counted: bool, cause: 
 }
 
 fn finished(decision: Decision, status: &FineTuneJobStatus, ttl: Option<u32>, now: Timestamp) -> Decision {
-    let left = ttl.zip(status.completion_time.as_ref()).map(|(ttl, end)| Duration::from_secs(ttl.into()).saturating_sub(since(end.0, now)));
+    let left = ttl
+        .zip(status.completion_time.as_ref())
+        .map(|(ttl, end)| Duration::from_secs(ttl.into()).saturating_sub(since(end.0, now)));
     let expire = left.is_some_and(|left| left.is_zero());
     Decision { expire, requeue: left.filter(|left| !left.is_zero()), ..decision }
 }
 
 /// Whether the summary condition has been settled.
 pub fn is_over(status: &FineTuneJobStatus) -> bool {
-    crate::condition::get(&status.conditions, condition::SUCCEEDED).is_some_and(|condition| condition.status != "Unknown")
+    crate::condition::get(&status.conditions, condition::SUCCEEDED)
+        .is_some_and(|condition| condition.status != "Unknown")
 }
 
 fn describe(pod: &str, end: &ContainerStateTerminated, result: Option<TrainResult>) -> String {
@@ -238,7 +283,13 @@ fn describe(pod: &str, end: &ContainerStateTerminated, result: Option<TrainResul
 
 /// How the trainer's container ended, if it did.
 pub fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
-    let status = pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|status| status.name == super::build::COMPONENT)?;
+    let status = pod
+        .status
+        .as_ref()?
+        .container_statuses
+        .as_ref()?
+        .iter()
+        .find(|status| status.name == super::build::COMPONENT)?;
     status.state.as_ref()?.terminated.as_ref()
 }
 
@@ -259,8 +310,10 @@ fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Pending")
 }
 
-fn belongs_to(pod: &Pod, job: &str) -> bool {
-    pod.labels().get("batch.kubernetes.io/job-name").is_some_and(|name| name == job)
+/// By UID: a FineTuneJob that was deleted and made again has Jobs of the same names.
+fn belongs_to(pod: &Pod, job: Option<&Job>) -> bool {
+    let uid = job.and_then(|job| job.metadata.uid.as_ref());
+    uid.is_some() && pod.labels().get("batch.kubernetes.io/controller-uid") == uid
 }
 
 /// The pod's index in its Job, which is the node's rank.

@@ -21,7 +21,11 @@ pub struct Observed {
 }
 
 /// Reads; `None` when the job is gone or going.
-pub async fn dereference(client: &Client, reports: &Reports, job: &FineTuneJob) -> Result<Option<Observed>, ReconcileError> {
+pub async fn dereference(
+    client: &Client,
+    reports: &Reports,
+    job: &FineTuneJob,
+) -> Result<Option<Observed>, ReconcileError> {
     let namespace = job.namespace().ok_or(ReconcileError::Incomplete("namespace"))?;
     let name = job.name_any();
     // The cache may not know of a status that was just written, and the attempt is in there.
@@ -34,7 +38,8 @@ pub async fn dereference(client: &Client, reports: &Reports, job: &FineTuneJob) 
     let ours = ListParams::default().labels(&format!("{}={name}", label::FINE_TUNE_JOB));
     let jobs: Api<Job> = Api::namespaced(client.clone(), &namespace);
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let (jobs, pods) = futures::try_join!(jobs.list(&ours), pods.list(&ours)).map_err(ReconcileError::read("Jobs and pods"))?;
+    let (jobs, pods) =
+        futures::try_join!(jobs.list(&ours), pods.list(&ours)).map_err(ReconcileError::read("Jobs and pods"))?;
     let jobs: Vec<Job> = jobs.items.into_iter().filter(|job| cluster::is_owned_by(job, &uid)).collect();
     let report = reports.get(&uid);
     Ok(Some(Observed { job, jobs, pods: pods.items, report }))

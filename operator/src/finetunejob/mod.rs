@@ -13,6 +13,7 @@ mod status;
 pub mod tests;
 mod validate;
 
+pub use decide::{is_over, since};
 pub use validate::is_service_name;
 
 use std::{sync::Arc, time::Instant};

@@ -32,13 +32,26 @@ pub async fn write(client: &Client, job: &FineTuneJob, next: FineTuneJobStatus) 
 /// The status of a job that cannot be run as it is.
 pub fn invalid(job: &FineTuneJob, error: &InvalidJob, now: Timestamp) -> FineTuneJobStatus {
     let mut status = job.status.clone().unwrap_or_default();
-    set(&mut status.conditions, condition::SUCCEEDED, State::False, "InvalidSpec", error.to_string(), job.metadata.generation, now);
+    set(
+        &mut status.conditions,
+        condition::SUCCEEDED,
+        State::False,
+        "InvalidSpec",
+        error.to_string(),
+        job.metadata.generation,
+        now,
+    );
     status.completion_time.get_or_insert(Time(now));
     status
 }
 
 /// The status after a decision, pure.
-pub fn next(observed: &Observed, decision: &Decision, applied: Result<&Applied, &ClusterError>, now: Timestamp) -> FineTuneJobStatus {
+pub fn next(
+    observed: &Observed,
+    decision: &Decision,
+    applied: Result<&Applied, &ClusterError>,
+    now: Timestamp,
+) -> FineTuneJobStatus {
     let job = &observed.job;
     let mut status = job.status.clone().unwrap_or_default();
     if decision.phase == Phase::Over {
@@ -75,7 +88,9 @@ pub fn next(observed: &Observed, decision: &Decision, applied: Result<&Applied, 
         Phase::Suspended => (State::Unknown, "Suspended", "spec.suspend is true".into()),
         Phase::Pending { message } => (State::Unknown, "Pending", message.clone()),
         Phase::Running => (State::Unknown, "Running", "all pods run".into()),
-        Phase::Restarting { cause, .. } => (State::Unknown, "Restarting", format!("from the last checkpoint, because {cause}")),
+        Phase::Restarting { cause, .. } => {
+            (State::Unknown, "Restarting", format!("from the last checkpoint, because {cause}"))
+        }
         Phase::Succeeded(summary) => (State::True, "Succeeded", format!("the artifact is at {}", summary.artifact)),
         Phase::Failed { reason, message, .. } => (State::False, *reason, message.clone()),
         Phase::Over => return status,
@@ -136,7 +151,11 @@ fn progress(report: &Report) -> Progress {
         loss: (report.step > 0).then_some(report.loss).and_then(Decimal::new),
         eta: (report.eta_seconds.is_finite() && report.eta_seconds > 0.0).then(|| span(report.eta_seconds)),
         samples_per_second: Decimal::new(report.samples_per_second).filter(|rate| rate.get() > 0.0),
-        metrics: report.metrics.iter().filter_map(|(name, value)| Some((name.clone(), Decimal::new(*value)?))).collect(),
+        metrics: report
+            .metrics
+            .iter()
+            .filter_map(|(name, value)| Some((name.clone(), Decimal::new(*value)?)))
+            .collect(),
         checkpoint_step: report.checkpoint_step,
     }
 }

@@ -6,7 +6,6 @@ use kube::ResourceExt;
 
 use crate::cluster;
 
-
 /// A job whose children have valid names.
 pub struct ValidatedJob {
     pub name: String,
@@ -20,7 +19,9 @@ pub struct ValidatedJob {
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidJob {
-    #[error("metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_JOB_NAME} lower-case letters, digits and '-', beginning with a letter")]
+    #[error(
+        "metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_JOB_NAME} lower-case letters, digits and '-', beginning with a letter"
+    )]
     Name(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),

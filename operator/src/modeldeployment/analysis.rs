@@ -31,7 +31,8 @@ struct Answer {
 
 /// Sums over all ready routers; `None` when one of them did not answer, because its share would be missing.
 pub async fn read(http: &reqwest::Client, routers: &[&Pod]) -> Option<BTreeMap<String, Counts>> {
-    let addresses: Vec<&str> = routers.iter().filter(|pod| is_ready(pod)).filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref()).collect();
+    let addresses: Vec<&str> =
+        routers.iter().filter(|pod| is_ready(pod)).filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref()).collect();
     if addresses.is_empty() {
         return None;
     }
@@ -42,13 +43,17 @@ pub async fn read(http: &reqwest::Client, routers: &[&Pod]) -> Option<BTreeMap<S
 async fn ask(http: &reqwest::Client, address: &str) -> Option<BTreeMap<String, Counts>> {
     let host = if address.contains(':') { format!("[{address}]") } else { address.into() };
     let answer = async {
-        let response = http.get(format!("http://{host}:{PORT}/analysis")).timeout(TIMEOUT).send().await?.error_for_status()?;
+        let response =
+            http.get(format!("http://{host}:{PORT}/analysis")).timeout(TIMEOUT).send().await?.error_for_status()?;
         response.bytes().await
     };
     match answer.await {
         Ok(bytes) if bytes.len() <= MOST_BYTES => {
             let parsed = serde_json::from_slice::<Answer>(&bytes);
-            parsed.inspect_err(|error| tracing::warn!(address, %error, "a router's analysis cannot be read")).ok().map(|answer| answer.revisions)
+            parsed
+                .inspect_err(|error| tracing::warn!(address, %error, "a router's analysis cannot be read"))
+                .ok()
+                .map(|answer| answer.revisions)
         }
         Ok(_) => None,
         Err(error) => {
@@ -86,7 +91,9 @@ mod tests {
     #[test]
     fn counts_of_all_routers_add_up_and_the_slowest_latency_stays() {
         let parse = |text: &str| serde_json::from_str::<Answer>(text).unwrap().revisions;
-        let one = parse(r#"{"revisions":{"m-1":{"requests":10,"errors":1,"latency_p95_ms":3.5,"feedback_total":2,"feedback_correct":1}}}"#);
+        let one = parse(
+            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"latency_p95_ms":3.5,"feedback_total":2,"feedback_correct":1}}}"#,
+        );
         let two = parse(r#"{"revisions":{"m-1":{"requests":5,"errors":0,"latency_p95_ms":9.0},"m-2":{"requests":1}}}"#);
         let total = sum(vec![one, two]);
         let counts = total["m-1"];

@@ -23,6 +23,8 @@ pub struct Observed {
     pub revisions: BTreeMap<String, Workload>,
     /// The routers' Deployment.
     pub router: Option<Workload>,
+    /// There is a monitor's Deployment.
+    pub has_monitor: bool,
     /// Why a pod does not run, by revision; the router's has the empty name.
     pub waiting: BTreeMap<String, String>,
     /// What the routers counted by revision; read during a canary only, and absent when a router did not answer.
@@ -47,7 +49,9 @@ impl Workload {
         let seen = status.observed_generation >= deployment.metadata.generation;
         let available = status.available_replicas.unwrap_or(0).min(status.updated_replicas.unwrap_or(0));
         let stuck = status.conditions.iter().flatten().find(|condition| {
-            condition.type_ == "Progressing" && condition.status == "False" && condition.reason.as_deref() == Some("ProgressDeadlineExceeded")
+            condition.type_ == "Progressing"
+                && condition.status == "False"
+                && condition.reason.as_deref() == Some("ProgressDeadlineExceeded")
         });
         Self {
             desired,
@@ -93,10 +97,13 @@ pub async fn dereference(
             .map_err(ReconcileError::read("jobs, Deployments and pods"))?;
     let retrainings = retrainings.items.into_iter().filter(|job| cluster::is_owned_by(job, &uid)).collect();
     let mut router = None;
+    let mut has_monitor = false;
     let mut revisions = BTreeMap::new();
     for workload in deployments.items.iter().filter(|workload| cluster::is_owned_by(*workload, &uid)) {
         if workload.name_any() == names::router(&name) {
             router = Some(Workload::of(workload));
+        } else if workload.name_any() == names::monitor(&name) {
+            has_monitor = true;
         } else if let Some(revision) = workload.labels().get(label::REVISION) {
             revisions.insert(revision.clone(), Workload::of(workload));
         }
@@ -115,5 +122,5 @@ pub async fn dereference(
     } else {
         None
     };
-    Ok(Some(Observed { deployment, source_job, retrainings, revisions, router, waiting, counts }))
+    Ok(Some(Observed { deployment, source_job, retrainings, revisions, router, has_monitor, waiting, counts }))
 }

@@ -50,7 +50,8 @@ async fn steps(deployment: &ModelDeployment, context: &Context) -> Result<Action
     let validated = match validate::validate(&observed.deployment) {
         Ok(validated) => validated,
         Err(error) => {
-            status::write(&context.client, &observed.deployment, status::invalid(&observed.deployment, &error, now)).await?;
+            status::write(&context.client, &observed.deployment, status::invalid(&observed.deployment, &error, now))
+                .await?;
             return Ok(Action::await_change());
         }
     };

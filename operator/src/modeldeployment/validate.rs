@@ -28,7 +28,9 @@ pub enum Source {
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidDeployment {
-    #[error("metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_DEPLOYMENT_NAME} lower-case letters, digits and '-', beginning with a letter")]
+    #[error(
+        "metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_DEPLOYMENT_NAME} lower-case letters, digits and '-', beginning with a letter"
+    )]
     Name(String),
     #[error("spec.model: set exactly one of from and fromJob")]
     Model,

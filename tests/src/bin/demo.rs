@@ -28,7 +28,7 @@ const CONCURRENCY: usize = 24;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let receiver = otlp::Receiver::start("192.0.2.1:4317".parse()?).await.context("the OTLP receiver on 192.0.2.1:4317")?;
+    let receiver = otlp::Receiver::start("198.51.100.1:4317".parse()?).await.context("the OTLP receiver on 198.51.100.1:4317")?;
     let mut demo = Demo { cluster: Cluster::connect().await?, spans: receiver.0, stages: Vec::new(), began: Instant::now() };
     demo.run().await
 }

@@ -1,0 +1,324 @@
+//! Table tests of decisions, children and status.
+
+use athanor_contract::train::{TrainResult, TrainSummary};
+use athanor_crds::{FineTuneJob, FineTuneJobStatus, condition as types};
+use clap::Parser;
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{batch::v1::Job, core::v1::Pod},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use serde_json::{Value, json};
+
+use super::{
+    apply::Applied,
+    build,
+    decide::{Decision, MAX_PREEMPTIONS, Phase, decide},
+    dereference::Observed,
+    status,
+    validate::{InvalidJob, is_service_name, validate},
+};
+use crate::{condition, progress::Report, settings::Settings};
+
+/// A FineTuneJob of ten lines.
+pub fn job(name: &str, uid: &str) -> FineTuneJob {
+    serde_json::from_value(json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob",
+        "metadata": {"name": name, "namespace": "ns", "uid": uid, "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {
+            "model": {"from": "s3://models/minilm", "task": "TextClassification"},
+            "data": {"sources": [{"name": "reviews", "uri": "s3://data/reviews.jsonl"}]},
+            "output": {"to": "s3://out/"},
+        },
+    }))
+    .unwrap()
+}
+
+fn at(seconds: i64) -> Timestamp {
+    "2026-01-01T00:00:00Z".parse::<Timestamp>().unwrap() + jiff::SignedDuration::from_secs(seconds)
+}
+
+fn pod(index: u32, attempt: u32, status: Value) -> Pod {
+    serde_json::from_value(json!({
+        "metadata": {
+            "name": format!("a-{attempt}-{index}-x"),
+            "labels": {"batch.kubernetes.io/controller-uid": format!("j{attempt}"), "batch.kubernetes.io/job-completion-index": index.to_string()},
+        },
+        "status": status,
+    }))
+    .unwrap()
+}
+
+fn running(index: u32) -> Pod {
+    let state = json!({"running": {"startedAt": "2026-01-01T00:00:05Z"}});
+    pod(
+        index,
+        0,
+        json!({"phase": "Running", "containerStatuses": [{"name": "trainer", "image": "", "imageID": "", "ready": true, "restartCount": 0, "state": state}]}),
+    )
+}
+
+fn ended(index: u32, code: i32, message: &str) -> Pod {
+    let state = json!({"terminated": {"exitCode": code, "message": message, "finishedAt": "2026-01-01T00:01:00Z"}});
+    let phase = if code == 0 { "Succeeded" } else { "Failed" };
+    pod(
+        index,
+        0,
+        json!({"phase": phase, "containerStatuses": [{"name": "trainer", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state}]}),
+    )
+}
+
+fn kubernetes_job(attempt: u32, conditions: Value) -> Job {
+    serde_json::from_value(json!({
+        "metadata": {"name": format!("a-{attempt}"), "uid": format!("j{attempt}")}, "status": {"conditions": conditions},
+    }))
+    .unwrap()
+}
+
+fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
+    Observed { job, jobs: vec![kubernetes_job(0, json!([]))], pods, report: None }
+}
+
+fn of_two_nodes() -> FineTuneJob {
+    let mut job = job("a", "0123456789abcdef");
+    job.spec.train.distributed.num_nodes = 2;
+    job
+}
+
+fn summary() -> TrainSummary {
+    TrainSummary { artifact: "s3://out/a/artifact".into(), steps: 80, ..TrainSummary::default() }
+}
+
+fn text(result: &TrainResult) -> String {
+    serde_json::to_string(result).unwrap()
+}
+
+#[test]
+fn an_attempt_ends_by_its_pods_exit_codes() {
+    let succeeded = text(&TrainResult::Succeeded(summary()));
+    let gates = text(&TrainResult::GateFailed(TrainSummary {
+        failed_gates: vec!["accuracy 0.7 is below 0.8".into()],
+        ..summary()
+    }));
+    let wrong = text(&TrainResult::Failed { message: "data.sources[0].uri: row 3: no column 'text'".into() });
+    // Pods, seconds now, the phase's name, and what attempt follows.
+    let table: Vec<(&str, Vec<Pod>, i64, &str, u32)> = vec![
+        ("nothing yet", vec![], 10, "Pending", 0),
+        ("one of two", vec![running(0)], 10, "Pending", 0),
+        ("both", vec![running(0), running(1)], 10, "Running", 0),
+        ("done", vec![ended(0, 0, &succeeded), ended(1, 0, "")], 61, "Succeeded", 0),
+        ("result before the other's end", vec![ended(0, 0, &succeeded), running(1)], 61, "Succeeded", 0),
+        ("result beside a peer that lost it", vec![ended(0, 0, &succeeded), ended(1, 42, "")], 61, "Succeeded", 0),
+        ("gates", vec![ended(0, 0, &gates), ended(1, 0, "")], 61, "GateFailed", 0),
+        ("user error", vec![ended(0, 3, &wrong), ended(1, 42, "")], 61, "UserError", 0),
+        ("crash", vec![ended(0, 42, ""), ended(1, 137, "")], 61, "counted", 1),
+        ("crash, the other runs", vec![running(0), ended(1, 139, "")], 61, "counted", 1),
+        ("hang", vec![ended(0, 43, ""), ended(1, 43, "")], 61, "counted", 1),
+        ("no result", vec![ended(0, 0, ""), ended(1, 0, "")], 61, "counted", 1),
+        ("preempted", vec![ended(0, 42, ""), ended(1, 42, "")], 61, "uncounted", 1),
+        ("too early to say", vec![ended(0, 42, ""), running(1)], 61, "Pending", 0),
+        ("late enough to say", vec![ended(0, 42, ""), running(1)], 64, "uncounted", 1),
+        ("evicted", vec![running(0), pod(1, 0, json!({"phase": "Failed", "reason": "Evicted"}))], 61, "uncounted", 1),
+    ];
+    for (case, pods, now, expected, attempt) in table {
+        let decision = decide(&observed(of_two_nodes(), pods), at(now));
+        let name = match &decision.phase {
+            Phase::Pending { .. } => "Pending",
+            Phase::Running => "Running",
+            Phase::Succeeded(_) => "Succeeded",
+            Phase::Failed { reason, .. } => reason,
+            Phase::Restarting { counted: true, .. } => "counted",
+            Phase::Restarting { counted: false, .. } => "uncounted",
+            other => panic!("{case}: {other:?}"),
+        };
+        assert_eq!((name, decision.attempt), (expected, attempt), "{case}");
+        assert_eq!(decision.remove.len() as u32, attempt, "{case}: the Job of an attempt that ended goes, no other");
+        assert!(!decision.create, "{case}");
+    }
+}
+
+#[test]
+fn restarts_are_bounded_and_messages_name_the_cause() {
+    let with = |restarts, preemptions| {
+        let mut job = of_two_nodes();
+        job.status = Some(FineTuneJobStatus { restarts, preemptions, ..FineTuneJobStatus::default() });
+        job
+    };
+    for (restarts, preemptions, code, expected) in [
+        (2, 0, 137, None),
+        (3, 0, 137, Some("TooManyRestarts")),
+        (3, 0, 42, None),
+        (0, MAX_PREEMPTIONS, 42, Some("TooManyPreemptions")),
+    ] {
+        let decision = decide(
+            &observed(with(restarts, preemptions), vec![ended(0, code, "out of memory"), ended(1, code, "")]),
+            at(70),
+        );
+        match (&decision.phase, expected) {
+            (Phase::Restarting { .. }, None) => {}
+            (Phase::Failed { reason, message, .. }, Some(wanted)) => {
+                assert_eq!(*reason, wanted);
+                assert!(message.contains("out of memory") && message.contains(&code.to_string()), "{message}");
+            }
+            other => panic!("{restarts} {preemptions} {code}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_new_attempt_waits_for_the_pods_of_the_old_one() {
+    let mut subject = observed(of_two_nodes(), vec![running(0)]);
+    subject.job.status = Some(FineTuneJobStatus { attempt: 1, ..FineTuneJobStatus::default() });
+    let decision = decide(&subject, at(70));
+    assert_eq!((decision.create, decision.remove), (false, vec![("a-0".to_owned(), "j0".to_owned())]));
+    subject.jobs.clear();
+    subject.pods = vec![ended(0, 42, "")];
+    let decision = decide(&subject, at(70));
+    assert!(decision.create && decision.attempt == 1 && decision.remove.is_empty());
+    // A node that does not answer is not waited for.
+    let mut lost = running(0);
+    lost.metadata.deletion_timestamp = Some(Time(at(40)));
+    subject.pods = vec![lost];
+    assert!(!decide(&subject, at(50)).create);
+    assert!(decide(&subject, at(60)).create);
+}
+
+#[test]
+fn suspension_deadline_deletion_and_time_to_live() {
+    let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
+    subject.job.spec.suspend = true;
+    let decision = decide(&subject, at(20));
+    assert_eq!((&decision.phase, decision.attempt, decision.remove.len()), (&Phase::Suspended, 1, 1));
+    // Suspended already: nothing more happens.
+    subject.job.status = Some(FineTuneJobStatus { attempt: 1, ..FineTuneJobStatus::default() });
+    subject.jobs.clear();
+    assert_eq!(decide(&subject, at(21)).attempt, 1);
+
+    let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
+    subject.job.spec.active_deadline_seconds = Some(60);
+    subject.job.status = Some(FineTuneJobStatus { start_time: Some(Time(at(0))), ..FineTuneJobStatus::default() });
+    assert_eq!(decide(&subject, at(59)).phase, Phase::Running);
+    let decision = decide(&subject, at(60));
+    assert!(matches!(decision.phase, Phase::Failed { reason: "DeadlineExceeded", .. }) && decision.remove.len() == 1);
+
+    let mut subject = observed(of_two_nodes(), vec![running(0)]);
+    subject.jobs =
+        vec![kubernetes_job(0, json!([{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]))];
+    assert!(matches!(decide(&subject, at(60)).phase, Phase::Restarting { counted: false, .. }), "a pod was deleted");
+
+    let mut subject = observed(of_two_nodes(), vec![]);
+    let mut conditions = Vec::new();
+    condition::set(&mut conditions, types::SUCCEEDED, condition::State::True, "Succeeded", "", None, at(0));
+    subject.job.status =
+        Some(FineTuneJobStatus { conditions, completion_time: Some(Time(at(0))), ..FineTuneJobStatus::default() });
+    let decision = decide(&subject, at(9));
+    assert_eq!((decision.phase, decision.expire, decision.requeue), (Phase::Over, false, None));
+    subject.job.spec.ttl_seconds_after_finished = Some(10);
+    let decision = decide(&subject, at(9));
+    assert_eq!((decision.expire, decision.requeue.map(|wait| wait.as_secs())), (false, Some(1)));
+    assert!(decide(&subject, at(10)).expire);
+}
+
+#[test]
+fn the_children_are_what_trainers_read() {
+    let settings = Settings::parse_from([
+        "athanor-operator",
+        "--progress-address=http://op:9443",
+        "--otlp-endpoint=http://otel:4317",
+    ]);
+    let mut job = of_two_nodes();
+    job.spec.credentials_secret_name = Some("s3".into());
+    job.spec.pod_template = Some(
+        serde_json::from_value(json!({"labels": {"team": "nlp", "app.kubernetes.io/name": "mine"},
+            "env": [{"name": "ATHANOR_NUM_NODES", "value": "9"}, {"name": "X", "value": "1"}]}))
+        .unwrap(),
+    );
+    let decision =
+        Decision { phase: Phase::Running, attempt: 2, remove: vec![], create: true, expire: false, requeue: None };
+    let validated = validate(&job).unwrap();
+    let children = build::build(&validated, &settings, &decision).unwrap();
+    let config: athanor_contract::train::TrainConfig =
+        serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
+    assert_eq!(config.checkpoint_to, "s3://out/a-01234567/checkpoints");
+    assert_eq!(config.artifact_to, "s3://out/a-01234567/artifact");
+    assert_eq!(config.progress_to.as_deref(), Some("http://op:9443"));
+    let job = serde_json::to_value(&children.job).unwrap();
+    assert_eq!(job["metadata"]["name"], "a-2");
+    assert_eq!(
+        (&job["spec"]["completions"], &job["spec"]["parallelism"], &job["spec"]["backoffLimit"]),
+        (&json!(2), &json!(2), &json!(0))
+    );
+    assert_eq!(job["spec"]["completionMode"], "Indexed");
+    let template = &job["spec"]["template"];
+    assert_eq!(template["metadata"]["labels"]["team"], "nlp");
+    assert_eq!(template["metadata"]["labels"]["app.kubernetes.io/name"], "athanor-trainer");
+    let pod = &template["spec"];
+    assert_eq!(pod["subdomain"], children.service.metadata.name.clone().unwrap());
+    assert_eq!((&pod["restartPolicy"], &pod["automountServiceAccountToken"]), (&json!("Never"), &json!(false)));
+    let container = &pod["containers"][0];
+    let env = |name: &str| {
+        container["env"].as_array().unwrap().iter().filter(|entry| entry["name"] == name).cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(env("ATHANOR_NUM_NODES"), [json!({"name": "ATHANOR_NUM_NODES", "value": "2"})]);
+    assert_eq!(env("ATHANOR_MASTER_ADDR")[0]["value"], "a-2-0.a-trainer.ns.svc.cluster.local");
+    assert_eq!(env("X").len(), 1);
+    assert_eq!(env("OTEL_EXPORTER_OTLP_ENDPOINT")[0]["value"], "http://otel:4317");
+    assert_eq!(container["envFrom"][0]["secretRef"]["name"], "s3");
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).is_none());
+}
+
+#[test]
+fn names_of_services_are_checked() {
+    for (name, fine) in
+        [("a", true), ("a-1", true), ("1a", false), ("a.b", false), ("a-", false), ("", false), ("A", false)]
+    {
+        assert_eq!(is_service_name(name, 52), fine, "{name}");
+    }
+    let long = "a".repeat(53);
+    assert_eq!(validate(&job(&long, "u")).err(), Some(InvalidJob::Name(long)));
+}
+
+#[test]
+fn the_status_tells_progress_restarts_and_the_result() {
+    let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
+    subject.report = Some(Report {
+        stage: "Training".into(),
+        step: 57,
+        total_steps: 80,
+        loss: 0.25,
+        eta_seconds: 80.4,
+        timeline: [("firstStep".to_owned(), 4.0)].into(),
+        ..Report::default()
+    });
+    let created = Applied { created: true };
+    let next = status::next(&subject, &decide(&subject, at(20)), Ok(&created), at(20));
+    let progress = next.progress.clone().unwrap();
+    assert_eq!((progress.percent, progress.percent_text.as_str(), progress.eta.as_deref()), (71, "71%", Some("1m20s")));
+    assert_eq!(
+        next.timeline["firstStep"].get(),
+        9.0,
+        "4 s after the process began, which was 5 s after the object's creation"
+    );
+    assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().status, "Unknown");
+    assert!(!status::is_over(&next));
+
+    subject.job.status = Some(next);
+    subject.pods = vec![ended(0, 137, ""), ended(1, 42, "")];
+    let next = status::next(&subject, &decide(&subject, at(62)), Ok(&Applied { created: false }), at(62));
+    assert_eq!((next.restarts, next.preemptions, next.attempt), (1, 0, 1));
+    assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().reason, "Restarting");
+
+    subject.pods = vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")];
+    let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied { created: false }), at(90));
+    assert!(status::is_over(&next));
+    assert_eq!((next.completion_time, next.summary), (Some(Time(at(90))), Some(summary())));
+    assert_eq!((next.progress.as_ref().unwrap().percent, next.progress.unwrap().step), (100, 80));
+}
+
+#[test]
+fn spans_read_like_a_clock() {
+    for (seconds, text) in [(0.4, "0s"), (59.6, "1m0s"), (80.0, "1m20s"), (4000.0, "1h6m40s")] {
+        assert_eq!(status::span(seconds), text);
+    }
+}

@@ -1,0 +1,188 @@
+//! Elects the one operator that acts, by a Lease of coordination.k8s.io, as client-go does.
+//!
+//! Clocks of different machines are not compared: a holder counts as gone when this process has seen its record unchanged for the
+//! whole duration. Writes carry the resource version, so of two candidates one fails.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+};
+use kube::{Api, Client, api::PostParams};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// Others wait this long before they take over from a holder that is silent.
+const DURATION: Duration = Duration::from_secs(15);
+/// A holder that could not renew for this long stops acting, well before others begin.
+const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Takes part in the election.
+pub struct Election {
+    api: Api<Lease>,
+    name: String,
+    identity: String,
+    /// The record as last read, and when it was first read like that.
+    seen: Option<(Record, Instant)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Record {
+    holder: String,
+    renewed: Option<Timestamp>,
+    transitions: i32,
+}
+
+impl Election {
+    pub fn new(client: Client, namespace: &str, name: &str, identity: String) -> Self {
+        Self { api: Api::namespaced(client, namespace), name: name.into(), identity, seen: None }
+    }
+
+    /// Waits until this process leads. `false`: shutdown came first.
+    pub async fn acquire(&mut self, shutdown: &CancellationToken, mut reached: impl FnMut()) -> bool {
+        loop {
+            match self.attempt().await {
+                Ok(leads) => {
+                    reached();
+                    if leads {
+                        return true;
+                    }
+                }
+                Err(error) => tracing::warn!(%error, lease = self.name, "the Lease cannot be taken"),
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return false,
+                () = sleep(RETRY) => {}
+            }
+        }
+    }
+
+    /// Renews until shutdown, or until that fails for too long. `true`: leadership was lost.
+    pub async fn hold(&mut self, shutdown: &CancellationToken) -> bool {
+        let mut renewed = Instant::now();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return false,
+                () = sleep(RETRY) => {}
+            }
+            let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            match timeout(left.max(Duration::from_millis(1)), self.attempt()).await {
+                Ok(Ok(true)) => renewed = Instant::now(),
+                Ok(Ok(false)) => return true,
+                Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease cannot be renewed"),
+                Err(_) => {}
+            }
+            if renewed.elapsed() >= RENEW_DEADLINE {
+                return true;
+            }
+        }
+    }
+
+    /// Lets the next one begin at once.
+    pub async fn release(&mut self) {
+        let released = async {
+            let lease = self.api.get(&self.name).await?;
+            let record = record(&lease);
+            if record.holder == self.identity {
+                self.write(Some(&lease), String::new(), record.transitions).await?;
+            }
+            Ok::<_, kube::Error>(())
+        };
+        match timeout(Duration::from_secs(5), released).await {
+            Ok(Ok(())) => tracing::info!(lease = self.name, "released"),
+            Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease was not released"),
+            Err(_) => tracing::warn!(lease = self.name, "the Lease was not released in time"),
+        }
+    }
+
+    async fn attempt(&mut self) -> Result<bool, kube::Error> {
+        let lease = self.api.get_opt(&self.name).await?;
+        let now = Instant::now();
+        let seen = lease.as_ref().map(record);
+        if let Some(record) = &seen
+            && self.seen.as_ref().is_none_or(|(before, _)| before != record)
+        {
+            self.seen = Some((record.clone(), now));
+        }
+        let silent = self.seen.as_ref().map_or(Duration::ZERO, |(_, since)| now - *since);
+        let Some(transitions) = may_take(seen.as_ref(), &self.identity, silent) else { return Ok(false) };
+        match self.write(lease.as_ref(), self.identity.clone(), transitions).await {
+            Ok(()) => Ok(true),
+            // Somebody else was faster.
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn write(&self, before: Option<&Lease>, holder: String, transitions: i32) -> Result<(), kube::Error> {
+        let now = MicroTime(Timestamp::now());
+        let same = before
+            .and_then(|lease| lease.spec.as_ref())
+            .filter(|spec| spec.holder_identity.as_deref() == Some(&holder));
+        let acquired = same.and_then(|spec| spec.acquire_time.clone()).unwrap_or_else(|| now.clone());
+        let lease = Lease {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                resource_version: before.and_then(|lease| lease.metadata.resource_version.clone()),
+                ..ObjectMeta::default()
+            },
+            spec: Some(LeaseSpec {
+                holder_identity: Some(holder),
+                lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+                acquire_time: Some(acquired),
+                renew_time: Some(now),
+                lease_transitions: Some(transitions),
+                ..LeaseSpec::default()
+            }),
+        };
+        let params = PostParams::default();
+        match before {
+            Some(_) => self.api.replace(&self.name, &params, &lease).await?,
+            None => self.api.create(&params, &lease).await?,
+        };
+        Ok(())
+    }
+}
+
+fn record(lease: &Lease) -> Record {
+    let spec = lease.spec.clone().unwrap_or_default();
+    Record {
+        holder: spec.holder_identity.unwrap_or_default(),
+        renewed: spec.renew_time.map(|time| time.0),
+        transitions: spec.lease_transitions.unwrap_or(0),
+    }
+}
+
+/// Whether this process may write itself in, and with which number of transitions.
+fn may_take(record: Option<&Record>, identity: &str, silent: Duration) -> Option<i32> {
+    match record {
+        None => Some(0),
+        Some(record) if record.holder == identity => Some(record.transitions),
+        Some(record) if record.holder.is_empty() || silent > DURATION => Some(record.transitions.saturating_add(1)),
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_taken_when_free_mine_or_silent_for_long() {
+        let held = |holder: &str| Record { holder: holder.into(), renewed: None, transitions: 4 };
+        let long = DURATION + Duration::from_secs(1);
+        for (record, silent, expected) in [
+            (None, Duration::ZERO, Some(0)),
+            (Some(held("me")), Duration::ZERO, Some(4)),
+            (Some(held("")), Duration::ZERO, Some(5)),
+            (Some(held("other")), Duration::ZERO, None),
+            (Some(held("other")), DURATION, None),
+            (Some(held("other")), long, Some(5)),
+        ] {
+            assert_eq!(may_take(record.as_ref(), "me", silent), expected, "{record:?} {silent:?}");
+        }
+    }
+}

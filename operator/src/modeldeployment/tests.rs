@@ -1,0 +1,422 @@
+//! Table tests of targets, canaries, retraining and children.
+
+use std::collections::BTreeMap;
+
+use athanor_contract::{
+    serve::{MonitorConfig, MonitorStatus, RouterConfig, Verdict},
+    train::{OffsetRange, TrainSummary},
+};
+use athanor_crds::{
+    CandidateStatus, FineTuneJob, FineTuneJobStatus, ModelDeployment, ModelDeploymentStatus, ObservedSource,
+    RevisionStatus, condition as types,
+};
+use clap::Parser;
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
+use serde_json::json;
+
+use super::{
+    analysis::Counts,
+    build, build_front,
+    decide::{Plan, decide},
+    dereference::{Observed, Workload},
+    names, status,
+    validate::{InvalidDeployment, validate},
+};
+use crate::{condition, settings::Settings};
+
+fn at(seconds: i64) -> Timestamp {
+    "2026-01-01T00:00:00Z".parse::<Timestamp>().unwrap() + jiff::SignedDuration::from_secs(seconds)
+}
+
+fn deployment(spec: serde_json::Value) -> ModelDeployment {
+    serde_json::from_value(json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment",
+        "metadata": {"name": "m", "namespace": "ns", "uid": "d1", "generation": 1}, "spec": spec,
+    }))
+    .unwrap()
+}
+
+fn retraining_spec() -> serde_json::Value {
+    json!({
+        "model": {"from": "s3://models/a"},
+        "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}},
+        "monitor": {},
+        "credentialsSecretName": "s3",
+        "retrain": {"minimumSamples": 100, "cooldownSeconds": 600, "template": {"labels": {"team": "nlp"}, "spec": {
+            "model": {"from": "s3://models/base", "task": "TextClassification"},
+            "data": {"sources": [{"name": "reviews", "uri": "s3://data/reviews.jsonl"}]},
+            "evaluate": {"gates": [{"metric": "Accuracy", "minimumGain": "0.01"}]},
+            "output": {"to": "s3://out"}}}},
+    })
+}
+
+/// A FineTuneJob with an outcome (`None`: it runs) that was over after so many seconds.
+fn job(name: &str, outcome: Option<(&str, &str)>, end: i64, digest: &str) -> FineTuneJob {
+    let mut job = crate::finetunejob::tests::job(name, &format!("uid-{name}"));
+    let mut conditions = Vec::new();
+    let state = match outcome.map(|(status, _)| status) {
+        Some("True") => condition::State::True,
+        Some(_) => condition::State::False,
+        None => condition::State::Unknown,
+    };
+    condition::set(
+        &mut conditions,
+        types::SUCCEEDED,
+        state,
+        outcome.map_or("Running", |(_, reason)| reason),
+        "",
+        None,
+        at(end),
+    );
+    job.status = Some(FineTuneJobStatus {
+        conditions,
+        completion_time: outcome.map(|_| Time(at(end))),
+        summary: outcome.map(|_| TrainSummary {
+            artifact: format!("s3://out/{name}/artifact"),
+            model_digest: digest.into(),
+            ..TrainSummary::default()
+        }),
+        ..FineTuneJobStatus::default()
+    });
+    job
+}
+
+fn revision(name: &str, ready: bool) -> RevisionStatus {
+    RevisionStatus {
+        name: name.into(),
+        model_uri: "s3://models/a".into(),
+        ready_at: ready.then(|| Time(at(0))),
+        ..RevisionStatus::default()
+    }
+}
+
+fn workload(available: i32) -> Workload {
+    Workload { desired: 1, available, replicas: 1, stuck: None }
+}
+
+fn observed(deployment: ModelDeployment) -> Observed {
+    Observed {
+        deployment,
+        source_job: None,
+        retrainings: vec![],
+        revisions: BTreeMap::new(),
+        router: Some(workload(1)),
+        has_monitor: false,
+        waiting: BTreeMap::new(),
+        counts: None,
+    }
+}
+
+fn plan(observed: &Observed, now: i64) -> Plan {
+    decide(&validate(&observed.deployment).unwrap(), observed, at(now))
+}
+
+/// The current revision's name, the candidate's with its weight, and the reason of Progressing.
+fn told(plan: &Plan) -> (Option<String>, Option<(String, u32)>, &'static str) {
+    let candidate = plan.rollout.candidate.as_ref();
+    (
+        plan.rollout.current.as_ref().map(|current| current.name.clone()),
+        candidate.map(|candidate| (candidate.revision.name.clone(), candidate.weight)),
+        plan.rollout.reason,
+    )
+}
+
+const OLD: &str = "m-aaaaaaaa";
+const NEW: &str = "m-bbbbbbbb";
+
+/// A deployment with a current revision and a retraining that passed its gates.
+fn canary(candidate: Option<CandidateStatus>) -> Observed {
+    let mut subject = observed(deployment(json!({"model": {"from": "s3://models/a"}})));
+    subject.deployment.status = Some(ModelDeploymentStatus {
+        current_revision: Some(RevisionStatus {
+            job: Some("first".into()),
+            completed_at: Some(Time(at(1))),
+            ..revision(OLD, true)
+        }),
+        candidate,
+        source: Some(ObservedSource { value: "s3://models/a".into(), since: None }),
+        ..ModelDeploymentStatus::default()
+    });
+    subject.retrainings = vec![job("second", Some(("True", "Succeeded")), 50, "bbbbbbbbcc")];
+    subject.revisions = [(OLD.to_owned(), workload(1)), (NEW.to_owned(), workload(1))].into();
+    subject.counts = Some([(NEW.to_owned(), Counts { requests: 100, errors: 3, ..Counts::default() })].into());
+    subject
+}
+
+fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> {
+    let revision = RevisionStatus {
+        model_uri: "s3://out/second/artifact".into(),
+        job: Some("second".into()),
+        completed_at: Some(Time(at(50))),
+        ..revision(NEW, true)
+    };
+    Some(CandidateStatus {
+        revision,
+        step_index,
+        weight,
+        since: Time(at(since)),
+        message: String::new(),
+        baseline_requests: 40,
+        baseline_errors: 3,
+    })
+}
+
+#[test]
+fn the_newest_good_model_is_the_target() {
+    let by_job = || deployment(json!({"model": {"fromJob": {"name": "first"}}}));
+    let mut subject = observed(by_job());
+    assert_eq!((told(&plan(&subject, 60)).0, plan(&subject, 60).ready.1), (None, "JobNotFound"));
+    subject.source_job = Some(job("first", None, 0, ""));
+    assert_eq!(plan(&subject, 60).ready.1, "WaitingForJob");
+    subject.source_job = Some(job("first", Some(("False", "GateFailed")), 1, "aaaaaaaa"));
+    assert_eq!((told(&plan(&subject, 60)).0, plan(&subject, 60).ready.1), (None, "JobFailed"));
+    subject.source_job = Some(job("first", Some(("True", "Succeeded")), 1, "aaaaaaaa11"));
+    assert_eq!(told(&plan(&subject, 60)).0.as_deref(), Some(OLD), "the first revision takes all traffic at once");
+
+    // Served for a while; its job is deleted, and a retraining that failed its gates is newer.
+    let current = plan(&subject, 60).rollout.current.unwrap();
+    let ready = RevisionStatus { ready_at: Some(Time(at(60))), ..current };
+    let source = plan(&subject, 60).source;
+    subject.deployment.status = Some(ModelDeploymentStatus {
+        current_revision: Some(ready),
+        source: Some(source),
+        ..ModelDeploymentStatus::default()
+    });
+    subject.source_job = None;
+    subject.retrainings = vec![job("second", Some(("False", "GateFailed")), 70, "bbbbbbbb")];
+    assert_eq!(told(&plan(&subject, 80)), (Some(OLD.into()), None, "Stable"));
+
+    // The user changes the model after a retraining had ended: the user's choice counts.
+    let mut subject = canary(None);
+    subject.deployment.spec.model.from = Some("s3://models/z".into());
+    let wanted = names::revision("m", None, "s3://models/z");
+    assert_eq!(told(&plan(&subject, 60)), (Some(OLD.into()), Some((wanted, 0)), "WaitingForPods"));
+}
+
+#[test]
+fn a_canary_goes_on_holds_or_rolls_back() {
+    let counts =
+        |requests, errors, latency_p95_ms| Some(Counts { requests, errors, latency_p95_ms, ..Counts::default() });
+    // Candidate so far, its available pods, counts, seconds now; current, candidate's weight, reason.
+    let table = [
+        ("new", None, 0, counts(0, 0, 0.0), 60, OLD, Some(0), "WaitingForPods"),
+        ("ready", at_step(0, 0, 55), 1, counts(40, 3, 0.0), 60, OLD, Some(10), "Canary"),
+        ("ready but routers do not answer", at_step(0, 0, 55), 1, None, 60, OLD, Some(0), "WaitingForPods"),
+        ("pausing", at_step(0, 10, 58), 1, counts(140, 3, 0.0), 60, OLD, Some(10), "Canary"),
+        ("passed", at_step(0, 10, 55), 1, counts(140, 3, 0.0), 60, OLD, Some(50), "Canary"),
+        ("too few requests", at_step(0, 10, 50), 1, counts(89, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
+        ("too few requests to fail", at_step(0, 10, 50), 1, counts(89, 52, 0.0), 60, OLD, Some(10), "Inconclusive"),
+        ("a router is silent", at_step(0, 10, 50), 1, None, 60, OLD, Some(10), "Inconclusive"),
+        ("a router began again", at_step(1, 50, 50), 1, counts(39, 0, 0.0), 60, OLD, Some(50), "Canary"),
+        ("errors, before the pause is over", at_step(0, 10, 59), 1, counts(140, 5, 0.0), 60, OLD, None, "RolledBack"),
+        ("slow", at_step(0, 10, 55), 1, counts(140, 3, 201.0), 60, OLD, None, "RolledBack"),
+        ("last step", at_step(2, 100, 55), 1, counts(140, 3, 0.0), 60, NEW, None, "Promoted"),
+    ];
+    for (case, candidate, available, counts, now, current, weight, reason) in table {
+        let mut subject = canary(candidate);
+        subject.deployment.spec.rollout.canary.analysis.max_latency_p95_ms = Some(200);
+        subject.revisions.insert(NEW.into(), workload(available));
+        subject.counts = counts.map(|counts| [(NEW.to_owned(), counts)].into());
+        let plan = plan(&subject, now);
+        assert_eq!(
+            told(&plan),
+            (Some(current.into()), weight.map(|weight| (NEW.to_owned(), weight)), reason),
+            "{case}"
+        );
+        let weights = build_front::weights(&plan.rollout);
+        assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
+        assert!(plan.remove.is_empty(), "{case}: nothing with traffic or just without it goes");
+    }
+}
+
+#[test]
+fn what_lost_its_traffic_goes_after_its_drain_and_a_failed_revision_is_not_tried_again() {
+    let mut subject = canary(at_step(0, 10, 59));
+    subject.counts = Some([(NEW.to_owned(), Counts { requests: 140, errors: 90, ..Counts::default() })].into());
+    let first = plan(&subject, 60);
+    assert!(first.rollout.message.contains("87 of 100 requests failed"), "{}", first.rollout.message);
+    subject.deployment.status = Some(status::next(&subject, &first, Ok(()), at(60)));
+    let later = plan(&subject, 61);
+    assert_eq!((told(&later), later.remove.len()), ((Some(OLD.into()), None, "RolledBack"), 0));
+    assert!(later.rollout.message.contains("87 of 100"), "the reason stays told");
+    let drained = plan(&subject, 200);
+    assert_eq!((drained.remove, drained.rollout.previous), (vec![NEW.to_owned()], None));
+}
+
+#[test]
+fn a_revision_that_never_answered_is_replaced_without_a_canary() {
+    let mut subject = canary(None);
+    subject.revisions.insert(OLD.into(), workload(0));
+    let status = subject.deployment.status.as_mut().unwrap();
+    status.current_revision.as_mut().unwrap().ready_at = None;
+    let plan = plan(&subject, 60);
+    assert_eq!(told(&plan).0.as_deref(), Some(NEW));
+    assert_eq!(plan.remove, [OLD]);
+}
+
+/// A deployment that has drifted.
+fn drifted() -> Observed {
+    let mut subject = observed(deployment(retraining_spec()));
+    let name = names::revision("m", None, "s3://models/a");
+    let range = |partition, begin, end| OffsetRange { partition, begin, end };
+    subject.deployment.status = Some(ModelDeploymentStatus {
+        current_revision: Some(revision(&name, true)),
+        monitor: Some(MonitorStatus {
+            revision: name.clone(),
+            verdict: Verdict::Drifted,
+            labelled: 100,
+            ranges: vec![range(0, 5, 90), range(1, 7, 7)],
+            ..MonitorStatus::default()
+        }),
+        ..ModelDeploymentStatus::default()
+    });
+    subject.revisions = [(name, workload(1))].into();
+    subject
+}
+
+/// The monitor's part of the status.
+fn monitor(subject: &mut Observed) -> &mut MonitorStatus {
+    subject.deployment.status.as_mut().unwrap().monitor.as_mut().unwrap()
+}
+
+#[test]
+fn a_retraining_starts_when_everything_asks_for_it() {
+    type Change = fn(&mut Observed);
+    let table: Vec<(&str, Change)> = vec![
+        ("Training", |_| {}),
+        ("NotDrifted", |subject| monitor(subject).verdict = Verdict::Stable),
+        ("NoVerdict", |subject| monitor(subject).revision = "m-old".into()),
+        ("TooFewSamples", |subject| monitor(subject).labelled = 99),
+        ("NoEvents", |subject| monitor(subject).ranges.clear()),
+        ("Cooldown", |subject| subject.deployment.status.as_mut().unwrap().last_retrained_at = Some(Time(at(100)))),
+        ("WaitingForApproval", |subject| {
+            subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
+        }),
+        ("NoNewEvents", |subject| {
+            let name = plan(subject, 200).retraining.create.unwrap().name;
+            subject.retrainings = vec![job(&name, Some(("False", "GateFailed")), 50, "")];
+        }),
+    ];
+    for (reason, change) in table {
+        let mut subject = drifted();
+        change(&mut subject);
+        let retraining = plan(&subject, 200).retraining;
+        assert_eq!(retraining.condition.unwrap().1, reason);
+        assert_eq!(retraining.create.is_some(), reason == "Training", "{reason}");
+    }
+    let mut approved = drifted();
+    let name = plan(&approved, 200).retraining.create.unwrap().name;
+    approved.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
+    approved.deployment.metadata.annotations =
+        Some([(athanor_crds::APPROVE_ANNOTATION.to_owned(), name.clone())].into());
+    assert_eq!(plan(&approved, 200).retraining.create.unwrap().name, name);
+}
+
+#[test]
+fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
+    let mut subject = drifted();
+    let first = plan(&subject, 200);
+    let new = first.retraining.create.clone().unwrap();
+    assert_eq!(
+        plan(&subject, 300).retraining.create.unwrap().name,
+        new.name,
+        "the same events are the same retraining"
+    );
+    let validated = validate(&subject.deployment).unwrap();
+    let built = build_front::retraining(&validated, &new).unwrap();
+    let source = built.spec.train.data.sources.last().unwrap();
+    let kafka = source.kafka.as_ref().unwrap();
+    assert_eq!((source.name.as_str(), kafka.topic.as_str()), ("feedback", "athanor.ns.m"));
+    assert_eq!(kafka.ranges, [OffsetRange { partition: 0, begin: 5, end: 90 }]);
+    assert_eq!(built.spec.train.evaluate.baseline.as_deref(), Some("s3://models/a"));
+    assert_eq!(built.spec.train.model.from, "s3://models/base");
+    assert_eq!(built.spec.credentials_secret_name.as_deref(), Some("s3"));
+    assert_eq!(built.metadata.labels.unwrap()["team"], "nlp");
+
+    // Killed before the status was written: the job is found, and more events make no second one.
+    let mut running = job(&new.name, None, 0, "");
+    running.spec = built.spec.clone();
+    subject.retrainings = vec![running];
+    monitor(&mut subject).ranges[0].end = 95;
+    let again = plan(&subject, 210).retraining;
+    assert_eq!(
+        (again.create, again.running.map(|running| (running.job, running.ranges))),
+        (None, Some((new.name.clone(), new.ranges.clone())))
+    );
+
+    // Gates failed: the champion stays, the cooldown begins.
+    subject.deployment.status = Some(status::next(&subject, &first, Ok(()), at(200)));
+    subject.retrainings = vec![job(&new.name, Some(("False", "GateFailed")), 400, "cccccccc")];
+    let over = plan(&subject, 401);
+    assert_eq!(over.retraining.running, None);
+    let (_, reason, message) = over.retraining.condition.clone().unwrap();
+    assert!(reason == "Cooldown" && message.contains("GateFailed"), "{reason} {message}");
+    assert_eq!(over.rollout.candidate, None);
+
+    // Passed: its artifact is the candidate.
+    subject.retrainings = vec![job(&new.name, Some(("True", "Succeeded")), 400, "cccccccc")];
+    assert_eq!(told(&plan(&subject, 401)).1, Some(("m-cccccccc".to_owned(), 0)));
+}
+
+#[test]
+fn the_children_are_what_processes_read() {
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let mut subject = canary(at_step(1, 50, 58));
+    let full = deployment(retraining_spec());
+    subject.deployment.spec.feedback = full.spec.feedback;
+    subject.deployment.spec.monitor = full.spec.monitor;
+    subject.deployment.spec.replicas = 3;
+    let mut validated = validate(&subject.deployment).unwrap();
+    validated.owner = vec![OwnerReference { uid: "d1".into(), controller: Some(true), ..OwnerReference::default() }];
+    let plan = plan(&subject, 60);
+    let children = build::build(&validated, &settings, &plan, "00ff".into());
+    let names: Vec<_> =
+        children.revisions.iter().map(|revision| revision.deployment.metadata.name.clone().unwrap()).collect();
+    assert_eq!(names, [OLD, NEW]);
+    let server = serde_json::to_value(&children.revisions[1].deployment).unwrap();
+    assert_eq!(
+        (&server["spec"]["replicas"], &server["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"]),
+        (&json!(3), &json!(0))
+    );
+    let selector = server["spec"]["selector"]["matchLabels"].as_object().unwrap();
+    let labels = &server["spec"]["template"]["metadata"]["labels"];
+    assert!(selector.iter().all(|(key, value)| labels[key] == *value));
+    let router = children.router.unwrap();
+    let config: RouterConfig = serde_json::from_str(&router.config.data.unwrap()["router.json"]).unwrap();
+    let weights: Vec<_> =
+        config.revisions.iter().map(|revision| (revision.service.as_str(), revision.weight)).collect();
+    assert_eq!(weights, [(OLD, 50), (NEW, 50)]);
+    assert_eq!(config.events.unwrap().topic, "athanor.ns.m");
+    assert_eq!(router.service.metadata.name.as_deref(), Some("m"));
+    let rules = serde_json::to_value(&router.account.role.rules).unwrap();
+    assert_eq!(rules[0]["resourceNames"], json!(["m-router"]));
+    let monitor = children.monitor.unwrap();
+    let config: MonitorConfig = serde_json::from_str(&monitor.config.data.unwrap()["monitor.json"]).unwrap();
+    assert_eq!(config.revisions.iter().map(|revision| revision.name.as_str()).collect::<Vec<_>>(), [OLD, NEW]);
+}
+
+#[test]
+fn the_status_leaves_the_monitors_part_alone_and_does_not_count_what_failed() {
+    let subject = drifted();
+    let next = status::next(&subject, &plan(&subject, 200), Ok(()), at(200));
+    assert_eq!(condition::get(&next.conditions, types::DRIFTED).unwrap().status, "True");
+    assert_eq!(condition::get(&next.conditions, types::READY).unwrap().status, "True");
+    let error = crate::cluster::ClusterError::Foreign { kind: "Service".into(), name: "m".into() };
+    let next = status::next(&subject, &plan(&subject, 200), Err(&error), at(200));
+    let ready = condition::get(&next.conditions, types::READY).unwrap();
+    assert_eq!((ready.status.as_str(), ready.reason.as_str(), next.retraining), ("False", "Refused", None));
+    assert!(ready.message.contains("Service m exists"), "{}", ready.message);
+}
+
+#[test]
+fn bad_names_and_sources_are_said() {
+    let mut long = deployment(json!({"model": {"from": "s3://a"}}));
+    long.metadata.name = Some("x".repeat(42));
+    assert_eq!(validate(&long).err(), Some(InvalidDeployment::Name("x".repeat(42))));
+    let mut clash = retraining_spec();
+    clash["retrain"]["sourceName"] = json!("reviews");
+    assert_eq!(validate(&deployment(clash)).err(), Some(InvalidDeployment::SourceName("reviews".into())));
+    assert_eq!(names::revision("m", Some("ABCDEF0123"), ""), "m-abcdef01");
+    assert_ne!(names::revision("m", None, "s3://a"), names::revision("m", None, "s3://b"));
+}

@@ -1,0 +1,85 @@
+"""A model that athanor-trainer makes on this machine, and athanor-server serving it: both the real binaries, on loopback."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import time
+
+import pytest
+import requests
+
+TARGET = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release"
+MODELS = pathlib.Path(os.environ["ATHANOR_MODELS"])
+DATA = pathlib.Path(os.environ["ATHANOR_DATA"])
+# Our processes find libtorch by this path; Python must not, it has its own.
+OURS = dict(os.environ, LD_LIBRARY_PATH=f"{os.environ['LIBTORCH']}/lib")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Clear sentences of the Amazon reviews with their sentiment."""
+    found = []
+    for line in (DATA / "sentiment" / "amazon.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+        _, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= 1 and text.strip():
+            found.append((text.strip(), "positive" if float(rating) > 0 else "negative"))
+    return found[:1200]
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, rows):
+    """The folder of a trained model."""
+    folder = tmp_path_factory.mktemp("job")
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for text, label in rows:
+            print(json.dumps({"text": text, "label": label}), file=file)
+    manifest = {
+        "apiVersion": "athanor.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "clients"},
+        "spec": {
+            "model": {"from": f"file://{MODELS}/minilm-l6", "task": "TextClassification"},
+            "data": {"sources": [{"name": "amazon", "uri": f"file://{folder}/rows.jsonl"}]},
+            "hyperparameters": {"maxSteps": 25},
+            "output": {"to": f"file://{folder}/out"},
+        },
+    }
+    # JSON is YAML.
+    (folder / "job.yaml").write_text(json.dumps(manifest))
+    subprocess.run([TARGET / "athanor-trainer", "run", "-f", folder / "job.yaml"], check=True, timeout=300, env=OURS)
+    (manifest_path,) = (folder / "out").glob("*/artifact/manifest.json")
+    return manifest_path.parent
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, artifact):
+    """Addresses of a server of that model: HTTP and gRPC."""
+    http, grpc = free_port(), free_port()
+    config = tmp_path_factory.mktemp("serve") / "serve.json"
+    serve = {"modelName": "clients", "revision": "clients-1", "modelUri": f"file://{artifact}", "httpPort": http, "grpcPort": grpc}
+    config.write_text(json.dumps(serve))
+    process = subprocess.Popen([TARGET / "athanor-server", "--config", config], env=OURS)
+    try:
+        base = f"http://127.0.0.1:{http}"
+        for _ in range(300):
+            try:
+                if requests.get(f"{base}/readyz", timeout=1).status_code == 200:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert process.poll() is None, "athanor-server ended"
+            time.sleep(0.1)
+        else:
+            raise TimeoutError("athanor-server was not ready in 30 s")
+        yield base, f"127.0.0.1:{grpc}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

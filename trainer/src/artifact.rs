@@ -1,0 +1,39 @@
+//! The result as a Hugging Face model folder with a manifest.
+
+use std::path::Path;
+
+use athanor_contract::artifact::{Manifest, REFERENCE, Reference};
+use athanor_models::BertForSequenceClassification;
+use athanor_store::Location;
+
+use crate::TrainError;
+
+/// Files of the parent that describe the tokenizer, which training does not change.
+const TOKENIZER_FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"];
+
+/// Writes the model's files into the local folder `to`.
+pub fn write(
+    to: &Path,
+    model: &BertForSequenceClassification,
+    parent: &Path,
+    reference: &Reference,
+) -> Result<(), TrainError> {
+    std::fs::create_dir_all(to).map_err(TrainError::other)?;
+    model.save(to)?;
+    for name in TOKENIZER_FILES {
+        match std::fs::copy(parent.join(name), to.join(name)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(TrainError::Other(format!("{name}: {error}"))),
+        }
+    }
+    let text = serde_json::to_vec(reference).map_err(TrainError::other)?;
+    std::fs::write(to.join(REFERENCE), text).map_err(TrainError::other)
+}
+
+/// Uploads the folder, the manifest last. Doing it again writes the same files.
+pub async fn upload(from: &Path, to: &str, manifest: Manifest) -> Result<(Location, Manifest), TrainError> {
+    let location = athanor_store::open(to)?;
+    let manifest = athanor_store::artifact::upload(from, &location, manifest).await?;
+    Ok((location, manifest))
+}

@@ -1,0 +1,88 @@
+//! Rows to batches: shuffled, grouped by length so that little is padding, and dealt to the ranks. All of it is a function of
+//! seed, epoch and lengths, so every rank computes the same batches and a resumed run goes on with them.
+
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+/// Batches whose rows are sorted by length together: small enough to keep the order of an epoch random.
+const GROUPED: usize = 32;
+
+/// The batches of one epoch, as indices into `lengths`; each row once, the last batch may be smaller.
+pub fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: u64) -> Vec<Vec<usize>> {
+    let mut random = StdRng::seed_from_u64(mix(seed, epoch));
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.shuffle(&mut random);
+    let mut batches: Vec<Vec<usize>> = Vec::with_capacity(lengths.len() / batch_size + 1);
+    for group in order.chunks_mut(batch_size * GROUPED) {
+        group.sort_by_key(|&row| lengths[row]);
+        batches.extend(group.chunks(batch_size).map(<[usize]>::to_vec));
+    }
+    batches.shuffle(&mut random);
+    batches
+}
+
+/// The rows of a batch that this rank computes. Rows are dealt from the longest, to and fro, so that the ranks have about the same
+/// number of tokens; a rank has none if there are fewer rows than ranks.
+pub fn share(batch: &[usize], lengths: &[usize], rank: usize, world: usize) -> Vec<usize> {
+    let mut sorted = batch.to_vec();
+    sorted.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
+    let dealt = |place: usize| {
+        let (round, position) = (place / world, place % world);
+        if round % 2 == 0 { position } else { world - 1 - position }
+    };
+    sorted.into_iter().enumerate().filter(|&(place, _)| dealt(place) == rank).map(|(_, row)| row).collect()
+}
+
+/// Batches for evaluation: sorted by length, for one rank every `world`-th.
+pub fn evaluation_batches(lengths: &[usize], batch_size: usize, rank: usize, world: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
+    order.chunks(batch_size).skip(rank).step_by(world).map(<[usize]>::to_vec).collect()
+}
+
+/// A well-mixed seed from two numbers (SplitMix64).
+pub fn mix(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lengths() -> Vec<usize> {
+        (0..1000).map(|i| 5 + (i * 7919) % 60).collect()
+    }
+
+    #[test]
+    fn an_epoch_has_each_row_once_and_little_padding() {
+        let lengths = lengths();
+        let batches = epoch_batches(&lengths, 16, 1, 0);
+        let mut rows: Vec<usize> = batches.concat();
+        rows.sort_unstable();
+        assert!(rows.into_iter().eq(0..1000));
+        let padded: usize = batches.iter().map(|b| b.len() * b.iter().map(|&row| lengths[row]).max().unwrap()).sum();
+        let real: usize = lengths.iter().sum();
+        assert!(padded < real * 11 / 10, "{padded} places for {real} tokens");
+        assert_eq!(batches, epoch_batches(&lengths, 16, 1, 0));
+        assert_ne!(batches, epoch_batches(&lengths, 16, 1, 1));
+        assert_ne!(batches, epoch_batches(&lengths, 16, 2, 0));
+    }
+
+    #[test]
+    fn ranks_share_a_batch_evenly() {
+        let lengths = lengths();
+        let batch: Vec<usize> = (0..30).collect();
+        for world in [1, 2, 3, 7, 40] {
+            let shares: Vec<Vec<usize>> = (0..world).map(|rank| share(&batch, &lengths, rank, world)).collect();
+            let mut all = shares.concat();
+            all.sort_unstable();
+            assert_eq!(all, batch);
+            let tokens: Vec<usize> = shares.iter().map(|share| share.iter().map(|&row| lengths[row]).sum()).collect();
+            if world <= 3 {
+                assert!(tokens.iter().max().unwrap() - tokens.iter().min().unwrap() < 60, "{tokens:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Who takes part in a run and how its processes find each other.
+
+pub mod launch;
+mod rendezvous;
+
+use athanor_contract::train::{Backend, DistributedSpec};
+
+pub use rendezvous::rendezvous;
+
+use crate::TrainError;
+
+/// Environment of a trainer process. The operator sets these in each pod; a laptop's launcher sets them for its children.
+pub mod environment {
+    /// Index of this pod, from 0. `JOB_COMPLETION_INDEX` is taken when it is absent.
+    pub const NODE_RANK: &str = "ATHANOR_NODE_RANK";
+    pub const NUM_NODES: &str = "ATHANOR_NUM_NODES";
+    /// DNS name or address of pod 0.
+    pub const MASTER_ADDR: &str = "ATHANOR_MASTER_ADDR";
+    pub const MASTER_PORT: &str = "ATHANOR_MASTER_PORT";
+    /// Address of this pod: Gloo listens there.
+    pub const POD_IP: &str = "ATHANOR_POD_IP";
+    /// Set by the launcher: which of the pod's processes this is.
+    pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
+}
+
+pub const DEFAULT_PORT: u16 = 29500;
+
+/// The place of this process among all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    pub node_rank: usize,
+    pub num_nodes: usize,
+    pub local_rank: usize,
+    pub processes_per_node: usize,
+    pub master_host: String,
+    pub master_port: u16,
+    pub bind_host: String,
+    pub backend: athanor_torch::Backend,
+}
+
+impl Topology {
+    /// Reads the environment through `variable`.
+    pub fn new(spec: &DistributedSpec, variable: impl Fn(&str) -> Option<String>) -> Result<Self, TrainError> {
+        let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+        let number = |name: &str, default: usize| match get(name) {
+            Some(text) => {
+                text.parse::<usize>().map_err(|_| TrainError::User(format!("environment variable {name}: {text:?} is not a number")))
+            }
+            None => Ok(default),
+        };
+        let node_rank = match get(environment::NODE_RANK) {
+            Some(_) => number(environment::NODE_RANK, 0)?,
+            None => number("JOB_COMPLETION_INDEX", 0)?,
+        };
+        let num_nodes = number(environment::NUM_NODES, spec.num_nodes as usize)?.max(1);
+        let processes_per_node = spec.processes_per_node.max(1) as usize;
+        let local_rank = number(environment::LOCAL_RANK, 0)?;
+        if node_rank >= num_nodes || local_rank >= processes_per_node {
+            return Err(TrainError::User(format!(
+                "node {node_rank} of {num_nodes}, process {local_rank} of {processes_per_node}: ranks are counted from 0"
+            )));
+        }
+        let master_host = get(environment::MASTER_ADDR);
+        if num_nodes > 1 && master_host.is_none() {
+            return Err(TrainError::User(format!("{num_nodes} nodes need the environment variable {}", environment::MASTER_ADDR)));
+        }
+        let port = number(environment::MASTER_PORT, DEFAULT_PORT.into())?;
+        let loopback = "127.0.0.1".to_owned();
+        Ok(Self {
+            node_rank,
+            num_nodes,
+            local_rank,
+            processes_per_node,
+            master_host: master_host.unwrap_or_else(|| loopback.clone()),
+            master_port: u16::try_from(port)
+                .map_err(|_| TrainError::User(format!("environment variable {}: {port} is no port", environment::MASTER_PORT)))?,
+            bind_host: get(environment::POD_IP).unwrap_or(loopback),
+            backend: choose_backend(spec.backend)?,
+        })
+    }
+
+    pub fn rank(&self) -> usize {
+        self.node_rank * self.processes_per_node + self.local_rank
+    }
+
+    pub fn world(&self) -> usize {
+        self.num_nodes * self.processes_per_node
+    }
+
+    /// Whether this process has to start the node's ranks instead of being one.
+    pub fn is_launcher(&self, variable: impl Fn(&str) -> Option<String>) -> bool {
+        self.processes_per_node > 1 && variable(environment::LOCAL_RANK).is_none()
+    }
+
+    /// The accelerator of this process, or the CPU.
+    pub fn device(&self) -> tch::Device {
+        match self.backend {
+            athanor_torch::Backend::Nccl => tch::Device::Cuda(self.local_rank),
+            athanor_torch::Backend::Gloo => tch::Device::Cpu,
+        }
+    }
+}
+
+fn choose_backend(wanted: Backend) -> Result<athanor_torch::Backend, TrainError> {
+    let usable = athanor_torch::has_nccl() && tch::Cuda::is_available();
+    match wanted {
+        Backend::Gloo => Ok(athanor_torch::Backend::Gloo),
+        Backend::NCCL if !usable => {
+            Err(TrainError::User("distributed.backend: NCCL needs a GPU and the CUDA build of athanor-trainer".into()))
+        }
+        Backend::NCCL => Ok(athanor_torch::Backend::Nccl),
+        Backend::Auto if usable => Ok(athanor_torch::Backend::Nccl),
+        Backend::Auto => Ok(athanor_torch::Backend::Gloo),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn topology(nodes: u32, processes: u32, variables: &[(&str, &str)]) -> Result<Topology, TrainError> {
+        let spec = DistributedSpec { num_nodes: nodes, processes_per_node: processes, backend: Backend::Gloo };
+        Topology::new(&spec, |name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
+    }
+
+    #[test]
+    fn ranks_are_counted_node_by_node() {
+        let master = ("ATHANOR_MASTER_ADDR", "job-0.job");
+        let place = topology(2, 4, &[("ATHANOR_NODE_RANK", "1"), ("ATHANOR_LOCAL_RANK", "2"), master]).unwrap();
+        assert_eq!((place.rank(), place.world(), place.master_port), (6, 8, 29500));
+        let alone = topology(1, 1, &[]).unwrap();
+        assert_eq!((alone.rank(), alone.world(), alone.master_host.as_str()), (0, 1, "127.0.0.1"));
+        assert_eq!(topology(3, 1, &[("JOB_COMPLETION_INDEX", "2"), master]).unwrap().rank(), 2);
+        for (nodes, variables) in [(2, vec![("ATHANOR_NODE_RANK", "1")]), (1, vec![("ATHANOR_NODE_RANK", "1")]), (1, vec![("ATHANOR_NODE_RANK", "x")])] {
+            assert!(topology(nodes, 1, &variables).is_err(), "{variables:?}");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Waits for rank 0's store and joins the process group.
+
+use std::{
+    net::{TcpStream, ToSocketAddrs},
+    time::{Duration, Instant},
+};
+
+use athanor_torch::{ProcessGroup, Rendezvous};
+
+use super::Topology;
+use crate::TrainError;
+
+/// Between looks for rank 0: its DNS name appears some time after its pod, its port some time after that.
+const POLL: Duration = Duration::from_millis(50);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Joins all ranks; `None` for a run of one process. Blocks until all have arrived or `patience` is over; afterwards each
+/// collective may take up to `collective_timeout`.
+pub fn rendezvous(
+    topology: &Topology,
+    patience: Duration,
+    collective_timeout: Duration,
+) -> Result<Option<ProcessGroup>, TrainError> {
+    if topology.world() == 1 {
+        return Ok(None);
+    }
+    // Rank 0 finds its own store without DNS; the others by address, so that c10d does not look names up with its own long pauses.
+    let store_host = if topology.rank() == 0 { "127.0.0.1".to_owned() } else { wait_for_master(topology, patience)? };
+    let group = ProcessGroup::new(
+        topology.backend,
+        &Rendezvous {
+            store_host: &store_host,
+            store_port: topology.master_port,
+            bind_host: &topology.bind_host,
+            rank: topology.rank(),
+            world: topology.world(),
+            timeout: collective_timeout.max(patience),
+        },
+    )?;
+    Ok(Some(group))
+}
+
+/// Address of rank 0 once its store accepts connections.
+fn wait_for_master(topology: &Topology, patience: Duration) -> Result<String, TrainError> {
+    let (host, port) = (topology.master_host.as_str(), topology.master_port);
+    let deadline = Instant::now() + patience;
+    let mut problem = String::new();
+    while Instant::now() < deadline {
+        match (host, port).to_socket_addrs() {
+            Ok(addresses) => {
+                for address in addresses {
+                    match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+                        Ok(_) => return Ok(address.ip().to_string()),
+                        Err(error) => problem = format!("{address}: {error}"),
+                    }
+                }
+            }
+            Err(error) => problem = error.to_string(),
+        }
+        std::thread::sleep(POLL);
+    }
+    Err(TrainError::LostPeer(format!("rank 0 at {host}:{port} was not reached in {} s: {problem}", patience.as_secs())))
+}

@@ -1,0 +1,88 @@
+//! The conditions a result has to meet.
+
+use athanor_contract::train::{Gate, Metric};
+
+use super::{Predictions, metric};
+use crate::data::Encoded;
+
+/// The gates that do not hold, each in words with its numbers. `baseline` are the baseline's predictions on the same rows, with
+/// the labels as it knows them.
+pub fn failed_gates(
+    gates: &[Gate],
+    sources: &[String],
+    result: (&Encoded, &Predictions),
+    baseline: Option<(&Encoded, &Predictions)>,
+) -> Vec<String> {
+    gates.iter().filter_map(|gate| failure(gate, sources, result, baseline)).collect()
+}
+
+fn failure(
+    gate: &Gate,
+    sources: &[String],
+    (rows, predictions): (&Encoded, &Predictions),
+    baseline: Option<(&Encoded, &Predictions)>,
+) -> Option<String> {
+    let slice: Option<Vec<usize>> = gate.sources.as_ref().map(|names| {
+        sources.iter().enumerate().filter(|(_, source)| names.contains(source)).map(|(index, _)| index).collect()
+    });
+    let name = match gate.metric {
+        Metric::Accuracy => "accuracy",
+        Metric::MacroF1 => "macroF1",
+    };
+    let place = gate.sources.as_ref().map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
+    let Some(value) = metric(gate.metric, rows, predictions, slice.as_deref()) else {
+        return Some(format!("{name} on {place}: there are none"));
+    };
+    if let Some(minimum) = gate.minimum {
+        return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
+    }
+    let gain = gate.minimum_gain?;
+    let before = baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
+    let Some(before) = before else {
+        return Some(format!("{name} on {place}: there is no baseline to compare with"));
+    };
+    // Both are ratios of small integers: a gain that is exactly reached must not fail by rounding.
+    (value - before < gain.get() - 1e-9)
+        .then(|| format!("{name} on {place} is {value:.4}, the baseline's is {before:.4}: a gain of {gain} is asked for"))
+}
+
+#[cfg(test)]
+mod tests {
+    use athanor_contract::Decimal;
+
+    use super::*;
+
+    #[test]
+    fn gates_pool_sources_and_compare_with_the_baseline() {
+        let rows = Encoded {
+            ids: vec![vec![]; 6],
+            labels: vec![Some(0), Some(1), Some(0), Some(1), Some(0), Some(1)],
+            sources: vec![0, 0, 1, 1, 1, 2],
+        };
+        let predictions = |labels: [usize; 6]| Predictions { labels: labels.to_vec(), confidences: vec![1.0; 6] };
+        let (result, before) = (predictions([0, 1, 0, 1, 1, 0]), predictions([0, 1, 1, 0, 0, 1]));
+        let names = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
+        let gate = |sources: &[&str], minimum: Option<f64>, gain: Option<f64>| Gate {
+            metric: Metric::Accuracy,
+            sources: (!sources.is_empty()).then(|| sources.iter().map(|&name| name.to_owned()).collect()),
+            minimum: minimum.and_then(Decimal::new),
+            minimum_gain: gain.and_then(Decimal::new),
+        };
+        // Result: a 2/2, b 2/3, c 0/1. Baseline: a 2/2, b 1/3, c 1/1.
+        let cases = [
+            (gate(&[], Some(0.66), None), None),
+            (gate(&[], Some(0.67), None), Some("accuracy on all test rows is 0.6667, less than 0.67")),
+            (gate(&["a", "b"], Some(0.8), None), None),
+            (gate(&["a"], None, Some(0.0)), None),
+            (gate(&["b"], None, Some(1.0 / 3.0)), None),
+            (gate(&["a", "b", "c"], None, Some(0.0)), None),
+            (gate(&["c"], None, Some(-0.5)), Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for")),
+            (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: there are none")),
+        ];
+        for (gate, expected) in cases {
+            let failed = failed_gates(&[gate], &names, (&rows, &result), Some((&rows, &before)));
+            assert_eq!(failed.first().map(String::as_str), expected);
+        }
+        assert_eq!(failed_gates(&[gate(&[], None, Some(0.0))], &names, (&rows, &result), None).len(), 1);
+    }
+}

@@ -1,0 +1,214 @@
+//! The command line of the trainer: configuration, process-wide set-up, and the exit code.
+
+use std::{
+    io::{IsTerminal, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use athanor_contract::train::{TrainConfig, TrainResult, exit_code};
+use athanor_telemetry::Readiness;
+use athanor_trainer::{
+    TrainError, config,
+    distributed::{Topology, environment, launch::launch},
+    report::{Timeline, ops, termination},
+    run::{self, Surroundings},
+    training::LOSS_LOG,
+    watchdog::Watchdog,
+};
+use clap::{Args, Parser, Subcommand};
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+
+/// Fine-tunes text classifiers, on one machine or as the pods of a FineTuneJob.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train once and write the artifact.
+    ///
+    /// On a laptop, give the manifest that `kubectl apply` would take; the artifact appears below its spec.output.to, and running
+    /// the same manifest again goes on from the newest checkpoint. With spec.distributed.processesPerNode above 1 that many
+    /// processes train together.
+    ///
+    /// Exit codes: 0 done (also when a gate did not hold), 3 the job or its data have to be changed, 42 lost a peer or was asked to
+    /// stop, 43 hung, 44 loss or gradient not finite.
+    Run(RunArguments),
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct RunArguments {
+    /// A FineTuneJob manifest, YAML or JSON.
+    #[arg(short, long, value_name = "JOB.YAML")]
+    file: Option<PathBuf>,
+    /// The configuration that athanor-operator mounts into a pod.
+    #[arg(long, value_name = "TRAIN.JSON")]
+    config: Option<PathBuf>,
+}
+
+/// How long a run that was asked to stop may take to finish its step and its checkpoint: less than a pod's usual 30 s.
+const STOP_PATIENCE: Duration = Duration::from_secs(25);
+
+fn main() -> ExitCode {
+    let timeline = run::started_now();
+    let Command::Run(arguments) = Cli::parse().command;
+    if std::env::var_os(environment::LOCAL_RANK).is_some() {
+        // A launcher that is killed takes its ranks along.
+        let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    }
+    let runtime = match Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("no runtime could be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = {
+        let _inside = runtime.enter();
+        let _telemetry = athanor_telemetry::init("athanor-trainer");
+        match execute(&runtime, &arguments, timeline) {
+            Ok(code) => code,
+            Err(error) => {
+                tracing::error!(code = error.exit_code(), "{error}");
+                if let Some(path) = termination::path(variable)
+                    && let Err(error) = termination::write_failure(&path, &error)
+                {
+                    tracing::error!(%error, "the termination message could not be written");
+                }
+                error.exit_code()
+            }
+        }
+    };
+    let _ = std::io::stdout().flush();
+    // Destructors of collectives would wait for peers that may be gone.
+    athanor_torch::exit_now(code)
+}
+
+fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> Result<i32, TrainError> {
+    let (config, in_pod) = match (&arguments.file, &arguments.config) {
+        (Some(file), _) => (config::load_manifest(file)?, false),
+        (None, Some(file)) => (config::load(file)?, true),
+        (None, None) => return Err(TrainError::User("give --file or --config".into())),
+    };
+    let topology = Topology::new(&config.spec.distributed, variable)?;
+    let stop = athanor_telemetry::shutdown_signal();
+    if topology.is_launcher(variable) {
+        return start_ranks(runtime, &config, arguments.config.as_deref(), stop);
+    }
+    tracing::info!(
+        job = config.name,
+        run_id = config.run_id,
+        rank = topology.rank(),
+        world = topology.world(),
+        version = env!("CARGO_PKG_VERSION"),
+        elapsed_seconds = timeline.elapsed(),
+        "started"
+    );
+    run::set_up_process(&topology);
+    let ready = Readiness::new();
+    let metrics = athanor_telemetry::metrics();
+    let port = match variable(ops::PORT) {
+        Some(text) => {
+            Some(text.parse().map_err(|_| TrainError::User(format!("environment variable {}: {text:?} is no port", ops::PORT)))?)
+        }
+        None => in_pod.then_some(ops::DEFAULT_PORT),
+    };
+    if let Some(port) = port.filter(|_| topology.local_rank == 0) {
+        runtime.spawn(ops::serve(port, metrics, ready.clone()));
+    }
+    ready.set(true);
+    runtime.spawn(leave_when_stopped(stop.clone(), timeline.clone()));
+    let around = Surroundings {
+        runtime: runtime.handle().clone(),
+        timeline,
+        stop,
+        watchdog: Watchdog::start(Duration::from_secs(config.spec.failure_policy.hang_seconds.into()), leave_when_hung),
+        terminal: std::io::stderr().is_terminal(),
+        namespace: variable("ATHANOR_NAMESPACE").unwrap_or_default(),
+        loss_log: variable(LOSS_LOG).map(PathBuf::from),
+    };
+    if let Some(result) = run::run(&config, &topology, &around)? {
+        if let Some(path) = termination::path(variable) {
+            termination::write_result(&path, &result).map_err(TrainError::other)?;
+        }
+        announce(&result);
+    }
+    Ok(exit_code::DONE)
+}
+
+/// Starts this machine's ranks. In a pod they read the mounted configuration and the pod's rendezvous; on a laptop both are made
+/// up here.
+fn start_ranks(
+    runtime: &Runtime,
+    config: &TrainConfig,
+    mounted: Option<&Path>,
+    stop: CancellationToken,
+) -> Result<i32, TrainError> {
+    let processes = config.spec.distributed.processes_per_node as usize;
+    if let Some(mounted) = mounted {
+        return runtime.block_on(launch(mounted, processes, &[], stop));
+    }
+    let written = tempfile::Builder::new().suffix(".json").tempfile().map_err(TrainError::other)?;
+    serde_json::to_writer(&written, config).map_err(TrainError::other)?;
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+    let port = port.map_err(TrainError::other)?.port();
+    let extra = [
+        (environment::MASTER_ADDR, "127.0.0.1".to_owned()),
+        (environment::MASTER_PORT, port.to_string()),
+        (environment::POD_IP, "127.0.0.1".to_owned()),
+        (ops::PORT, variable(ops::PORT).unwrap_or_else(|| "0".into())),
+    ];
+    runtime.block_on(launch(written.path(), processes, &extra, stop))
+}
+
+/// Before training there is nothing to save; afterwards the loop gets some time to write a checkpoint.
+async fn leave_when_stopped(stop: CancellationToken, timeline: Timeline) {
+    stop.cancelled().await;
+    if timeline.seconds().contains_key("dataReady") {
+        tokio::time::sleep(STOP_PATIENCE).await;
+    }
+    tracing::warn!("stopped without a checkpoint");
+    let error = TrainError::Stopped { step: 0, checkpoint: 0 };
+    if let Some(path) = termination::path(variable) {
+        let _ = termination::write_failure(&path, &error);
+    }
+    athanor_torch::exit_now(error.exit_code())
+}
+
+fn leave_when_hung(silent: Duration) {
+    let message = format!("no step ended for {} s (failurePolicy.hangSeconds)", silent.as_secs());
+    tracing::error!(code = exit_code::HUNG, "{message}");
+    if let Some(path) = termination::path(variable) {
+        let _ = termination::write_result(&path, &TrainResult::Failed { message });
+    }
+    athanor_torch::exit_now(exit_code::HUNG)
+}
+
+/// The result for whoever watches: words on a terminal, one log line elsewhere.
+fn announce(result: &TrainResult) {
+    let (TrainResult::Succeeded(summary) | TrainResult::GateFailed(summary)) = result else { return };
+    if !std::io::stdout().is_terminal() {
+        let result = serde_json::to_string(result).unwrap_or_default();
+        tracing::info!(result, "finished");
+        return;
+    }
+    println!("artifact  {}", summary.artifact);
+    println!("rows      {} train, {} validation, {} test", summary.rows.train, summary.rows.validation, summary.rows.test);
+    for (name, value) in &summary.metrics {
+        println!("{name:<28} {value}");
+    }
+    for gate in &summary.failed_gates {
+        println!("gate failed: {gate}");
+    }
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}

@@ -1,0 +1,338 @@
+//! The training loop of one rank. With N ranks each computes its share of every global batch, weighted by rows, so the losses are
+//! those of one rank on the same batches.
+
+use std::{io::Write, path::PathBuf, sync::Arc};
+
+use athanor_contract::train::{Hyperparameters, OnNonFinite, TrainSpec};
+use athanor_models::{BertForSequenceClassification, load::Weights};
+use athanor_torch::{AdamW, AdamWOptions, Autocast, ProcessGroup, Reducer, backward, clip_grad_norm, zero_grad};
+use tch::{Device, Kind, Reduction, Tensor};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    TrainError,
+    checkpoint::{Best, Named, Restored, Snapshot, State, Writer},
+    data::{
+        Encoded,
+        batches::{epoch_batches, mix, share},
+    },
+    evaluate::{self, forward},
+    report::{Reporter, Step, Timeline},
+    schedule::LearningRate,
+    watchdog::Watchdog,
+};
+
+/// Names a file that gets one JSON line a step: `{"step": 1, "loss": 0.69}`. For comparing runs.
+pub const LOSS_LOG: &str = "ATHANOR_LOSS_LOG";
+/// Passes over the data when neither epochs nor maxSteps is given.
+const DEFAULT_EPOCHS: u64 = 3;
+
+/// Everything a run of the loop needs; the caller made and keeps it.
+pub struct Session<'a> {
+    pub spec: &'a TrainSpec,
+    pub device: Device,
+    pub bf16: bool,
+    pub group: Option<&'a ProcessGroup>,
+    pub model: &'a mut BertForSequenceClassification,
+    pub train: &'a Encoded,
+    /// Validation rows; waited for at the first validation.
+    pub validation: Box<dyn Fn() -> Result<Arc<Encoded>, TrainError> + 'a>,
+    pub fingerprint: String,
+    pub restored: Option<Restored>,
+    /// Rank 0's.
+    pub checkpoints: Option<Writer>,
+    pub reporter: Option<&'a mut Reporter>,
+    pub timeline: Timeline,
+    pub watchdog: Watchdog,
+    pub stop: CancellationToken,
+    pub loss_log: Option<PathBuf>,
+}
+
+/// How training ended.
+pub struct Trained {
+    pub steps: u64,
+    pub best: Best,
+    /// The last checkpoint may still be under way.
+    pub checkpoints: Option<Writer>,
+}
+
+/// Steps of an epoch and of the whole run.
+pub fn count_steps(rows: usize, h: &Hyperparameters) -> (u64, u64) {
+    let steps_per_epoch = rows.div_ceil(h.batch_size as usize) as u64;
+    let total = h.max_steps.unwrap_or_else(|| h.epochs.map_or(DEFAULT_EPOCHS, u64::from) * steps_per_epoch);
+    (steps_per_epoch, total)
+}
+
+/// Trains to the end and leaves the best weights in the model.
+pub fn train(session: Session) -> Result<Trained, TrainError> {
+    let mut run = Loop::new(session)?;
+    while run.step < run.total_steps {
+        run.advance()?;
+    }
+    run.finish()
+}
+
+struct Loop<'a> {
+    session: Session<'a>,
+    rank: usize,
+    world: usize,
+    /// Views of the model's parameters, in the order of their names.
+    parameters: Vec<Tensor>,
+    optimizer: AdamW,
+    reducer: Option<Reducer<'a>>,
+    learning_rate: LearningRate,
+    lengths: Vec<usize>,
+    steps_per_epoch: u64,
+    total_steps: u64,
+    /// Steps taken.
+    step: u64,
+    /// Number and batches of the current epoch.
+    epoch: Option<(u64, Vec<Vec<usize>>)>,
+    best: Option<(Best, Arc<Named>)>,
+    loss_log: Option<std::fs::File>,
+}
+
+impl<'a> Loop<'a> {
+    fn new(mut session: Session<'a>) -> Result<Self, TrainError> {
+        let h = &session.spec.hyperparameters;
+        let (steps_per_epoch, total_steps) = count_steps(session.train.len(), h);
+        session.model.set_trainable();
+        let named: Named = session.model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        let mut optimizer = AdamW::new(AdamWOptions::default(), weight_decay_groups(&named, h.weight_decay));
+        let mut best = None;
+        let mut step = 0;
+        if let Some(restored) = &session.restored {
+            let device = session.device;
+            session.model.load_parameters(&mut restored.model(device)?)?;
+            let mut state = restored.optimizer(device)?;
+            optimizer.load_state(|name| state.take_any(name))?;
+            if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
+                best = Some((found, Arc::new(take_all(&mut weights, &named)?)));
+            }
+            step = restored.state.step;
+            tracing::info!(step, total_steps, "resumed from a checkpoint");
+        }
+        let parameters: Vec<Tensor> = named.into_iter().map(|(_, tensor)| tensor).collect();
+        let reducer = session.group.map(|group| Reducer::new(&parameters, group)).transpose()?;
+        let loss_log = match &session.loss_log {
+            Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
+                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::other)?)
+            }
+            _ => None,
+        };
+        if let Some(reporter) = &mut session.reporter {
+            reporter.begin(step, total_steps);
+            reporter.checkpointed(step);
+        }
+        Ok(Self {
+            rank: session.group.map_or(0, ProcessGroup::rank),
+            world: session.group.map_or(1, ProcessGroup::world),
+            learning_rate: LearningRate::new(h.learning_rate, h.warmup_ratio, total_steps, h.schedule),
+            lengths: session.train.lengths(),
+            parameters,
+            optimizer,
+            reducer,
+            steps_per_epoch,
+            total_steps,
+            step,
+            epoch: None,
+            best,
+            loss_log,
+            session,
+        })
+    }
+
+    /// One optimizer step and what falls due after it.
+    fn advance(&mut self) -> Result<(), TrainError> {
+        self.session.watchdog.beat();
+        let epoch = self.step / self.steps_per_epoch;
+        if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
+            let h = &self.session.spec.hyperparameters;
+            self.epoch = Some((epoch, epoch_batches(&self.lengths, h.batch_size as usize, h.seed as u64, epoch)));
+        }
+        let place = (self.step % self.steps_per_epoch) as usize;
+        let batch = self.epoch.as_ref().map(|(_, batches)| batches[place].clone()).unwrap_or_default();
+        let (outcome, stop) = self.optimize(&batch)?;
+        self.step += 1;
+        if self.session.restored.as_ref().map_or(0, |restored| restored.state.step) + 1 == self.step {
+            self.session.timeline.mark("firstStep");
+        }
+        self.report(outcome)?;
+
+        let epoch_ends = self.step.is_multiple_of(self.steps_per_epoch) || self.step == self.total_steps;
+        let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
+        if epoch_ends || due(self.session.spec.evaluate.every_steps) {
+            self.validate()?;
+        }
+        if epoch_ends || stop || due(self.session.spec.checkpoint.every_steps) {
+            self.checkpoint(epoch_ends || stop)?;
+        }
+        if stop { self.end_early() } else { Ok(()) }
+    }
+
+    /// Forward, backward and update on a global batch; says besides whether some rank was asked to stop.
+    fn optimize(&mut self, batch: &[usize]) -> Result<(Step, bool), TrainError> {
+        let h = &self.session.spec.hyperparameters;
+        let learning_rate = self.learning_rate.at(self.step);
+        // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
+        tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
+        zero_grad(&self.parameters, self.reducer.is_some());
+        if let Some(reducer) = &mut self.reducer {
+            reducer.prepare_for_forward()?;
+        }
+        let mut rows = share(batch, &self.lengths, self.rank, self.world);
+        // All ranks have to take part in the all-reduce: one without rows computes a row that counts nothing.
+        let weight = if rows.is_empty() { 0.0 } else { 1.0 };
+        if rows.is_empty() {
+            rows.push(batch[0]);
+        }
+        let loss_sum = {
+            let _autocast = self.session.bf16.then(|| Autocast::bf16(self.session.device));
+            let logits = forward(self.session.model, self.session.train, &rows, self.session.device, true);
+            let labels: Vec<i64> = rows.iter().map(|&row| self.session.train.labels[row].map_or(-100, |label| label as i64)).collect();
+            let labels = Tensor::from_slice(&labels).to_device(self.session.device);
+            logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0) * weight
+        };
+        // The reducer averages over ranks, so that each rank's part is its share of the global mean times the ranks.
+        let loss = &loss_sum * (self.world as f64 / batch.len() as f64);
+        if let Some(reducer) = &mut self.reducer {
+            reducer.prepare_for_backward()?;
+        }
+        backward(&loss)?;
+
+        let mut shared = [f64::try_from(&loss_sum)?, f64::from(u8::from(self.session.stop.is_cancelled()))];
+        if let Some(group) = self.session.group {
+            let sums = Tensor::from_slice(&shared).to_device(self.session.device);
+            group.all_reduce_sum(&sums)?;
+            let sums = Vec::<f64>::try_from(sums)?;
+            shared.copy_from_slice(&sums);
+        }
+        let loss = shared[0] / batch.len() as f64;
+        let gradient_norm = clip_grad_norm(&self.parameters, h.clip_norm)?;
+        // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
+        if loss.is_finite() && gradient_norm.is_finite() {
+            self.optimizer.step(learning_rate)?;
+        } else {
+            let what = if loss.is_finite() { "the gradient" } else { "the loss" };
+            match self.session.spec.failure_policy.on_non_finite {
+                OnNonFinite::Fail => return Err(TrainError::NonFinite { step: self.step + 1, what }),
+                OnNonFinite::Skip => {
+                    metrics::counter!("athanor_train_skipped_steps_total").increment(1);
+                    tracing::warn!(step = self.step + 1, what, "not finite: the step is left out");
+                }
+            }
+        }
+        let tokens = batch.iter().map(|&row| self.lengths[row]).sum();
+        let step = Step { step: self.step + 1, loss, learning_rate, gradient_norm, samples: batch.len(), tokens };
+        Ok((step, shared[1] > 0.0))
+    }
+
+    fn report(&mut self, step: Step) -> Result<(), TrainError> {
+        if let Some(log) = &mut self.loss_log {
+            let line = serde_json::json!({"step": step.step, "loss": step.loss});
+            writeln!(log, "{line}").map_err(TrainError::other)?;
+        }
+        if let Some(writer) = &mut self.session.checkpoints {
+            writer.poll()?;
+            if let Some(reporter) = &mut self.session.reporter {
+                reporter.checkpointed(writer.newest());
+            }
+        }
+        if let Some(reporter) = &mut self.session.reporter {
+            reporter.step(step);
+        }
+        Ok(())
+    }
+
+    /// Measures the validation rows and keeps the weights if they are the best so far.
+    fn validate(&mut self) -> Result<(), TrainError> {
+        let session = &mut self.session;
+        let rows = (session.validation)()?;
+        let watchdog = session.watchdog.clone();
+        let predictions =
+            evaluate::predict(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
+        let accuracy = evaluate::metric(athanor_contract::train::Metric::Accuracy, &rows, &predictions, None).unwrap_or(0.0);
+        let is_best = self.best.as_ref().is_none_or(|(best, _)| accuracy > best.accuracy);
+        if is_best {
+            let weights = Arc::new(Snapshot::copy(session.model.parameters()));
+            self.best = Some((Best { step: self.step, accuracy }, weights));
+        }
+        if let Some(reporter) = &mut session.reporter {
+            reporter.validated(self.step, self.step as f64 / self.steps_per_epoch as f64, accuracy, is_best);
+        }
+        Ok(())
+    }
+
+    /// Starts to write a checkpoint. One that is not `needed` is left out while the one before is still being written.
+    fn checkpoint(&mut self, needed: bool) -> Result<(), TrainError> {
+        let Some(writer) = &mut self.session.checkpoints else { return Ok(()) };
+        if writer.is_busy() && !needed {
+            tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
+            return Ok(());
+        }
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, weights.clone())).unzip();
+        self.session.watchdog.beat();
+        writer.save(Snapshot {
+            state: State { step: self.step, fingerprint: self.session.fingerprint.clone(), best },
+            model: Snapshot::copy(self.session.model.parameters()),
+            optimizer: Snapshot::copy(&self.optimizer.state()),
+            best: weights,
+        })
+    }
+
+    fn end_early(&mut self) -> Result<(), TrainError> {
+        let mut checkpoint = self.step;
+        if let Some(writer) = &mut self.session.checkpoints {
+            writer.finish()?;
+            checkpoint = writer.newest();
+        }
+        Err(TrainError::Stopped { step: self.step, checkpoint })
+    }
+
+    fn finish(self) -> Result<Trained, TrainError> {
+        let Some((best, weights)) = self.best else {
+            return Err(TrainError::Other("the run ended without a validation".into()));
+        };
+        tch::no_grad(|| {
+            for (mut parameter, (_, saved)) in self.parameters.into_iter().zip(weights.iter()) {
+                parameter.f_copy_(saved)?;
+            }
+            Ok::<_, TrainError>(())
+        })?;
+        Ok(Trained { steps: self.step, best, checkpoints: self.session.checkpoints })
+    }
+}
+
+/// Parameters with weight decay, and those without: biases and normalisation weights.
+fn weight_decay_groups(named: &[(String, Tensor)], weight_decay: f64) -> Vec<(f64, Vec<Tensor>)> {
+    let is_exempt = |name: &str| name.ends_with(".bias") || name.contains("LayerNorm");
+    let (exempt, decayed): (Vec<_>, Vec<_>) = named.iter().partition(|(name, _)| is_exempt(name));
+    let tensors = |named: Vec<&(String, Tensor)>| named.into_iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+    vec![(weight_decay, tensors(decayed)), (0.0, tensors(exempt))]
+}
+
+/// The tensors of a file in the order of `like`.
+fn take_all(weights: &mut Weights, like: &[(String, Tensor)]) -> Result<Named, TrainError> {
+    like.iter().map(|(name, tensor)| Ok((name.clone(), weights.take(name, &tensor.size())?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_follow_epochs_or_are_given() {
+        let h = |epochs, max_steps| Hyperparameters { epochs, max_steps, batch_size: 32, ..Hyperparameters::default() };
+        assert_eq!(count_steps(100, &h(None, None)), (4, 12));
+        assert_eq!(count_steps(96, &h(Some(2), None)), (3, 6));
+        assert_eq!(count_steps(100, &h(None, Some(7))), (4, 7));
+    }
+
+    #[test]
+    fn biases_and_norms_do_not_decay() {
+        let names = ["a.weight", "a.bias", "x.LayerNorm.weight", "word_embeddings.weight"];
+        let named: Named = names.iter().map(|name| ((*name).to_owned(), Tensor::from(0_f32))).collect();
+        let groups = weight_decay_groups(&named, 0.01);
+        assert_eq!(groups.iter().map(|(decay, tensors)| (*decay, tensors.len())).collect::<Vec<_>>(), [(0.01, 2), (0.0, 2)]);
+    }
+}
