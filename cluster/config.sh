@@ -155,6 +155,8 @@ global:
   evaluation_interval: 2s
 scrape_configs:
   - job_name: pods
+    # The operator names the job and namespace that a metric is about: those labels stay.
+    honor_labels: true
     kubernetes_sd_configs:
       - role: pod
         kubeconfig_file: ADMIN_KUBECONFIG

@@ -3,10 +3,7 @@
 //! A checkpoint holds weights, optimizer moments, the best weights so far and the step. Batches, learning rates and the random
 //! state of a step are functions of seed and step, so nothing else is needed to go on exactly as if nothing had happened.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::path::{Path, PathBuf};
 
 use athanor_contract::artifact::{MANIFEST, Manifest};
 use athanor_models::load::{self, Weights};
@@ -49,7 +46,8 @@ pub struct Snapshot {
     pub state: State,
     pub model: Named,
     pub optimizer: Named,
-    pub best: Option<Arc<Named>>,
+    /// Nobody may change these in place: they are the only copy.
+    pub best: Option<Named>,
 }
 
 impl Snapshot {
@@ -137,8 +135,9 @@ impl Writer {
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), TrainError> {
         self.finish()?;
         let manifest = Manifest { step: snapshot.state.step, ..self.template.clone() };
-        let (folder, work) = (self.folder.clone(), self.work.clone());
-        self.writing = Some(self.runtime.spawn(write(folder, manifest, work, snapshot)));
+        let (folder, work, runtime) = (self.folder.clone(), self.work.clone(), self.runtime.clone());
+        self.writing =
+            Some(self.runtime.spawn_blocking(move || runtime.block_on(write(folder, manifest, work, snapshot))));
         Ok(())
     }
 
@@ -163,11 +162,12 @@ impl Writer {
     }
 }
 
+/// Runs on a thread of its own: hashing and copying take their time.
 async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Snapshot) -> Result<u64, TrainError> {
     let step = snapshot.state.step;
     let from = work.join(format!("saving-{step}"));
-    let files = from.clone();
-    tokio::task::spawn_blocking(move || write_files(&files, &snapshot)).await.map_err(TrainError::other)??;
+    write_files(&from, &snapshot)?;
+    drop(snapshot);
     artifact::upload(&from, &folder.child(&name(step)), manifest).await?;
     let _ = tokio::fs::remove_dir_all(&from).await;
     tracing::info!(step, "checkpoint written");
@@ -256,7 +256,7 @@ mod tests {
                     state: State { step, fingerprint: "f".into(), best: (step >= 10).then_some(best) },
                     model: named(step as i64),
                     optimizer: named(-(step as i64)),
-                    best: (step >= 10).then(|| Arc::new(named(10))),
+                    best: (step >= 10).then(|| named(10)),
                 })
                 .unwrap();
         }

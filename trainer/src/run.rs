@@ -235,16 +235,16 @@ impl Run<'_> {
     fn prepare(&self) -> Result<Prepared, TrainError> {
         let (config, runtime) = (self.config, &self.around.runtime);
         let spec = &config.spec;
-        let data = runtime.spawn({
+        let data = in_background(runtime, {
             let data = spec.data.clone();
-            async move { data::read(&data).await }
+            async move || data::read(&data).await
         });
         let parent = self.download(&spec.model.from, "parent");
         let baseline = spec.evaluate.baseline.as_ref().map(|uri| self.download(uri, "baseline"));
         let folder = athanor_store::open(&config.checkpoint_to)?;
-        let newest = runtime.spawn({
+        let newest = in_background(runtime, {
             let (folder, work) = (folder.clone(), self.work.join("checkpoint"));
-            async move { checkpoint::newest(&folder, &work).await }
+            async move || checkpoint::newest(&folder, &work).await
         });
         let peers = std::thread::spawn({
             let topology = self.topology.clone();
@@ -267,7 +267,7 @@ impl Run<'_> {
     /// Fetches a model into a folder of its own.
     fn download(&self, uri: &str, name: &str) -> JoinHandle<Result<PathBuf, TrainError>> {
         let (uri, to) = (uri.to_owned(), self.work.join(name));
-        self.around.runtime.spawn(async move {
+        in_background(&self.around.runtime, async move || {
             athanor_store::artifact::download_model(&athanor_store::open(&uri)?, &to).await?;
             Ok(to)
         })
@@ -356,6 +356,15 @@ impl Run<'_> {
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }
+}
+
+/// Runs async work on a thread of its own: it may compute between its waits.
+fn in_background<T: Send + 'static>(
+    runtime: &Handle,
+    work: impl AsyncFnOnce() -> Result<T, TrainError> + Send + 'static,
+) -> JoinHandle<Result<T, TrainError>> {
+    let handle = runtime.clone();
+    runtime.spawn_blocking(move || handle.block_on(work()))
 }
 
 fn joined<T>(runtime: &Handle, task: JoinHandle<Result<T, TrainError>>) -> Result<T, TrainError> {

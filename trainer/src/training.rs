@@ -88,7 +88,7 @@ struct Loop<'a> {
     step: u64,
     /// Number and batches of the current epoch.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
-    best: Option<(Best, Arc<Named>)>,
+    best: Option<(Best, Named)>,
     loss_log: Option<std::fs::File>,
 }
 
@@ -97,7 +97,7 @@ impl<'a> Loop<'a> {
         let h = &session.spec.hyperparameters;
         let (steps_per_epoch, total_steps) = count_steps(session.train.len(), h);
         session.model.set_trainable();
-        let named: Named = session.model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        let named = share_named(session.model.parameters());
         let mut optimizer = AdamW::new(AdamWOptions::default(), weight_decay_groups(&named, h.weight_decay));
         let mut best = None;
         let mut step = 0;
@@ -107,7 +107,7 @@ impl<'a> Loop<'a> {
             let mut state = restored.optimizer(device)?;
             optimizer.load_state(|name| state.take_any(name))?;
             if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
-                best = Some((found, Arc::new(take_all(&mut weights, &named)?)));
+                best = Some((found, take_all(&mut weights, &named)?));
             }
             step = restored.state.step;
             tracing::info!(step, total_steps, "resumed from a checkpoint");
@@ -160,7 +160,8 @@ impl<'a> Loop<'a> {
         self.report(outcome)?;
 
         let epoch_ends = self.step.is_multiple_of(self.steps_per_epoch) || self.step == self.total_steps;
-        let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
+        let step = self.step;
+        let due = |every: u64| every > 0 && step.is_multiple_of(every);
         if epoch_ends || due(self.session.spec.evaluate.every_steps) {
             self.validate()?;
         }
@@ -254,7 +255,7 @@ impl<'a> Loop<'a> {
         let accuracy = evaluate::metric(athanor_contract::train::Metric::Accuracy, &rows, &predictions, None).unwrap_or(0.0);
         let is_best = self.best.as_ref().is_none_or(|(best, _)| accuracy > best.accuracy);
         if is_best {
-            let weights = Arc::new(Snapshot::copy(session.model.parameters()));
+            let weights = Snapshot::copy(session.model.parameters());
             self.best = Some((Best { step: self.step, accuracy }, weights));
         }
         if let Some(reporter) = &mut session.reporter {
@@ -270,7 +271,7 @@ impl<'a> Loop<'a> {
             tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
             return Ok(());
         }
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, weights.clone())).unzip();
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         self.session.watchdog.beat();
         writer.save(Snapshot {
             state: State { step: self.step, fingerprint: self.session.fingerprint.clone(), best },
@@ -309,6 +310,11 @@ fn weight_decay_groups(named: &[(String, Tensor)], weight_decay: f64) -> Vec<(f6
     let (exempt, decayed): (Vec<_>, Vec<_>) = named.iter().partition(|(name, _)| is_exempt(name));
     let tensors = |named: Vec<&(String, Tensor)>| named.into_iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
     vec![(weight_decay, tensors(decayed)), (0.0, tensors(exempt))]
+}
+
+/// The same tensors once more, sharing memory.
+fn share_named(named: &[(String, Tensor)]) -> Named {
+    named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
 /// The tensors of a file in the order of `like`.

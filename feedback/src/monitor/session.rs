@@ -279,7 +279,9 @@ fn watch_ends(consumer: KafkaConsumer, topic: String) -> (watch::Receiver<Ends>,
         loop {
             let (consumer, topic) = (consumer.clone(), topic.clone());
             let ends = blocking(move || {
-                let end = |partition| Ok((partition, consumer.fetch_watermarks(&topic, partition, ASK_TIMEOUT)?.1));
+                let end = |partition| -> anyhow::Result<(i32, i64)> {
+                    Ok((partition, consumer.fetch_watermarks(&topic, partition, ASK_TIMEOUT)?.1))
+                };
                 partitions(&consumer, &topic)?.into_iter().map(end).collect::<anyhow::Result<Ends>>()
             });
             if let Ok(ends) = ends.await {

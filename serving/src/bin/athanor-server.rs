@@ -64,7 +64,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
     let (service, _folder) = loaded;
-    current.send_replace(http::app(service.clone(), ops));
+    let _ = current.send_replace(http::app(service.clone(), ops));
 
     let (health, health_service) = tonic_health::server::health_reporter();
     let inference = GrpcInferenceServiceServer::new(grpc::Inference::new(service.clone(), ready.clone()))

@@ -91,7 +91,7 @@ impl Demo {
         self.done(started, &statistics(&status));
 
         // From here on somebody always asks: none of these requests may fail.
-        let background = client.background(away, 12);
+        let background = client.background(away, 20);
         let started = self.stage("retrain on the original data and exactly the recorded events");
         let status = self.verdict(|status| status.retraining.is_some()).await.context("a retraining starts")?;
         let retraining = status.retraining.context("retraining")?;
