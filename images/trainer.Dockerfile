@@ -13,6 +13,7 @@ COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY libtorch/lib/ /opt/libtorch/lib/
 COPY lib/ /opt/athanor/lib/
 COPY --chmod=0755 bin/athanor-trainer /usr/local/bin/athanor-trainer
-ENV LD_LIBRARY_PATH=/opt/libtorch/lib:/opt/athanor/lib
+# Threads of libgomp that wait must sleep: spinning takes the core from a neighbour on the same node.
+ENV LD_LIBRARY_PATH=/opt/libtorch/lib:/opt/athanor/lib OMP_WAIT_POLICY=PASSIVE
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/athanor-trainer"]

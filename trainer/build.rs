@@ -2,5 +2,7 @@
 
 fn main() -> std::io::Result<()> {
     // The server half is for tests of the client.
-    tonic_prost_build::configure().build_server(false).compile_protos(&["../contract/proto/progress.proto"], &["../contract/proto"])
+    tonic_prost_build::configure()
+        .build_server(false)
+        .compile_protos(&["../contract/proto/progress.proto"], &["../contract/proto"])
 }

@@ -64,7 +64,9 @@ mod tests {
 
     #[test]
     fn travels_as_a_short_string() {
-        for (value, text) in [(0.85, "\"0.85\""), (1.0, "\"1\""), (-0.01, "\"-0.01\""), (0.123456, "\"0.1235\""), (-0.00001, "\"0\"")] {
+        for (value, text) in
+            [(0.85, "\"0.85\""), (1.0, "\"1\""), (-0.01, "\"-0.01\""), (0.123456, "\"0.1235\""), (-0.00001, "\"0\"")]
+        {
             assert_eq!(serde_json::to_string(&Decimal(value)).unwrap(), text);
         }
         assert_eq!(serde_json::from_str::<Decimal>("\"0.5\"").unwrap().get(), 0.5);

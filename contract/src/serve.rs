@@ -200,13 +200,15 @@ pub struct MonitorStatus {
     /// Revision the statistics are about: that with the most traffic.
     #[serde(default)]
     pub revision: String,
+    /// Whether the model is stale.
     pub verdict: Verdict,
     /// Each statistic with its threshold, newest window.
     #[serde(default)]
     pub statistics: Vec<Statistic>,
-    /// Predictions and labels (feedback joined to its prediction) since the revision took over.
+    /// Predictions since the revision took over.
     #[serde(default)]
     pub predictions: u64,
+    /// Predictions among them with feedback.
     #[serde(default)]
     pub labelled: u64,
     /// Offsets of the events since the revision took over: what a retraining would be trained on.
@@ -232,7 +234,10 @@ pub enum Verdict {
 pub struct Statistic {
     /// PredictionPSI, ConfidenceKS or LabelledAccuracy.
     pub name: String,
+    /// Its value in the newest window.
     pub value: Decimal,
+    /// Beyond this it has drifted.
     pub threshold: Decimal,
+    /// Whether it is beyond the threshold.
     pub drifted: bool,
 }

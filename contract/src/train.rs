@@ -133,9 +133,11 @@ pub struct Source {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Columns {
+    /// Column with the text.
     #[serde(default = "text_column")]
     #[schemars(length(min = 1, max = 256))]
     pub text: String,
+    /// Column with the label.
     #[serde(default = "label_column")]
     #[schemars(length(min = 1, max = 256))]
     pub label: String,
@@ -161,6 +163,7 @@ pub struct KafkaSource {
     /// host:port, comma separated.
     #[schemars(length(min = 1, max = 1024))]
     pub bootstrap_servers: String,
+    /// The deployment's topic.
     #[schemars(length(min = 1, max = 249))]
     pub topic: String,
     /// The ranges to read, each from `begin` up to but not including `end`.
@@ -173,10 +176,13 @@ pub struct KafkaSource {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{"rule": "self.begin <= self.end", "message": "begin must not be after end"}]))]
 pub struct OffsetRange {
+    /// Partition of the topic.
     #[schemars(range(min = 0))]
     pub partition: i32,
+    /// First offset.
     #[schemars(range(min = 0))]
     pub begin: i64,
+    /// Offset after the last.
     #[schemars(range(min = 0))]
     pub end: i64,
 }
@@ -229,10 +235,12 @@ pub struct Hyperparameters {
     /// Peak learning rate.
     #[schemars(range(min = 1e-9, max = 10.0))]
     pub learning_rate: f64,
+    /// How the learning rate goes on after the warm-up.
     pub schedule: Schedule,
     /// Share of the steps in which the learning rate grows from zero.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub warmup_ratio: f64,
+    /// The update rule.
     pub optimizer: Optimizer,
     /// Decoupled weight decay of AdamW; biases and normalisation weights are left out.
     #[schemars(range(min = 0.0, max = 1.0))]
@@ -240,8 +248,10 @@ pub struct Hyperparameters {
     /// Largest global gradient norm; 0 turns clipping off.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub clip_norm: f64,
+    /// Seed of initialisation, order of rows and dropout.
     #[schemars(range(min = 0))]
     pub seed: i64,
+    /// Number format of the matrix products.
     pub precision: Precision,
     /// Longer texts are cut to this many tokens.
     #[schemars(range(min = 8, max = 8192))]
@@ -313,6 +323,7 @@ pub struct EvaluateSpec {
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "has(self.minimum) != has(self.minimumGain)", "message": "set exactly one of minimum and minimumGain"}]))]
 pub struct Gate {
+    /// What is measured.
     pub metric: Metric,
     /// Only rows of the sources with these names. Absent: all test rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -349,6 +360,7 @@ pub struct DistributedSpec {
     /// Processes in a pod: one for each GPU.
     #[schemars(range(min = 1, max = 16))]
     pub processes_per_node: u32,
+    /// What gradients travel by.
     pub backend: Backend,
 }
 
@@ -389,6 +401,7 @@ pub struct FailurePolicy {
     /// A step that takes longer ends the process with exit code 43; 0 turns the watch off.
     #[schemars(range(min = 0, max = 86400))]
     pub hang_seconds: u32,
+    /// What happens when loss or gradients are not finite.
     pub on_non_finite: OnNonFinite,
 }
 
@@ -447,6 +460,7 @@ pub struct TrainSummary {
     pub model_digest: String,
     /// sha256 over sources, versions or offset ranges, split and seed.
     pub data_digest: String,
+    /// Optimizer steps taken.
     pub steps: u64,
     /// Rows for training, validation, test.
     pub rows: RowCounts,
@@ -467,7 +481,10 @@ pub struct TrainSummary {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RowCounts {
+    /// Rows trained on.
     pub train: u64,
+    /// Rows that chose the best checkpoint.
     pub validation: u64,
+    /// Rows of the final metrics and gates.
     pub test: u64,
 }

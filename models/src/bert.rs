@@ -120,7 +120,8 @@ impl Layer {
         let heads = |projected: Tensor| {
             projected.view([b, t, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
         };
-        let (query, key, value) = (heads(self.query.forward(x)), heads(self.key.forward(x)), heads(self.value.forward(x)));
+        let (query, key, value) =
+            (heads(self.query.forward(x)), heads(self.key.forward(x)), heads(self.value.forward(x)));
         let dropout = if train { config.attention_probs_dropout_prob } else { 0.0 };
         let context = Tensor::scaled_dot_product_attention(&query, &key, &value, mask, dropout, false, None, false);
         let context = context.transpose(1, 2).reshape([b, t, c]);
@@ -152,8 +153,10 @@ impl Bert {
         let c = config.hidden_size;
         Ok(Self {
             word_embeddings: builder.encoder("embeddings.word_embeddings.weight", &[config.vocab_size, c])?,
-            position_embeddings: builder.encoder("embeddings.position_embeddings.weight", &[config.max_position_embeddings, c])?,
-            token_type_embeddings: builder.encoder("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, c])?,
+            position_embeddings: builder
+                .encoder("embeddings.position_embeddings.weight", &[config.max_position_embeddings, c])?,
+            token_type_embeddings: builder
+                .encoder("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, c])?,
             embeddings_norm: builder.layer_norm("embeddings.LayerNorm", c, config.layer_norm_eps)?,
             layers: (0..config.num_hidden_layers).map(|i| Layer::load(builder, i, config)).collect::<Result<_, _>>()?,
             pooler: if builder.weights.contains(&format!("{}pooler.dense.weight", builder.prefix)) {
@@ -211,7 +214,10 @@ impl BertForSequenceClassification {
         let classifier = if keep_head {
             let weight = builder.weights.take("classifier.weight", &[l, c])?;
             let bias = builder.weights.take("classifier.bias", &[l])?;
-            Linear { weight: builder.add("classifier.weight".into(), weight), bias: builder.add("classifier.bias".into(), bias) }
+            Linear {
+                weight: builder.add("classifier.weight".into(), weight),
+                bias: builder.add("classifier.bias".into(), bias),
+            }
         } else {
             builder.fresh_linear("classifier", c, l)
         };

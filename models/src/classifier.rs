@@ -4,11 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{
-    bert::BertForSequenceClassification,
-    config::BertConfig,
-    load::LoadError,
-};
+use crate::{bert::BertForSequenceClassification, config::BertConfig, load::LoadError};
 
 /// A model with its labels, without gradients. It is `Send`: one thread at a time uses it.
 pub struct Classifier {
@@ -57,7 +53,10 @@ impl Classifier {
             // Without padding attention needs no mask and takes the faster kernel.
             let padded = bool::try_from(attention_mask.eq(0).any()).unwrap_or(true);
             let mask = padded.then(|| attention_mask.to_device(self.device));
-            self.model.forward(&input_ids.to_device(self.device), mask.as_ref(), false).to_kind(Kind::Float).to_device(Device::Cpu)
+            self.model
+                .forward(&input_ids.to_device(self.device), mask.as_ref(), false)
+                .to_kind(Kind::Float)
+                .to_device(Device::Cpu)
         })
     }
 }

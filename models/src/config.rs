@@ -84,7 +84,8 @@ impl BertConfig {
     pub fn load(folder: &Path) -> Result<Self, LoadError> {
         let path = folder.join("config.json");
         let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
-        let field = |field: &str, message: String| LoadError::Config { file: path.clone(), field: field.into(), message };
+        let field =
+            |field: &str, message: String| LoadError::Config { file: path.clone(), field: field.into(), message };
         let raw: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|error| field("(root)", format!("not JSON: {error}")))?;
         // Before the typed reading: a GPT-2 should be refused for what it is, not for a field it lacks.
@@ -93,10 +94,16 @@ impl BertConfig {
             Some(other) => return Err(field("model_type", format!("{other:?} is not supported, \"bert\" is"))),
             None => return Err(field("model_type", "missing; \"bert\" is supported".into())),
         }
-        if let Some(other) = raw["architectures"].as_array().into_iter().flatten().find(|name| {
-            !name.as_str().is_some_and(|name| name.starts_with("Bert"))
-        }) {
-            return Err(field("architectures", format!("{other} is not supported, \"BertModel\" and \"{CLASSIFIER}\" are")));
+        if let Some(other) = raw["architectures"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|name| !name.as_str().is_some_and(|name| name.starts_with("Bert")))
+        {
+            return Err(field(
+                "architectures",
+                format!("{other} is not supported, \"BertModel\" and \"{CLASSIFIER}\" are"),
+            ));
         }
         let config: Self = serde_json::from_value(raw).map_err(|error| field("(root)", error.to_string()))?;
         config.check().map_err(|(name, message)| field(name, message))?;
@@ -117,10 +124,16 @@ impl BertConfig {
             }
         }
         if self.hidden_size % self.num_attention_heads != 0 {
-            return Err(("num_attention_heads", format!("{} does not divide hidden_size {}", self.num_attention_heads, self.hidden_size)));
+            return Err((
+                "num_attention_heads",
+                format!("{} does not divide hidden_size {}", self.num_attention_heads, self.hidden_size),
+            ));
         }
         if self.position_embedding_type != "absolute" {
-            return Err(("position_embedding_type", format!("{:?} is not supported, \"absolute\" is", self.position_embedding_type)));
+            return Err((
+                "position_embedding_type",
+                format!("{:?} is not supported, \"absolute\" is", self.position_embedding_type),
+            ));
         }
         for (name, value) in [
             ("hidden_dropout_prob", Some(self.hidden_dropout_prob)),

@@ -45,7 +45,9 @@ impl Weights {
         if !path.exists() {
             let refused = |message: &str| LoadError::File { file: path.clone(), message: message.into() };
             if folder.join("pytorch_model.bin").exists() {
-                return Err(refused("missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code"));
+                return Err(refused(
+                    "missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code",
+                ));
             }
             if folder.join("model.safetensors.index.json").exists() {
                 return Err(refused("missing; a model in several shards is not supported, write it as one file"));
@@ -138,7 +140,9 @@ pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
     let views = owned
         .iter()
         .map(|(name, kind, shape, data)| {
-            TensorView::new(*kind, shape.clone(), data).map(|view| (*name, view)).map_err(|error| failed(error.to_string()))
+            TensorView::new(*kind, shape.clone(), data)
+                .map(|view| (*name, view))
+                .map_err(|error| failed(error.to_string()))
         })
         .collect::<Result<Vec<_>, _>>()?;
     let metadata = [("format".to_owned(), "pt".to_owned())].into();

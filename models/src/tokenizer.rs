@@ -21,7 +21,8 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         let failed = |message: String| LoadError::File { file: path.clone(), message };
         let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| failed(format!("not a tokenizer: {error}")))?;
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| failed(format!("not a tokenizer: {error}")))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| failed(error.to_string()))?;
         let specials = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));

@@ -56,7 +56,9 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
         let pickled = names.iter().find(|name| PICKLED.iter().any(|ending| name.ends_with(ending)));
         let message = match pickled {
             Some(name) if required == "model.safetensors" => {
-                format!("{name} holds pickled weights, which are refused because loading them runs code: convert to model.safetensors")
+                format!(
+                    "{name} holds pickled weights, which are refused because loading them runs code: convert to model.safetensors"
+                )
             }
             _ => format!("the model folder has no {required}"),
         };
@@ -91,7 +93,10 @@ async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileE
     let location = folder.child(name);
     let relative = PathBuf::from(name);
     if relative.is_absolute() || relative.components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
-        return Err(StoreError::Invalid { uri: location.uri, message: "the manifest names a file outside its folder".into() });
+        return Err(StoreError::Invalid {
+            uri: location.uri,
+            message: "the manifest names a file outside its folder".into(),
+        });
     }
     let bytes = location.read().await?;
     let path = to.join(relative);
@@ -101,8 +106,12 @@ async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileE
         if let Some(expected) = expected {
             let found = sha256_hex(&bytes);
             if found != expected.sha256 {
-                let message =
-                    format!("{} bytes with sha256 {found}, the manifest says {} bytes with {}", bytes.len(), expected.bytes, expected.sha256);
+                let message = format!(
+                    "{} bytes with sha256 {found}, the manifest says {} bytes with {}",
+                    bytes.len(),
+                    expected.bytes,
+                    expected.sha256
+                );
                 return Err(StoreError::Invalid { uri, message });
             }
         }
@@ -140,7 +149,9 @@ fn walk(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<(), Store
     Ok(())
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, StoreError> + Send + 'static) -> Result<T, StoreError> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -170,7 +181,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_artifact_is_whole_or_refused() {
-        let (from, store, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (from, store, to) =
+            (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::fs::write(from.path().join("model.safetensors"), b"weights").unwrap();
         let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
         let missing = download(&folder, to.path()).await.unwrap_err();

@@ -31,7 +31,10 @@ impl StoreError {
                 Self::Unauthorized { uri, message }
             }
             // S3 says 403 for an unknown key; some servers give it inside a generic error.
-            _ if message.contains("403") || message.contains("InvalidAccessKeyId") || message.contains("SignatureDoesNotMatch") => {
+            _ if message.contains("403")
+                || message.contains("InvalidAccessKeyId")
+                || message.contains("SignatureDoesNotMatch") =>
+            {
                 Self::Unauthorized { uri, message }
             }
             _ if message.contains("NoSuchBucket") => Self::NotFound { uri },

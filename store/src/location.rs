@@ -128,7 +128,9 @@ mod tests {
 
     #[test]
     fn a_wrong_uri_is_the_users_error() {
-        for (uri, part) in [("nonsense", "not a URI"), ("ftp://x/y", "unknown scheme"), ("file://relative/x", "three slashes")] {
+        for (uri, part) in
+            [("nonsense", "not a URI"), ("ftp://x/y", "unknown scheme"), ("file://relative/x", "three slashes")]
+        {
             let error = open(uri).unwrap_err();
             assert!(error.is_user_error(), "{uri}");
             assert!(error.to_string().contains(part), "{error}");

@@ -24,7 +24,11 @@ impl Drop for Guard {
 }
 
 /// Installs logging and, with `OTEL_EXPORTER_OTLP_ENDPOINT`, tracing for the whole process. Call once, inside a tokio runtime.
+///
+/// Also settles which cryptography TLS uses: two of the libraries below bring different ones, and rustls then wants to be told.
 pub fn init(service: &'static str) -> Guard {
+    // An error means that it was settled before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     let (provider, problem) = match provider(service) {
         Ok(provider) => (provider, None),
@@ -60,7 +64,8 @@ fn filter() -> EnvFilter {
 }
 
 fn provider(service: &'static str) -> Result<Option<SdkTracerProvider>, opentelemetry_otlp::ExporterBuildError> {
-    let Some(endpoint) = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty()) else {
+    let Some(endpoint) = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty())
+    else {
         return Ok(None);
     };
     let exporter = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint).build()?;

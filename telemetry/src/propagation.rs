@@ -37,7 +37,9 @@ pub fn extract(headers: &HeaderMap) -> Context {
 /// Writes the current span's context into `headers`; nothing when traces are off.
 pub fn inject_current(headers: &mut HeaderMap) {
     let context = tracing::Span::current().context();
-    opentelemetry::global::get_text_map_propagator(|propagator| propagator.inject_context(&context, &mut HeadersMut(headers)));
+    opentelemetry::global::get_text_map_propagator(|propagator| {
+        propagator.inject_context(&context, &mut HeadersMut(headers))
+    });
 }
 
 /// The current span's `traceparent`, if it has one.

@@ -12,7 +12,10 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::{
     Api, Client, Config,
     api::{Patch, PatchParams},
-    config::{AuthInfo, Cluster, Context as KubeContext, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext},
+    config::{
+        AuthInfo, Cluster, Context as KubeContext, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster,
+        NamedContext,
+    },
 };
 
 use crate::paths;
@@ -40,42 +43,53 @@ impl Drop for Process {
 impl ApiServer {
     /// Starts both, installs the CRDs of the checkout and waits until they are served.
     pub async fn start() -> Result<Self> {
+        crate::settle_tls();
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name).display().to_string();
         let [client_port, peer_port, api_port] = free_ports()?;
         let etcd_url = format!("http://127.0.0.1:{client_port}");
         let peer_url = format!("http://127.0.0.1:{peer_port}");
-        let etcd = start(folder.path(), "etcd", "etcd", &[
-            format!("--data-dir={}", at("etcd")),
-            format!("--listen-client-urls={etcd_url}"),
-            format!("--advertise-client-urls={etcd_url}"),
-            format!("--listen-peer-urls={peer_url}"),
-            format!("--initial-advertise-peer-urls={peer_url}"),
-            format!("--initial-cluster=default={peer_url}"),
-            "--unsafe-no-fsync".into(),
-        ])?;
+        let etcd = start(
+            folder.path(),
+            "etcd",
+            "etcd",
+            &[
+                format!("--data-dir={}", at("etcd")),
+                format!("--listen-client-urls={etcd_url}"),
+                format!("--advertise-client-urls={etcd_url}"),
+                format!("--listen-peer-urls={peer_url}"),
+                format!("--initial-advertise-peer-urls={peer_url}"),
+                format!("--initial-cluster=default={peer_url}"),
+                "--unsafe-no-fsync".into(),
+            ],
+        )?;
         std::fs::write(at("tokens.csv"), format!("{TOKEN},admin,admin,\"system:masters\"\n"))?;
-        let key = Command::new("openssl").args(["genrsa", "-out", &at("sa.key"), "2048"]).output().context("openssl")?;
+        let key =
+            Command::new("openssl").args(["genrsa", "-out", &at("sa.key"), "2048"]).output().context("openssl")?;
         if !key.status.success() {
             bail!("openssl genrsa: {}", String::from_utf8_lossy(&key.stderr));
         }
-        let apiserver = start(folder.path(), "kube-apiserver", "kube-apiserver", &[
-            format!("--etcd-servers={etcd_url}"),
-            "--bind-address=127.0.0.1".into(),
-            format!("--secure-port={api_port}"),
-            format!("--cert-dir={}", at("certs")),
-            format!("--token-auth-file={}", at("tokens.csv")),
-            format!("--service-account-key-file={}", at("sa.key")),
-            format!("--service-account-signing-key-file={}", at("sa.key")),
-            "--service-account-issuer=https://kubernetes.default.svc".into(),
-            "--service-cluster-ip-range=10.96.0.0/16".into(),
-            "--authorization-mode=RBAC".into(),
-            "--endpoint-reconciler-type=none".into(),
-            "--disable-admission-plugins=ServiceAccount".into(),
-        ])?;
+        let apiserver = start(
+            folder.path(),
+            "kube-apiserver",
+            "kube-apiserver",
+            &[
+                format!("--etcd-servers={etcd_url}"),
+                "--bind-address=127.0.0.1".into(),
+                format!("--secure-port={api_port}"),
+                format!("--cert-dir={}", at("certs")),
+                format!("--token-auth-file={}", at("tokens.csv")),
+                format!("--service-account-key-file={}", at("sa.key")),
+                format!("--service-account-signing-key-file={}", at("sa.key")),
+                "--service-account-issuer=https://kubernetes.default.svc".into(),
+                "--service-cluster-ip-range=10.96.0.0/16".into(),
+                "--authorization-mode=RBAC".into(),
+                "--endpoint-reconciler-type=none".into(),
+                "--disable-admission-plugins=ServiceAccount".into(),
+            ],
+        )?;
         let client = client(api_port).await?;
-        let server =
-            Self { client, _apiserver: apiserver, _etcd: etcd, _folder: folder };
+        let server = Self { client, _apiserver: apiserver, _etcd: etcd, _folder: folder };
         server.wait_ready().await?;
         server.install_crds().await?;
         Ok(server)
@@ -96,7 +110,8 @@ impl ApiServer {
         let api: Api<CustomResourceDefinition> = Api::all(self.client.clone());
         let started = Instant::now();
         for file in ["finetunejobs.yaml", "modeldeployments.yaml"] {
-            let text = std::fs::read_to_string(paths::checkout().join("crds").join(file)).with_context(|| file.to_owned())?;
+            let text =
+                std::fs::read_to_string(paths::checkout().join("crds").join(file)).with_context(|| file.to_owned())?;
             let crd: CustomResourceDefinition = serde_yaml::from_str(&text).with_context(|| file.to_owned())?;
             let name = crd.metadata.name.clone().context("a CRD without a name")?;
             // The very first seconds of an API server refuse some writes (its default namespaces and roles are being made).
@@ -125,7 +140,8 @@ impl ApiServer {
 }
 
 fn start(folder: &Path, tool: &str, name: &str, arguments: &[String]) -> Result<Process> {
-    let binary = paths::tool(tool, name).with_context(|| format!("{name} is not built: run cluster/tools --only {tool}"))?;
+    let binary =
+        paths::tool(tool, name).with_context(|| format!("{name} is not built: run cluster/tools --only {tool}"))?;
     let log = std::fs::File::create(folder.join(format!("{name}.log")))?;
     let child = Command::new(&binary)
         .args(arguments)

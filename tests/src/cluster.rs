@@ -32,7 +32,9 @@ pub struct Cluster {
 impl Cluster {
     /// Connects to what `cluster/up` started.
     pub async fn connect() -> Result<Self> {
-        let output = Command::new(paths::checkout().join("cluster/kubeconfig")).output().context("cluster/kubeconfig")?;
+        crate::settle_tls();
+        let output =
+            Command::new(paths::checkout().join("cluster/kubeconfig")).output().context("cluster/kubeconfig")?;
         ensure!(output.status.success(), "the cluster is not up: {}", String::from_utf8_lossy(&output.stderr).trim());
         let path = String::from_utf8(output.stdout)?;
         let kubeconfig = Kubeconfig::read_from(path.trim())?;
@@ -66,7 +68,9 @@ impl Cluster {
         let secret: Secret = serde_json::from_value(serde_json::json!({
             "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3-credentials"}, "stringData": data,
         }))?;
-        Api::<Secret>::namespaced(self.client.clone(), name).patch("s3-credentials", &apply, &Patch::Apply(&secret)).await?;
+        Api::<Secret>::namespaced(self.client.clone(), name)
+            .patch("s3-credentials", &apply, &Patch::Apply(&secret))
+            .await?;
         Ok(())
     }
 
@@ -141,7 +145,13 @@ pub async fn wait<T>(what: &str, limit: Duration, mut ask: impl AsyncFnMut() -> 
 }
 
 /// The job's summary once it succeeded; an error with the condition's message once it failed.
-pub async fn job_succeeded(cluster: &Cluster, namespace: &str, name: &str, limit: Duration, look: impl Fn(&FineTuneJob)) -> Result<FineTuneJob> {
+pub async fn job_succeeded(
+    cluster: &Cluster,
+    namespace: &str,
+    name: &str,
+    limit: Duration,
+    look: impl Fn(&FineTuneJob),
+) -> Result<FineTuneJob> {
     let jobs = cluster.jobs(namespace);
     let job = wait(&format!("FineTuneJob {name} ends"), limit, async || {
         let Some(job) = jobs.get_opt(name).await? else { return Ok(None) };

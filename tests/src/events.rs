@@ -6,11 +6,25 @@ use anyhow::{Context, Result};
 use athanor_contract::event::attribute;
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions},
     consumer::{BaseConsumer, Consumer},
     message::Headers,
+    types::RDKafkaErrorCode,
 };
 
 pub const BOOTSTRAP: &str = "198.51.100.1:9092";
+
+/// Deletes a topic and waits until the broker has forgotten it; none there is fine.
+pub async fn delete_topic(topic: &str) -> Result<()> {
+    let admin: AdminClient<_> = ClientConfig::new().set("bootstrap.servers", BOOTSTRAP).create().context("Kafka admin")?;
+    for result in admin.delete_topics(&[topic], &AdminOptions::new()).await.context("Kafka")? {
+        match result {
+            Ok(_) | Err((_, RDKafkaErrorCode::UnknownTopicOrPartition)) => {}
+            Err((_, code)) => anyhow::bail!("topic {topic} cannot be deleted: {code}"),
+        }
+    }
+    Ok(())
+}
 
 /// One record of the topic.
 #[derive(Clone, Debug)]

@@ -12,3 +12,9 @@ pub mod prometheus;
 pub mod sentiment;
 pub mod storage;
 pub mod traffic;
+
+/// Two of the libraries here bring different cryptography, and rustls wants to be told which to use.
+pub(crate) fn settle_tls() {
+    // An error means that it was settled before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}

@@ -36,7 +36,9 @@ impl Receiver {
         let service = TraceServiceServer::new(receiver.clone());
         let task = tokio::spawn(async move {
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            if let Err(error) = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await {
+            if let Err(error) =
+                tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await
+            {
                 eprintln!("OTLP receiver: {error}");
             }
         });

@@ -28,7 +28,8 @@ pub fn dashboard_queries(folder: &Path) -> Result<Vec<(String, String)>> {
     for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "json") {
-            let dashboard: Value = serde_json::from_slice(&std::fs::read(&path)?).with_context(|| path.display().to_string())?;
+            let dashboard: Value =
+                serde_json::from_slice(&std::fs::read(&path)?).with_context(|| path.display().to_string())?;
             let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             collect(&name, &dashboard["panels"], &mut queries);
         }
@@ -41,7 +42,8 @@ fn collect(dashboard: &str, panels: &Value, queries: &mut Vec<(String, String)>)
     for panel in panels.as_array().into_iter().flatten() {
         for target in panel["targets"].as_array().into_iter().flatten() {
             if let Some(query) = target["expr"].as_str() {
-                let query = query.replace("$__rate_interval", "30s").replace("$__interval", "30s").replace("$namespace", ".*");
+                let query =
+                    query.replace("$__rate_interval", "30s").replace("$__interval", "30s").replace("$namespace", ".*");
                 queries.push((format!("{dashboard} / {}", panel["title"].as_str().unwrap_or("?")), query));
             }
         }

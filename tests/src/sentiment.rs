@@ -59,7 +59,8 @@ pub fn load(domain: &'static str) -> Result<Vec<Text>> {
         let (Some(_), Some(rating), Some(text)) = (fields.next(), fields.next(), fields.next()) else {
             anyhow::bail!("{} row {}: three tab-separated fields expected", path.display(), row + 1);
         };
-        let rating: f64 = rating.trim().parse().with_context(|| format!("{} row {}: rating", path.display(), row + 1))?;
+        let rating: f64 =
+            rating.trim().parse().with_context(|| format!("{} row {}: rating", path.display(), row + 1))?;
         if rating.abs() >= NEUTRAL && !text.trim().is_empty() {
             let label = if rating > 0.0 { "positive" } else { "negative" };
             texts.push(Text { domain, text: text.trim().to_owned(), label });

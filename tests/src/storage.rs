@@ -27,12 +27,25 @@ pub fn environment() -> [(&'static str, &'static str); 4] {
 pub fn create_bucket() -> Result<()> {
     let output = std::process::Command::new("curl")
         .args(["--silent", "--show-error", "--noproxy", "*", "--output", "/dev/null", "--write-out", "%{http_code}"])
-        .args(["--request", "PUT", "--aws-sigv4", &format!("aws:amz:{REGION}:s3"), "--user", &format!("{ACCESS_KEY}:{SECRET_KEY}")])
+        .args([
+            "--request",
+            "PUT",
+            "--aws-sigv4",
+            &format!("aws:amz:{REGION}:s3"),
+            "--user",
+            &format!("{ACCESS_KEY}:{SECRET_KEY}"),
+        ])
+        // The sha256 of no body, which curl leaves out.
+        .args(["--header", "x-amz-content-sha256: e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"])
         .arg(format!("{ENDPOINT}/{BUCKET}"))
         .output()
         .context("curl")?;
     let status = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(["200", "409"].contains(&status.as_str()), "bucket {BUCKET}: {status} {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        ["200", "409"].contains(&status.as_str()),
+        "bucket {BUCKET}: {status} {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }
 
@@ -61,7 +74,8 @@ pub async fn get(store: &impl ObjectStore, key: &str) -> Result<Vec<u8>> {
 
 /// Keys below a folder.
 pub async fn names(store: &impl ObjectStore, folder: &str) -> Result<Vec<String>> {
-    let objects: Vec<_> = store.list(Some(&folder.into())).try_collect().await.with_context(|| format!("LIST {folder}"))?;
+    let objects: Vec<_> =
+        store.list(Some(&folder.into())).try_collect().await.with_context(|| format!("LIST {folder}"))?;
     Ok(objects.into_iter().map(|object| object.location.to_string()).collect())
 }
 

@@ -61,13 +61,15 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let refused: Vec<(&str, Value)> = vec![
         ("unknown field", job(|spec| spec["hyperparameters"] = json!({"learningrate": 0.1}))),
         ("unknown field", job(|spec| spec["modle"] = json!({}))),
-        ("exactly one of uri and kafka", job(|spec| spec["data"]["sources"][0].as_object_mut().unwrap().retain(|key, _| key == "name"))),
         (
             "exactly one of uri and kafka",
-            job(|spec| {
-                spec["data"]["sources"][0]["kafka"] =
-                    json!({"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 0, "end": 5}]})
-            }),
+            job(|spec| spec["data"]["sources"][0].as_object_mut().unwrap().retain(|key, _| key == "name")),
+        ),
+        (
+            "exactly one of uri and kafka",
+            job(
+                |spec| spec["data"]["sources"][0]["kafka"] = json!({"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 0, "end": 5}]}),
+            ),
         ),
         (
             "begin must not be after end",
@@ -76,34 +78,54 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
                     {"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 9, "end": 5}]}}])
             }),
         ),
-        ("Duplicate value", job(|spec| {
-            let source = spec["data"]["sources"][0].clone();
-            spec["data"]["sources"].as_array_mut().unwrap().push(source);
-        })),
+        (
+            "Duplicate value",
+            job(|spec| {
+                let source = spec["data"]["sources"][0].clone();
+                spec["data"]["sources"].as_array_mut().unwrap().push(source);
+            }),
+        ),
         ("should match", job(|spec| spec["model"]["from"] = "ftp://somewhere".into())),
         ("Unsupported value", job(|spec| spec["model"]["task"] = "Telepathy".into())),
         ("should have at least 1 items", job(|spec| spec["data"]["sources"] = json!([]))),
         ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"learningRate": 99}))),
         ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"batchSize": 0}))),
         ("epochs or maxSteps, not both", job(|spec| spec["hyperparameters"] = json!({"epochs": 1, "maxSteps": 5}))),
-        ("leave no rows to train on", job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50}))),
-        ("exactly one of minimum and minimumGain", job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy"}]}))),
-        ("needs a baseline", job(|spec| {
-            spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimumGain": "0.1"}]})
-        })),
+        (
+            "leave no rows to train on",
+            job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50})),
+        ),
+        (
+            "exactly one of minimum and minimumGain",
+            job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy"}]})),
+        ),
+        (
+            "needs a baseline",
+            job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimumGain": "0.1"}]})),
+        ),
         ("should match", job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimum": "much"}]}))),
-        ("Required value", job(|spec| { spec.as_object_mut().unwrap().remove("output"); })),
+        (
+            "Required value",
+            job(|spec| {
+                spec.as_object_mut().unwrap().remove("output");
+            }),
+        ),
         ("exactly one of from and fromJob", deployment(|spec| spec["model"] = json!({}))),
-        ("exactly one of from and fromJob", deployment(|spec| {
-            spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})
-        })),
+        (
+            "exactly one of from and fromJob",
+            deployment(|spec| spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})),
+        ),
         ("monitor needs feedback", deployment(|spec| spec["monitor"] = json!({}))),
-        ("must not fall", deployment(|spec| {
-            spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 50}, {"trafficPercent": 10}]}})
-        })),
-        ("less than or equal to", deployment(|spec| {
-            spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 200}]}})
-        })),
+        (
+            "must not fall",
+            deployment(|spec| {
+                spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 50}, {"trafficPercent": 10}]}})
+            }),
+        ),
+        (
+            "less than or equal to",
+            deployment(|spec| spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 200}]}})),
+        ),
     ];
     for (part, object) in &refused {
         match create(client, object).await {
@@ -124,7 +146,10 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     assert!(message.contains("immutable"), "{message}");
 
     let deployments = api(client, "ModelDeployment");
-    let made = create(client, &deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}})));
+    let made = create(
+        client,
+        &deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}})),
+    );
     let name = made.await.unwrap().metadata.name.unwrap();
     let patch = json!({"spec": {"feedback": {"kafka": {"topic": "b"}}}});
     let error = deployments.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap_err();

@@ -138,7 +138,8 @@ async fn ready(cluster: &Cluster, namespace: &str, name: &str) -> Result<String>
 /// A client that has had its first answer.
 async fn client(cluster: &Cluster, namespace: &str, name: &str) -> Result<Client> {
     let client = Client::new(cluster.service(namespace, name).await?)?;
-    wait("the router answers", MINUTES, async || Ok(client.classify("first", None).await.is_ok().then_some(()))).await?;
+    wait("the router answers", MINUTES, async || Ok(client.classify("first", None).await.is_ok().then_some(())))
+        .await?;
     client.counts.requests.store(0, Ordering::Relaxed);
     client.counts.failures.store(0, Ordering::Relaxed);
     Ok(client)
@@ -149,7 +150,8 @@ async fn client(cluster: &Cluster, namespace: &str, name: &str) -> Result<Client
 async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
     let namespace = "kill-operator";
     let cluster = prepare(namespace).await?;
-    let retraining: Value = serde_json::from_str(&job("template", |spec| spec["hyperparameters"]["maxSteps"] = 15.into()))?;
+    let retraining: Value =
+        serde_json::from_str(&job("template", |spec| spec["hyperparameters"]["maxSteps"] = 15.into()))?;
     let topic = format!("athanor.{namespace}.loop-{}", std::process::id());
     cluster.apply(namespace, &job("first", |spec| spec["hyperparameters"]["maxSteps"] = 30.into())).await?;
     let manifest = deployment("loop", |spec| {
@@ -158,11 +160,17 @@ async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
             "analysis": {"minimumRequests": 10}}});
         spec["feedback"] = json!({"kafka": {"bootstrapServers": events::BOOTSTRAP, "topic": topic}});
         spec["monitor"] = json!({"windowPredictions": 50, "minimumLabels": 30});
-        spec["retrain"] = json!({"minimumSamples": 60, "cooldownSeconds": 3600, "template": {"spec": retraining["spec"]}});
+        spec["retrain"] =
+            json!({"minimumSamples": 60, "cooldownSeconds": 3600, "template": {"spec": retraining["spec"]}});
     });
     cluster.apply(namespace, &manifest).await?;
 
-    wait("training has begun", MINUTES * 2, async || Ok((step(&cluster, namespace, "first").await? >= 5).then_some(()))).await?;
+    wait(
+        "training has begun",
+        MINUTES * 2,
+        async || Ok((step(&cluster, namespace, "first").await? >= 5).then_some(())),
+    )
+    .await?;
     kill_operator(&cluster).await?;
     job_succeeded(&cluster, namespace, "first", MINUTES * 4, |_| {}).await?;
     // The rollout is under way as soon as the job is done.
@@ -195,7 +203,13 @@ async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
     ensure!(jobs.len() == 2, "one job and one retraining expected, found {names:?}");
     for job in &jobs {
         let status = job.status.clone().unwrap_or_default();
-        ensure!(status.restarts == 0 && status.attempt <= 1, "{}: {} restarts, attempt {}", job.name_any(), status.restarts, status.attempt);
+        ensure!(
+            status.restarts == 0 && status.attempt <= 1,
+            "{}: {} restarts, attempt {}",
+            job.name_any(),
+            status.restarts,
+            status.attempt
+        );
     }
     ensure!(client.counts.failures.load(Ordering::Relaxed) == 0, "requests failed");
     cluster.delete_namespace(namespace).await
@@ -222,7 +236,8 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
     tokio::time::sleep(Duration::from_secs(2)).await;
     for round in 0..2 {
         let pods = servers().await?;
-        let victim = pods.iter().find(|pod| !processes(pod, "athanor-server").is_empty()).context("no server process")?;
+        let victim =
+            pods.iter().find(|pod| !processes(pod, "athanor-server").is_empty()).context("no server process")?;
         kill_9(&processes(victim, "athanor-server"))?;
         println!("round {round}: killed {}", victim.name_any());
         tokio::time::sleep(Duration::from_secs(4)).await;
@@ -249,7 +264,8 @@ async fn bad_requests(cluster: &Cluster, namespace: &str, name: &str) -> Result<
     let base = cluster.service(namespace, name).await?;
     let http = reqwest::Client::builder().no_proxy().build()?;
     let post = async |path: &str, body: Vec<u8>| {
-        let response = http.post(format!("{base}{path}")).header("content-type", "application/json").body(body).send().await?;
+        let response =
+            http.post(format!("{base}{path}")).header("content-type", "application/json").body(body).send().await?;
         let status = response.status().as_u16();
         Ok::<_, anyhow::Error>((status, response.text().await?))
     };
@@ -295,8 +311,9 @@ async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
     ensure!(refused.contains("404") && refused.contains("request"), "{refused}");
 
     // Different texts, so that the dataset's rows can be counted.
-    let texts: Vec<Text> =
-        (0..4000).map(|n| Text { domain: "made", text: format!("Text number {n} was fine."), label: "positive" }).collect();
+    let texts: Vec<Text> = (0..4000)
+        .map(|n| Text { domain: "made", text: format!("Text number {n} was fine."), label: "positive" })
+        .collect();
     let mut acknowledged = BTreeSet::new();
     let mut ticks = tokio::time::interval(Duration::from_millis(25));
     let began = Instant::now();
@@ -340,7 +357,8 @@ async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
         let end = ends.entry(record.partition).or_insert(0);
         *end = (*end).max(record.offset + 1);
     }
-    let ranges: Vec<Value> = ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
+    let ranges: Vec<Value> =
+        ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
     let manifest = job("from-events", |spec| {
         spec["data"] = json!({"sources": [{"name": "events", "kafka":
             {"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges}}]});
@@ -388,8 +406,12 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
     put("other/config.json", other.as_bytes()).await?;
     put("other/model.safetensors", &weights).await?;
 
-    let data = |key: &'static str| move |spec: &mut Value| spec["data"]["sources"][0]["uri"] = format!("s3://athanor/tests/bad/{key}").into();
-    let model = |key: &'static str| move |spec: &mut Value| spec["model"]["from"] = format!("s3://athanor/tests/bad/{key}").into();
+    let data = |key: &'static str| {
+        move |spec: &mut Value| spec["data"]["sources"][0]["uri"] = format!("s3://athanor/tests/bad/{key}").into()
+    };
+    let model = |key: &'static str| {
+        move |spec: &mut Value| spec["model"]["from"] = format!("s3://athanor/tests/bad/{key}").into()
+    };
     let secret: k8s_openapi::api::core::v1::Secret = serde_json::from_value(json!({"metadata": {"name": "wrong"},
         "stringData": {"AWS_ENDPOINT_URL": storage::ENDPOINT, "AWS_ACCESS_KEY_ID": "athanor", "AWS_SECRET_ACCESS_KEY": "wrong",
                        "AWS_REGION": storage::REGION}}))?;
@@ -398,13 +420,21 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
     let cases: Vec<(&str, String, Vec<&str>)> = vec![
         ("missing-data", job("missing-data", data("none.csv")), vec!["none.csv", "nothing there"]),
         ("missing-model", job("missing-model", model("none")), vec!["tests/bad/none"]),
-        ("wrong-credentials", job("wrong-credentials", |spec| spec["credentialsSecretName"] = "wrong".into()), vec!["credentials"]),
+        (
+            "wrong-credentials",
+            job("wrong-credentials", |spec| spec["credentialsSecretName"] = "wrong".into()),
+            vec!["credentials"],
+        ),
         ("empty", job("empty", data("empty.csv")), vec!["empty.csv"]),
         ("header-only", job("header-only", data("header.csv")), vec!["header.csv"]),
         ("malformed", job("malformed", data("malformed.jsonl")), vec!["malformed.jsonl", "2", "label"]),
         ("column", job("column", data("column.csv")), vec!["column.csv", "text"]),
         ("latin", job("latin", data("latin.csv")), vec!["latin.csv", "3", "UTF-8"]),
-        ("unknown-label", job("unknown-label", |spec| spec["model"]["labels"] = json!(["good", "bad"])), vec!["rows.csv", "label"]),
+        (
+            "unknown-label",
+            job("unknown-label", |spec| spec["model"]["labels"] = json!(["good", "bad"])),
+            vec!["rows.csv", "label"],
+        ),
         ("truncated", job("truncated", model("truncated")), vec!["model.safetensors"]),
         ("pickled", job("pickled", model("pickled")), vec!["pytorch_model.bin", "pickled"]),
         ("architecture", job("architecture", model("other")), vec!["config.json", "gpt2"]),
@@ -417,7 +447,8 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
         let job = wait(&format!("{name} fails"), MINUTES * 4, async || {
             let job = jobs.get(name).await?;
             let status = job.status.unwrap_or_default();
-            let ended = condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
+            let ended =
+                condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
             Ok(ended.then_some(status))
         })
         .await?;
@@ -434,7 +465,10 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
     for (name, _, _) in &cases {
         let uid = cluster.jobs(namespace).get(name).await?.metadata.uid.unwrap_or_default();
         let folder = format!("{name}-{}", &uid[..8.min(uid.len())]);
-        ensure!(!written.iter().any(|key| key.contains(&folder) && key.ends_with("manifest.json")), "{name} left a result");
+        ensure!(
+            !written.iter().any(|key| key.contains(&folder) && key.ends_with("manifest.json")),
+            "{name} left a result"
+        );
     }
     cluster.delete_namespace(namespace).await
 }

@@ -68,7 +68,8 @@ fn reach<'a>(edges: &'a BTreeMap<String, BTreeSet<String>>, from: &'a str) -> BT
 fn crates_use_only_what_the_table_allows() {
     let metadata = metadata();
     let edges = edges(&metadata);
-    let ours: BTreeSet<String> = edges.keys().filter_map(|name| name.strip_prefix("athanor-")).map(str::to_owned).collect();
+    let ours: BTreeSet<String> =
+        edges.keys().filter_map(|name| name.strip_prefix("athanor-")).map(str::to_owned).collect();
     let listed: BTreeSet<String> = TABLE.iter().map(|row| row.0.to_owned()).collect();
     assert_eq!(ours, listed, "the table and the workspace differ");
     for (name, allowed, forbidden) in TABLE {
@@ -87,7 +88,15 @@ fn crates_use_only_what_the_table_allows() {
 #[test]
 fn the_kubernetes_client_stays_where_it_belongs() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-    let output = Command::new("grep").args(["-rlE", "\\bkube(::|_runtime)", "--include=*.rs", "trainer", "serving", "models", "torch"]);
+    let output = Command::new("grep").args([
+        "-rlE",
+        "\\bkube(::|_runtime)",
+        "--include=*.rs",
+        "trainer",
+        "serving",
+        "models",
+        "torch",
+    ]);
     let output = { output }.current_dir(root).output().unwrap();
     for file in String::from_utf8(output.stdout).unwrap().lines() {
         assert!(

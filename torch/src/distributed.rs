@@ -49,7 +49,8 @@ impl ProcessGroup {
     pub fn new(backend: Backend, at: &Rendezvous) -> Result<Self, Error> {
         let text = |value: &str| CString::new(value).map_err(|_| Error::Torch(format!("{value:?} is not a host name")));
         let (store_host, bind_host) = (text(at.store_host)?, text(at.bind_host)?);
-        let number = |value: usize| c_int::try_from(value).map_err(|_| Error::Torch(format!("{value} ranks are too many")));
+        let number =
+            |value: usize| c_int::try_from(value).map_err(|_| Error::Torch(format!("{value} ranks are too many")));
         let (rank, world) = (number(at.rank)?, number(at.world)?);
         let timeout = i64::try_from(at.timeout.as_millis()).unwrap_or(i64::MAX);
         let mut handle = std::ptr::null_mut();

@@ -194,7 +194,8 @@ async fn delete_old(folder: &Location, newest: u64) -> Result<(), StoreError> {
     let names = folder.list().await?;
     let complete = complete_steps(&names);
     let oldest_kept = complete.iter().rev().nth(KEPT - 1).copied().unwrap_or(0).min(newest);
-    let mut old: Vec<&String> = names.iter().filter(|name| step_of(name).is_some_and(|step| step < oldest_kept)).collect();
+    let mut old: Vec<&String> =
+        names.iter().filter(|name| step_of(name).is_some_and(|step| step < oldest_kept)).collect();
     old.sort_by_key(|name| !name.ends_with(MANIFEST));
     for name in old {
         folder.child(name).delete().await?;
@@ -234,7 +235,8 @@ mod tests {
     fn the_newest_whole_checkpoint_is_found_and_two_are_kept() {
         let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let location = athanor_store::open(&format!("file://{}", folder.path().display())).unwrap().child("checkpoints");
+        let location =
+            athanor_store::open(&format!("file://{}", folder.path().display())).unwrap().child("checkpoints");
         assert!(runtime.block_on(newest(&location, work.path())).unwrap().is_none());
         let template = Manifest {
             kind: Kind::Checkpoint,

@@ -86,7 +86,9 @@ fn check(spec: &TrainSpec) -> Result<(), String> {
     let split = &spec.data.split;
     let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
     if split.validation_percent == 0 || split.test_percent == 0 || held_out >= 100 {
-        return Err("data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into());
+        return Err(
+            "data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into()
+        );
     }
     let h = &spec.hyperparameters;
     for (field, fine) in [
@@ -159,7 +161,11 @@ spec:
             ("task: TextClassification", "task: Nonsense", "spec.model.task"),
             ("uri: file:///data/reviews.jsonl", "columns: {}", "exactly one of uri and kafka"),
             ("podTemplate: {}", "hyperparameters: {batchSize: 0}", "batchSize"),
-            ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}", "no source is named \"x\""),
+            (
+                "podTemplate: {}",
+                "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}",
+                "no source is named \"x\"",
+            ),
             ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimumGain: '0'}]}", "needs evaluate.baseline"),
         ];
         for (from, to, part) in cases {

@@ -115,9 +115,10 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     let ready = Readiness::new();
     let metrics = athanor_telemetry::metrics();
     let port = match variable(ops::PORT) {
-        Some(text) => {
-            Some(text.parse().map_err(|_| TrainError::User(format!("environment variable {}: {text:?} is no port", ops::PORT)))?)
-        }
+        Some(text) => Some(
+            text.parse()
+                .map_err(|_| TrainError::User(format!("environment variable {}: {text:?} is no port", ops::PORT)))?,
+        ),
         None => in_pod.then_some(ops::DEFAULT_PORT),
     };
     if let Some(port) = port.filter(|_| topology.local_rank == 0) {
@@ -200,7 +201,10 @@ fn announce(result: &TrainResult) {
         return;
     }
     println!("artifact  {}", summary.artifact);
-    println!("rows      {} train, {} validation, {} test", summary.rows.train, summary.rows.validation, summary.rows.test);
+    println!(
+        "rows      {} train, {} validation, {} test",
+        summary.rows.train, summary.rows.validation, summary.rows.test
+    );
     for (name, value) in &summary.metrics {
         println!("{name:<28} {value}");
     }

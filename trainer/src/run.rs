@@ -46,7 +46,11 @@ pub struct Surroundings {
 }
 
 /// Runs this process's rank. Rank 0 returns the result; the others `None`.
-pub fn run(config: &TrainConfig, topology: &Topology, around: &Surroundings) -> Result<Option<TrainResult>, TrainError> {
+pub fn run(
+    config: &TrainConfig,
+    topology: &Topology,
+    around: &Surroundings,
+) -> Result<Option<TrainResult>, TrainError> {
     let work = tempfile::Builder::new().prefix("athanor-trainer-").tempdir().map_err(TrainError::other)?;
     let mut reporter = (topology.rank() == 0).then(|| reporter(config, around)).transpose()?;
     if let Some(reporter) = &mut reporter {
@@ -101,7 +105,8 @@ impl Run<'_> {
             model.config_mut().classifier_dropout = Some(dropout);
         }
         let tokenizer = Tokenizer::load(&prepared.parent)?;
-        let max_length = (spec.hyperparameters.max_sequence_length as usize).min(model.config().max_position_embeddings as usize);
+        let max_length =
+            (spec.hyperparameters.max_sequence_length as usize).min(model.config().max_position_embeddings as usize);
         let encode = |part: &[usize]| Encoded::new(dataset, part, &labels, &tokenizer, max_length);
         let train = encode(&parts.train)?;
         self.around.timeline.mark("dataReady");
@@ -142,7 +147,8 @@ impl Run<'_> {
         let held_out: OnceLock<Result<(Arc<Encoded>, Encoded), String>> = OnceLock::new();
         let encode_held_out = || {
             held_out.get_or_init(|| {
-                let both = encode(&parts.validation).and_then(|validation| Ok((Arc::new(validation), encode(&parts.test)?)));
+                let both =
+                    encode(&parts.validation).and_then(|validation| Ok((Arc::new(validation), encode(&parts.test)?)));
                 both.map_err(|error| error.to_string())
             })
         };
@@ -228,7 +234,11 @@ impl Run<'_> {
             timeline: self.around.timeline.decimals(),
             failed_gates,
         };
-        Ok(Some(if summary.failed_gates.is_empty() { TrainResult::Succeeded(summary) } else { TrainResult::GateFailed(summary) }))
+        Ok(Some(if summary.failed_gates.is_empty() {
+            TrainResult::Succeeded(summary)
+        } else {
+            TrainResult::GateFailed(summary)
+        }))
     }
 
     /// Data, models, checkpoint and peers, all at the same time.
@@ -293,7 +303,9 @@ impl Run<'_> {
         match u64::try_from(step_of_0) {
             Err(_) => Ok(None),
             Ok(_) if step == step_of_0 => Ok(restored),
-            Ok(step) => Ok(Some(self.around.runtime.block_on(checkpoint::fetch(folder, step, &self.work.join("agreed")))?)),
+            Ok(step) => {
+                Ok(Some(self.around.runtime.block_on(checkpoint::fetch(folder, step, &self.work.join("agreed")))?))
+            }
         }
     }
 
@@ -339,7 +351,13 @@ impl Run<'_> {
     }
 
     /// What the specification left open.
-    fn chosen(&self, labels: &[String], bf16: bool, best: &checkpoint::Best, total_steps: u64) -> BTreeMap<String, String> {
+    fn chosen(
+        &self,
+        labels: &[String],
+        bf16: bool,
+        best: &checkpoint::Best,
+        total_steps: u64,
+    ) -> BTreeMap<String, String> {
         let backend = match (self.topology.world(), self.topology.backend) {
             (1, _) => "none".to_owned(),
             (_, backend) => format!("{backend:?}"),

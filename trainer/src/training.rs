@@ -190,7 +190,8 @@ impl<'a> Loop<'a> {
         let loss_sum = {
             let _autocast = self.session.bf16.then(|| Autocast::bf16(self.session.device));
             let logits = forward(self.session.model, self.session.train, &rows, self.session.device, true);
-            let labels: Vec<i64> = rows.iter().map(|&row| self.session.train.labels[row].map_or(-100, |label| label as i64)).collect();
+            let labels: Vec<i64> =
+                rows.iter().map(|&row| self.session.train.labels[row].map_or(-100, |label| label as i64)).collect();
             let labels = Tensor::from_slice(&labels).to_device(self.session.device);
             logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0) * weight
         };
@@ -252,7 +253,8 @@ impl<'a> Loop<'a> {
         let watchdog = session.watchdog.clone();
         let predictions =
             evaluate::predict(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
-        let accuracy = evaluate::metric(athanor_contract::train::Metric::Accuracy, &rows, &predictions, None).unwrap_or(0.0);
+        let accuracy =
+            evaluate::metric(athanor_contract::train::Metric::Accuracy, &rows, &predictions, None).unwrap_or(0.0);
         let is_best = self.best.as_ref().is_none_or(|(best, _)| accuracy > best.accuracy);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
@@ -339,6 +341,9 @@ mod tests {
         let names = ["a.weight", "a.bias", "x.LayerNorm.weight", "word_embeddings.weight"];
         let named: Named = names.iter().map(|name| ((*name).to_owned(), Tensor::from(0_f32))).collect();
         let groups = weight_decay_groups(&named, 0.01);
-        assert_eq!(groups.iter().map(|(decay, tensors)| (*decay, tensors.len())).collect::<Vec<_>>(), [(0.01, 2), (0.0, 2)]);
+        assert_eq!(
+            groups.iter().map(|(decay, tensors)| (*decay, tensors.len())).collect::<Vec<_>>(),
+            [(0.01, 2), (0.0, 2)]
+        );
     }
 }

@@ -21,7 +21,8 @@ impl Place {
     /// `dropout` replaces the model's own.
     fn new(dropout: f64) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let variable = |name: &str| PathBuf::from(std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by scripts/env")));
+        let variable =
+            |name: &str| PathBuf::from(std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by scripts/env")));
         let (from, to) = (variable("ATHANOR_MODELS").join("minilm-l6"), folder.path().join("model"));
         std::fs::create_dir(&to).unwrap();
         for name in ["model.safetensors", "tokenizer.json", "tokenizer_config.json"] {

@@ -28,8 +28,10 @@ const CONCURRENCY: usize = 24;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let receiver = otlp::Receiver::start("198.51.100.1:4317".parse()?).await.context("the OTLP receiver on 198.51.100.1:4317")?;
-    let mut demo = Demo { cluster: Cluster::connect().await?, spans: receiver.0, stages: Vec::new(), began: Instant::now() };
+    let receiver =
+        otlp::Receiver::start("198.51.100.1:4317".parse()?).await.context("the OTLP receiver on 198.51.100.1:4317")?;
+    let mut demo =
+        Demo { cluster: Cluster::connect().await?, spans: receiver.0, stages: Vec::new(), began: Instant::now() };
     demo.run().await
 }
 
@@ -55,8 +57,12 @@ impl Demo {
         let manifest = std::fs::read_to_string(paths::checkout().join("examples/sentiment.yaml"))?;
         cluster.apply(NAMESPACE, &manifest).await?;
         let job = self.train(NAME).await?;
-        let summary = job.status.as_ref().and_then(|status| status.summary.clone()).context("the job has no summary")?;
-        self.done(started, &format!("trained: accuracy {} on {} test rows", summary.metrics["accuracy"], summary.rows.test));
+        let summary =
+            job.status.as_ref().and_then(|status| status.summary.clone()).context("the job has no summary")?;
+        self.done(
+            started,
+            &format!("trained: accuracy {} on {} test rows", summary.metrics["accuracy"], summary.rows.test),
+        );
         print_timeline(&job);
 
         let started = self.stage("roll out");
@@ -77,7 +83,8 @@ impl Demo {
 
         let started = self.stage("replay Amazon and movies, with feedback");
         self.replay(&client, &sentiment::texts(&HOME, Part::Traffic)?).await?;
-        let verdict = self.verdict(|status| status.monitor.as_ref().is_some_and(|monitor| monitor.verdict == Verdict::Stable));
+        let verdict =
+            self.verdict(|status| status.monitor.as_ref().is_some_and(|monitor| monitor.verdict == Verdict::Stable));
         let status = verdict.await.context("the monitor calls the home traffic stable")?;
         self.done(started, &statistics(&status));
 
@@ -197,7 +204,12 @@ impl Demo {
         let accuracy = client.replay(texts, CONCURRENCY, |index| index % UNLABELLED_EVERY != 0, || bar.inc(1)).await;
         bar.finish_and_clear();
         let rate = texts.len() as f64 / began.elapsed().as_secs_f64();
-        println!("[{:>6.1} s]   {} requests, {rate:.0} a second, {:.3} right", self.began.elapsed().as_secs_f64(), texts.len(), accuracy?);
+        println!(
+            "[{:>6.1} s]   {} requests, {rate:.0} a second, {:.3} right",
+            self.began.elapsed().as_secs_f64(),
+            texts.len(),
+            accuracy?
+        );
         Ok(())
     }
 
@@ -231,11 +243,15 @@ impl Demo {
     /// Follows the events of this run to their ends, and one request through the processes.
     async fn audit(&self, client: &Client) -> Result<String> {
         let traced = client.classify("A request that is followed through the processes.", None).await?;
-        let sent = client.counts.feedback.load(Ordering::Relaxed) - client.counts.feedback_failures.load(Ordering::Relaxed);
+        let sent =
+            client.counts.feedback.load(Ordering::Relaxed) - client.counts.feedback_failures.load(Ordering::Relaxed);
         let (records, trace_id) = wait("every event is in Kafka", Duration::from_secs(30), async || {
             let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-            let feedback: BTreeSet<&str> =
-                records.iter().filter(|record| record.kind == event::FEEDBACK).map(|record| record.id.as_str()).collect();
+            let feedback: BTreeSet<&str> = records
+                .iter()
+                .filter(|record| record.kind == event::FEEDBACK)
+                .map(|record| record.id.as_str())
+                .collect();
             let arrived = feedback.len() as u64 >= sent;
             let trace = records
                 .iter()
@@ -272,13 +288,15 @@ impl Demo {
     fn table(&self, before: &Marks, after: &Marks, client: &Client) -> Result<()> {
         println!("\nAccuracy on texts that were never trained on      before    after     gain");
         for ((domain, texts, old), (_, _, new)) in before.iter().zip(after) {
-            println!("  {domain:<10} {texts:>5} texts                          {old:.3}     {new:.3}   {:+.3}", new - old);
+            println!(
+                "  {domain:<10} {texts:>5} texts                          {old:.3}     {new:.3}   {:+.3}",
+                new - old
+            );
         }
         let mean = |marks: &Marks, domains: &[&str]| {
             let picked = marks.iter().filter(|(domain, ..)| domains.contains(domain));
-            let (right, all) = picked.fold((0.0, 0.0), |(right, all), (_, texts, mark)| {
-                (right + mark * *texts as f64, all + *texts as f64)
-            });
+            let (right, all) = picked
+                .fold((0.0, 0.0), |(right, all), (_, texts, mark)| (right + mark * *texts as f64, all + *texts as f64));
             right / all
         };
         let away = mean(after, &AWAY) - mean(before, &AWAY);
@@ -315,6 +333,7 @@ impl Demo {
 
 async fn upload(cluster: &Cluster) -> Result<()> {
     cluster.namespace(NAMESPACE).await?;
+    events::delete_topic(TOPIC).await?;
     storage::create_bucket()?;
     let bucket = storage::bucket()?;
     storage::put_folder(&bucket, &paths::models().join("minilm-l6"), "models/minilm-l6").await?;
@@ -327,8 +346,15 @@ async fn upload(cluster: &Cluster) -> Result<()> {
 
 /// The retraining reads the offsets that the verdict named, and no others.
 fn check_ranges(job: &FineTuneJob, wanted: &[athanor_contract::train::OffsetRange]) -> Result<()> {
-    let read: Vec<_> =
-        job.spec.train.data.sources.iter().filter_map(|source| source.kafka.as_ref()).flat_map(|kafka| kafka.ranges.clone()).collect();
+    let read: Vec<_> = job
+        .spec
+        .train
+        .data
+        .sources
+        .iter()
+        .filter_map(|source| source.kafka.as_ref())
+        .flat_map(|kafka| kafka.ranges.clone())
+        .collect();
     ensure!(!read.is_empty() && read == wanted, "the retraining reads {read:?}, the verdict named {wanted:?}");
     Ok(())
 }
@@ -352,5 +378,11 @@ fn statistics(status: &ModelDeploymentStatus) -> String {
         .iter()
         .map(|statistic| format!("{} {} (limit {})", statistic.name, statistic.value, statistic.threshold))
         .collect();
-    format!("{:?} after {} predictions, {} labelled: {}", monitor.verdict, monitor.predictions, monitor.labelled, values.join(", "))
+    format!(
+        "{:?} after {} predictions, {} labelled: {}",
+        monitor.verdict,
+        monitor.predictions,
+        monitor.labelled,
+        values.join(", ")
+    )
 }

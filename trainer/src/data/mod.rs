@@ -51,9 +51,8 @@ struct Identity<'a> {
 /// A malformed row is the user's error and names file, row and field; so is a source without rows.
 pub async fn read(spec: &DataSpec) -> Result<Dataset, TrainError> {
     let loaded = futures::future::try_join_all(spec.sources.iter().map(read_source)).await?;
-    let identities: Vec<Identity> = std::iter::zip(&spec.sources, &loaded)
-        .map(|(source, (content, _))| Identity { source, content })
-        .collect();
+    let identities: Vec<Identity> =
+        std::iter::zip(&spec.sources, &loaded).map(|(source, (content, _))| Identity { source, content }).collect();
     let digest = sha256_hex(&serde_json::to_vec(&(identities, &spec.split)).map_err(TrainError::other)?);
     let mut rows = Vec::new();
     for (index, (_, source_rows)) in loaded.into_iter().enumerate() {
@@ -72,7 +71,11 @@ async fn read_source(source: &Source) -> Result<(String, Vec<Row>), TrainError> 
         let rows = snapshot
             .rows
             .into_iter()
-            .map(|row| Row { text: row.text, label: row.label, place: format!("topic {}, event {}", kafka.topic, row.id) })
+            .map(|row| Row {
+                text: row.text,
+                label: row.label,
+                place: format!("topic {}, event {}", kafka.topic, row.id),
+            })
             .collect();
         (snapshot.digest, rows)
     } else if let Some(uri) = &source.uri {
@@ -108,7 +111,11 @@ fn without_duplicates(rows: Vec<Row>, newest_wins: bool) -> Vec<Row> {
 impl Dataset {
     /// Class names in the order of the outputs: the ones asked for; or those of the parent, if it is a classifier that knows
     /// every label of the data; or the data's own, sorted.
-    pub fn choose_labels(&self, wanted: Option<&[String]>, parent: Option<&[String]>) -> Result<Vec<String>, TrainError> {
+    pub fn choose_labels(
+        &self,
+        wanted: Option<&[String]>,
+        parent: Option<&[String]>,
+    ) -> Result<Vec<String>, TrainError> {
         let found: BTreeSet<&str> = self.rows.iter().map(|(_, row)| row.label.as_str()).collect();
         if let Some(wanted) = wanted {
             if let Some((_, row)) = self.rows.iter().find(|(_, row)| !wanted.contains(&row.label)) {
@@ -128,7 +135,10 @@ impl Dataset {
             return Ok(parent.to_vec());
         }
         match found.len() {
-            1 => Err(TrainError::User(format!("all rows have the label {:?}: a classifier needs two", found.first().unwrap_or(&"")))),
+            1 => Err(TrainError::User(format!(
+                "all rows have the label {:?}: a classifier needs two",
+                found.first().unwrap_or(&"")
+            ))),
             2..=1024 => Ok(found.into_iter().map(str::to_owned).collect()),
             many => Err(TrainError::User(format!(
                 "the rows have {many} different labels, at most 1024 are possible: does data.sources[].columns.label name the right column?"
@@ -169,7 +179,11 @@ pub struct Parts {
 
 impl Parts {
     pub fn counts(&self) -> RowCounts {
-        RowCounts { train: self.train.len() as u64, validation: self.validation.len() as u64, test: self.test.len() as u64 }
+        RowCounts {
+            train: self.train.len() as u64,
+            validation: self.validation.len() as u64,
+            test: self.test.len() as u64,
+        }
     }
 }
 

@@ -18,7 +18,9 @@ pub fn parse(uri: &str, bytes: &[u8], columns: &Columns) -> Result<Vec<Row>, Tra
         Some("jsonl") => json_lines(uri, text, columns),
         Some("csv") => separated(uri, text, columns, b','),
         Some("tsv") => separated(uri, text, columns, b'\t'),
-        _ => Err(TrainError::User(format!("{uri}: the format follows the name, which has to end in .jsonl, .csv or .tsv"))),
+        _ => Err(TrainError::User(format!(
+            "{uri}: the format follows the name, which has to end in .jsonl, .csv or .tsv"
+        ))),
     }
 }
 
@@ -92,7 +94,10 @@ mod tests {
     fn the_three_formats_give_the_same_rows() {
         let expected = Ok(vec![("it's \"fine\"".to_owned(), "1".to_owned()), ("b".to_owned(), "0".to_owned())]);
         for (name, content) in [
-            ("x.jsonl", "{\"text\": \"it's \\\"fine\\\"\", \"label\": 1}\n\n{\"label\": \"0\", \"text\": \"b\", \"more\": []}\n"),
+            (
+                "x.jsonl",
+                "{\"text\": \"it's \\\"fine\\\"\", \"label\": 1}\n\n{\"label\": \"0\", \"text\": \"b\", \"more\": []}\n",
+            ),
             ("x.csv", "\u{feff}label,text\n1,\"it's \"\"fine\"\"\"\n0,b\n"),
             ("s3://b/x.TSV", "text\tlabel\nit's \"fine\"\t1\nb\t0"),
         ] {
@@ -103,7 +108,11 @@ mod tests {
     #[test]
     fn errors_name_file_row_and_field() {
         let cases: [(&str, &[u8], &str); 9] = [
-            ("x.jsonl", b"{\"text\": \"a\", \"label\": \"b\"}\n{\"text\": \"a\"}", "x.jsonl row 2: field \"label\" is missing"),
+            (
+                "x.jsonl",
+                b"{\"text\": \"a\", \"label\": \"b\"}\n{\"text\": \"a\"}",
+                "x.jsonl row 2: field \"label\" is missing",
+            ),
             ("x.jsonl", b"{\"text\": [], \"label\": \"b\"}", "x.jsonl row 1: field \"text\" is not text"),
             ("x.jsonl", b"\n[1]", "x.jsonl row 2: not a JSON object"),
             ("x.jsonl", b"{", "x.jsonl row 1: not JSON"),

@@ -112,7 +112,9 @@ mod tests {
 
     #[test]
     fn the_cause_wins_over_its_effects() {
-        for (codes, expected) in [(vec![0, 0], 0), (vec![42, 3, 42], 3), (vec![42, 1], 1), (vec![42, 0], 42), (vec![42, 44], 44)] {
+        for (codes, expected) in
+            [(vec![0, 0], 0), (vec![42, 3, 42], 3), (vec![42, 1], 1), (vec![42, 0], 42), (vec![42, 44], 44)]
+        {
             assert_eq!(overall(codes.into_iter()), expected);
         }
     }

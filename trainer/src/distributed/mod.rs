@@ -43,9 +43,9 @@ impl Topology {
     pub fn new(spec: &DistributedSpec, variable: impl Fn(&str) -> Option<String>) -> Result<Self, TrainError> {
         let get = |name: &str| variable(name).filter(|value| !value.is_empty());
         let number = |name: &str, default: usize| match get(name) {
-            Some(text) => {
-                text.parse::<usize>().map_err(|_| TrainError::User(format!("environment variable {name}: {text:?} is not a number")))
-            }
+            Some(text) => text
+                .parse::<usize>()
+                .map_err(|_| TrainError::User(format!("environment variable {name}: {text:?} is not a number"))),
             None => Ok(default),
         };
         let node_rank = match get(environment::NODE_RANK) {
@@ -62,7 +62,10 @@ impl Topology {
         }
         let master_host = get(environment::MASTER_ADDR);
         if num_nodes > 1 && master_host.is_none() {
-            return Err(TrainError::User(format!("{num_nodes} nodes need the environment variable {}", environment::MASTER_ADDR)));
+            return Err(TrainError::User(format!(
+                "{num_nodes} nodes need the environment variable {}",
+                environment::MASTER_ADDR
+            )));
         }
         let port = number(environment::MASTER_PORT, DEFAULT_PORT.into())?;
         let loopback = "127.0.0.1".to_owned();
@@ -72,8 +75,9 @@ impl Topology {
             local_rank,
             processes_per_node,
             master_host: master_host.unwrap_or_else(|| loopback.clone()),
-            master_port: u16::try_from(port)
-                .map_err(|_| TrainError::User(format!("environment variable {}: {port} is no port", environment::MASTER_PORT)))?,
+            master_port: u16::try_from(port).map_err(|_| {
+                TrainError::User(format!("environment variable {}: {port} is no port", environment::MASTER_PORT))
+            })?,
             bind_host: get(environment::POD_IP).unwrap_or(loopback),
             backend: choose_backend(spec.backend)?,
         })
@@ -131,7 +135,11 @@ mod tests {
         let alone = topology(1, 1, &[]).unwrap();
         assert_eq!((alone.rank(), alone.world(), alone.master_host.as_str()), (0, 1, "127.0.0.1"));
         assert_eq!(topology(3, 1, &[("JOB_COMPLETION_INDEX", "2"), master]).unwrap().rank(), 2);
-        for (nodes, variables) in [(2, vec![("ATHANOR_NODE_RANK", "1")]), (1, vec![("ATHANOR_NODE_RANK", "1")]), (1, vec![("ATHANOR_NODE_RANK", "x")])] {
+        for (nodes, variables) in [
+            (2, vec![("ATHANOR_NODE_RANK", "1")]),
+            (1, vec![("ATHANOR_NODE_RANK", "1")]),
+            (1, vec![("ATHANOR_NODE_RANK", "x")]),
+        ] {
             assert!(topology(nodes, 1, &variables).is_err(), "{variables:?}");
         }
     }

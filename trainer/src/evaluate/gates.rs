@@ -29,7 +29,10 @@ fn failure(
         Metric::Accuracy => "accuracy",
         Metric::MacroF1 => "macroF1",
     };
-    let place = gate.sources.as_ref().map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
+    let place = gate
+        .sources
+        .as_ref()
+        .map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
     let Some(value) = metric(gate.metric, rows, predictions, slice.as_deref()) else {
         return Some(format!("{name} on {place}: there are none"));
     };
@@ -42,8 +45,9 @@ fn failure(
         return Some(format!("{name} on {place}: there is no baseline to compare with"));
     };
     // Both are ratios of small integers: a gain that is exactly reached must not fail by rounding.
-    (value - before < gain.get() - 1e-9)
-        .then(|| format!("{name} on {place} is {value:.4}, the baseline's is {before:.4}: a gain of {gain} is asked for"))
+    (value - before < gain.get() - 1e-9).then(|| {
+        format!("{name} on {place} is {value:.4}, the baseline's is {before:.4}: a gain of {gain} is asked for")
+    })
 }
 
 #[cfg(test)]
@@ -76,7 +80,10 @@ mod tests {
             (gate(&["a"], None, Some(0.0)), None),
             (gate(&["b"], None, Some(1.0 / 3.0)), None),
             (gate(&["a", "b", "c"], None, Some(0.0)), None),
-            (gate(&["c"], None, Some(-0.5)), Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for")),
+            (
+                gate(&["c"], None, Some(-0.5)),
+                Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for"),
+            ),
             (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: there are none")),
         ];
         for (gate, expected) in cases {

@@ -106,7 +106,8 @@ fn macro_f1(pairs: &[(Option<usize>, usize)]) -> f64 {
         .iter()
         .map(|label| {
             let hits = pairs.iter().filter(|(truth, predicted)| truth == label && Some(*predicted) == *label).count();
-            let misses = pairs.iter().filter(|(truth, predicted)| (truth == label) != (Some(*predicted) == *label)).count();
+            let misses =
+                pairs.iter().filter(|(truth, predicted)| (truth == label) != (Some(*predicted) == *label)).count();
             2.0 * hits as f64 / (2 * hits + misses) as f64
         })
         .sum();
@@ -132,7 +133,8 @@ pub fn reference(labels: &[String], rows: &Encoded, predictions: &Predictions) -
     for &label in &predictions.labels {
         predicted[label] += 1;
     }
-    let correct = std::iter::zip(&rows.labels, &predictions.labels).filter(|(truth, label)| **truth == Some(**label)).count();
+    let correct =
+        std::iter::zip(&rows.labels, &predictions.labels).filter(|(truth, label)| **truth == Some(**label)).count();
     let mut sorted = predictions.confidences.clone();
     sorted.sort_by(f32::total_cmp);
     // Evenly spaced ranks keep the distribution's shape, both ends included.

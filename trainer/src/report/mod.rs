@@ -87,7 +87,8 @@ impl Reporter {
         let update = ProgressUpdate { namespace, job, run_id, ..ProgressUpdate::default() };
         let bar = terminal.then(|| {
             let template = "{spinner} {pos}/{len} [{bar:30}] {eta} {msg}";
-            ProgressBar::new(0).with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
+            ProgressBar::new(0)
+                .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
         Self { sender, update, timeline, bar, recent: VecDeque::with_capacity(WINDOW + 1), last_log: Instant::now() }
     }
@@ -176,7 +177,9 @@ impl Reporter {
 
     /// Samples and tokens per second over the last steps.
     fn speed(&self) -> (f64, f64) {
-        let (Some((first, ..)), Some((last, ..))) = (self.recent.front(), self.recent.back()) else { return (0.0, 0.0) };
+        let (Some((first, ..)), Some((last, ..))) = (self.recent.front(), self.recent.back()) else {
+            return (0.0, 0.0);
+        };
         let seconds = last.duration_since(*first).as_secs_f64().max(1e-9);
         let (samples, tokens) =
             self.recent.iter().skip(1).fold((0, 0), |(samples, tokens), (_, s, t)| (samples + s, tokens + t));

@@ -55,8 +55,13 @@ fn fit(mut result: TrainResult) -> String {
 fn shorten(summary: &mut TrainSummary, attempt: usize) {
     match attempt {
         0 => drop(summary.chosen.remove("labels")),
-        1 => summary.metrics.retain(|name, _| !name.contains('/') || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")),
-        2 => summary.failed_gates = summary.failed_gates.iter().take(4).map(|gate| gate.chars().take(300).collect()).collect(),
+        1 => summary
+            .metrics
+            .retain(|name, _| !name.contains('/') || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")),
+        2 => {
+            summary.failed_gates =
+                summary.failed_gates.iter().take(4).map(|gate| gate.chars().take(300).collect()).collect()
+        }
         _ => summary.chosen.clear(),
     }
 }
@@ -71,7 +76,8 @@ mod tests {
     fn the_message_always_fits() {
         let one = Decimal::new(1.0).unwrap();
         let mut summary = TrainSummary { artifact: "file:///a".into(), ..TrainSummary::default() };
-        summary.metrics = (0..200).map(|i| (format!("source-{i}/accuracy"), one)).chain([("accuracy".into(), one)]).collect();
+        summary.metrics =
+            (0..200).map(|i| (format!("source-{i}/accuracy"), one)).chain([("accuracy".into(), one)]).collect();
         summary.failed_gates = vec!["accuracy ".repeat(100); 32];
         summary.chosen.insert("labels".into(), "label".repeat(1000));
         for result in [TrainResult::GateFailed(summary), TrainResult::Failed { message: "ü\n".repeat(4000) }] {
