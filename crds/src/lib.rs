@@ -4,6 +4,9 @@
 //! needs. [`schema::definitions`] gives the CustomResourceDefinitions that `crdgen` writes beside this crate. There is no
 //! Kubernetes client here.
 
+// Printer columns are attributes that repeat json_path and type_ by design.
+#![allow(clippy::duplicated_attributes)]
+
 mod finetunejob;
 mod modeldeployment;
 mod pod;

@@ -242,7 +242,8 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
         println!("round {round}: killed {}", victim.name_any());
         tokio::time::sleep(Duration::from_secs(4)).await;
         wait("both servers are ready again", MINUTES * 2, async || {
-            let ready = servers().await?.iter().filter(|pod| {
+            let pods = servers().await?;
+            let ready = pods.iter().filter(|pod| {
                 let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
                 conditions.is_some_and(|all| all.iter().any(|one| one.type_ == "Ready" && one.status == "True"))
             });

@@ -65,19 +65,19 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
-        let known = match (path.as_str(), missing_field(&inner.to_string())) {
-            (".", missing) => missing,
-            (path, Some(missing)) => Some(format!("{path}.{missing}")),
-            (path, None) => Some(path.to_owned()),
+        let (code, message, param) = if inner.is_data() {
+            let param = match (path.as_str(), missing_field(&inner.to_string())) {
+                (".", missing) => missing,
+                (path, Some(missing)) => Some(format!("{path}.{missing}")),
+                (path, None) => Some(path.to_owned()),
+            };
+            let message = param.as_ref().map_or_else(|| inner.to_string(), |param| format!("{param}: {inner}"));
+            ("invalid_field", message, param)
+        } else {
+            // Where the text stops being JSON, the path so far says nothing.
+            ("invalid_json", format!("the body is not JSON: {inner}"), None)
         };
-        let (code, message) = match inner.classify() {
-            serde_json::error::Category::Data => match &known {
-                Some(path) => ("invalid_field", format!("{path}: {inner}")),
-                None => ("invalid_field", inner.to_string()),
-            },
-            _ => ("invalid_json", format!("the body is not JSON: {inner}")),
-        };
-        ApiError { status: StatusCode::BAD_REQUEST, message, param: known, code }
+        ApiError { status: StatusCode::BAD_REQUEST, message, param, code }
     })?;
     deserializer.end().map_err(|error| {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {error}"))

@@ -31,7 +31,7 @@ pub struct Endpoint {
     draining: AtomicBool,
     outstanding: AtomicUsize,
     since: Instant,
-    /// Milliseconds after `since` until which it is avoided.
+    /// Milliseconds after `since` until which it is avoided; 0: never was.
     avoided_until: AtomicU64,
     channel: OnceLock<Channel>,
 }
@@ -72,7 +72,11 @@ impl Endpoint {
 
     /// When the endpoint may be used again, if it is to be avoided at `now`.
     pub fn avoided_until(&self, now: Instant) -> Option<Instant> {
-        let until = self.since + Duration::from_millis(self.avoided_until.load(Ordering::Relaxed));
+        let milliseconds = self.avoided_until.load(Ordering::Relaxed);
+        if milliseconds == 0 {
+            return None;
+        }
+        let until = self.since + Duration::from_millis(milliseconds);
         (until > now).then_some(until)
     }
 

@@ -1,7 +1,7 @@
 //! The retry loop, for HTTP and gRPC alike: try endpoints until one answers, within attempts and time.
 //!
-//! A classification changes nothing, so every attempt may be repeated. An endpoint that could not be reached is avoided for a
-//! while and costs no attempt; when none is left, the request waits a few seconds for one to appear before it fails.
+//! A classification changes nothing, so every attempt may be repeated. An endpoint that could not be reached, or says that it is
+//! unavailable, is avoided for a while and costs no attempt; when none is left, the request waits a few seconds for one to appear before it fails.
 
 use std::{
     future::Future,
@@ -25,7 +25,7 @@ pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
 /// Bounds of one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    /// Further attempts after the first, of those that reached a server.
+    /// Further attempts after the first, of those that a server took on.
     pub retries: u32,
     /// For everything together.
     pub timeout: Duration,
@@ -161,6 +161,8 @@ where
                 counters.failed();
                 endpoint.avoid(ended, AVOID);
                 fallback = Some(Forwarded { answer, revision: revision.clone(), latency });
+                // It has not begun, as a server that is starting or going: like one that was not reached.
+                reached = false;
             }
             Attempt::Lost { failure: why } => {
                 counters.failed();

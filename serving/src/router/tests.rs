@@ -195,6 +195,18 @@ async fn a_request_waits_for_an_endpoint_and_gives_up_after_five_seconds() {
     gateway.registry.set_endpoints("a", vec![Address { http: address, grpc: None, draining: false }]);
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);
 
+    // The only server starts again: it refuses for longer than the retries would last, then answers.
+    let (starting, refused, _starting) = server(([127, 0, 0, 1], 0).into(), StatusCode::SERVICE_UNAVAILABLE).await;
+    gateway.registry.set_endpoints("a", vec![Address { http: starting, grpc: None, draining: false }]);
+    let waiting = tokio::spawn({
+        let gateway = gateway.clone();
+        async move { send(&gateway, classify(), r#"{"input": "x"}"#).await.0.status }
+    });
+    tokio::time::sleep(Duration::from_millis(3_600)).await;
+    assert!(refused.load(Ordering::Relaxed) >= 4, "{refused:?}");
+    gateway.registry.set_endpoints("a", vec![Address { http: address, grpc: None, draining: false }]);
+    assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+
     gateway.registry.set_endpoints("a", vec![Address { http: nobody().await, grpc: None, draining: false }]);
     let begin = Instant::now();
     let (parts, body) = send(&gateway, classify(), r#"{"input": "x"}"#).await;
