@@ -146,10 +146,8 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     assert!(message.contains("immutable"), "{message}");
 
     let deployments = api(client, "ModelDeployment");
-    let made = create(
-        client,
-        &deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}})),
-    );
+    let fed = deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}}));
+    let made = create(client, &fed);
     let name = made.await.unwrap().metadata.name.unwrap();
     let patch = json!({"spec": {"feedback": {"kafka": {"topic": "b"}}}});
     let error = deployments.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap_err();

@@ -88,16 +88,11 @@ fn crates_use_only_what_the_table_allows() {
 #[test]
 fn the_kubernetes_client_stays_where_it_belongs() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-    let output = Command::new("grep").args([
-        "-rlE",
-        "\\bkube(::|_runtime)",
-        "--include=*.rs",
-        "trainer",
-        "serving",
-        "models",
-        "torch",
-    ]);
-    let output = { output }.current_dir(root).output().unwrap();
+    let output = Command::new("grep")
+        .args(["-rlE", "\\bkube(::|_runtime)", "--include=*.rs", "trainer", "serving", "models", "torch"])
+        .current_dir(root)
+        .output()
+        .unwrap();
     for file in String::from_utf8(output.stdout).unwrap().lines() {
         assert!(
             file.starts_with("serving/src/router/") || file == "serving/src/bin/athanor-router.rs",
