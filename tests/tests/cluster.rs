@@ -185,7 +185,7 @@ async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
         let wrong = if answer.label == "positive" { "negative" } else { "positive" };
         client.feedback(&answer.request_id, wrong).await?;
     }
-    let _background = client.background(texts, 10);
+    let background = client.background(texts, 10);
     wait("a retraining starts", MINUTES * 3, async || {
         Ok(status(&cluster, namespace, "loop").await?.retraining.map(|_| ()))
     })
@@ -211,6 +211,7 @@ async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
             status.attempt
         );
     }
+    drop(background);
     ensure!(client.counts.failures.load(Ordering::Relaxed) == 0, "requests failed");
     cluster.delete_namespace(namespace).await
 }
@@ -232,7 +233,7 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
         let pods = cluster.select(namespace, "app.kubernetes.io/component=server").await?;
         Ok::<_, anyhow::Error>(pods)
     };
-    let _background = client.background(sentiment::texts(&HOME, Part::Traffic)?, 100);
+    let background = client.background(sentiment::texts(&HOME, Part::Traffic)?, 100);
     tokio::time::sleep(Duration::from_secs(2)).await;
     for round in 0..2 {
         let pods = servers().await?;
@@ -251,6 +252,7 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
         })
         .await?;
     }
+    drop(background);
     let (sent, failed) =
         (client.counts.requests.load(Ordering::Relaxed), client.counts.failures.load(Ordering::Relaxed));
     println!("{sent} requests, {failed} failed");
@@ -426,7 +428,7 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
             job("wrong-credentials", |spec| spec["credentialsSecretName"] = "wrong".into()),
             vec!["credentials"],
         ),
-        ("empty", job("empty", data("empty.csv")), vec!["empty.csv"]),
+        ("empty", job("empty", data("empty.csv")), vec!["empty.csv", "empty"]),
         ("header-only", job("header-only", data("header.csv")), vec!["header.csv"]),
         ("malformed", job("malformed", data("malformed.jsonl")), vec!["malformed.jsonl", "2", "label"]),
         ("column", job("column", data("column.csv")), vec!["column.csv", "text"]),

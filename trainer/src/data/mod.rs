@@ -66,7 +66,7 @@ pub async fn read(spec: &DataSpec) -> Result<Dataset, TrainError> {
 /// The content's digest and the rows of one source.
 async fn read_source(source: &Source) -> Result<(String, Vec<Row>), TrainError> {
     let name = &source.name;
-    let (digest, rows) = if let Some(kafka) = &source.kafka {
+    let (digest, rows): (String, Vec<Row>) = if let Some(kafka) = &source.kafka {
         let snapshot = athanor_feedback::read_rows(kafka).await?;
         let rows = snapshot
             .rows
@@ -84,9 +84,12 @@ async fn read_source(source: &Source) -> Result<(String, Vec<Row>), TrainError> 
     } else {
         return Err(TrainError::User(format!("source {name}: set exactly one of uri and kafka")));
     };
-    let rows: Vec<Row> = rows;
     if rows.is_empty() {
-        return Err(TrainError::User(format!("source {name} has no labelled rows")));
+        let from = match &source.kafka {
+            Some(kafka) => format!("the offset ranges of topic {}", kafka.topic),
+            None => source.uri.clone().unwrap_or_default(),
+        };
+        return Err(TrainError::User(format!("source {name}: no labelled rows in {from}")));
     }
     Ok((digest, rows))
 }
@@ -285,7 +288,9 @@ mod tests {
         spec.split.seed = 0;
         std::fs::write(&file, "{\"text\": \"b\", \"label\": \"x\"}\n").unwrap();
         assert_ne!(read(&spec).await.unwrap().digest, first.digest);
-        std::fs::write(&file, "\n").unwrap();
-        assert!(read(&spec).await.unwrap_err().to_string().contains("source rows has no labelled rows"));
+        spec.sources[0].uri = Some(format!("file://{}", folder.path().join("rows.csv").display()));
+        std::fs::write(folder.path().join("rows.csv"), "text,label\n").unwrap();
+        let error = read(&spec).await.unwrap_err().to_string();
+        assert!(error.contains("source rows: no labelled rows in file:///") && error.ends_with("rows.csv"), "{error}");
     }
 }

@@ -13,6 +13,9 @@ pub fn parse(uri: &str, bytes: &[u8], columns: &Columns) -> Result<Vec<Row>, Tra
         TrainError::User(format!("{uri} row {line}: not UTF-8 (byte {} of the file)", error.valid_up_to()))
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    if text.trim().is_empty() {
+        return Err(TrainError::User(format!("{uri}: the file is empty")));
+    }
     let path = uri.split(['?', '#']).next().unwrap_or(uri);
     match path.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase()).as_deref() {
         Some("jsonl") => json_lines(uri, text, columns),
@@ -107,7 +110,7 @@ mod tests {
 
     #[test]
     fn errors_name_file_row_and_field() {
-        let cases: [(&str, &[u8], &str); 9] = [
+        let cases: [(&str, &[u8], &str); 10] = [
             (
                 "x.jsonl",
                 b"{\"text\": \"a\", \"label\": \"b\"}\n{\"text\": \"a\"}",
@@ -120,7 +123,8 @@ mod tests {
             ("x.csv", b"text,class\na,b\n", "x.csv row 1: no column is named \"label\", the header has: text, class"),
             ("x.csv", b"text,label\na,b\n ,b\n", "x.csv row 3: field \"text\" is empty"),
             ("x.csv", b"text,label\na,b,c\n", "x.csv row 2: "),
-            ("x.parquet", b"", "has to end in .jsonl, .csv or .tsv"),
+            ("x.csv", b"\n", "x.csv: the file is empty"),
+            ("x.parquet", b"PAR1", "has to end in .jsonl, .csv or .tsv"),
         ];
         for (name, content, part) in cases {
             let error = texts(name, content).unwrap_err();
