@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use athanor_torch::PackedLinear;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{Device, Kind, Tensor};
 
@@ -39,7 +40,7 @@ impl Builder<'_> {
     fn linear(&mut self, name: &str, inputs: i64, outputs: i64) -> Result<Linear, LoadError> {
         let weight = self.encoder(&format!("{name}.weight"), &[outputs, inputs])?;
         let bias = self.encoder(&format!("{name}.bias"), &[outputs])?;
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight, bias, packed: None })
     }
 
     /// A layer that the file does not have: weights from normal(0, initializer_range), biases zero, as transformers does.
@@ -54,7 +55,11 @@ impl Builder<'_> {
             .collect();
         let weight = Tensor::from_slice(&values).view([outputs, inputs]).to_device(self.device);
         let bias = Tensor::zeros([outputs], (Kind::Float, self.device));
-        Linear { weight: self.add(format!("{name}.weight"), weight), bias: self.add(format!("{name}.bias"), bias) }
+        Linear {
+            weight: self.add(format!("{name}.weight"), weight),
+            bias: self.add(format!("{name}.bias"), bias),
+            packed: None,
+        }
     }
 
     fn layer_norm(&mut self, name: &str, size: i64, eps: f64) -> Result<LayerNorm, LoadError> {
@@ -67,11 +72,49 @@ impl Builder<'_> {
 struct Linear {
     weight: Tensor,
     bias: Tensor,
+    /// Instead of the weight, for inference.
+    packed: Option<PackedLinear>,
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
+        match &self.packed {
+            Some(packed) => computed(packed.forward(x, athanor_torch::Activation::Identity)),
+            None => x.linear(&self.weight, Some(&self.bias)),
+        }
+    }
+
+    fn forward_activated(&self, x: &Tensor, activation: Activation) -> Tensor {
+        if let Some(packed) = &self.packed {
+            return computed(packed.forward(x, activation.into()));
+        }
+        let inner = x.linear(&self.weight, Some(&self.bias));
+        match activation {
+            Activation::Gelu => inner.gelu("none"),
+            Activation::GeluNew => inner.gelu("tanh"),
+            Activation::Relu => inner.relu(),
+        }
+    }
+
+    fn pack(&mut self) -> Result<(), LoadError> {
+        self.packed = Some(PackedLinear::new(&self.weight, &self.bias)?);
+        self.weight = Tensor::new();
+        Ok(())
+    }
+}
+
+/// Shapes are checked when a model is loaded, so that this fails as tch's own operators do: never, but for a lack of memory.
+fn computed(result: Result<Tensor, athanor_torch::Error>) -> Tensor {
+    result.expect("the layer has the model's shapes")
+}
+
+impl From<Activation> for athanor_torch::Activation {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Gelu => Self::Gelu,
+            Activation::GeluNew => Self::GeluTanh,
+            Activation::Relu => Self::Relu,
+        }
     }
 }
 
@@ -88,6 +131,8 @@ impl LayerNorm {
 }
 
 struct Layer {
+    /// For inference query, key and value are one product.
+    packed_qkv: Option<PackedLinear>,
     query: Linear,
     key: Linear,
     value: Linear,
@@ -103,6 +148,7 @@ impl Layer {
         let (c, eps) = (config.hidden_size, config.layer_norm_eps);
         let name = |part: &str| format!("encoder.layer.{index}.{part}");
         Ok(Self {
+            packed_qkv: None,
             query: builder.linear(&name("attention.self.query"), c, c)?,
             key: builder.linear(&name("attention.self.key"), c, c)?,
             value: builder.linear(&name("attention.self.value"), c, c)?,
@@ -120,19 +166,19 @@ impl Layer {
         let heads = |projected: Tensor| {
             projected.view([b, t, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
         };
-        let (query, key, value) =
-            (heads(self.query.forward(x)), heads(self.key.forward(x)), heads(self.value.forward(x)));
+        let [query, key, value] = match &self.packed_qkv {
+            Some(packed) => {
+                let all = computed(packed.forward(x, athanor_torch::Activation::Identity));
+                [0, 1, 2].map(|part| heads(all.narrow(2, part * c, c)))
+            }
+            None => [&self.query, &self.key, &self.value].map(|linear| heads(linear.forward(x))),
+        };
         let dropout = if train { config.attention_probs_dropout_prob } else { 0.0 };
         let context = Tensor::scaled_dot_product_attention(&query, &key, &value, mask, dropout, false, None, false);
         let context = context.transpose(1, 2).reshape([b, t, c]);
         let attended = self.attention_output.forward(&context).dropout(config.hidden_dropout_prob, train);
         let x = self.attention_norm.forward(&(attended + x));
-        let inner = self.intermediate.forward(&x);
-        let inner = match config.hidden_act {
-            Activation::Gelu => inner.gelu("none"),
-            Activation::GeluNew => inner.gelu("tanh"),
-            Activation::Relu => inner.relu(),
-        };
+        let inner = self.intermediate.forward_activated(&x, config.hidden_act);
         let out = self.output.forward(&inner).dropout(config.hidden_dropout_prob, train);
         self.output_norm.forward(&(out + x))
     }
@@ -217,6 +263,7 @@ impl BertForSequenceClassification {
             Linear {
                 weight: builder.add("classifier.weight".into(), weight),
                 bias: builder.add("classifier.bias".into(), bias),
+                packed: None,
             }
         } else {
             builder.fresh_linear("classifier", c, l)
@@ -256,6 +303,25 @@ impl BertForSequenceClassification {
         for (_, tensor) in &mut self.parameters {
             let _ = tensor.requires_grad_(true);
         }
+    }
+
+    /// Gives the encoder's matrices the layout in which the CPU multiplies fastest. From here on the model only infers: it has no
+    /// parameters to train or to save. FP32 on the CPU.
+    pub(crate) fn pack(&mut self) -> Result<(), LoadError> {
+        for layer in &mut self.bert.layers {
+            let qkv = [&mut layer.query, &mut layer.key, &mut layer.value];
+            let weight = Tensor::cat(&qkv.each_ref().map(|linear| &linear.weight), 0);
+            let bias = Tensor::cat(&qkv.each_ref().map(|linear| &linear.bias), 0);
+            layer.packed_qkv = Some(PackedLinear::new(&weight, &bias)?);
+            for linear in qkv {
+                linear.weight = Tensor::new();
+            }
+            for linear in [&mut layer.attention_output, &mut layer.intermediate, &mut layer.output] {
+                linear.pack()?;
+            }
+        }
+        self.parameters.clear();
+        Ok(())
     }
 
     /// Overwrites the parameters with tensors of the same names and shapes.

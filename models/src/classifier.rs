@@ -29,7 +29,10 @@ impl Classifier {
                 refused("architectures", "not BertForSequenceClassification, so this model has no trained head")
             });
         };
-        let model = BertForSequenceClassification::load(folder, &labels, 0, device)?;
+        let mut model = BertForSequenceClassification::load(folder, &labels, 0, device)?;
+        if device == Device::Cpu {
+            model.pack()?;
+        }
         Ok(Self { model, labels, device })
     }
 

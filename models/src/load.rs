@@ -24,6 +24,8 @@ pub enum LoadError {
     Tensor { file: PathBuf, tensor: String, message: String },
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    #[error(transparent)]
+    Shim(#[from] athanor_torch::Error),
 }
 
 impl LoadError {

@@ -67,6 +67,9 @@ fn jobs(text: &mut String, jobs: &[Arc<FineTuneJob>]) {
         let progress = job.status.as_ref()?.progress.as_ref()?;
         (progress.total_steps > 0).then(|| progress.step as f64 / progress.total_steps as f64)
     });
+    each("athanor_finetunejob_running", "1 until the job has ended, well or not.", &|job| {
+        Some(f64::from(u8::from(!crate::finetunejob::is_over(job.status.as_ref()?))))
+    });
     each("athanor_finetunejob_loss", "Newest training loss.", &|job| {
         Some(job.status.as_ref()?.progress.as_ref()?.loss?.get())
     });

@@ -16,7 +16,8 @@ pub const BOOTSTRAP: &str = "198.51.100.1:9092";
 
 /// Deletes a topic and waits until the broker has forgotten it; none there is fine.
 pub async fn delete_topic(topic: &str) -> Result<()> {
-    let admin: AdminClient<_> = ClientConfig::new().set("bootstrap.servers", BOOTSTRAP).create().context("Kafka admin")?;
+    let admin: AdminClient<_> =
+        ClientConfig::new().set("bootstrap.servers", BOOTSTRAP).create().context("Kafka admin")?;
     for result in admin.delete_topics(&[topic], &AdminOptions::new()).await.context("Kafka")? {
         match result {
             Ok(_) | Err((_, RDKafkaErrorCode::UnknownTopicOrPartition)) => {}

@@ -1,17 +1,21 @@
 //! The local cluster's Prometheus, and the queries of the chart's dashboards.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 pub const ADDRESS: &str = "http://198.51.100.1:9090";
 
-/// Number of series an instant query returns.
-pub async fn series(http: &reqwest::Client, query: &str) -> Result<usize> {
+/// Samples that are numbers, over all series that a query returns for the time since `began`.
+pub async fn samples(http: &reqwest::Client, query: &str, began: SystemTime) -> Result<usize> {
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64().to_string());
     let answer: Value = http
-        .get(format!("{ADDRESS}/api/v1/query"))
-        .query(&[("query", query)])
+        .get(format!("{ADDRESS}/api/v1/query_range"))
+        .query(&[("query", query), ("start", &seconds(began)?), ("end", &seconds(SystemTime::now())?), ("step", "5")])
         .send()
         .await
         .context("Prometheus")?
@@ -19,7 +23,9 @@ pub async fn series(http: &reqwest::Client, query: &str) -> Result<usize> {
         .await
         .context("Prometheus did not answer JSON")?;
     ensure!(answer["status"] == "success", "{query}: {}", answer["error"]);
-    Ok(answer["data"]["result"].as_array().map_or(0, Vec::len))
+    let series = answer["data"]["result"].as_array().into_iter().flatten();
+    let values = series.flat_map(|series| series["values"].as_array().into_iter().flatten());
+    Ok(values.filter(|value| value[1].as_str().is_some_and(|number| number != "NaN")).count())
 }
 
 /// Every panel's query of every dashboard in a folder: (dashboard / panel, query) with variables filled in.

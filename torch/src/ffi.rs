@@ -66,6 +66,21 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn athanor_autocast_enter(cuda: c_int) -> c_int;
     pub fn athanor_autocast_exit(cuda: c_int, before: c_int);
+    pub fn athanor_linear_pack(
+        weight: TensorPointer,
+        rows: i64,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_linear_packed(
+        x: TensorPointer,
+        packed: TensorPointer,
+        bias: TensorPointer,
+        activation: *const c_char,
+        algorithm: *const c_char,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_keep_freed_memory();

@@ -12,6 +12,7 @@
 #endif
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <malloc.h>
 #include <unistd.h>
 
@@ -235,6 +236,29 @@ int athanor_autocast_enter(int cuda) {
 void athanor_autocast_exit(int cuda, int before) {
   if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
   at::autocast::set_autocast_enabled(cuda ? at::kCUDA : at::kCPU, before != 0);
+}
+
+// MKL, which `linear` calls in FP32, packs the weight anew in every call, and on AMD with slow code besides. oneDNN keeps it packed.
+int athanor_linear_pack(at::Tensor* weight, int64_t rows, at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    static const auto reorder = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("mkldnn::_reorder_linear_weight", "")
+                                    .typed<at::Tensor(const at::Tensor&, std::optional<int64_t>)>();
+    *into = reorder.call(weight->detach().contiguous(), rows);
+  });
+}
+
+int athanor_linear_packed(at::Tensor* x, at::Tensor* packed, at::Tensor* bias, const char* activation, const char* algorithm,
+                          at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    static const auto linear =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
+            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                              c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>();
+    *into = linear.call(x->contiguous(), *packed, *bias, activation, c10::List<std::optional<at::Scalar>>(), algorithm);
+  });
 }
 
 int athanor_rng_get(at::Tensor* into, char** message) {

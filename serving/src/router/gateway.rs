@@ -119,6 +119,10 @@ pub struct Answered {
 
 impl Gateway {
     pub fn new(ids: RequestIds) -> Self {
+        // A counter that has never counted is zero, not absent.
+        for name in ["athanor_router_events_lost_total", "athanor_router_retries_total"] {
+            metrics::counter!(name).increment(0);
+        }
         Self {
             registry: Arc::default(),
             client: Client::default(),

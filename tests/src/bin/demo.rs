@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     sync::atomic::Ordering,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -30,8 +30,13 @@ const CONCURRENCY: usize = 24;
 async fn main() -> Result<()> {
     let receiver =
         otlp::Receiver::start("198.51.100.1:4317".parse()?).await.context("the OTLP receiver on 198.51.100.1:4317")?;
-    let mut demo =
-        Demo { cluster: Cluster::connect().await?, spans: receiver.0, stages: Vec::new(), began: Instant::now() };
+    let mut demo = Demo {
+        cluster: Cluster::connect().await?,
+        spans: receiver.0,
+        stages: Vec::new(),
+        began: Instant::now(),
+        started: SystemTime::now(),
+    };
     demo.run().await
 }
 
@@ -41,6 +46,7 @@ struct Demo {
     /// What was done, and the seconds it took.
     stages: Vec<(&'static str, f64)>,
     began: Instant,
+    started: SystemTime,
 }
 
 /// Accuracy by domain, in the order of `HOME` and `AWAY`.
@@ -272,7 +278,7 @@ impl Demo {
         let queries = prometheus::dashboard_queries(&paths::checkout().join("helm/athanor/files/dashboards"))?;
         let mut empty = Vec::new();
         for (panel, query) in &queries {
-            if prometheus::series(&http, query).await? == 0 {
+            if prometheus::samples(&http, query, self.started).await? == 0 {
                 empty.push(format!("{panel}: {query}"));
             }
         }

@@ -1,0 +1,98 @@
+//! Linear layers for inference on the CPU, with weights in oneDNN's own layout.
+
+use std::ffi::CStr;
+
+use tch::Tensor;
+
+use crate::{Error, ffi};
+
+/// Rows the packed layout is chosen for; any number works.
+const TYPICAL_ROWS: i64 = 256;
+
+/// What follows the product in the same kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    Identity,
+    Relu,
+    /// By the error function.
+    Gelu,
+    /// The tanh approximation.
+    GeluTanh,
+}
+
+impl Activation {
+    fn names(self) -> (&'static CStr, &'static CStr) {
+        match self {
+            Self::Identity => (c"none", c""),
+            Self::Relu => (c"relu", c""),
+            Self::Gelu => (c"gelu", c"none"),
+            Self::GeluTanh => (c"gelu", c"tanh"),
+        }
+    }
+}
+
+/// `x W^T + b` in FP32 on the CPU, without gradients: several times as fast as `linear` for the few rows a request has.
+#[derive(Debug)]
+pub struct PackedLinear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl PackedLinear {
+    /// `weight` [outputs, inputs] and `bias` [outputs], both FP32 on the CPU.
+    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self, Error> {
+        let packed = Tensor::new();
+        // SAFETY: both tensors are alive for the call; the shim assigns to the second, which this function alone holds.
+        ffi::call(|message| unsafe {
+            ffi::athanor_linear_pack(ffi::pointer(weight), TYPICAL_ROWS, ffi::pointer(&packed), message)
+        })?;
+        Ok(Self { weight: packed, bias: bias.detach() })
+    }
+
+    /// `x` [..., inputs] to [..., outputs].
+    pub fn forward(&self, x: &Tensor, activation: Activation) -> Result<Tensor, Error> {
+        let into = Tensor::new();
+        let (name, algorithm) = activation.names();
+        // SAFETY: all tensors and strings are alive for the call; the shim assigns to the last, which this function alone holds.
+        ffi::call(|message| unsafe {
+            ffi::athanor_linear_packed(
+                ffi::pointer(x),
+                ffi::pointer(&self.weight),
+                ffi::pointer(&self.bias),
+                name.as_ptr(),
+                algorithm.as_ptr(),
+                ffi::pointer(&into),
+                message,
+            )
+        })?;
+        Ok(into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn a_packed_layer_equals_a_plain_one() {
+        let options = (Kind::Float, Device::Cpu);
+        let (weight, bias) = (Tensor::randn([96, 64], options), Tensor::randn([96], options));
+        let packed = PackedLinear::new(&weight, &bias).unwrap();
+        for shape in [vec![1, 64], vec![7, 64], vec![3, 300, 64]] {
+            let x = Tensor::randn(shape, options);
+            let plain = x.linear(&weight, Some(&bias));
+            for (activation, expected) in [
+                (Activation::Identity, plain.shallow_clone()),
+                (Activation::Relu, plain.relu()),
+                (Activation::Gelu, plain.gelu("none")),
+                (Activation::GeluTanh, plain.gelu("tanh")),
+            ] {
+                let found = packed.forward(&x, activation).unwrap();
+                assert!(found.allclose(&expected, 1e-4, 1e-5, false), "{activation:?} {:?}", x.size());
+            }
+        }
+        assert!(packed.forward(&Tensor::randn([2, 65], options), Activation::Identity).is_err());
+    }
+}
