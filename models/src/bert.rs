@@ -173,15 +173,33 @@ impl Layer {
             }
             None => [&self.query, &self.key, &self.value].map(|linear| heads(linear.forward(x))),
         };
-        let dropout = if train { config.attention_probs_dropout_prob } else { 0.0 };
-        let context = Tensor::scaled_dot_product_attention(&query, &key, &value, mask, dropout, false, None, false);
+        let context = attention(&query, &key, &value, mask, if train { config.attention_probs_dropout_prob } else { 0.0 });
         let context = context.transpose(1, 2).reshape([b, t, c]);
-        let attended = self.attention_output.forward(&context).dropout(config.hidden_dropout_prob, train);
+        let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
+        let attended = drop(&self.attention_output.forward(&context), dropout);
         let x = self.attention_norm.forward(&(attended + x));
         let inner = self.intermediate.forward_activated(&x, config.hidden_act);
-        let out = self.output.forward(&inner).dropout(config.hidden_dropout_prob, train);
+        let out = drop(&self.output.forward(&inner), dropout);
         self.output_norm.forward(&(out + x))
     }
+}
+
+/// softmax(Q K^T / sqrt(D)) V, all [B, H, T, D].
+fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, dropout: f64) -> Tensor {
+    if dropout == 0.0 {
+        return Tensor::scaled_dot_product_attention(query, key, value, mask, 0.0, false, None, false);
+    }
+    // With dropout libtorch has no fused kernel for the CPU either, and draws the mask slowly.
+    let scale = (query.size().last().copied().unwrap_or(1) as f64).sqrt().recip();
+    let mut scores = (query * scale).matmul(&key.transpose(-2, -1));
+    if let Some(mask) = mask {
+        scores = scores.masked_fill(&mask.logical_not(), f64::NEG_INFINITY);
+    }
+    drop(&scores.softmax(-1, scores.kind()), dropout).matmul(value)
+}
+
+fn drop(x: &Tensor, p: f64) -> Tensor {
+    computed(athanor_torch::dropout(x, p))
 }
 
 /// The encoder, with the pooler that the head reads.
@@ -219,7 +237,8 @@ impl Bert {
         let words = Tensor::embedding(&self.word_embeddings, input_ids, config.pad_token_id, false, false);
         // One segment: every token has type 0.
         let embedded = words + self.position_embeddings.narrow(0, 0, t) + self.token_type_embeddings.get(0);
-        let mut x = self.embeddings_norm.forward(&embedded).dropout(config.hidden_dropout_prob, train);
+        let mut x =
+            drop(&self.embeddings_norm.forward(&embedded), if train { config.hidden_dropout_prob } else { 0.0 });
         let mask = mask.map(|mask| mask.to_kind(Kind::Bool).unsqueeze(1).unsqueeze(1));
         for layer in &self.layers {
             x = layer.forward(&x, mask.as_ref(), config, train);
@@ -338,7 +357,8 @@ impl BertForSequenceClassification {
     /// `input_ids` and `attention_mask` [B, T] (i64; no mask means that nothing is padding) to logits [B, L] (f32).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>, train: bool) -> Tensor {
         let hidden = self.hidden_states(input_ids, attention_mask, train);
-        let pooled = self.bert.pooler.forward(&hidden.select(1, 0)).tanh().dropout(self.config.head_dropout(), train);
+        let pooled = self.bert.pooler.forward(&hidden.select(1, 0)).tanh();
+        let pooled = drop(&pooled, if train { self.config.head_dropout() } else { 0.0 });
         self.classifier.forward(&pooled).to_kind(Kind::Float)
     }
 

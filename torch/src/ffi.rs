@@ -81,6 +81,7 @@ unsafe extern "C" {
         into: TensorPointer,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_dropout(x: TensorPointer, p: f64, into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_keep_freed_memory();
