@@ -173,7 +173,8 @@ impl Layer {
             }
             None => [&self.query, &self.key, &self.value].map(|linear| heads(linear.forward(x))),
         };
-        let context = attention(&query, &key, &value, mask, if train { config.attention_probs_dropout_prob } else { 0.0 });
+        let context =
+            attention(&query, &key, &value, mask, if train { config.attention_probs_dropout_prob } else { 0.0 });
         let context = context.transpose(1, 2).reshape([b, t, c]);
         let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
         let attended = drop(&self.attention_output.forward(&context), dropout);

@@ -20,6 +20,7 @@ const MAX_IN_FLIGHT: usize = 8_192;
 const MAX_GROUP: usize = 1_024;
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all commands are events, and a box would be an allocation each")]
 pub(super) enum Command {
     Publish(Pending),
     /// Answered when all events before it are kept.
@@ -157,8 +158,7 @@ impl Dispatcher {
         }
         let result = result.map_err(Arc::new);
         for (event, kept) in events.into_iter().zip(waiting) {
-            let result = result.as_ref().map(|()| ()).map_err(|error| ProducerError::Spill(error.clone()));
-            Pending { event, kept }.settle(result);
+            Pending { event, kept }.settle(result.clone().map_err(ProducerError::Spill));
         }
         self.shared.spilled.notify_one();
     }

@@ -324,9 +324,8 @@ impl Demo {
         );
         println!(
             "\nTry next:\n  export KUBECONFIG=$(make -s kubeconfig)\n  kubectl -n demo get athanor\n  kubectl -n demo describe mdep sentiment\n  \
-             kubectl explain ftj.spec.hyperparameters\n  curl -s {}/v1/classify -H 'content-type: application/json' -d '{{\"input\": \"What a day!\"}}'\n  \
-             make demo-down",
-            "http://$(kubectl -n demo get service sentiment -o jsonpath={.spec.clusterIP})"
+             kubectl explain ftj.spec.hyperparameters\n  curl -s http://$(kubectl -n demo get service sentiment -o jsonpath={{.spec.clusterIP}})/v1/classify -H 'content-type: application/json' -d '{{\"input\": \"What a day!\"}}'\n  \
+             make demo-down"
         );
         if count(&counts.failures) + count(&counts.feedback_failures) > 0 {
             bail!("{} requests failed", count(&counts.failures) + count(&counts.feedback_failures));
