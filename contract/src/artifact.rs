@@ -16,7 +16,7 @@ pub struct Manifest {
     pub kind: Kind,
     /// Name of the job that wrote it.
     pub job: String,
-    /// sha256 over the sorted lines `sha256  name` of `files`.
+    /// sha256 over the sorted lines `sha256  name` of `files`; see [`model_digest`].
     pub model_digest: String,
     pub data_digest: String,
     /// The folder this model was trained from.
@@ -50,9 +50,11 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The digest of a set of files, independent of their order on disk.
+/// The digest of a set of files, independent of their order on disk. Reports are left out: they tell times, and the same training
+/// gives the same model.
 pub fn model_digest(files: &BTreeMap<String, FileEntry>) -> String {
-    let lines: String = files.iter().map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();
+    let files = files.iter().filter(|(name, _)| !name.starts_with("report."));
+    let lines: String = files.map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();
     sha256_hex(lines.as_bytes())
 }
 

@@ -240,11 +240,32 @@ pub struct Hyperparameters {
     /// Share of the steps in which the learning rate grows from zero.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub warmup_ratio: f64,
+    /// Forward and backward passes that the rows of one optimizer step are dealt over: the same result in less memory.
+    #[schemars(range(min = 1, max = 65536))]
+    pub accumulate_steps: u32,
     /// The update rule.
     pub optimizer: Optimizer,
-    /// Decoupled weight decay of AdamW; biases and normalisation weights are left out.
+    /// Momentum of SGD and RMSprop.
+    #[schemars(range(min = 0.0, max = 0.999999))]
+    pub momentum: f64,
+    /// Adam's and AdamW's decay of the gradients' mean.
+    #[schemars(range(min = 0.0, max = 0.999999))]
+    pub beta1: f64,
+    /// Adam's and AdamW's decay of the squares' mean; RMSprop's too.
+    #[schemars(range(min = 0.0, max = 0.999999))]
+    pub beta2: f64,
+    /// What the update rules add to a denominator.
+    #[schemars(range(min = 1e-12, max = 1.0))]
+    pub epsilon: f64,
+    /// Decoupled weight decay, AdamW's alone; biases and normalisation weights are left out.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub weight_decay: f64,
+    /// Adds l1 times the sum of the weights' absolute values to the objective; biases and normalisation weights are left out.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub l1: f64,
+    /// Adds l2 / 2 times the sum of the weights' squares to the objective; biases and normalisation weights are left out.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub l2: f64,
     /// Largest global gradient norm; 0 turns clipping off.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub clip_norm: f64,
@@ -267,8 +288,15 @@ impl Default for Hyperparameters {
             learning_rate: 5e-5,
             schedule: Schedule::Linear,
             warmup_ratio: 0.1,
+            accumulate_steps: 1,
             optimizer: Optimizer::AdamW,
+            momentum: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
             weight_decay: 0.01,
+            l1: 0.0,
+            l2: 0.0,
             clip_norm: 1.0,
             seed: 0,
             precision: Precision::Auto,
@@ -286,7 +314,10 @@ pub enum Schedule {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Optimizer {
+    SGD,
+    Adam,
     AdamW,
+    RMSprop,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

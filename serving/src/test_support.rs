@@ -1,6 +1,9 @@
 //! A service with a rule for a model, for the tests of HTTP, gRPC and the router.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
@@ -19,17 +22,25 @@ impl Tokenize for Words {
 }
 
 /// Answers "positive", with three to one, to a first word of more than three letters; stands still while a test holds the gate.
-struct Rule(Arc<Mutex<()>>);
+struct Rule(Arc<Gate>);
+
+/// What holds the model, and the batches that have come to it.
+#[derive(Default)]
+pub struct Gate {
+    pub lock: Mutex<()>,
+    pub batches: AtomicUsize,
+}
 
 impl Backend for Rule {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
-        let _gate = self.0.lock().map_err(|error| BackendError(error.to_string()))?;
+        self.0.batches.fetch_add(1, Ordering::SeqCst);
+        let _gate = self.0.lock.lock().map_err(|error| BackendError(error.to_string()))?;
         Ok(rows.iter().map(|row| if row[0] > 3 { vec![0.0, 3f32.ln()] } else { vec![3f32.ln(), 0.0] }).collect())
     }
 }
 
 /// Model `reviews`, revision `reviews-1`, at most 3 inputs a request, 3 waiting and 300 bytes; and the gate that holds its model.
-pub fn service() -> (Arc<Service>, Arc<Mutex<()>>) {
+pub fn service() -> (Arc<Service>, Arc<Gate>) {
     let limits = ServeLimits { max_body_bytes: 300, max_inputs: 3, queue_inputs: 3, ..ServeLimits::default() };
     let config = ServeConfig {
         model_name: "reviews".into(),
@@ -39,7 +50,7 @@ pub fn service() -> (Arc<Service>, Arc<Mutex<()>>) {
         grpc_port: Default::default(),
         limits,
     };
-    let gate = Arc::new(Mutex::new(()));
+    let gate = Arc::<Gate>::default();
     let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
     let labels = vec!["negative".into(), "positive".into()];
     (Arc::new(Service::new(&config, labels, Arc::new(Words), engine)), gate)

@@ -51,15 +51,24 @@ unsafe extern "C" {
         norm: *mut f64,
         message: *mut *mut c_char,
     ) -> c_int;
-    pub fn athanor_fused_adamw(
+    pub fn athanor_add_penalty(
         parameters: *const TensorPointer,
-        exp_avgs: *const TensorPointer,
-        exp_avg_sqs: *const TensorPointer,
+        count: usize,
+        l1: f64,
+        l2: f64,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_optimizer_step(
+        rule: c_int,
+        parameters: *const TensorPointer,
+        first: *const TensorPointer,
+        second: *const TensorPointer,
         steps: *const TensorPointer,
         count: usize,
         learning_rate: f64,
-        beta1: f64,
-        beta2: f64,
+        a: f64,
+        b: f64,
+        momentum: f64,
         weight_decay: f64,
         epsilon: f64,
         message: *mut *mut c_char,

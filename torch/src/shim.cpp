@@ -1,4 +1,4 @@
-// A C ABI over what tch does not have: c10d's process groups and Reducer, autocast, fused AdamW, RNG state.
+// A C ABI over what tch does not have: c10d's process groups and Reducer, autocast, fused optimizers, RNG state.
 // Every function that can throw returns a status (0 ok, 1 error, 2 a peer is lost) and fills `message`, to be freed by the caller
 // with athanor_free. Tensors are `at::Tensor*`, the same pointers that tch holds.
 #include <torch/torch.h>
@@ -273,9 +273,26 @@ int athanor_clip_grad_norm(at::Tensor* const* parameters, size_t count, double m
   });
 }
 
-int athanor_fused_adamw(at::Tensor* const* parameters, at::Tensor* const* exp_avgs, at::Tensor* const* exp_avg_sqs,
-                        at::Tensor* const* steps, size_t count, double lr, double beta1, double beta2, double weight_decay,
-                        double eps, char** message) {
+// Adds the gradient of l1 * |w| + l2 / 2 * w^2 to the gradients.
+int athanor_add_penalty(at::Tensor* const* parameters, size_t count, double l1, double l2, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    for (size_t i = 0; i < count; i++) {
+      auto& parameter = *parameters[i];
+      auto& grad = parameter.mutable_grad();
+      TORCH_CHECK(grad.defined(), "a parameter has no gradient");
+      if (l2 != 0) grad.add_(parameter, l2);
+      if (l1 != 0) grad.add_(parameter.sign(), l1);
+    }
+  });
+}
+
+// One step of rule 0 SGD, 1 Adam, 2 AdamW, 3 RMSprop. `first` and `second` are the rule's state: momentum and nothing; first and
+// second moments; mean squares and momentum. For Adam `a` and `b` are its betas, for RMSprop `b` is the decay of the squares; `momentum`
+// is SGD's and RMSprop's.
+int athanor_optimizer_step(int rule, at::Tensor* const* parameters, at::Tensor* const* first, at::Tensor* const* second,
+                           at::Tensor* const* steps, size_t count, double lr, double a, double b, double momentum,
+                           double weight_decay, double eps, char** message) {
   return guarded(message, [&] {
     torch::NoGradGuard no_grad;
     auto params = list(parameters, count);
@@ -285,10 +302,42 @@ int athanor_fused_adamw(at::Tensor* const* parameters, at::Tensor* const* exp_av
       TORCH_CHECK(parameter.grad().defined(), "a parameter has no gradient");
       grads.push_back(parameter.grad());
     }
+    auto state = list(first, count);
     auto step_list = list(steps, count);
     at::_foreach_add_(step_list, 1);
-    at::_fused_adamw_(params, grads, list(exp_avgs, count), list(exp_avg_sqs, count), {}, step_list, lr, beta1, beta2,
-                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+    switch (rule) {
+      case 0:
+        // A momentum of zero needs no buffer; a buffer of zeros makes the first step like any other.
+        at::_fused_sgd_(params, grads, momentum > 0 ? at::TensorList(state) : at::TensorList(), weight_decay, momentum, lr,
+                        /*dampening=*/0, /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
+        break;
+      case 1:
+        at::_fused_adam_(params, grads, state, list(second, count), {}, step_list, lr, a, b, weight_decay, eps,
+                         /*amsgrad=*/false, /*maximize=*/false);
+        break;
+      case 2:
+        at::_fused_adamw_(params, grads, state, list(second, count), {}, step_list, lr, a, b, weight_decay, eps,
+                          /*amsgrad=*/false, /*maximize=*/false);
+        break;
+      case 3: {
+        if (weight_decay != 0) at::_foreach_add_(grads, params, weight_decay);
+        at::_foreach_mul_(state, b);
+        at::_foreach_addcmul_(state, grads, grads, 1 - b);
+        auto averages = at::_foreach_sqrt(state);
+        at::_foreach_add_(averages, eps);
+        if (momentum > 0) {
+          auto buffers = list(second, count);
+          at::_foreach_mul_(buffers, momentum);
+          at::_foreach_addcdiv_(buffers, grads, averages);
+          at::_foreach_add_(params, buffers, -lr);
+        } else {
+          at::_foreach_addcdiv_(params, grads, averages, -lr);
+        }
+        break;
+      }
+      default:
+        TORCH_CHECK(false, "unknown rule ", rule);
+    }
   });
 }
 

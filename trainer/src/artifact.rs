@@ -1,10 +1,9 @@
-//! The result as a Hugging Face model folder with a manifest.
+//! The result as a Hugging Face model folder.
 
 use std::path::Path;
 
-use athanor_contract::artifact::{Manifest, REFERENCE, Reference};
+use athanor_contract::artifact::{REFERENCE, Reference};
 use athanor_models::BertForSequenceClassification;
-use athanor_store::Location;
 
 use crate::TrainError;
 
@@ -29,11 +28,4 @@ pub fn write(
     }
     let text = serde_json::to_vec(reference).map_err(TrainError::other)?;
     std::fs::write(to.join(REFERENCE), text).map_err(TrainError::other)
-}
-
-/// Uploads the folder, the manifest last. Doing it again writes the same files.
-pub async fn upload(from: &Path, to: &str, manifest: Manifest) -> Result<(Location, Manifest), TrainError> {
-    let location = athanor_store::open(to)?;
-    let manifest = athanor_store::artifact::upload(from, &location, manifest).await?;
-    Ok((location, manifest))
 }

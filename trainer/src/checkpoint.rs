@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use tokio::{runtime::Handle, task::JoinHandle};
 
-use crate::TrainError;
+use crate::{TrainError, report::History};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -32,6 +32,9 @@ pub struct State {
     /// Of data and specification: another one means that these weights belong to another run.
     pub fingerprint: String,
     pub best: Option<Best>,
+    /// For the report.
+    #[serde(default)]
+    pub history: History,
 }
 
 /// The best validation so far.
@@ -255,7 +258,12 @@ mod tests {
             let best = Best { step: 10, accuracy: 0.5 };
             writer
                 .save(Snapshot {
-                    state: State { step, fingerprint: "f".into(), best: (step >= 10).then_some(best) },
+                    state: State {
+                        step,
+                        fingerprint: "f".into(),
+                        best: (step >= 10).then_some(best),
+                        history: History::default(),
+                    },
                     model: named(step as i64),
                     optimizer: named(-(step as i64)),
                     best: (step >= 10).then(|| named(10)),

@@ -23,7 +23,7 @@ use crate::{
     data::{self, Dataset, Encoded, Parts},
     distributed::{Topology, rendezvous},
     evaluate::{self, Predictions},
-    report::{Reporter, Sender, Timeline},
+    report::{Reporter, Sender, Timeline, page},
     training::{self, Session, Trained, count_steps},
     watchdog::Watchdog,
 };
@@ -213,27 +213,44 @@ impl Run<'_> {
             (test, &predictions),
             baseline.as_ref().map(|(rows, predictions)| (rows, predictions)),
         );
-        let Trained { steps, best, checkpoints } = trained;
+        let Trained { steps, best, history, checkpoints } = trained;
         let folder = self.work.join("artifact");
         artifact::write(&folder, &model, &prepared.parent, &evaluate::reference(&labels, test, &predictions))?;
-        let manifest = Manifest { kind: Kind::Model, step: best.step, metrics: metrics.clone(), ..manifest };
-        let (location, manifest) = runtime.block_on(artifact::upload(&folder, &self.config.artifact_to, manifest))?;
-        if let Some(mut checkpoints) = checkpoints {
-            checkpoints.finish()?;
-        }
-        self.around.timeline.mark("written");
-
-        let summary = TrainSummary {
-            artifact: location.uri,
-            model_digest: manifest.model_digest,
-            data_digest: manifest.data_digest,
+        let location = athanor_store::open(&self.config.artifact_to)?;
+        let mut summary = TrainSummary {
+            artifact: location.uri.clone(),
+            model_digest: String::new(),
+            data_digest: dataset.digest.clone(),
             steps,
             rows: parts.counts(),
-            metrics,
+            metrics: metrics.clone(),
             chosen: self.chosen(&labels, bf16, &best, total_steps),
             timeline: self.around.timeline.decimals(),
             failed_gates,
         };
+        let report = page::Report {
+            job: &self.config.name,
+            created: jiff::Timestamp::now().round(jiff::Unit::Second).map_err(TrainError::other)?.to_string(),
+            version: env!("CARGO_PKG_VERSION"),
+            parent: &spec.model.from,
+            labels: &labels,
+            summary: &summary,
+            hyperparameters: &spec.hyperparameters,
+            history: &history,
+            sources: page::sources(dataset, &parts),
+            confusion: page::confusion(&labels, test, &predictions),
+            calibration: page::calibration(labels.len(), test, &predictions),
+            mistakes: page::mistakes(&labels, dataset, &parts.test, test, &predictions),
+        };
+        page::write(&folder, &report)?;
+        let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..manifest };
+        let manifest = runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
+        if let Some(mut checkpoints) = checkpoints {
+            checkpoints.finish()?;
+        }
+        self.around.timeline.mark("written");
+        summary.model_digest = manifest.model_digest;
+        summary.timeline = self.around.timeline.decimals();
         Ok(Some(if summary.failed_gates.is_empty() {
             TrainResult::Succeeded(summary)
         } else {

@@ -3,9 +3,11 @@
 
 use std::{io::Write, path::PathBuf, sync::Arc};
 
-use athanor_contract::train::{Hyperparameters, OnNonFinite, TrainSpec};
+use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{BertForSequenceClassification, load::Weights};
-use athanor_torch::{AdamW, AdamWOptions, Autocast, ProcessGroup, Reducer, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{
+    Autocast, Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad,
+};
 use tch::{Device, Kind, Reduction, Tensor};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +19,7 @@ use crate::{
         batches::{epoch_batches, mix, share},
     },
     evaluate::{self, forward},
-    report::{Reporter, Step, Timeline},
+    report::{History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
 };
@@ -52,6 +54,7 @@ pub struct Session<'a> {
 pub struct Trained {
     pub steps: u64,
     pub best: Best,
+    pub history: History,
     /// The last checkpoint may still be under way.
     pub checkpoints: Option<Writer>,
 }
@@ -78,7 +81,9 @@ struct Loop<'a> {
     world: usize,
     /// Views of the model's parameters, in the order of their names.
     parameters: Vec<Tensor>,
-    optimizer: AdamW,
+    /// Those that weight decay and penalties are about.
+    decayed: Vec<Tensor>,
+    optimizer: Optimizer,
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -89,6 +94,7 @@ struct Loop<'a> {
     /// Number and batches of the current epoch.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
     best: Option<(Best, Named)>,
+    history: History,
     loss_log: Option<std::fs::File>,
 }
 
@@ -98,10 +104,15 @@ impl<'a> Loop<'a> {
         let (steps_per_epoch, total_steps) = count_steps(session.train.len(), h);
         session.model.set_trainable();
         let named = share_named(session.model.parameters());
-        let mut optimizer = AdamW::new(AdamWOptions::default(), weight_decay_groups(&named, h.weight_decay));
+        let [decayed, exempt] = weight_decay_groups(&named);
+        let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
+        let shared = decayed.iter().map(Tensor::shallow_clone).collect();
+        let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)]);
         let mut best = None;
         let mut step = 0;
+        let mut history = History::default();
         if let Some(restored) = &session.restored {
+            history = restored.state.history.clone();
             let device = session.device;
             session.model.load_parameters(&mut restored.model(device)?)?;
             let mut state = restored.optimizer(device)?;
@@ -130,6 +141,7 @@ impl<'a> Loop<'a> {
             learning_rate: LearningRate::new(h.learning_rate, h.warmup_ratio, total_steps, h.schedule),
             lengths: session.train.lengths(),
             parameters,
+            decayed,
             optimizer,
             reducer,
             steps_per_epoch,
@@ -137,6 +149,7 @@ impl<'a> Loop<'a> {
             step,
             epoch: None,
             best,
+            history,
             loss_log,
             session,
         })
@@ -178,31 +191,30 @@ impl<'a> Loop<'a> {
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
         zero_grad(&self.parameters, self.reducer.is_some());
-        if let Some(reducer) = &mut self.reducer {
-            reducer.prepare_for_forward()?;
-        }
         let mut rows = share(batch, &self.lengths, self.rank, self.world);
         // All ranks have to take part in the all-reduce: one without rows computes a row that counts nothing.
         let weight = if rows.is_empty() { 0.0 } else { 1.0 };
         if rows.is_empty() {
             rows.push(batch[0]);
         }
-        let loss_sum = {
-            let _autocast = self.session.bf16.then(|| Autocast::bf16(self.session.device));
-            let logits = forward(self.session.model, self.session.train, &rows, self.session.device, true);
-            let labels: Vec<i64> =
-                rows.iter().map(|&row| self.session.train.labels[row].map_or(-100, |label| label as i64)).collect();
-            let labels = Tensor::from_slice(&labels).to_device(self.session.device);
-            logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0) * weight
-        };
-        // The reducer averages over ranks, so that each rank's part is its share of the global mean times the ranks.
-        let loss = &loss_sum * (self.world as f64 / batch.len() as f64);
-        if let Some(reducer) = &mut self.reducer {
-            reducer.prepare_for_backward()?;
+        let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
+        let mut loss_sum = 0.0;
+        for (index, part) in parts.iter().enumerate() {
+            // Gradients are shared once, in the last backward pass.
+            let mut reducer = self.reducer.as_mut().filter(|_| index + 1 == parts.len());
+            if let Some(reducer) = &mut reducer {
+                reducer.prepare_for_forward()?;
+            }
+            let sum = cross_entropy(&self.session, part) * weight;
+            if let Some(reducer) = &mut reducer {
+                reducer.prepare_for_backward()?;
+            }
+            // The reducer averages over ranks, so that each rank's part is its share of the global mean times the ranks.
+            backward(&(&sum * (self.world as f64 / batch.len() as f64)))?;
+            loss_sum += f64::try_from(&sum)?;
         }
-        backward(&loss)?;
 
-        let mut shared = [f64::try_from(&loss_sum)?, f64::from(u8::from(self.session.stop.is_cancelled()))];
+        let mut shared = [loss_sum, f64::from(u8::from(self.session.stop.is_cancelled()))];
         if let Some(group) = self.session.group {
             let sums = Tensor::from_slice(&shared).to_device(self.session.device);
             group.all_reduce_sum(&sums)?;
@@ -210,6 +222,7 @@ impl<'a> Loop<'a> {
             shared.copy_from_slice(&sums);
         }
         let loss = shared[0] / batch.len() as f64;
+        add_penalty(&self.decayed, h.l1, h.l2)?;
         let gradient_norm = clip_grad_norm(&self.parameters, h.clip_norm)?;
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
         if loss.is_finite() && gradient_norm.is_finite() {
@@ -230,6 +243,7 @@ impl<'a> Loop<'a> {
     }
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
+        self.history.step(&step);
         if let Some(log) = &mut self.loss_log {
             let line = serde_json::json!({"step": step.step, "loss": step.loss});
             writeln!(log, "{line}").map_err(TrainError::other)?;
@@ -260,8 +274,10 @@ impl<'a> Loop<'a> {
             let weights = Snapshot::copy(session.model.parameters());
             self.best = Some((Best { step: self.step, accuracy }, weights));
         }
+        let epoch = self.step as f64 / self.steps_per_epoch as f64;
+        self.history.validated(self.step, epoch, accuracy);
         if let Some(reporter) = &mut session.reporter {
-            reporter.validated(self.step, self.step as f64 / self.steps_per_epoch as f64, accuracy, is_best);
+            reporter.validated(self.step, epoch, accuracy, is_best);
         }
         Ok(())
     }
@@ -276,7 +292,12 @@ impl<'a> Loop<'a> {
         let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         self.session.watchdog.beat();
         writer.save(Snapshot {
-            state: State { step: self.step, fingerprint: self.session.fingerprint.clone(), best },
+            state: State {
+                step: self.step,
+                fingerprint: self.session.fingerprint.clone(),
+                best,
+                history: self.history.clone(),
+            },
             model: Snapshot::copy(self.session.model.parameters()),
             optimizer: Snapshot::copy(&self.optimizer.state()),
             best: weights,
@@ -302,16 +323,35 @@ impl<'a> Loop<'a> {
             }
             Ok::<_, TrainError>(())
         })?;
-        Ok(Trained { steps: self.step, best, checkpoints: self.session.checkpoints })
+        Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
+    }
+}
+
+/// The summed cross entropy of some rows, a scalar in FP32.
+fn cross_entropy(session: &Session, rows: &[usize]) -> Tensor {
+    let _autocast = session.bf16.then(|| Autocast::bf16(session.device));
+    let logits = forward(session.model, session.train, rows, session.device, true);
+    let labels: Vec<i64> =
+        rows.iter().map(|&row| session.train.labels[row].map_or(-100, |label| label as i64)).collect();
+    let labels = Tensor::from_slice(&labels).to_device(session.device);
+    logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
+}
+
+fn rule(h: &Hyperparameters) -> Rule {
+    let (momentum, beta1, beta2, epsilon) = (h.momentum, h.beta1, h.beta2, h.epsilon);
+    match h.optimizer {
+        train::Optimizer::SGD => Rule::Sgd { momentum },
+        train::Optimizer::Adam => Rule::Adam { beta1, beta2, epsilon },
+        train::Optimizer::AdamW => Rule::AdamW { beta1, beta2, epsilon },
+        train::Optimizer::RMSprop => Rule::RmsProp { alpha: beta2, momentum, epsilon },
     }
 }
 
 /// Parameters with weight decay, and those without: biases and normalisation weights.
-fn weight_decay_groups(named: &[(String, Tensor)], weight_decay: f64) -> Vec<(f64, Vec<Tensor>)> {
+fn weight_decay_groups(named: &[(String, Tensor)]) -> [Vec<Tensor>; 2] {
     let is_exempt = |name: &str| name.ends_with(".bias") || name.contains("LayerNorm");
     let (exempt, decayed): (Vec<_>, Vec<_>) = named.iter().partition(|(name, _)| is_exempt(name));
-    let tensors = |named: Vec<&(String, Tensor)>| named.into_iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-    vec![(weight_decay, tensors(decayed)), (0.0, tensors(exempt))]
+    [decayed, exempt].map(|named| named.into_iter().map(|(_, tensor)| tensor.shallow_clone()).collect())
 }
 
 /// The same tensors once more, sharing memory.
@@ -340,10 +380,6 @@ mod tests {
     fn biases_and_norms_do_not_decay() {
         let names = ["a.weight", "a.bias", "x.LayerNorm.weight", "word_embeddings.weight"];
         let named: Named = names.iter().map(|name| ((*name).to_owned(), Tensor::from(0_f32))).collect();
-        let groups = weight_decay_groups(&named, 0.01);
-        assert_eq!(
-            groups.iter().map(|(decay, tensors)| (*decay, tensors.len())).collect::<Vec<_>>(),
-            [(0.01, 2), (0.0, 2)]
-        );
+        assert_eq!(weight_decay_groups(&named).map(|tensors| tensors.len()), [2, 2]);
     }
 }

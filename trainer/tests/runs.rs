@@ -164,6 +164,30 @@ fn two_ranks_have_the_losses_of_one() {
 }
 
 #[test]
+fn a_step_in_parts_is_the_same_step() {
+    let place = Place::new(0.0);
+    let spec = |parts: u32, ranks: u32| {
+        json!({
+            "hyperparameters": {
+                "maxSteps": 6, "batchSize": 8, "precision": "FP32", "maxSequenceLength": 32, "learningRate": 1e-3,
+                "accumulateSteps": parts, "optimizer": "RMSprop", "momentum": 0.5, "beta2": 0.99, "l1": 1e-5, "l2": 1e-3,
+            },
+            "distributed": {"processesPerNode": ranks, "backend": "Gloo"},
+        })
+    };
+    for (out, parts, ranks) in [("whole", 1, 1), ("eight", 8, 1), ("shared", 3, 4)] {
+        let child = place.start(out, &spec(parts, ranks));
+        place.finish(out, child, 0);
+    }
+    let whole = place.losses("whole");
+    for out in ["eight", "shared"] {
+        for ((step, a), (_, b)) in std::iter::zip(&whole, &place.losses(out)) {
+            assert!((a - b).abs() < 2e-4, "{out}, step {step}: {a} is not {b}");
+        }
+    }
+}
+
+#[test]
 fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     let place = Place::new(0.1);
     let spec = json!({
@@ -199,6 +223,15 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     let (whole, parts) = (place.summary("whole"), place.summary("parts"));
     assert_eq!(whole.model_digest, parts.model_digest);
     assert_eq!(whole.metrics, parts.metrics);
+    // The report's curves have no hole either.
+    let read = |summary: &TrainSummary, name: &str| {
+        std::fs::read_to_string(Path::new(summary.artifact.trim_start_matches("file://")).join(name)).unwrap()
+    };
+    let [first, second] = [&whole, &parts]
+        .map(|summary| serde_json::from_str::<Value>(&read(summary, "report.json")).unwrap()["history"].take());
+    assert_eq!(first["points"].as_array().unwrap().len(), 30);
+    assert_eq!(first, second);
+    assert!(read(&parts, "report.html").contains("Validation accuracy"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 
 use axum::{
     body::{Body, to_bytes},
@@ -10,7 +10,7 @@ use tower::ServiceExt;
 use super::*;
 use crate::test_support;
 
-fn application() -> (Router, Arc<Service>, Arc<Mutex<()>>) {
+fn application() -> (Router, Arc<Service>, Arc<test_support::Gate>) {
     let (service, gate) = test_support::service();
     (app(service.clone(), Router::new()), service, gate)
 }
@@ -105,22 +105,27 @@ async fn a_full_queue_answers_429_with_retry_after() {
     // The lock must not be held over an await, so a thread holds it.
     let (release, held) = std::sync::mpsc::channel::<()>();
     let (locked, is_locked) = tokio::sync::oneshot::channel();
+    let batches = gate.clone();
     let holder = std::thread::spawn(move || {
-        let _guard = gate.lock().unwrap();
+        let _guard = gate.lock.lock().unwrap();
         locked.send(()).unwrap();
         held.recv().unwrap();
     });
     is_locked.await.unwrap();
-    let post =
-        |app: Router| async move { send(&app, Method::POST, "/v1/classify", r#"{"input": ["a", "b", "c"]}"#).await };
-    let running = tokio::spawn(post(app.clone()));
-    // The engine takes the first three; the next three fill the queue.
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    let waiting = tokio::spawn(post(app.clone()));
+    let post = |body: &'static str| {
+        let app = app.clone();
+        async move { send(&app, Method::POST, "/v1/classify", body).await }
+    };
+    // The engine takes the first input; the next three fill the queue.
+    let running = tokio::spawn(post(r#"{"input": "a"}"#));
+    while batches.batches.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    let waiting = tokio::spawn(post(r#"{"input": ["a", "b", "c"]}"#));
     while service.waiting() < 3 {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
-    let (parts, body) = post(app.clone()).await;
+    let (parts, body) = post(r#"{"input": ["a", "b", "c"]}"#).await;
     assert_eq!(parts.status, 429, "{body}");
     assert_eq!(parts.headers[RETRY_AFTER], "1");
     assert_eq!(body["error"]["code"], "queue_full");

@@ -174,7 +174,11 @@ impl Demo {
         })
         .await;
         bar.finish_and_clear();
-        job
+        let job = job?;
+        let summary =
+            job.status.as_ref().and_then(|status| status.summary.as_ref()).context("the job has no summary")?;
+        println!("             report: {}", save_report(&summary.artifact, name).await?);
+        Ok(job)
     }
 
     async fn status(&self) -> Result<ModelDeploymentStatus> {
@@ -334,6 +338,16 @@ impl Demo {
         ensure!(home > -0.02, "the retrained model lost on Amazon and movies: {home:+.3}");
         Ok(())
     }
+}
+
+/// Copies a job's report from its artifact to where a browser finds it.
+async fn save_report(artifact: &str, name: &str) -> Result<String> {
+    let folder = artifact.strip_prefix(&format!("s3://{}/", storage::BUCKET)).context("the artifact is elsewhere")?;
+    let html = storage::get(&storage::bucket()?, &format!("{folder}/report.html")).await?;
+    ensure!(html.starts_with(b"<!doctype html>"), "{artifact}/report.html is no page");
+    let path = paths::cache().join("logs").join(format!("report-{name}.html"));
+    std::fs::write(&path, html).with_context(|| path.display().to_string())?;
+    Ok(path.display().to_string())
 }
 
 async fn upload(cluster: &Cluster) -> Result<()> {

@@ -1,7 +1,10 @@
 //! What leaves a run while it goes on: log lines, Prometheus gauges, progress to the operator, the terminal's progress bar, and
-//! at the end the termination message.
+//! at the end the termination message and a report to look at.
 
+mod chart;
+mod history;
 pub mod ops;
+pub mod page;
 mod progress;
 pub mod termination;
 
@@ -15,6 +18,7 @@ use athanor_contract::Decimal;
 use indicatif::{ProgressBar, ProgressStyle};
 use metrics::gauge;
 
+pub use history::History;
 pub use progress::{ProgressUpdate, Sender};
 
 /// Steps whose mean is the current speed.

@@ -1,0 +1,135 @@
+//! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are whole.
+
+use serde::{Deserialize, Serialize};
+
+use super::Step;
+
+/// More points than this say nothing more in a picture.
+const MOST_POINTS: usize = 1000;
+
+/// Curves of a run: every point is the mean of `stride` steps, which doubles whenever there are too many points.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct History {
+    pub stride: u64,
+    pub points: Vec<Point>,
+    pub validations: Vec<Validation>,
+    /// Sums over the steps that are not a point yet, and their number.
+    #[serde(default)]
+    open: (Point, u64),
+}
+
+/// Means over some steps, the last of which is `step`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Point {
+    pub step: u64,
+    /// On the training rows, as the objective has it.
+    pub loss: f64,
+    pub learning_rate: f64,
+    /// Before clipping.
+    pub gradient_norm: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Validation {
+    pub step: u64,
+    pub epoch: f64,
+    pub accuracy: f64,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { stride: 1, points: Vec::new(), validations: Vec::new(), open: Default::default() }
+    }
+}
+
+impl Point {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            step: other.step,
+            loss: self.loss + other.loss,
+            learning_rate: self.learning_rate + other.learning_rate,
+            gradient_norm: self.gradient_norm + other.gradient_norm,
+        }
+    }
+
+    fn over(self, count: u64) -> Self {
+        let count = count as f64;
+        Self {
+            step: self.step,
+            loss: self.loss / count,
+            learning_rate: self.learning_rate / count,
+            gradient_norm: self.gradient_norm / count,
+        }
+    }
+}
+
+impl History {
+    /// A step that was left out because it was not finite is left out here too.
+    pub fn step(&mut self, step: &Step) {
+        if !(step.loss.is_finite() && step.gradient_norm.is_finite()) {
+            return;
+        }
+        let one = Point {
+            step: step.step,
+            loss: step.loss,
+            learning_rate: step.learning_rate,
+            gradient_norm: step.gradient_norm,
+        };
+        self.open = (self.open.0.plus(one), self.open.1 + 1);
+        if self.open.1 < self.stride {
+            return;
+        }
+        let (sums, count) = std::mem::take(&mut self.open);
+        self.points.push(sums.over(count));
+        if self.points.len() > MOST_POINTS {
+            // An odd one at the end waits for its partner.
+            if self.points.len() % 2 == 1
+                && let Some(last) = self.points.pop()
+            {
+                let stride = self.stride as f64;
+                let sums = Point {
+                    step: last.step,
+                    loss: last.loss * stride,
+                    learning_rate: last.learning_rate * stride,
+                    gradient_norm: last.gradient_norm * stride,
+                };
+                self.open = (sums, self.stride);
+            }
+            self.points = self.points.chunks(2).map(|pair| pair[0].plus(pair[1]).over(2)).collect();
+            self.stride *= 2;
+        }
+    }
+
+    pub fn validated(&mut self, step: u64, epoch: f64, accuracy: f64) {
+        self.validations.push(Validation { step, epoch, accuracy });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_runs_are_thinned_to_means() {
+        let mut history = History::default();
+        let steps = 12_345;
+        for step in 1..=steps {
+            let loss = step as f64;
+            history.step(&Step { step, loss, learning_rate: 0.1, gradient_norm: 2.0, samples: 1, tokens: 1 });
+        }
+        assert!(history.points.len() <= MOST_POINTS && history.points.len() > MOST_POINTS / 4);
+        assert_eq!(history.stride, 16);
+        for (index, point) in history.points.iter().enumerate() {
+            let last = (index as u64 + 1) * history.stride;
+            assert_eq!(point.step, last);
+            // The mean of the numbers from last - 15 to last.
+            assert!((point.loss - (last as f64 - 7.5)).abs() < 1e-6);
+            assert!((point.learning_rate - 0.1).abs() < 1e-9);
+        }
+        let text = serde_json::to_string(&history).unwrap();
+        assert!(serde_json::from_str::<History>(&text).unwrap() == history, "a checkpoint gives it back");
+    }
+}

@@ -1,0 +1,348 @@
+//! `report.json` and `report.html` of a finished job: what was trained on what, how it went, and what the result is worth.
+
+use std::{collections::BTreeMap, path::Path};
+
+use athanor_contract::train::{Hyperparameters, TrainSummary};
+use serde::Serialize;
+
+use super::{
+    chart,
+    history::{History, Point},
+};
+use crate::{
+    TrainError,
+    data::{Dataset, Encoded, Parts},
+    evaluate::Predictions,
+};
+
+pub const JSON: &str = "report.json";
+pub const HTML: &str = "report.html";
+const TEMPLATE: &str = include_str!("report.html.jinja");
+
+/// Bins of confidence.
+const BINS: usize = 10;
+/// Labels that a confusion matrix can show.
+const MATRIX_LABELS: usize = 24;
+/// Mistakes that are shown, and characters of each text.
+const MISTAKES: usize = 20;
+const EXCERPT: usize = 240;
+
+/// Everything the page shows.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report<'a> {
+    pub job: &'a str,
+    pub created: String,
+    pub version: &'static str,
+    pub parent: &'a str,
+    pub labels: &'a [String],
+    pub summary: &'a TrainSummary,
+    pub hyperparameters: &'a Hyperparameters,
+    pub history: &'a History,
+    pub sources: Vec<SourceRows>,
+    /// Test rows by true and predicted label, where there are any.
+    pub confusion: Vec<Confusion>,
+    pub calibration: Calibration,
+    /// The most confident ones first.
+    pub mistakes: Vec<Mistake>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceRows {
+    pub name: String,
+    pub train: usize,
+    pub validation: usize,
+    pub test: usize,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct Confusion {
+    pub label: String,
+    pub predicted: String,
+    pub rows: usize,
+}
+
+/// How far confidences can be taken at their word (Guo et al. 2017, <https://arxiv.org/abs/1706.04599>).
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Calibration {
+    /// Mean distance of accuracy and confidence over the bins, weighted by their rows.
+    pub expected_error: f64,
+    pub bins: Vec<Bin>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bin {
+    pub lower: f64,
+    pub upper: f64,
+    pub rows: usize,
+    pub confidence: f64,
+    pub accuracy: f64,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Mistake {
+    pub text: String,
+    pub place: String,
+    pub label: String,
+    pub predicted: String,
+    pub confidence: f64,
+}
+
+/// Rows of each source in each part.
+pub fn sources(dataset: &Dataset, parts: &Parts) -> Vec<SourceRows> {
+    let count = |part: &[usize], source: usize| part.iter().filter(|&&row| dataset.rows[row].0 == source).count();
+    let names = dataset.sources.iter().enumerate();
+    names
+        .map(|(index, name)| SourceRows {
+            name: name.clone(),
+            train: count(&parts.train, index),
+            validation: count(&parts.validation, index),
+            test: count(&parts.test, index),
+        })
+        .collect()
+}
+
+pub fn confusion(labels: &[String], rows: &Encoded, predictions: &Predictions) -> Vec<Confusion> {
+    let mut cells: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    for (label, &predicted) in std::iter::zip(&rows.labels, &predictions.labels) {
+        if let Some(label) = *label {
+            *cells.entry((label, predicted)).or_default() += 1;
+        }
+    }
+    let cell = |((label, predicted), rows): ((usize, usize), usize)| Confusion {
+        label: labels[label].clone(),
+        predicted: labels[predicted].clone(),
+        rows,
+    };
+    cells.into_iter().map(cell).collect()
+}
+
+pub fn calibration(labels: usize, rows: &Encoded, predictions: &Predictions) -> Calibration {
+    // A winning probability is never below one over the number of labels.
+    let lowest = 1.0 / labels.max(1) as f64;
+    let width = (1.0 - lowest) / BINS as f64;
+    let mut bins = vec![(0_usize, 0_usize, 0.0_f64); BINS];
+    for ((label, predicted), confidence) in rows.labels.iter().zip(&predictions.labels).zip(&predictions.confidences) {
+        let confidence = f64::from(*confidence);
+        let index = (((confidence - lowest) / width.max(1e-9)) as usize).min(BINS - 1);
+        let (count, right, sum) = &mut bins[index];
+        *count += 1;
+        *right += usize::from(*label == Some(*predicted));
+        *sum += confidence;
+    }
+    let bins: Vec<Bin> = (0..)
+        .zip(bins)
+        .filter(|(_, (count, ..))| *count > 0)
+        .map(|(index, (count, right, sum))| Bin {
+            lower: lowest + width * f64::from(index),
+            upper: lowest + width * f64::from(index + 1),
+            rows: count,
+            confidence: sum / count as f64,
+            accuracy: right as f64 / count as f64,
+        })
+        .collect();
+    let error = |bin: &Bin| (bin.accuracy - bin.confidence).abs() * bin.rows as f64;
+    Calibration { expected_error: bins.iter().map(error).sum::<f64>() / rows.len().max(1) as f64, bins }
+}
+
+/// The wrong answers the model was surest of: wrong labels in the data are often among them.
+pub fn mistakes(
+    labels: &[String],
+    dataset: &Dataset,
+    part: &[usize],
+    rows: &Encoded,
+    predictions: &Predictions,
+) -> Vec<Mistake> {
+    let mut wrong: Vec<usize> =
+        (0..rows.len()).filter(|&row| rows.labels[row] != Some(predictions.labels[row])).collect();
+    wrong.sort_by(|&a, &b| predictions.confidences[b].total_cmp(&predictions.confidences[a]));
+    let mistake = |row: usize| {
+        let source = &dataset.rows[part[row]].1;
+        let cut = source.text.chars().count() > EXCERPT;
+        Mistake {
+            text: source.text.chars().take(EXCERPT).chain(cut.then_some('…')).collect(),
+            place: source.place.clone(),
+            label: source.label.clone(),
+            predicted: labels[predictions.labels[row]].clone(),
+            confidence: f64::from(predictions.confidences[row]),
+        }
+    };
+    wrong.into_iter().take(MISTAKES).map(mistake).collect()
+}
+
+/// What the template needs besides the report.
+#[derive(Serialize)]
+struct Page<'a> {
+    report: &'a Report<'a>,
+    failed_gates: &'a [String],
+    /// (title, SVG).
+    pictures: Vec<(&'static str, String)>,
+    /// Metrics of the result beside the baseline's.
+    metrics: Vec<(String, String, String)>,
+    hyperparameters: Vec<(String, String)>,
+    chosen: Vec<(String, String)>,
+    timeline: Vec<(String, String)>,
+    /// Rows of the confusion matrix: label and (rows, share of the label's rows) for each prediction; empty for many labels.
+    matrix: Vec<(String, Vec<(usize, f64)>)>,
+    /// Instead of the matrix.
+    confused: Vec<&'a Confusion>,
+}
+
+/// Writes both files into a folder.
+pub fn write(folder: &Path, report: &Report) -> Result<(), TrainError> {
+    let json = serde_json::to_vec_pretty(report).map_err(TrainError::other)?;
+    std::fs::write(folder.join(JSON), json).map_err(TrainError::other)?;
+    std::fs::write(folder.join(HTML), html(report)?).map_err(TrainError::other)
+}
+
+fn html(report: &Report) -> Result<String, TrainError> {
+    let curve = |value: fn(&Point) -> f64| -> Vec<(f64, f64)> {
+        report.history.points.iter().map(|point| (point.step as f64, value(point))).collect()
+    };
+    let validations: Vec<(f64, f64)> =
+        report.history.validations.iter().map(|one| (one.step as f64, one.accuracy)).collect();
+    let bins: Vec<_> = report.calibration.bins.iter().map(|bin| (bin.lower, bin.upper, bin.accuracy)).collect();
+    let pictures = vec![
+        ("Training loss", chart::line(&curve(|point| point.loss), "loss", false)),
+        ("Validation accuracy", chart::line(&validations, "accuracy", true)),
+        ("Learning rate", chart::line(&curve(|point| point.learning_rate), "learning rate", false)),
+        ("Gradient norm", chart::line(&curve(|point| point.gradient_norm), "norm before clipping", false)),
+        ("Calibration on the test rows", chart::calibration(&bins)),
+    ];
+    let metrics = &report.summary.metrics;
+    let own = metrics.iter().filter(|(name, _)| !name.starts_with("baseline/"));
+    let rounded = |value: &athanor_contract::Decimal| format!("{:.4}", value.get());
+    let confused = || {
+        let mut wrong: Vec<&Confusion> = report.confusion.iter().filter(|cell| cell.label != cell.predicted).collect();
+        wrong.sort_by_key(|cell| std::cmp::Reverse(cell.rows));
+        wrong.truncate(MATRIX_LABELS);
+        wrong
+    };
+    let small = report.labels.len() <= MATRIX_LABELS;
+    let page = Page {
+        report,
+        failed_gates: &report.summary.failed_gates,
+        pictures,
+        metrics: own
+            .map(|(name, value)| {
+                let before = metrics.get(&format!("baseline/{name}")).map(rounded).unwrap_or_default();
+                (name.clone(), rounded(value), before)
+            })
+            .collect(),
+        hyperparameters: pairs(report.hyperparameters)?,
+        chosen: report.summary.chosen.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
+        timeline: {
+            let mut marks: Vec<_> = report.summary.timeline.iter().collect();
+            marks.sort_by(|a, b| a.1.get().total_cmp(&b.1.get()));
+            marks.into_iter().map(|(name, value)| (name.clone(), format!("{:.1} s", value.get()))).collect()
+        },
+        matrix: if small { matrix(report) } else { Vec::new() },
+        confused: if small { Vec::new() } else { confused() },
+    };
+    let mut environment = minijinja::Environment::new();
+    environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+    environment.add_filter("fixed", |number: f64, digits: usize| format!("{number:.digits$}"));
+    environment.add_template(HTML, TEMPLATE).map_err(TrainError::other)?;
+    environment.get_template(HTML).and_then(|template| template.render(page)).map_err(TrainError::other)
+}
+
+fn matrix(report: &Report) -> Vec<(String, Vec<(usize, f64)>)> {
+    let rows = |label: &String, predicted: &String| {
+        let cell = report.confusion.iter().find(|cell| cell.label == *label && cell.predicted == *predicted);
+        cell.map_or(0, |cell| cell.rows)
+    };
+    let line = |label: &String| {
+        let counts: Vec<usize> = report.labels.iter().map(|predicted| rows(label, predicted)).collect();
+        let all = counts.iter().sum::<usize>().max(1) as f64;
+        (label.clone(), counts.into_iter().map(|count| (count, count as f64 / all)).collect())
+    };
+    report.labels.iter().map(line).collect()
+}
+
+/// The fields of a struct as words.
+fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
+    let serde_json::Value::Object(object) = serde_json::to_value(value).map_err(TrainError::other)? else {
+        return Ok(Vec::new());
+    };
+    let text = |value: serde_json::Value| match value {
+        serde_json::Value::String(text) => text,
+        other => other.to_string(),
+    };
+    Ok(object.into_iter().map(|(name, value)| (name, text(value))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use athanor_contract::Decimal;
+
+    use super::*;
+    use crate::data::Row;
+
+    fn encoded(labels: &[usize]) -> Encoded {
+        Encoded {
+            ids: vec![vec![]; labels.len()],
+            labels: labels.iter().map(|&label| Some(label)).collect(),
+            sources: vec![0; labels.len()],
+        }
+    }
+
+    #[test]
+    fn calibration_is_the_weighted_distance() {
+        let rows = encoded(&[0, 0, 0, 1]);
+        let predictions = Predictions { labels: vec![0, 0, 1, 1], confidences: vec![0.5, 0.54, 0.97, 1.0] };
+        let found = calibration(2, &rows, &predictions);
+        assert_eq!(found.bins.len(), 2);
+        assert_eq!((found.bins[0].rows, found.bins[0].accuracy), (2, 1.0));
+        assert_eq!((found.bins[1].rows, found.bins[1].accuracy), (2, 0.5));
+        // (|1 - 0.52| * 2 + |0.5 - 0.985| * 2) / 4
+        assert!((found.expected_error - 0.4825).abs() < 1e-6, "{}", found.expected_error);
+    }
+
+    #[test]
+    fn a_page_shows_everything_and_escapes_texts() {
+        let labels = ["negative".to_owned(), "positive".to_owned()];
+        let row = |text: &str, label: &str| Row { text: text.into(), label: label.into(), place: "f.csv row 2".into() };
+        let dataset = Dataset {
+            sources: vec!["reviews".into()],
+            rows: vec![(0, row("good", "positive")), (0, row("<script>alert(1)</script>", "negative"))],
+            digest: "d".into(),
+        };
+        let (rows, part) = (encoded(&[1, 0]), [0, 1]);
+        let predictions = Predictions { labels: vec![1, 1], confidences: vec![0.9, 0.8] };
+        let mut summary = TrainSummary { artifact: "s3://b/out".into(), ..TrainSummary::default() };
+        for (name, value) in [("accuracy", 0.5), ("baseline/accuracy", 0.25)] {
+            summary.metrics.insert(name.into(), Decimal::new(value).unwrap());
+        }
+        let mut history = History::default();
+        history.validated(10, 1.0, 0.5);
+        let report = Report {
+            job: "first",
+            created: "2026-01-01T00:00:00Z".into(),
+            version: "0",
+            parent: "s3://b/base",
+            labels: &labels,
+            summary: &summary,
+            hyperparameters: &Hyperparameters::default(),
+            history: &history,
+            sources: sources(&dataset, &Parts { train: vec![0], validation: vec![], test: vec![1] }),
+            confusion: confusion(&labels, &rows, &predictions),
+            calibration: calibration(2, &rows, &predictions),
+            mistakes: mistakes(&labels, &dataset, &part, &rows, &predictions),
+        };
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &report).unwrap();
+        let html = std::fs::read_to_string(folder.path().join(HTML)).unwrap();
+        for part in ["first", "0.5000", "0.2500", "reviews", "learningRate", "f.csv row 2", "&lt;script&gt;", "<svg"] {
+            assert!(html.contains(part), "{part} is not in {html}");
+        }
+        assert!(!html.contains("<script"), "a text of the data reached the page as markup");
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join(JSON)).unwrap()).unwrap();
+        assert_eq!(json["mistakes"][0]["predicted"], "positive");
+        assert_eq!(json["confusion"].as_array().unwrap().len(), 2);
+    }
+}
