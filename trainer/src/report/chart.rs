@@ -8,7 +8,7 @@ use plotters::{
     style::{Color, RGBColor, ShapeStyle},
 };
 
-const SIZE: (u32, u32) = (560, 260);
+const SIZE: (u32, u32) = (420, 220);
 const BLUE: RGBColor = RGBColor(37, 99, 235);
 const GREY: RGBColor = RGBColor(203, 213, 225);
 const TEXT: RGBColor = RGBColor(71, 85, 105);
