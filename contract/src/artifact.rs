@@ -25,6 +25,9 @@ pub struct Manifest {
     pub code_version: String,
     /// Optimizer steps taken.
     pub step: u64,
+    /// Tokens that texts were cut to in training and for the metrics; a server cuts them alike. Absent in older artifacts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sequence_length: Option<u32>,
     /// Every file of the folder but this one.
     pub files: BTreeMap<String, FileEntry>,
     /// Test metrics of an artifact; empty in a checkpoint.

@@ -31,6 +31,10 @@ pub struct JobManifest {
     pub spec: TrainSpec,
 }
 
+/// Fields of a FineTuneJob's specification that only a cluster needs.
+pub const CLUSTER_FIELDS: [&str; 6] =
+    ["credentialsSecretName", "podTemplate", "image", "suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished"];
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ManifestMetadata {
     pub name: String,

@@ -48,7 +48,8 @@ pub struct Producer {
     commands: mpsc::Sender<Command>,
     shutdown: CancellationToken,
     /// Cancelled when the sending task has ended.
-    finished: CancellationToken,
+    /// Everything that could be sent has been.
+    replayed: CancellationToken,
 }
 
 impl Producer {
@@ -63,9 +64,10 @@ impl Producer {
         let shared = Arc::new(Shared::new(config, spill)?);
         let (commands, receiver) = mpsc::channel(QUEUE_EVENTS);
         let finished = CancellationToken::new();
-        tokio::spawn(replay::run(shared.clone(), finished.clone()));
+        let replayed = CancellationToken::new();
+        tokio::spawn(replay::run(shared.clone(), finished.clone(), replayed.clone()));
         tokio::spawn(Dispatcher::new(shared, receiver, shutdown.clone()).run(finished.clone()));
-        Ok(Self { commands, shutdown, finished })
+        Ok(Self { commands, shutdown, replayed })
     }
 
     /// Publishes events and waits until each is acknowledged by Kafka or on disk; within about a second even if Kafka is away.
@@ -105,7 +107,7 @@ impl Producer {
             let (sender, receiver) = oneshot::channel();
             let sent = !self.shutdown.is_cancelled() && self.commands.send(Command::Flush(sender)).await.is_ok();
             if !sent || receiver.await.is_err() {
-                self.finished.cancelled().await;
+                self.replayed.cancelled().await;
             }
         };
         tokio::time::timeout(limit, flushed).await.is_ok()

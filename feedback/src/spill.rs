@@ -163,9 +163,10 @@ impl Spill {
         } else {
             fs::rename(&path, path.with_extension("damaged"))
         };
-        removed.and_then(|()| sync_dir(&self.dir)).map_err(|source| SpillError::Io { path, source })?;
+        removed.map_err(|source| SpillError::Io { path: path.clone(), source })?;
+        // From here on it is gone, whatever the folder's fsync says: at worst a crash brings it back to be sent once more.
         self.closed.remove(&segment.number);
-        Ok(())
+        sync_dir(&self.dir).map_err(|source| SpillError::Io { path, source })
     }
 
     fn create(&mut self) -> Result<OpenSegment, SpillError> {

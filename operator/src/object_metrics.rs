@@ -15,6 +15,18 @@ pub fn render(stores: &Stores) -> String {
     text
 }
 
+/// States that are counted even if no job is in them.
+const STATES: [&str; 8] = [
+    "Pending",
+    "Running",
+    "Succeeded",
+    "UserError",
+    "GateFailed",
+    "TooManyRestarts",
+    "TooManyPreemptions",
+    "DeadlineExceeded",
+];
+
 struct Family<'a> {
     text: &'a mut String,
     name: &'static str,
@@ -44,8 +56,7 @@ fn state(job: &FineTuneJob) -> String {
 }
 
 fn jobs(text: &mut String, jobs: &[Arc<FineTuneJob>]) {
-    let mut states: BTreeMap<String, u32> =
-        ["Pending", "Running", "Succeeded"].map(|state| (state.to_owned(), 0)).into();
+    let mut states: BTreeMap<String, u32> = STATES.map(|state| (state.to_owned(), 0)).into();
     for job in jobs {
         *states.entry(state(job)).or_default() += 1;
     }
@@ -67,8 +78,9 @@ fn jobs(text: &mut String, jobs: &[Arc<FineTuneJob>]) {
         let progress = job.status.as_ref()?.progress.as_ref()?;
         (progress.total_steps > 0).then(|| progress.step as f64 / progress.total_steps as f64)
     });
-    each("athanor_finetunejob_running", "1 until the job has ended, well or not.", &|job| {
-        Some(f64::from(u8::from(!crate::finetunejob::is_over(job.status.as_ref()?))))
+    each("athanor_finetunejob_running", "1 until the job has ended, well or not; 0 while it is suspended.", &|job| {
+        let runs = !crate::finetunejob::is_over(job.status.as_ref()?) && !job.spec.suspend;
+        Some(f64::from(u8::from(runs)))
     });
     each("athanor_finetunejob_loss", "Newest training loss.", &|job| {
         Some(job.status.as_ref()?.progress.as_ref()?.loss?.get())

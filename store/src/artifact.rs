@@ -1,11 +1,8 @@
 //! Folders with a manifest. Files first, the manifest last: what has no manifest is not there.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use athanor_contract::artifact::{FileEntry, MANIFEST, Manifest, model_digest, sha256_hex};
+use athanor_contract::artifact::{FileEntry, MANIFEST, Manifest, REFERENCE, model_digest, sha256_hex};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::{Location, StoreError};
@@ -49,6 +46,10 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
     if names.is_empty() {
         return Err(StoreError::NotFound { uri: folder.uri.clone() });
     }
+    if names.iter().any(|name| name == REFERENCE) {
+        let message = format!("an artifact without {MANIFEST}: its upload was cut off");
+        return Err(StoreError::Invalid { uri: folder.uri.clone(), message });
+    }
     for required in MODEL_FILES {
         if names.iter().any(|name| name == required) {
             continue;
@@ -73,16 +74,32 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
 }
 
 /// Sends every file below the local folder `from`, then the manifest with their digests. `manifest` brings everything but
-/// `files` and `model_digest`, which are filled in here.
+/// `files` and `model_digest`, which are filled in here. A folder that holds this very model already is left as it is; another
+/// manifest there is deleted before the first file changes.
 pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Result<Manifest, StoreError> {
     let mut names = Vec::new();
     walk(from, from, &mut names)?;
-    let entries: Vec<(String, FileEntry)> = futures::stream::iter(names.iter().map(|name| send(from, name, to)))
-        .buffer_unordered(PARALLEL)
-        .try_collect()
-        .await?;
-    manifest.files = entries.into_iter().collect::<BTreeMap<_, _>>();
+    // First what tells an artifact from a plain folder: one that was cut off is then known as such.
+    names.sort_by_key(|name| name != REFERENCE);
+    for name in &names {
+        manifest.files.insert(name.clone(), digest(from.join(name)).await?);
+    }
     manifest.model_digest = model_digest(&manifest.files);
+    match read_manifest(to).await {
+        Ok(there) if there.model_digest == manifest.model_digest && there.metrics == manifest.metrics => {
+            return Ok(there);
+        }
+        Ok(_) | Err(StoreError::Invalid { .. }) => to.child(MANIFEST).delete().await?,
+        Err(StoreError::NotFound { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    if let Some(first) = names.first().filter(|name| *name == REFERENCE) {
+        send(from, first, to).await?;
+    }
+    futures::stream::iter(names.iter().filter(|name| *name != REFERENCE).map(|name| send(from, name, to)))
+        .buffer_unordered(PARALLEL)
+        .try_collect::<Vec<()>>()
+        .await?;
     let bytes = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| StoreError::Invalid { uri: to.uri.clone(), message: error.to_string() })?;
     to.child(MANIFEST).write(bytes.into()).await?;
@@ -122,16 +139,18 @@ async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileE
     .await
 }
 
-async fn send(from: &Path, name: &str, to: &Location) -> Result<(String, FileEntry), StoreError> {
-    let path = from.join(name);
-    let (bytes, entry) = blocking(move || {
+async fn digest(path: PathBuf) -> Result<FileEntry, StoreError> {
+    blocking(move || {
         let bytes = std::fs::read(&path).map_err(|error| StoreError::io(&path, error))?;
-        let entry = FileEntry { sha256: sha256_hex(&bytes), bytes: bytes.len() as u64 };
-        Ok((bytes, entry))
+        Ok(FileEntry { sha256: sha256_hex(&bytes), bytes: bytes.len() as u64 })
     })
-    .await?;
-    to.child(name).write(bytes.into()).await?;
-    Ok((name.to_owned(), entry))
+    .await
+}
+
+async fn send(from: &Path, name: &str, to: &Location) -> Result<(), StoreError> {
+    let path = from.join(name);
+    let bytes = blocking(move || std::fs::read(&path).map_err(|error| StoreError::io(&path, error))).await?;
+    to.child(name).write(bytes.into()).await
 }
 
 fn walk(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<(), StoreError> {
@@ -160,6 +179,8 @@ async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use athanor_contract::artifact::Kind;
 
     use super::*;
@@ -174,6 +195,7 @@ mod tests {
             parent: "p".into(),
             code_version: "0".into(),
             step: 1,
+            max_sequence_length: None,
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         }
@@ -195,6 +217,30 @@ mod tests {
         folder.child("model.safetensors").write("weight".into()).await.unwrap();
         let truncated = download(&folder, to.path()).await.unwrap_err();
         assert!(truncated.is_user_error() && truncated.to_string().contains("sha256"), "{truncated}");
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_was_cut_off_is_no_model_and_the_same_model_is_not_written_twice() {
+        let (from, store, to) =
+            (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for name in ["model.safetensors", "config.json", "tokenizer.json", REFERENCE, "report.json"] {
+            std::fs::write(from.path().join(name), name).unwrap();
+        }
+        let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
+        let first = upload(from.path(), &folder, manifest()).await.unwrap();
+        // Another report of the same model changes nothing.
+        std::fs::write(from.path().join("report.json"), "later").unwrap();
+        assert_eq!(upload(from.path(), &folder, manifest()).await.unwrap(), first);
+        assert_eq!(folder.child("report.json").read().await.unwrap(), "report.json");
+        // Another model takes its place, whole.
+        std::fs::write(from.path().join("model.safetensors"), "other").unwrap();
+        let second = upload(from.path(), &folder, manifest()).await.unwrap();
+        assert_ne!(second.model_digest, first.model_digest);
+        assert_eq!(download_model(&folder, to.path()).await.unwrap(), Some(second));
+
+        folder.child(MANIFEST).delete().await.unwrap();
+        let error = download_model(&folder, to.path()).await.unwrap_err();
+        assert!(error.is_user_error() && error.to_string().contains("cut off"), "{error}");
     }
 
     #[tokio::test]

@@ -31,7 +31,8 @@ impl StoreError {
                 Self::Unauthorized { uri, message }
             }
             // S3 says 403 for an unknown key; some servers give it inside a generic error.
-            _ if message.contains("403")
+            // (The message holds the URI and times: a bare 403 may be anything.)
+            _ if message.contains("status code: 403")
                 || message.contains("InvalidAccessKeyId")
                 || message.contains("SignatureDoesNotMatch") =>
             {
@@ -58,4 +59,19 @@ fn root(error: &dyn std::error::Error) -> String {
         source = inner.source();
     }
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_of_a_uri_are_no_status() {
+        let generic = |text: &str| object_store::Error::Generic { store: "S3", source: text.into() };
+        let uri = "s3://b/step-00004030";
+        let outage = StoreError::of(uri, generic("Error performing PUT http://s/b/step-00004030/x in 181.403912345s"));
+        assert!(!outage.is_user_error(), "{outage}");
+        let refused = StoreError::of(uri, generic("Server returned non-2xx status code: 403 Forbidden"));
+        assert!(matches!(refused, StoreError::Unauthorized { .. }), "{refused}");
+    }
 }

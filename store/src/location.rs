@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path};
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
 
 use crate::StoreError;
+
+/// Bytes of one part of a large object.
+const PART: usize = 32 << 20;
 
 /// A place in a store.
 #[derive(Clone)]
@@ -40,7 +43,9 @@ pub fn open(uri: &str) -> Result<Location, StoreError> {
         .filter(|(name, _)| ["aws_", "google_", "azure_"].iter().any(|prefix| name.starts_with(prefix)))
         .map(|(name, value)| (if name == "aws_endpoint_url" { "aws_endpoint".to_owned() } else { name }, value))
         // A plain-text endpoint is one the user wrote down as such.
-        .chain([("allow_http".to_owned(), "true".to_owned())]);
+        .chain([("allow_http".to_owned(), "true".to_owned())])
+        // Of one request, body included: the client's default of 30 s is too short for a model on a slow line.
+        .chain([("timeout".to_owned(), "15m".to_owned()), ("read_timeout".to_owned(), "60s".to_owned())]);
     let (store, path) = object_store::parse_url_opts(&url, options).map_err(|error| invalid(error.to_string()))?;
     Ok(Location { store: Arc::from(store), path, uri: uri.to_owned() })
 }
@@ -63,6 +68,14 @@ impl Location {
 
     /// Writes the whole object; it appears complete or not at all.
     pub async fn write(&self, bytes: Bytes) -> Result<(), StoreError> {
+        if bytes.len() > PART && !self.uri.starts_with("http") {
+            // In parts, so that a lost connection costs one of them; complete when the last is there.
+            let upload = self.store.put_multipart(&self.path).await.map_err(|error| self.error(error))?;
+            let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
+            parts.put(bytes);
+            parts.finish().await.map_err(|error| self.error(error))?;
+            return Ok(());
+        }
         self.store.put(&self.path, PutPayload::from_bytes(bytes)).await.map_err(|error| self.error(error))?;
         Ok(())
     }
@@ -121,6 +134,9 @@ mod tests {
         file.write(Bytes::from_static(b"x")).await.unwrap();
         assert_eq!(root.list().await.unwrap(), ["a/b.txt"]);
         assert_eq!(file.read().await.unwrap(), "x");
+        let large: Bytes = (0..PART + 1000).map(|i| i as u8).collect::<Vec<_>>().into();
+        file.write(large.clone()).await.unwrap();
+        assert!(file.read().await.unwrap() == large, "a file in parts comes back");
         file.delete().await.unwrap();
         file.delete().await.unwrap();
         assert!(!file.exists().await.unwrap());

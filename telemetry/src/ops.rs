@@ -1,8 +1,11 @@
 //! `/metrics`, `/healthz` and `/readyz`.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use axum::{
@@ -12,6 +15,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Seconds, from a fast encoder call to a slow drain.
 const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+/// Between two counts of what histograms were given.
+const UPKEEP: Duration = Duration::from_secs(5);
 /// Counts of things in a batch.
 const INPUTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
@@ -31,12 +36,24 @@ impl MetricsHandle {
 pub fn metrics() -> MetricsHandle {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     let handle = HANDLE.get_or_init(|| {
-        PrometheusBuilder::new()
+        let handle = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_inputs".into()), INPUTS))
             .expect("the buckets are not empty")
             .install_recorder()
-            .expect("no other recorder is installed in this process")
+            .expect("no other recorder is installed in this process");
+        // Samples of histograms are kept one by one until they are counted: not only when somebody scrapes.
+        let upkeep = handle.clone();
+        let counting = std::thread::Builder::new().name("metrics".into()).spawn(move || {
+            loop {
+                std::thread::sleep(UPKEEP);
+                upkeep.run_upkeep();
+            }
+        });
+        if let Err(error) = counting {
+            tracing::warn!(%error, "histograms are counted at scrapes only");
+        }
+        handle
     });
     MetricsHandle(handle.clone())
 }

@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use athanor_contract::serve::header;
 use futures::StreamExt;
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
 
 use crate::sentiment::Text;
 
@@ -56,6 +57,19 @@ impl Client {
             self.counts.failures.fetch_add(1, Ordering::Relaxed);
         }
         answer
+    }
+
+    /// The labels of several texts in one request to one revision.
+    async fn classify_all(&self, texts: &[Text], revision: &str) -> Result<Vec<String>> {
+        let input: Vec<&str> = texts.iter().map(|text| text.text.as_str()).collect();
+        let request = self.http.post(format!("{}/v1/classify", self.base)).header(header::REVISION, revision);
+        let response = request.json(&json!({"input": input})).send().await?;
+        let status = response.status();
+        let body: Value = response.json().await.context("the answer is not JSON")?;
+        ensure!(status.is_success(), "{status}: {body}");
+        let data = body["data"].as_array().map(Vec::as_slice).unwrap_or_default();
+        ensure!(data.len() == texts.len(), "{} answers to {} texts", data.len(), texts.len());
+        data.iter().map(|one| one["label"].as_str().map(str::to_owned).context("no label")).collect()
     }
 
     async fn try_classify(&self, text: &str, revision: Option<&str>) -> Result<Answer> {
@@ -123,42 +137,65 @@ impl Client {
 
     /// Accuracy of one revision on texts it never saw.
     pub async fn exam(&self, texts: &[Text], revision: &str) -> Result<f64> {
-        let right: Vec<Result<bool>> = futures::stream::iter(texts)
-            .map(async |text| Ok(self.classify(&text.text, Some(revision)).await?.label == text.label))
-            .buffer_unordered(16)
+        ensure!(!texts.is_empty(), "an exam without texts");
+        let right: Vec<Result<usize>> = futures::stream::iter(texts.chunks(32))
+            .map(async |texts| {
+                let labels = self.classify_all(texts, revision).await?;
+                Ok(std::iter::zip(labels, texts).filter(|(label, text)| label == text.label).count())
+            })
+            .buffer_unordered(2)
             .collect()
             .await;
-        let right = right.into_iter().collect::<Result<Vec<bool>>>()?;
-        ensure!(!right.is_empty(), "an exam without texts");
-        Ok(right.iter().filter(|right| **right).count() as f64 / right.len() as f64)
+        let right: usize = right.into_iter().sum::<Result<usize>>()?;
+        Ok(right as f64 / texts.len() as f64)
     }
 
-    /// Sends texts over and over, `per_second` of them, until the task is dropped. Failures are counted and printed.
+    /// Sends texts over and over, `per_second` of them, until [`Background::finish`]. Failures are counted and printed.
     pub fn background(&self, texts: Vec<Text>, per_second: u32) -> Background {
         let client = self.clone();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
         let task = tokio::spawn(async move {
             let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second.max(1));
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+            let mut requests = JoinSet::new();
             for text in texts.iter().cycle() {
-                ticks.tick().await;
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = stopped.cancelled() => break,
+                }
+                while requests.try_join_next().is_some() {}
                 let (client, text) = (client.clone(), text.text.clone());
-                tokio::spawn(async move {
+                requests.spawn(async move {
                     let started = Instant::now();
                     if let Err(error) = client.classify(&text, None).await {
                         eprintln!("request failed after {:.1} s: {error:#}", started.elapsed().as_secs_f64());
                     }
                 });
             }
+            // One that still waits may yet fail, and would not be counted.
+            requests.join_all().await;
         });
-        Background(task)
+        Background { stop, task }
     }
 }
 
-/// Traffic that ends when this is dropped.
-pub struct Background(JoinHandle<()>);
+/// Traffic that goes on until it is finished or dropped.
+pub struct Background {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Background {
+    /// Sends no more, and waits for the answers that are due.
+    pub async fn finish(mut self) {
+        self.stop.cancel();
+        let _ = (&mut self.task).await;
+    }
+}
 
 impl Drop for Background {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }

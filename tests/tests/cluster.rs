@@ -108,8 +108,12 @@ async fn a_killed_rank_restarts_the_gang_from_the_last_checkpoint() -> Result<()
     for pod in pods {
         logs += &cluster.pods(namespace).logs(&pod.name_any(), &Default::default()).await.unwrap_or_default();
     }
-    let resumed = logs.lines().find(|line| line.contains("resum")).context("no pod says that it resumed")?;
-    println!("{resumed}");
+    let resumed = logs.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let resumed = resumed.filter(|line| line["message"] == "resumed from a checkpoint");
+    let from = resumed.rev().find_map(|line| line["step"].as_u64()).context("no pod says that it resumed")?;
+    // A checkpoint every ten steps, and the kill came after step 25.
+    ensure!(from >= 20, "resumed from step {from}");
+    println!("resumed from the checkpoint of step {from}");
     cluster.delete_namespace(namespace).await
 }
 
@@ -211,7 +215,7 @@ async fn a_killed_operator_loses_and_doubles_nothing() -> Result<()> {
             status.attempt
         );
     }
-    drop(background);
+    background.finish().await;
     ensure!(client.counts.failures.load(Ordering::Relaxed) == 0, "requests failed");
     cluster.delete_namespace(namespace).await
 }
@@ -252,7 +256,7 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
         })
         .await?;
     }
-    drop(background);
+    background.finish().await;
     let (sent, failed) =
         (client.counts.requests.load(Ordering::Relaxed), client.counts.failures.load(Ordering::Relaxed));
     println!("{sent} requests, {failed} failed");

@@ -14,10 +14,12 @@ pub fn backward(loss: &Tensor) -> Result<(), Error> {
 
 /// Clears gradients. With `keep_memory` they are zeroed in place, which a [`crate::Reducer`]'s bucket views need; without it
 /// they are dropped, and the next backward pass moves its results in.
-pub fn zero_grad(parameters: &[Tensor], keep_memory: bool) {
+pub fn zero_grad(parameters: &[Tensor], keep_memory: bool) -> Result<(), Error> {
     let pointers = ffi::pointers(parameters);
-    // SAFETY: the pointers are valid for the call.
-    unsafe { ffi::athanor_zero_grad(pointers.as_ptr(), pointers.len(), c_int::from(keep_memory)) }
+    ffi::call(|message| {
+        // SAFETY: the pointers are valid for the call.
+        unsafe { ffi::athanor_zero_grad(pointers.as_ptr(), pointers.len(), c_int::from(keep_memory), message) }
+    })
 }
 
 /// Global 2-norm of the gradients before clipping; they are scaled to `max_norm` if that is above zero and below the norm.
@@ -174,7 +176,7 @@ mod tests {
         let mut w = Tensor::from_slice(&[1.0_f32, -2.0]).to_device(Device::Cpu).set_requires_grad(true);
         let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![w.shallow_clone()])]);
         for step in 0..3 {
-            zero_grad(&[w.shallow_clone()], false);
+            zero_grad(&[w.shallow_clone()], false).unwrap();
             let loss = if step == 0 {
                 (&w * Tensor::from_slice(&[0.5_f32, -1.0])).sum(Kind::Float)
             } else {

@@ -234,7 +234,11 @@ void athanor_reducer_drop(c10d::Reducer* reducer) {
 }
 
 int athanor_reducer_prepare_for_forward(c10d::Reducer* reducer, char** message) {
-  return guarded(message, [&] { reducer->prepare_for_forward(); });
+  return guarded(message, [&] {
+    // After the first step the buckets follow the order in which gradients really came, once.
+    reducer->rebuild_buckets();
+    reducer->prepare_for_forward();
+  });
 }
 
 int athanor_reducer_prepare_for_backward(c10d::Reducer* reducer, char** message) {
@@ -245,17 +249,19 @@ int athanor_backward(at::Tensor* loss, char** message) {
   return guarded(message, [&] { loss->backward(); });
 }
 
-void athanor_zero_grad(at::Tensor* const* parameters, size_t count, int keep_memory) {
-  torch::NoGradGuard no_grad;
-  for (size_t i = 0; i < count; i++) {
-    auto& grad = parameters[i]->mutable_grad();
-    if (!grad.defined()) continue;
-    if (keep_memory) {
-      grad.zero_();
-    } else {
-      grad = at::Tensor();
+int athanor_zero_grad(at::Tensor* const* parameters, size_t count, int keep_memory, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    for (size_t i = 0; i < count; i++) {
+      auto& grad = parameters[i]->mutable_grad();
+      if (!grad.defined()) continue;
+      if (keep_memory) {
+        grad.zero_();
+      } else {
+        grad = at::Tensor();
+      }
     }
-  }
+  });
 }
 
 // Global 2-norm of the gradients; with max_norm > 0 they are scaled down to it. All on the tensors' device but the returned number.

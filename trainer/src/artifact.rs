@@ -18,7 +18,7 @@ pub fn write(
     reference: &Reference,
 ) -> Result<(), TrainError> {
     std::fs::create_dir_all(to).map_err(TrainError::other)?;
-    model.save(to)?;
+    model.save(to).map_err(TrainError::other)?;
     for name in TOKENIZER_FILES {
         match std::fs::copy(parent.join(name), to.join(name)) {
             Ok(_) => {}

@@ -169,10 +169,17 @@ impl Writer {
 async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Snapshot) -> Result<u64, TrainError> {
     let step = snapshot.state.step;
     let from = work.join(format!("saving-{step}"));
-    write_files(&from, &snapshot)?;
-    drop(snapshot);
-    artifact::upload(&from, &folder.child(&name(step)), manifest).await?;
+    // A local disk's trouble is not the user's error.
+    let written = match write_files(&from, &snapshot).map_err(TrainError::other) {
+        Ok(()) => {
+            drop(snapshot);
+            artifact::upload(&from, &folder.child(&name(step)), manifest).await.map_err(TrainError::from)
+        }
+        Err(error) => Err(error),
+    };
+    // Also of a checkpoint that failed: many of them would fill the disk.
     let _ = tokio::fs::remove_dir_all(&from).await;
+    written?;
     tracing::info!(step, "checkpoint written");
     if let Err(error) = delete_old(&folder, step).await {
         tracing::warn!(%error, "old checkpoints could not be deleted");
@@ -249,6 +256,7 @@ mod tests {
             parent: "p".into(),
             code_version: "0".into(),
             step: 0,
+            max_sequence_length: None,
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };

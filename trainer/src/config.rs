@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use athanor_contract::{
     artifact::sha256_hex,
-    train::{JobManifest, TrainConfig, TrainSpec},
+    train::{CLUSTER_FIELDS, JobManifest, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
 
@@ -23,10 +23,21 @@ pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
 pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
     let text = read(path)?;
     let refused = |message: String| TrainError::User(format!("{}: {message}", path.display()));
-    let manifest: JobManifest = located(path, serde_yaml::Deserializer::from_str(&text))?;
+    let mut unknown = Vec::new();
+    let mut note = |field: serde_ignored::Path| unknown.push(field.to_string());
+    let yaml = serde_yaml::Deserializer::from_str(&text);
+    let manifest: JobManifest = located(path, serde_ignored::Deserializer::new(yaml, &mut note))?;
     if manifest.kind != "FineTuneJob" || !manifest.api_version.starts_with("athanor.dev/") {
         let JobManifest { api_version, kind, .. } = manifest;
         return Err(refused(format!("this is {kind} of {api_version}, not FineTuneJob of athanor.dev/v1alpha1")));
+    }
+    let is_of_a_cluster = |field: &str| {
+        field.starts_with("metadata.")
+            || field == "status"
+            || field.strip_prefix("spec.").is_some_and(|field| CLUSTER_FIELDS.contains(&field))
+    };
+    if let Some(field) = unknown.iter().find(|field| !is_of_a_cluster(field)) {
+        return Err(refused(format!("field {field} is not known")));
     }
     let mut spec = manifest.spec;
     spec.distributed.num_nodes = 1;
@@ -83,6 +94,10 @@ fn check(spec: &TrainSpec) -> Result<(), String> {
             return Err("model.labels: at least two labels, each once".into());
         }
     }
+    let dropout = spec.model.head.as_ref().and_then(|head| head.dropout);
+    if dropout.is_some_and(|dropout| !(0.0..1.0).contains(&dropout)) {
+        return Err("model.head.dropout has to be at least 0 and below 1".into());
+    }
     let split = &spec.data.split;
     let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
     if split.validation_percent == 0 || split.test_percent == 0 || held_out >= 100 {
@@ -98,6 +113,13 @@ fn check(spec: &TrainSpec) -> Result<(), String> {
         ("batchSize", h.batch_size > 0),
         ("learningRate", h.learning_rate > 0.0 && h.learning_rate.is_finite()),
         ("warmupRatio", (0.0..=1.0).contains(&h.warmup_ratio)),
+        ("accumulateSteps", h.accumulate_steps > 0),
+        ("momentum", (0.0..1.0).contains(&h.momentum)),
+        ("beta1", (0.0..1.0).contains(&h.beta1)),
+        ("beta2", (0.0..1.0).contains(&h.beta2)),
+        ("epsilon", h.epsilon > 0.0 && h.epsilon.is_finite()),
+        ("l1", (0.0..=1.0).contains(&h.l1)),
+        ("l2", (0.0..=1.0).contains(&h.l2)),
         ("weightDecay", (0.0..=1.0).contains(&h.weight_decay)),
         ("clipNorm", h.clip_norm >= 0.0 && h.clip_norm.is_finite()),
         ("maxSequenceLength", h.max_sequence_length >= 8),
@@ -161,6 +183,9 @@ spec:
             ("task: TextClassification", "task: Nonsense", "spec.model.task"),
             ("uri: file:///data/reviews.jsonl", "columns: {}", "exactly one of uri and kafka"),
             ("podTemplate: {}", "hyperparameters: {batchSize: 0}", "batchSize"),
+            ("podTemplate: {}", "hyperparameters: {accumulateSteps: 0}", "accumulateSteps"),
+            ("podTemplate: {}", "hyperparameters: {learningrate: 1}", "field spec.hyperparameters.learningrate"),
+            ("task: TextClassification", "task: TextClassification, head: {dropout: 1.0}", "model.head.dropout"),
             (
                 "podTemplate: {}",
                 "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}",

@@ -52,7 +52,7 @@ impl From<SnapshotError> for TrainError {
 impl From<LoadError> for TrainError {
     fn from(error: LoadError) -> Self {
         match error {
-            LoadError::Torch(error) => Self::Other(error.to_string()),
+            LoadError::Torch(_) | LoadError::Shim(_) => Self::Other(error.to_string()),
             error => Self::User(error.to_string()),
         }
     }

@@ -45,13 +45,32 @@ pub struct Surroundings {
     pub loss_log: Option<PathBuf>,
 }
 
+const WORK: &str = "athanor-trainer-";
+const LOCK: &str = "lock";
+
+/// Removes the folders of processes that were killed.
+fn clear_abandoned() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(WORK)
+            && let Ok(lock) = std::fs::File::open(entry.path().join(LOCK))
+            && lock.try_lock().is_ok()
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Runs this process's rank. Rank 0 returns the result; the others `None`.
 pub fn run(
     config: &TrainConfig,
     topology: &Topology,
     around: &Surroundings,
 ) -> Result<Option<TrainResult>, TrainError> {
-    let work = tempfile::Builder::new().prefix("athanor-trainer-").tempdir().map_err(TrainError::other)?;
+    clear_abandoned();
+    let work = tempfile::Builder::new().prefix(WORK).tempdir().map_err(TrainError::other)?;
+    // Held as long as the folder is in use.
+    let lock = std::fs::File::create(work.path().join(LOCK)).map_err(TrainError::other)?;
+    lock.lock().map_err(TrainError::other)?;
     let mut reporter = (topology.rank() == 0).then(|| reporter(config, around)).transpose()?;
     if let Some(reporter) = &mut reporter {
         reporter.stage("Preparing");
@@ -76,6 +95,9 @@ struct Prepared {
     dataset: Dataset,
     parent: PathBuf,
     baseline: Option<PathBuf>,
+    /// Of this run's data and specification.
+    fingerprint: String,
+    checkpoints: athanor_store::Location,
     restored: Option<checkpoint::Restored>,
     group: Option<ProcessGroup>,
 }
@@ -117,7 +139,7 @@ impl Run<'_> {
             Precision::Auto => computes_in_bf16(device),
         };
         let (_, total_steps) = count_steps(train.len(), &spec.hyperparameters);
-        let fingerprint = self.fingerprint(dataset)?;
+        let fingerprint = prepared.fingerprint;
         let restored = prepared.restored.filter(|restored| {
             let same = restored.state.fingerprint == fingerprint && restored.state.step <= total_steps;
             if !same {
@@ -133,12 +155,12 @@ impl Run<'_> {
             parent: spec.model.from.clone(),
             code_version: env!("CARGO_PKG_VERSION").into(),
             step: 0,
+            max_sequence_length: u32::try_from(max_length).ok(),
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };
         let checkpoints = if self.topology.rank() == 0 {
-            let folder = athanor_store::open(&self.config.checkpoint_to)?;
-            Some(checkpoint::Writer::new(folder, manifest.clone(), self.work.to_owned(), runtime.clone()))
+            Some(checkpoint::Writer::new(prepared.checkpoints, manifest.clone(), self.work.to_owned(), runtime.clone()))
         } else {
             None
         };
@@ -268,11 +290,6 @@ impl Run<'_> {
         });
         let parent = self.download(&spec.model.from, "parent");
         let baseline = spec.evaluate.baseline.as_ref().map(|uri| self.download(uri, "baseline"));
-        let folder = athanor_store::open(&config.checkpoint_to)?;
-        let newest = in_background(runtime, {
-            let (folder, work) = (folder.clone(), self.work.join("checkpoint"));
-            async move || checkpoint::newest(&folder, &work).await
-        });
         let peers = std::thread::spawn({
             let topology = self.topology.clone();
             // A hung rank is its own watchdog's business first.
@@ -280,6 +297,13 @@ impl Run<'_> {
             move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout)
         });
         let dataset = joined(runtime, data)?;
+        // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
+        let fingerprint = self.fingerprint(&dataset)?;
+        let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
+        let newest = in_background(runtime, {
+            let (folder, work) = (checkpoints.clone(), self.work.join("checkpoint"));
+            async move || checkpoint::newest(&folder, &work).await
+        });
         let parent = joined(runtime, parent)?;
         let baseline = baseline.map(|download| joined(runtime, download)).transpose()?;
         let restored = joined(runtime, newest)?;
@@ -287,8 +311,8 @@ impl Run<'_> {
         if group.is_some() {
             self.around.timeline.mark("rendezvous");
         }
-        let restored = self.agree(group.as_ref(), &dataset, restored, &folder)?;
-        Ok(Prepared { dataset, parent, baseline, restored, group })
+        let restored = self.agree(group.as_ref(), &dataset, restored, &checkpoints)?;
+        Ok(Prepared { dataset, parent, baseline, fingerprint, checkpoints, restored, group })
     }
 
     /// Fetches a model into a folder of its own.

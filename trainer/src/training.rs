@@ -123,6 +123,12 @@ impl<'a> Loop<'a> {
             step = restored.state.step;
             tracing::info!(step, total_steps, "resumed from a checkpoint");
         }
+        if let Some(group) = session.group {
+            // The folder may have changed between two ranks' downloads, and averaged gradients never bring ranks together.
+            for (_, tensor) in &named {
+                group.broadcast(&tensor.detach(), 0)?;
+            }
+        }
         let parameters: Vec<Tensor> = named.into_iter().map(|(_, tensor)| tensor).collect();
         let reducer = session.group.map(|group| Reducer::new(&parameters, group)).transpose()?;
         let loss_log = match &session.loss_log {
@@ -190,7 +196,7 @@ impl<'a> Loop<'a> {
         let learning_rate = self.learning_rate.at(self.step);
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
-        zero_grad(&self.parameters, self.reducer.is_some());
+        zero_grad(&self.parameters, self.reducer.is_some())?;
         let mut rows = share(batch, &self.lengths, self.rank, self.world);
         // All ranks have to take part in the all-reduce: one without rows computes a row that counts nothing.
         let weight = if rows.is_empty() { 0.0 } else { 1.0 };

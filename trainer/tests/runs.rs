@@ -181,6 +181,7 @@ fn a_step_in_parts_is_the_same_step() {
     }
     let whole = place.losses("whole");
     for out in ["eight", "shared"] {
+        assert_eq!((whole.len(), place.losses(out).len()), (6, 6));
         for ((step, a), (_, b)) in std::iter::zip(&whole, &place.losses(out)) {
             assert!((a - b).abs() < 2e-4, "{out}, step {step}: {a} is not {b}");
         }

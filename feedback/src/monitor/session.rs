@@ -1,6 +1,10 @@
 //! One session: from the published ranges through Kafka to the status, until an error or another configuration ends it.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 use athanor_contract::{
@@ -31,8 +35,10 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const LAG_PERIOD: Duration = Duration::from_secs(5);
 
 type KafkaConsumer = Arc<StreamConsumer<LogContext>>;
-/// Partition to the offset after its last event.
-type Ends = BTreeMap<i32, i64>;
+/// Partition to the offsets of its first event and after its last one.
+type Ends = BTreeMap<i32, (i64, i64)>;
+/// Between two publications in which nothing but counts is new.
+const BETWEEN_COUNTS: Duration = Duration::from_secs(5);
 
 pub struct Session {
     config: MonitorConfig,
@@ -44,11 +50,12 @@ struct Running<'a> {
     consumer: KafkaConsumer,
     publisher: Publisher,
     published: MonitorStatus,
+    published_at: Option<Instant>,
     window: Window,
     /// Partition to the next offset.
     positions: BTreeMap<i32, i64>,
     /// Published ends that were not reached yet. Until then the status says more than the window does, and is left alone.
-    catching_up: Ends,
+    catching_up: BTreeMap<i32, i64>,
     /// Positions have moved since the last commit.
     uncommitted: bool,
 }
@@ -75,7 +82,19 @@ impl Session {
         let catching_up = ranges.map(|range| (range.partition, range.end)).collect();
         let config = &self.config;
         let uncommitted = false;
-        Running { config, consumer, publisher, published, window, positions, catching_up, uncommitted }.run().await
+        Running {
+            config,
+            consumer,
+            publisher,
+            published,
+            published_at: None,
+            window,
+            positions,
+            catching_up,
+            uncommitted,
+        }
+        .run()
+        .await
     }
 
     /// A consumer that begins where the revision's ranges do; where there are none, at the bookmark.
@@ -170,19 +189,27 @@ impl Running<'_> {
     /// Once a second: gauges, and the status if it has changed. An API server that is away is asked again the next second.
     async fn tick(&mut self, ends: &Ends) {
         let lag: i64 =
-            ends.iter().filter_map(|(partition, end)| Some((end - self.positions.get(partition)?).max(0))).sum();
+            ends.iter().filter_map(|(partition, (_, end))| Some((end - self.positions.get(partition)?).max(0))).sum();
         metrics::gauge!("athanor_monitor_lag_events").set(lag as f64);
         if !self.catching_up.is_empty() {
             return;
         }
         let mut status = self.window.status();
+        // What Kafka's retention has deleted cannot be trained on.
+        for range in &mut status.ranges {
+            if let Some((first, _)) = ends.get(&range.partition) {
+                range.begin = range.begin.max(*first).min(range.end);
+            }
+        }
         set_gauges(&status, self.window.window_predictions());
         let same_verdict = status.revision == self.published.revision && status.verdict == self.published.verdict;
         status.time = match (&self.published.time, same_verdict) {
             (Some(time), true) => Some(time.clone()),
             _ => Some(jiff::Timestamp::now().to_string()),
         };
-        if !same_text(&status, &self.published) {
+        // Counts change with every request, and each write wakes the operator: only a verdict is urgent.
+        let is_due = !same_verdict || self.published_at.is_none_or(|at| at.elapsed() >= BETWEEN_COUNTS);
+        if is_due && !same_text(&status, &self.published) {
             if let Err(error) = self.publisher.publish(&status).await {
                 tracing::warn!(error = format!("{error:#}"), "the verdict is kept until it can be published");
                 return;
@@ -191,6 +218,9 @@ impl Running<'_> {
                 tracing::info!(revision = status.revision, verdict = ?status.verdict, "verdict");
             }
             self.published = status;
+            self.published_at = Some(Instant::now());
+        } else if !is_due {
+            return;
         }
         // The bookmark never runs ahead of what was published: a partition that is in no published range begins at its bookmark.
         if self.uncommitted {
@@ -272,17 +302,17 @@ fn partitions(consumer: &StreamConsumer<LogContext>, topic: &str) -> anyhow::Res
     Ok(partitions)
 }
 
-/// Follows the ends of all partitions, for the lag; while Kafka is away the last known ones stay.
+/// Follows the first and the next offset of all partitions; while Kafka is away the last known ones stay.
 fn watch_ends(consumer: KafkaConsumer, topic: String) -> (watch::Receiver<Ends>, AbortOnDropHandle<()>) {
     let (sender, receiver) = watch::channel(Ends::new());
     let task = tokio::spawn(async move {
         loop {
             let (consumer, topic) = (consumer.clone(), topic.clone());
             let ends = blocking(move || {
-                let end = |partition| -> anyhow::Result<(i32, i64)> {
-                    Ok((partition, consumer.fetch_watermarks(&topic, partition, ASK_TIMEOUT)?.1))
+                let ends = |partition| -> anyhow::Result<(i32, (i64, i64))> {
+                    Ok((partition, consumer.fetch_watermarks(&topic, partition, ASK_TIMEOUT)?))
                 };
-                partitions(&consumer, &topic)?.into_iter().map(end).collect::<anyhow::Result<Ends>>()
+                partitions(&consumer, &topic)?.into_iter().map(ends).collect::<anyhow::Result<Ends>>()
             });
             if let Ok(ends) = ends.await {
                 sender.send_replace(ends);

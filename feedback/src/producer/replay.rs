@@ -24,12 +24,20 @@ const RETRY_PAUSE: Duration = Duration::from_millis(500);
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Replayed events sent and not acknowledged.
 const REPLAY_WINDOW: usize = 512;
+/// For emptying the disk at the end.
+const LAST_ATTEMPT: Duration = Duration::from_secs(4);
 /// Looks for leftover segments even if nothing wakes the task.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Runs until `stop`.
-pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
+/// Runs until `stop`, and then tries once more to empty the disk, which may go with its pod. Cancels `replayed` at its end.
+pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken, replayed: CancellationToken) {
+    let _end = replayed.drop_guard();
     stop.run_until_cancelled(replay(&shared)).await;
+    match tokio::time::timeout(LAST_ATTEMPT, replay_all(&shared)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(reason)) => tracing::warn!(reason, "events stay in the spill"),
+        Err(_) => tracing::warn!("events stay in the spill: Kafka was too slow to take them all"),
+    }
 }
 
 async fn replay(shared: &Shared) {

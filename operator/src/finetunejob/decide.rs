@@ -229,6 +229,15 @@ fn verdict(job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Verd
         let message = failed.message.as_deref().unwrap_or_default();
         return Verdict::Ended { counted: false, cause: format!("a pod of Job {} is gone: {message}", job.name_any()) };
     }
+    let is_complete = job
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten())
+        .any(|condition| condition.type_ == "Complete" && condition.status == "True");
+    if is_complete {
+        let cause = format!("Job {} is complete, but the pod with its result is gone", job.name_any());
+        return Verdict::Ended { counted: false, cause };
+    }
     let running = pods.iter().filter(|pod| phase(pod) == "Running").count();
     if running as u32 + pods.iter().filter(|pod| phase(pod) == "Succeeded").count() as u32 >= nodes && running > 0 {
         return Verdict::Phase(Phase::Running);

@@ -207,6 +207,10 @@ fn suspension_deadline_deletion_and_time_to_live() {
     assert!(matches!(decide(&subject, at(60)).phase, Phase::Restarting { counted: false, .. }), "a pod was deleted");
 
     let mut subject = observed(of_two_nodes(), vec![]);
+    subject.jobs = vec![kubernetes_job(0, json!([{"type": "Complete", "status": "True"}]))];
+    assert!(matches!(decide(&subject, at(60)).phase, Phase::Restarting { counted: false, .. }), "its result is gone");
+
+    let mut subject = observed(of_two_nodes(), vec![]);
     let mut conditions = Vec::new();
     condition::set(&mut conditions, types::SUCCEEDED, condition::State::True, "Succeeded", "", None, at(0));
     subject.job.status =

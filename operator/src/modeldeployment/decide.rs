@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use athanor_crds::{ModelDeploymentStatus, ObservedSource};
+use athanor_crds::ObservedSource;
 use jiff::Timestamp;
 use kube::ResourceExt;
 
@@ -33,9 +33,13 @@ pub struct Plan {
 }
 
 pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timestamp) -> Plan {
-    let none = ModelDeploymentStatus::default();
-    let status = observed.deployment.status.as_ref().unwrap_or(&none);
-    let source = target::source(status, &deployment.source, now);
+    let mut status = observed.deployment.status.clone().unwrap_or_default();
+    let source = target::source(&status, &deployment.source, now);
+    if source.since != status.source.as_ref().and_then(|source| source.since.clone()) {
+        // Whoever changes spec.model may try again what failed before.
+        status.failed_revisions.clear();
+    }
+    let status = &status;
     let target = target::target(
         &deployment.name,
         &deployment.source,

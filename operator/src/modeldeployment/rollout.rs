@@ -13,6 +13,8 @@ use crate::{condition::State, finetunejob::since};
 const DRAIN: Duration = Duration::from_secs(50);
 /// How often a running step is looked at.
 const POLL: Duration = Duration::from_secs(1);
+/// Characters of a candidate's message, as the schema has it.
+const MOST_MESSAGE: usize = 1024;
 /// Most revisions remembered as failed.
 const MOST_FAILED: usize = 32;
 
@@ -78,7 +80,8 @@ pub fn rollout(
             previous_message(status).unwrap_or_else(|| format!("revision {} was rolled back before", target.name));
         return next;
     }
-    if champion.ready_at.is_none() {
+    let answers = seen.workloads.get(&champion.name).is_some_and(|workload| workload.available > 0);
+    if champion.ready_at.is_none() && !answers {
         // There is no traffic to protect.
         next.current = Some(target.clone());
         return next;
@@ -160,12 +163,27 @@ fn step(
     let pause = Duration::from_secs(planned.pause_seconds.into());
     if passed < pause {
         next.wait = Some((pause - passed).min(POLL));
-        let message = format!("{numbers}; the step lasts {} s", planned.pause_seconds);
+        // Without the counts: a status that changes with every request would be written as often.
+        let message =
+            format!("step {} of {} at {} % lasts {} s", index + 1, last + 1, candidate.weight, planned.pause_seconds);
         return going_on(next, "Canary", CandidateStatus { message, ..candidate });
     }
     if requests < spec.analysis.minimum_requests {
-        let message = format!("holding: {numbers}; a verdict needs {} requests", spec.analysis.minimum_requests);
+        let message = format!(
+            "holding at step {} of {}: a verdict needs {} requests",
+            index + 1,
+            last + 1,
+            spec.analysis.minimum_requests
+        );
         return going_on(next, "Inconclusive", CandidateStatus { message, ..candidate });
+    }
+    if !workload.is_ready() {
+        let message = format!("{} of {} pods are ready", workload.available, workload.desired.max(1));
+        // With all of the traffic there is nobody else to answer.
+        if candidate.weight == 100 && workload.available == 0 {
+            return roll_back(next, candidate, message, now);
+        }
+        return going_on(next, "Inconclusive", CandidateStatus { message: format!("holding: {message}"), ..candidate });
     }
     if index < last {
         let percent = spec.steps.get(index + 1).map_or(100, |step| step.traffic_percent);
@@ -181,6 +199,8 @@ fn step(
 }
 
 fn going_on(mut next: Rollout, reason: &'static str, candidate: CandidateStatus) -> Rollout {
+    // A crash's last words may be longer than the field.
+    let candidate = CandidateStatus { message: crate::condition::cut(&candidate.message, MOST_MESSAGE), ..candidate };
     next.reason = reason;
     next.message = format!("{}: {}", candidate.revision.name, candidate.message);
     next.candidate = Some(candidate);

@@ -211,6 +211,8 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         ("a router began again", at_step(1, 50, 50), 1, counts(39, 0, 0.0), 60, OLD, Some(50), "Canary"),
         ("errors, before the pause is over", at_step(0, 10, 59), 1, counts(140, 5, 0.0), 60, OLD, None, "RolledBack"),
         ("slow", at_step(0, 10, 55), 1, counts(140, 3, 201.0), 60, OLD, None, "RolledBack"),
+        ("not whole after the pause", at_step(0, 10, 55), 0, counts(140, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
+        ("dead with all the traffic", at_step(2, 100, 55), 0, counts(140, 3, 0.0), 60, OLD, None, "RolledBack"),
         ("last step", at_step(2, 100, 55), 1, counts(140, 3, 0.0), 60, NEW, None, "Promoted"),
     ];
     for (case, candidate, available, counts, now, current, weight, reason) in table {
@@ -255,6 +257,35 @@ fn a_revision_that_never_answered_is_replaced_without_a_canary() {
     let plan = plan(&subject, 60);
     assert_eq!(told(&plan).0.as_deref(), Some(NEW));
     assert_eq!(plan.remove, [OLD]);
+}
+
+#[test]
+fn a_revision_that_answers_with_some_of_its_pods_is_not_thrown_away() {
+    let mut subject = canary(None);
+    subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, replicas: 3, stuck: None });
+    let status = subject.deployment.status.as_mut().unwrap();
+    status.current_revision.as_mut().unwrap().ready_at = None;
+    let plan = plan(&subject, 60);
+    assert_eq!(told(&plan).0.as_deref(), Some(OLD));
+    assert!(plan.remove.is_empty());
+}
+
+#[test]
+fn a_long_last_word_of_a_pod_fits_the_status() {
+    let mut subject = canary(None);
+    subject.revisions.insert(NEW.into(), workload(0));
+    subject.waiting.insert(NEW.into(), "x".repeat(5000));
+    let candidate = plan(&subject, 60).rollout.candidate.unwrap();
+    assert_eq!(candidate.message.chars().count(), 1024);
+}
+
+#[test]
+fn another_model_in_the_specification_forgets_what_failed() {
+    let mut subject = canary(None);
+    subject.deployment.status.as_mut().unwrap().failed_revisions = vec![NEW.into()];
+    assert_eq!(plan(&subject, 60).rollout.failed, [NEW]);
+    subject.deployment.spec.model.from = Some("s3://models/b".into());
+    assert!(plan(&subject, 60).rollout.failed.is_empty());
 }
 
 /// A deployment that has drifted.

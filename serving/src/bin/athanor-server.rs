@@ -125,19 +125,25 @@ async fn load(
         .with_context(|| format!("fetching {}", config.model_uri))?;
     tracing::info!(
         uri = config.model_uri,
-        digest = manifest.map(|manifest| manifest.model_digest),
+        digest = manifest.as_ref().map(|manifest| &manifest.model_digest),
         seconds = started.elapsed().as_secs_f64(),
         "model fetched"
     );
+    let mut config = config.clone();
+    if let Some(longest) = manifest.and_then(|manifest| manifest.max_sequence_length) {
+        config.limits.max_sequence_length = longest as usize;
+    }
     let limits = config.limits;
     let uri = config.model_uri.clone();
-    let (engine, labels, tokenizer) = tokio::task::spawn_blocking(move || {
+    let (engine, positions, labels, tokenizer) = tokio::task::spawn_blocking(move || {
         let (backend, labels, tokenizer) = torch::load(&folder).with_context(|| format!("loading {uri}"))?;
+        let positions = backend.positions();
         let engine = Engine::start(backend, &limits).context("starting the engine's thread")?;
-        anyhow::Ok((engine, labels, tokenizer))
+        anyhow::Ok((engine, positions, labels, tokenizer))
     })
     .await??;
-    let service = Arc::new(Service::new(config, labels, Arc::new(tokenizer), engine));
+    config.limits.max_sequence_length = config.limits.max_sequence_length.min(positions);
+    let service = Arc::new(Service::new(&config, labels, Arc::new(tokenizer), engine));
     service.warm_up().await.context("the model did not answer a warm-up")?;
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "warmed up");
     Ok((service, temporary))

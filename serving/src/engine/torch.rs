@@ -32,6 +32,13 @@ pub fn load(folder: &Path) -> anyhow::Result<(TorchBackend, Vec<String>, TextTok
     Ok((TorchBackend { classifier, device, pad_id }, labels, TextTokenizer(tokenizer)))
 }
 
+impl TorchBackend {
+    /// Tokens of the longest text the model takes.
+    pub fn positions(&self) -> usize {
+        usize::try_from(self.classifier.config().max_position_embeddings).unwrap_or(usize::MAX)
+    }
+}
+
 impl Backend for TorchBackend {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
         // libtorch's errors (memory of a GPU above all) are panics here. Weights are only read, so nothing is left half changed, and

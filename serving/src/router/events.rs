@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::endpoints::Registry;
 
 /// How long a change of configuration or a shutdown waits for events to be sent or spilled.
-const FLUSH: Duration = Duration::from_secs(5);
+const FLUSH: Duration = Duration::from_secs(9);
 /// Between attempts to start a producer.
 const RETRY: Duration = Duration::from_secs(2);
 

@@ -104,7 +104,7 @@ impl Demo {
         self.done(started, &statistics(&status));
 
         // From here on somebody always asks: none of these requests may fail.
-        let background = client.background(away, 20);
+        let background = client.background(away, 10);
         let started = self.stage("retrain on the original data and exactly the recorded events");
         let status = self.verdict(|status| status.retraining.is_some()).await.context("a retraining starts")?;
         let retraining = status.retraining.context("retraining")?;
@@ -130,7 +130,7 @@ impl Demo {
         let started = self.stage("measure the challenger on the same texts");
         let after = self.exam(&challenger).await?;
         self.done(started, &describe(&after));
-        drop(background);
+        background.finish().await;
 
         let started = self.stage("audit: events, traces, dashboards");
         let audit = self.audit(&client).await?;
