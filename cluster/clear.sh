@@ -4,10 +4,32 @@
 
 clear_leftovers() {
   end_processes
-  clear_mounts
+  clear_mounts "$STATE/"
   clear_network
   clear_cgroups
   clear_files
+  restore_sysctls
+}
+
+# What the kubelet, kube-proxy and we set for the whole machine, as it was before.
+SYSCTLS="net.ipv4.ip_forward net.ipv4.conf.all.route_localnet kernel.panic kernel.panic_on_oops vm.overcommit_memory
+  vm.panic_on_oom kernel.keys.root_maxkeys kernel.keys.root_maxbytes"
+keep_sysctls() {
+  [ -e "$STATE/sysctls" ] && return
+  # shellcheck disable=SC2086
+  sysctl -e $SYSCTLS >"$STATE/sysctls.part" 2>/dev/null || true
+  mv "$STATE/sysctls.part" "$STATE/sysctls"
+}
+restore_sysctls() {
+  [ -e "$STATE/sysctls" ] || return 0
+  sysctl -q -p "$STATE/sysctls" >/dev/null 2>&1 || true
+  rm -f "$STATE/sysctls"
+}
+
+# buildah leaves its store bound on itself, and a build that was killed its root; not while one runs.
+clear_image_mounts() {
+  [ -e "$CACHE/images/.lock" ] || return 0
+  (flock -n 8 || exit 0; clear_mounts "$CACHE/images/") 8<"$CACHE/images/.lock"
 }
 
 # Ours by three signs, since a kill of everything leaves no parent to ask: recorded, in the cgroup, or a containerd shim.
@@ -43,9 +65,9 @@ end_processes() {
 
 # Deepest first, and again, since one path may be mounted several times over.
 clear_mounts() {
-  local i mounts mount
+  local below=$1 i mounts mount
   for ((i = 0; i < 5; i++)); do
-    mounts=$(awk -v at="$STATE/" 'index($5 "/", at) == 1 { print $5 }' /proc/self/mountinfo | sort -r)
+    mounts=$(awk -v at="$below" 'index($5 "/", at) == 1 { print $5 }' /proc/self/mountinfo | sort -r)
     [ -n "$mounts" ] || break
     while read -r mount; do umount -l "$mount" 2>/dev/null || true; done <<<"$mounts"
   done
@@ -55,10 +77,13 @@ clear_mounts() {
 clear_network() {
   local command table
   ip link delete "$NODE_LINK" 2>/dev/null || true
+  # Chains of another Kubernetes or of podman look alike: ours are there only after our start.
+  [ -e "$STATE/made-chains" ] || return 0
   for command in iptables ip6tables; do
     command -v "$command" >/dev/null || continue
     for table in filter nat mangle; do clear_chains "$command" "$table"; done
   done
+  rm -f "$STATE/made-chains"
 }
 
 # The chains of kube-proxy, kubelet and the CNI plugins, and the rules of other chains that jump to them; one restore,

@@ -36,7 +36,7 @@ fn source(config: &EventsConfig, partition: i32, begin: i64, end: i64) -> KafkaS
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Kafka: make test-cluster"]
+#[ignore = "needs the demo's Kafka: make test"]
 async fn a_snapshot_is_what_was_published() {
     let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
     let (producer, _shutdown) = start(&config, &dir);
@@ -64,7 +64,7 @@ async fn a_snapshot_is_what_was_published() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Kafka: make test-cluster"]
+#[ignore = "needs the demo's Kafka: make test"]
 async fn ranges_that_cannot_be_read_are_the_users_error() {
     let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
     let missing = read_rows(&source(&config, 0, 0, 1)).await.expect_err("no topic yet");
@@ -98,7 +98,7 @@ async fn ranges_that_cannot_be_read_are_the_users_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Kafka: make test-cluster"]
+#[ignore = "needs the demo's Kafka: make test"]
 async fn events_spilled_by_a_process_that_died_are_replayed_by_the_next() {
     let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
     let unreachable = EventsConfig { bootstrap_servers: "127.0.0.1:1".into(), ..config.clone() };

@@ -24,7 +24,11 @@ async fn without_kafka_events_are_on_disk_within_seconds() {
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     let started = Instant::now();
     producer.publish_durable(vec![feedback("f", "p", 0, "positive")]).await.expect("kept");
-    assert!(started.elapsed() < Duration::from_millis(500), "known to be away: {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "known to be away, so not waited for again: {:?}",
+        started.elapsed()
+    );
     producer.publish(prediction("q", 0));
     assert!(producer.flush(Duration::from_secs(5)).await);
     assert!(segments(dir.path()) > 0);

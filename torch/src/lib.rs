@@ -25,3 +25,7 @@ pub enum Error {
     #[error("libtorch: {0}")]
     Torch(String),
 }
+
+/// Tests of one process share libtorch's generator: those that draw from it take turns.
+#[cfg(test)]
+static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());

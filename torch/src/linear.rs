@@ -77,6 +77,7 @@ mod tests {
 
     #[test]
     fn a_packed_layer_equals_a_plain_one() {
+        let _turn = crate::GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let options = (Kind::Float, Device::Cpu);
         let (weight, bias) = (Tensor::randn([96, 64], options), Tensor::randn([96], options));
         let packed = PackedLinear::new(&weight, &bias).unwrap();
