@@ -128,8 +128,8 @@ pub struct CanarySpec {
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "atomic", "x-kubernetes-validations" = [
         {"rule": "self.map(s, s.trafficPercent).isSorted()", "message": "trafficPercent must not fall from step to step"}]))]
     pub steps: Vec<CanaryStep>,
-    /// Limits on the candidate's traffic within a step: within them it goes on, beyond them it is rolled back, and with too few
-    /// requests to say it holds.
+    /// Limits on the candidate's traffic: within them it goes on, beyond them it is rolled back, and with too few requests to say it
+    /// holds. Errors are counted anew in each step; latency is that of all its answers so far.
     pub analysis: AnalysisSpec,
 }
 

@@ -7,9 +7,12 @@ use k8s_openapi::{
     api::core::v1::{
         Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
         EnvVarSource, HTTPGetAction, ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-        SeccompProfile, SecretEnvSource, SecurityContext, Volume, VolumeMount,
+        SeccompProfile, SecretEnvSource, SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
     },
-    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
+    },
 };
 
 /// User and group of every container.
@@ -59,6 +62,8 @@ pub struct PodPlan<'a> {
     /// Absent: the namespace's default, without a token.
     pub service_account: Option<String>,
     pub grace_seconds: i64,
+    /// Labels of pods that rather lie on different nodes: one that dies should not take them all.
+    pub spread: Option<Labels>,
 }
 
 /// The template of a plan. The user's labels, annotations and variables never replace Athanor's.
@@ -136,8 +141,19 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
             }),
             termination_grace_period_seconds: Some(plan.grace_seconds),
             volumes: Some(volumes),
+            topology_spread_constraints: plan.spread.map(|labels| vec![spread(labels)]),
             ..PodSpec::default()
         }),
+    }
+}
+
+fn spread(labels: Labels) -> TopologySpreadConstraint {
+    TopologySpreadConstraint {
+        max_skew: 1,
+        topology_key: "kubernetes.io/hostname".into(),
+        when_unsatisfiable: "ScheduleAnyway".into(),
+        label_selector: Some(LabelSelector { match_labels: Some(labels), ..LabelSelector::default() }),
+        ..TopologySpreadConstraint::default()
     }
 }
 

@@ -293,6 +293,12 @@ async fn bad_requests(cluster: &Cluster, namespace: &str, name: &str) -> Result<
         ensure!(statuses.contains(&status), "{path}: {status} {text}");
         ensure!(text.contains("error") && text.contains(reason), "{path}: {status}: no reason in {text}");
     }
+    // Whether the answer overtakes the body is a matter of luck: many tries.
+    let big = json!({"input": "x".repeat(8 << 20)}).to_string().into_bytes();
+    for attempt in 0..20 {
+        let (status, _) = post("/v1/classify", big.clone()).await.with_context(|| format!("attempt {attempt}"))?;
+        ensure!(status == 413, "attempt {attempt}: {status}");
+    }
     let client = Client::new(base)?;
     client.classify("Still well?", None).await.context("after the bad requests")?;
     Ok(())

@@ -14,7 +14,7 @@ use crate::TrainError;
 pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
     let text = read(path)?;
     let config: TrainConfig = located(path, &mut serde_json::Deserializer::from_str(&text))?;
-    check(&config.spec).map_err(|message| TrainError::User(format!("{}: {message}", path.display())))?;
+    refuse(path, mistakes(&config.spec))?;
     Ok(config)
 }
 
@@ -36,12 +36,11 @@ pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
             || field == "status"
             || field.strip_prefix("spec.").is_some_and(|field| CLUSTER_FIELDS.contains(&field))
     };
-    if let Some(field) = unknown.iter().find(|field| !is_of_a_cluster(field)) {
-        return Err(refused(format!("field {field} is not known")));
-    }
+    unknown.retain(|field| !is_of_a_cluster(field));
+    refuse(path, unknown.into_iter().map(|field| format!("field {field} is not known")).collect())?;
     let mut spec = manifest.spec;
+    refuse(path, mistakes(&spec))?;
     spec.distributed.num_nodes = 1;
-    check(&spec).map_err(refused)?;
     let name = manifest.metadata.name;
     let identity = serde_json::to_vec(&(&name, &spec)).map_err(TrainError::other)?;
     let run_id = sha256_hex(&identity)[..32].to_owned();
@@ -74,36 +73,45 @@ where
     })
 }
 
+/// One error for all mistakes of a file.
+fn refuse(path: &Path, mistakes: Vec<String>) -> Result<(), TrainError> {
+    if mistakes.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = mistakes.into_iter().map(|mistake| format!("{}: {mistake}", path.display())).collect();
+    Err(TrainError::User(lines.join("\n")))
+}
+
 /// The rules that the API server checks in a cluster and nobody on a laptop, and those between fields.
-fn check(spec: &TrainSpec) -> Result<(), String> {
+fn mistakes(spec: &TrainSpec) -> Vec<String> {
+    let mut mistakes = Vec::new();
+    let mut refuse = |message: String| mistakes.push(message);
     let names: BTreeSet<&str> = spec.data.sources.iter().map(|source| source.name.as_str()).collect();
     if spec.data.sources.is_empty() {
-        return Err("data.sources is empty".into());
+        refuse("data.sources is empty".into());
     }
     if names.len() < spec.data.sources.len() {
-        return Err("data.sources: two sources have the same name".into());
+        refuse("data.sources: two sources have the same name".into());
     }
     for (index, source) in spec.data.sources.iter().enumerate() {
         if source.uri.is_some() == source.kafka.is_some() {
-            return Err(format!("data.sources[{index}] ({}): set exactly one of uri and kafka", source.name));
+            refuse(format!("data.sources[{index}] ({}): set exactly one of uri and kafka", source.name));
         }
     }
     if let Some(labels) = &spec.model.labels {
         let distinct: BTreeSet<_> = labels.iter().collect();
         if labels.len() < 2 || distinct.len() < labels.len() {
-            return Err("model.labels: at least two labels, each once".into());
+            refuse("model.labels: at least two labels, each once".into());
         }
     }
     let dropout = spec.model.head.as_ref().and_then(|head| head.dropout);
     if dropout.is_some_and(|dropout| !(0.0..1.0).contains(&dropout)) {
-        return Err("model.head.dropout has to be at least 0 and below 1".into());
+        refuse("model.head.dropout has to be at least 0 and below 1".into());
     }
     let split = &spec.data.split;
     let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
     if split.validation_percent == 0 || split.test_percent == 0 || held_out >= 100 {
-        return Err(
-            "data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into()
-        );
+        refuse("data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into());
     }
     let h = &spec.hyperparameters;
     for (field, fine) in [
@@ -125,24 +133,24 @@ fn check(spec: &TrainSpec) -> Result<(), String> {
         ("maxSequenceLength", h.max_sequence_length >= 8),
     ] {
         if !fine {
-            return Err(format!("hyperparameters: {field} has no usable value"));
+            refuse(format!("hyperparameters: {field} has no usable value"));
         }
     }
     for (index, gate) in spec.evaluate.gates.iter().enumerate() {
         if gate.minimum.is_some() == gate.minimum_gain.is_some() {
-            return Err(format!("evaluate.gates[{index}]: set exactly one of minimum and minimumGain"));
+            refuse(format!("evaluate.gates[{index}]: set exactly one of minimum and minimumGain"));
         }
         if gate.minimum_gain.is_some() && spec.evaluate.baseline.is_none() {
-            return Err(format!("evaluate.gates[{index}].minimumGain needs evaluate.baseline"));
+            refuse(format!("evaluate.gates[{index}].minimumGain needs evaluate.baseline"));
         }
         if let Some(unknown) = gate.sources.iter().flatten().find(|name| !names.contains(name.as_str())) {
-            return Err(format!("evaluate.gates[{index}].sources: no source is named {unknown:?}"));
+            refuse(format!("evaluate.gates[{index}].sources: no source is named {unknown:?}"));
         }
     }
     if spec.distributed.num_nodes == 0 || spec.distributed.processes_per_node == 0 {
-        return Err("distributed: numNodes and processesPerNode are at least 1".into());
+        refuse("distributed: numNodes and processesPerNode are at least 1".into());
     }
-    Ok(())
+    mistakes
 }
 
 #[cfg(test)]
@@ -197,5 +205,8 @@ spec:
             let error = manifest(&MANIFEST.replace(from, to)).unwrap_err();
             assert!(matches!(error, TrainError::User(_)) && error.to_string().contains(part), "{error}");
         }
+        let two = MANIFEST.replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1}");
+        let error = manifest(&two).unwrap_err().to_string();
+        assert!(error.contains("batchSize") && error.contains("beta1"), "all at once: {error}");
     }
 }

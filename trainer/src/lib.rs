@@ -8,9 +8,11 @@
 //! - [`data`]: sources to rows, split, tokens, batches;
 //! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
 //! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
-//! - [`report`]: progress to the operator, `/metrics`, the terminal, and the termination message.
+//! - [`check`]: what a job would do, without doing it;
+//! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
 pub mod artifact;
+pub mod check;
 pub mod checkpoint;
 pub mod config;
 pub mod data;

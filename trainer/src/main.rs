@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use athanor_contract::train::{TrainConfig, TrainResult, exit_code};
+use athanor_contract::train::{DistributedSpec, TrainConfig, TrainResult, exit_code};
 use athanor_telemetry::Readiness;
 use athanor_trainer::{
-    TrainError, config,
+    TrainError, check, config,
     distributed::{Topology, environment, launch::launch},
     report::{Timeline, ops, termination},
     run::{self, Surroundings},
@@ -40,6 +40,18 @@ enum Command {
     /// Exit codes: 0 done (also when a gate did not hold), 3 the job or its data have to be changed, 42 lost a peer or was asked to
     /// stop, 43 hung, 44 loss or gradient not finite.
     Run(RunArguments),
+    /// Say what a job would do, and everything that is wrong with it, without training.
+    ///
+    /// Reads the manifest, the rows and the model; tells rows, labels, token lengths, steps, memory and expected time. Exit code 3
+    /// with all mistakes, one a line.
+    Check(CheckArguments),
+}
+
+#[derive(Args)]
+struct CheckArguments {
+    /// A FineTuneJob manifest, YAML or JSON.
+    #[arg(short, long, value_name = "JOB.YAML")]
+    file: PathBuf,
 }
 
 #[derive(Args)]
@@ -58,7 +70,10 @@ const STOP_PATIENCE: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
     let timeline = run::started_now();
-    let Command::Run(arguments) = Cli::parse().command;
+    let arguments = match Cli::parse().command {
+        Command::Run(arguments) => arguments,
+        Command::Check(arguments) => return check_only(&arguments.file),
+    };
     if std::env::var_os(environment::LOCAL_RANK).is_some() {
         // A launcher that is killed takes its ranks along.
         let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
@@ -89,6 +104,26 @@ fn main() -> ExitCode {
     let _ = std::io::stdout().flush();
     // Destructors of collectives would wait for peers that may be gone.
     athanor_torch::exit_now(code)
+}
+
+fn check_only(file: &Path) -> ExitCode {
+    let checked = Runtime::new().map_err(TrainError::other).and_then(|runtime| {
+        let config = config::load_manifest(file)?;
+        let topology =
+            Topology::new(&DistributedSpec { processes_per_node: 1, ..config.spec.distributed }, |_: &str| None)?;
+        run::set_up_process(&topology);
+        check::check(&config, topology.device(), runtime.handle())
+    });
+    match checked {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
+        }
+    }
 }
 
 fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> Result<i32, TrainError> {

@@ -10,7 +10,7 @@ use std::{
 use athanor_contract::{
     Decimal,
     artifact::{Kind, Manifest, sha256_hex},
-    train::{Precision, TrainConfig, TrainResult, TrainSummary},
+    train::{Gate, Precision, TrainConfig, TrainResult, TrainSummary},
 };
 use athanor_models::{BertConfig, BertForSequenceClassification, Classifier, Tokenizer};
 use athanor_torch::ProcessGroup;
@@ -120,7 +120,7 @@ impl Run<'_> {
         let parent_labels = BertConfig::load(&prepared.parent)?.labels();
         let labels = dataset.choose_labels(spec.model.labels.as_deref(), parent_labels.as_deref())?;
         let parts = dataset.split(&spec.data)?;
-        self.check_gates(dataset, &parts)?;
+        check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let mut model =
             BertForSequenceClassification::load(&prepared.parent, &labels, spec.hyperparameters.seed as u64, device)?;
         if let Some(dropout) = spec.model.head.as_ref().and_then(|head| head.dropout) {
@@ -133,11 +133,7 @@ impl Run<'_> {
         let train = encode(&parts.train)?;
         self.around.timeline.mark("dataReady");
 
-        let bf16 = match spec.hyperparameters.precision {
-            Precision::FP32 => false,
-            Precision::BF16 => true,
-            Precision::Auto => computes_in_bf16(device),
-        };
+        let bf16 = uses_bf16(spec.hyperparameters.precision, device);
         let (_, total_steps) = count_steps(train.len(), &spec.hyperparameters);
         let fingerprint = prepared.fingerprint;
         let restored = prepared.restored.filter(|restored| {
@@ -350,21 +346,6 @@ impl Run<'_> {
         }
     }
 
-    /// A gate over sources without test rows could only fail after all the work.
-    fn check_gates(&self, dataset: &Dataset, parts: &Parts) -> Result<(), TrainError> {
-        for (index, gate) in self.config.spec.evaluate.gates.iter().enumerate() {
-            let Some(names) = &gate.sources else { continue };
-            let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows[row].0]));
-            if !is_covered {
-                return Err(TrainError::User(format!(
-                    "evaluate.gates[{index}]: none of the test rows comes from {}",
-                    names.join(", ")
-                )));
-            }
-        }
-        Ok(())
-    }
-
     /// The baseline on the test rows, with its own tokenizer and labels.
     fn evaluate_baseline(
         &self,
@@ -417,6 +398,21 @@ impl Run<'_> {
     }
 }
 
+/// A gate over sources without test rows could only fail after all the work.
+pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(), TrainError> {
+    for (index, gate) in gates.iter().enumerate() {
+        let Some(names) = &gate.sources else { continue };
+        let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows[row].0]));
+        if !is_covered {
+            return Err(TrainError::User(format!(
+                "evaluate.gates[{index}]: none of the test rows comes from {}",
+                names.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Runs async work on a thread of its own: it may compute between its waits.
 fn in_background<T: Send + 'static>(
     runtime: &Handle,
@@ -428,6 +424,15 @@ fn in_background<T: Send + 'static>(
 
 fn joined<T>(runtime: &Handle, task: JoinHandle<Result<T, TrainError>>) -> Result<T, TrainError> {
     runtime.block_on(task).map_err(TrainError::other)?
+}
+
+/// Whether matrix products are in bfloat16.
+pub fn uses_bf16(precision: Precision, device: Device) -> bool {
+    match precision {
+        Precision::FP32 => false,
+        Precision::BF16 => true,
+        Precision::Auto => computes_in_bf16(device),
+    }
 }
 
 /// Whether bfloat16 products are the hardware's own.

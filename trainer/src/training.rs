@@ -5,10 +5,8 @@ use std::{io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{BertForSequenceClassification, load::Weights};
-use athanor_torch::{
-    Autocast, Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad,
-};
-use tch::{Device, Kind, Reduction, Tensor};
+use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
+use tch::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -18,7 +16,7 @@ use crate::{
         Encoded,
         batches::{epoch_batches, mix, share},
     },
-    evaluate::{self, forward},
+    evaluate,
     report::{History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
@@ -211,7 +209,8 @@ impl<'a> Loop<'a> {
             if let Some(reducer) = &mut reducer {
                 reducer.prepare_for_forward()?;
             }
-            let sum = cross_entropy(&self.session, part) * weight;
+            let Session { model, train, device, bf16, .. } = &self.session;
+            let sum = evaluate::cross_entropy(model, train, part, *device, *bf16) * weight;
             if let Some(reducer) = &mut reducer {
                 reducer.prepare_for_backward()?;
             }
@@ -333,17 +332,8 @@ impl<'a> Loop<'a> {
     }
 }
 
-/// The summed cross entropy of some rows, a scalar in FP32.
-fn cross_entropy(session: &Session, rows: &[usize]) -> Tensor {
-    let _autocast = session.bf16.then(|| Autocast::bf16(session.device));
-    let logits = forward(session.model, session.train, rows, session.device, true);
-    let labels: Vec<i64> =
-        rows.iter().map(|&row| session.train.labels[row].map_or(-100, |label| label as i64)).collect();
-    let labels = Tensor::from_slice(&labels).to_device(session.device);
-    logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
-}
-
-fn rule(h: &Hyperparameters) -> Rule {
+/// The update rule that hyperparameters ask for.
+pub fn rule(h: &Hyperparameters) -> Rule {
     let (momentum, beta1, beta2, epsilon) = (h.momentum, h.beta1, h.beta2, h.epsilon);
     match h.optimizer {
         train::Optimizer::SGD => Rule::Sgd { momentum },

@@ -52,8 +52,8 @@ impl Place {
         format!("file://{}", self.folder.path().join(name).display())
     }
 
-    /// Starts a job that writes below the folder `out`.
-    fn start(&self, out: &str, spec: &Value) -> Child {
+    /// Writes a job's manifest into the folder `out`.
+    fn manifest(&self, out: &str, spec: &Value) -> PathBuf {
         let mut whole = json!({
             "model": {"from": self.uri("model"), "task": "TextClassification"},
             "data": {"sources": [{"name": "reviews", "uri": self.uri("rows.jsonl")}]},
@@ -67,6 +67,13 @@ impl Place {
         std::fs::create_dir_all(&folder).unwrap();
         let file = folder.join("job.yaml");
         std::fs::write(&file, manifest.to_string()).unwrap();
+        file
+    }
+
+    /// Starts a job that writes below the folder `out`.
+    fn start(&self, out: &str, spec: &Value) -> Child {
+        let file = self.manifest(out, spec);
+        let folder = self.folder.path().join(out);
         let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_athanor-trainer"))
             .args(["run", "-f"])
@@ -233,6 +240,34 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     assert_eq!(first["points"].as_array().unwrap().len(), 30);
     assert_eq!(first, second);
     assert!(read(&parts, "report.html").contains("Validation accuracy"));
+}
+
+#[test]
+fn a_check_says_what_would_happen_and_all_that_is_wrong() {
+    let place = Place::new(0.1);
+    let check = |out: &str, spec: &Value| {
+        let file = place.manifest(out, spec);
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_athanor-trainer")).args(["check", "-f"]).arg(&file).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, text, errors) = check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2}}));
+    assert_eq!(code, Some(0), "{errors}");
+    for part in ["reviews: 2", "negative", "median", "22.7 M parameters", "steps", "rows a second", "GiB"] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    assert!(place.checkpoints("fine").is_empty(), "nothing was trained");
+
+    let missing = json!({
+        "model": {"from": place.uri("nowhere"), "task": "TextClassification"},
+        "data": {"sources": [{"name": "a", "uri": place.uri("a.csv")}, {"name": "b", "uri": place.uri("b.csv")}]},
+    });
+    let (code, _, errors) = check("wrong", &missing);
+    assert_eq!(code, Some(3), "{errors}");
+    for part in ["nowhere", "a.csv", "b.csv"] {
+        assert!(errors.contains(part), "{part} is not in {errors}");
+    }
 }
 
 #[test]

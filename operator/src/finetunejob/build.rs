@@ -142,6 +142,8 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
         overrides: job.spec.pod_template.as_ref(),
         service_account: None,
         grace_seconds: GRACE.as_secs() as i64,
+        // Ranks are better off close together.
+        spread: None,
     });
     if let Some(spec) = &mut template.spec {
         spec.restart_policy = Some("Never".into());

@@ -118,6 +118,7 @@ fn revision_children(
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
         grace_seconds: drain + 15,
+        spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
     });
     // A model may take minutes to arrive; once it has, a pod that stops answering is noticed within seconds.
     probes(&mut template, "http", 600);

@@ -123,6 +123,7 @@ pub fn router(
         overrides: None,
         service_account: Some(name.clone()),
         grace_seconds: grace,
+        spread: Some(pods::selector(ROUTER, &deployment.name, None)),
     });
     // It is ready only once a server is, which may take as long as a model takes to arrive: no startup probe ends it before.
     probes(&mut template, "ops", 60);
@@ -185,6 +186,7 @@ pub fn monitor(deployment: &ValidatedDeployment, settings: &Settings, rollout: &
         overrides: None,
         service_account: Some(name.clone()),
         grace_seconds: 30,
+        spread: None,
     });
     probes(&mut template, "ops", 300);
     if let Some(container) = template.spec.as_mut().and_then(|spec| spec.containers.first_mut()) {

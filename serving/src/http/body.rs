@@ -1,10 +1,12 @@
 //! Request bodies: read within a limit, decoded as UTF-8 and JSON, each failure with its place.
 
+use std::time::Duration;
+
 use axum::{
-    body::Body,
+    body::{Body, BodyDataStream},
     http::{
         HeaderMap, StatusCode,
-        header::{CONTENT_LENGTH, CONTENT_TYPE},
+        header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT},
     },
 };
 use bytes::{Bytes, BytesMut};
@@ -13,6 +15,10 @@ use serde::de::DeserializeOwned;
 
 use super::ApiError;
 
+/// What is read of a body that is too large, in bytes and in time.
+const DISCARDED: usize = 64 << 20;
+const DISCARDING: Duration = Duration::from_secs(2);
+
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
@@ -20,21 +26,39 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
     };
     let announced =
         headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()).and_then(|text| text.parse::<u64>().ok());
+    let mut chunks = body.into_data_stream();
     if announced.is_some_and(|length| length > limit as u64) {
+        // Whoever waits for leave to send does not get it.
+        if !headers.contains_key(EXPECT) {
+            discard(chunks).await;
+        }
         return Err(too_large());
     }
     let mut whole = BytesMut::new();
-    let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             ApiError::new(StatusCode::BAD_REQUEST, "body_incomplete", format!("the body could not be read: {error}"))
         })?;
         if whole.len() + chunk.len() > limit {
+            discard(chunks).await;
             return Err(too_large());
         }
         whole.extend_from_slice(&chunk);
     }
     Ok(whole.freeze())
+}
+
+/// Reads on for a while and forgets it: to a client that is still sending when the connection is closed, a refusal is a broken pipe.
+async fn discard(mut chunks: BodyDataStream) {
+    let reading = async {
+        let mut left = DISCARDED;
+        while let Some(Ok(chunk)) = chunks.next().await
+            && left > chunk.len()
+        {
+            left -= chunk.len();
+        }
+    };
+    let _ = tokio::time::timeout(DISCARDING, reading).await;
 }
 
 /// Refuses a body that says it is something else than JSON.

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use athanor_contract::{artifact::Reference, train::Metric};
 use athanor_models::{BertForSequenceClassification, tokenizer::pad};
 use athanor_torch::{Autocast, ProcessGroup};
-use tch::{Kind, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 pub use gates::failed_gates;
 
@@ -63,6 +63,21 @@ pub fn predict(
         labels: found.iter().step_by(2).map(|&label| label as usize).collect(),
         confidences: found.into_iter().skip(1).step_by(2).collect(),
     })
+}
+
+/// The summed cross entropy of some rows in training, a scalar in FP32. Rows whose label the model does not know count nothing.
+pub fn cross_entropy(
+    model: &BertForSequenceClassification,
+    train: &Encoded,
+    rows: &[usize],
+    device: tch::Device,
+    bf16: bool,
+) -> Tensor {
+    let _autocast = bf16.then(|| Autocast::bf16(device));
+    let logits = forward(model, train, rows, device, true);
+    let labels: Vec<i64> = rows.iter().map(|&row| train.labels[row].map_or(-100, |label| label as i64)).collect();
+    let labels = Tensor::from_slice(&labels).to_device(device);
+    logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
 }
 
 /// Logits [B, L] of the given rows.

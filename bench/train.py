@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Training side by side: athanor-trainer and transformers' Trainer, same model, rows, precision, batch and steps, in turns.
+
+Prints a table and writes bench/results/train.json. `make bench-train` installs what it needs and runs it.
+"""
+import argparse, csv, json, os, pathlib, resource, statistics, subprocess, sys, tempfile, time
+
+BATCH, STEPS, WARM_UP = 32, 160, 40
+RATE = 1e-4
+
+
+def rows(file):
+    """Amazon and movie sentences with a clear sentiment."""
+    data = pathlib.Path(os.environ["ATHANOR_DATA"]) / "sentiment"
+    with open(file, "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["text", "label"])
+        for domain in ("amazon", "movies"):
+            for line in open(data / f"{domain}.txt", encoding="utf-8", errors="replace"):
+                _, rating, text = line.rstrip("\n").split("\t", 2)
+                if abs(float(rating)) >= 0.5 and text.strip():
+                    writer.writerow([text, "positive" if float(rating) > 0 else "negative"])
+
+
+def ours(file, work, settings):
+    """Runs the trainer; returns its log's lines and the child's seconds to the first step."""
+    spec = {
+        "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": "TextClassification"},
+        "data": {"sources": [{"name": "rows", "uri": f"file://{file}"}]},
+        "hyperparameters": {"maxSteps": STEPS, "batchSize": BATCH, "learningRate": RATE, "precision": settings["precision"]},
+        "checkpoint": {"everySteps": 0},
+        "distributed": {"processesPerNode": settings["ranks"], "backend": "Gloo" if settings["ranks"] > 1 else "Auto"},
+        "output": {"to": f"file://{work}/out"},
+    }
+    job = {"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench"}, "spec": spec}
+    manifest = pathlib.Path(work) / "job.json"
+    manifest.write_text(json.dumps(job))
+    losses = pathlib.Path(work) / "losses"
+    binary = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"
+    environment = {**os.environ, "ATHANOR_LOSS_LOG": str(losses), "OMP_WAIT_POLICY": "PASSIVE"}
+    began = time.monotonic()
+    with open(pathlib.Path(work) / "log", "w") as log:
+        process = subprocess.Popen([binary, "run", "-f", manifest], stdout=log, stderr=log, env=environment)
+        marks = {}
+        while process.poll() is None:
+            done = losses.read_bytes().count(b"\n") if losses.exists() else 0
+            for step in (1, WARM_UP, STEPS):
+                if done >= step:
+                    marks.setdefault(step, time.monotonic())
+            time.sleep(0.005)
+    if process.returncode != 0:
+        sys.exit(f"athanor-trainer failed: {work}/log\n" + (pathlib.Path(work) / "log").read_text()[-2000:])
+    return {"first": marks[1] - began, "rate": BATCH * (STEPS - WARM_UP) / (marks[STEPS] - marks[WARM_UP])}
+
+
+def peer(file, best):
+    """transformers' Trainer in this process; prints one JSON line."""
+    began = float(os.environ["BENCH_BEGAN"])
+    import torch
+    from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer,
+                              TrainerCallback, TrainingArguments)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    folder = f"{os.environ['ATHANOR_MODELS']}/minilm-l6"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read = list(csv.DictReader(open(file)))
+    padding = False if best else "max_length"
+    encoded = tokenizer([row["text"] for row in read], truncation=True, max_length=128, padding=padding)
+    items = [{"input_ids": ids, "attention_mask": mask, "labels": int(row["label"] == "positive")}
+             for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], read)]
+    marks = {}
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            marks[state.global_step] = time.monotonic()
+
+    with tempfile.TemporaryDirectory() as out:
+        options = dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE, warmup_steps=STEPS // 10,
+                       save_strategy="no", report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True)
+        if best:
+            options |= dict(bf16=True, train_sampling_strategy="group_by_length", optim="adamw_torch_fused")
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        Trainer(model=model, args=TrainingArguments(**options), train_dataset=items,
+                data_collator=DataCollatorWithPadding(tokenizer), callbacks=[Marks()]).train()
+    print(json.dumps({"first": marks[1] - began, "rate": BATCH * (STEPS - WARM_UP) / (marks[STEPS] - marks[WARM_UP])}))
+
+
+def in_child(function, *arguments):
+    """Runs a function in a forked child; its dictionary, with the peak memory of all processes it started, in GiB."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        result = function(*arguments)
+        # Of the largest process; ranks of one run are alike.
+        result["memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        os.write(writer, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writer)
+    text = b"".join(iter(lambda: os.read(reader, 65536), b""))
+    os.waitpid(child, 0)
+    if not text:
+        sys.exit("a run failed, see above")
+    return json.loads(text)
+
+
+def run_ours(file, settings):
+    with tempfile.TemporaryDirectory() as work:
+        return ours(file, work, settings)
+
+
+def run_peer(file, best):
+    environment = {**os.environ, "BENCH_BEGAN": str(time.monotonic()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    environment.pop("LD_LIBRARY_PATH", None)
+    done = subprocess.run([sys.executable, __file__, "--peer", "best" if best else "default", file], env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"the peer failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="turns of each (default 3)")
+    parser.add_argument("--peer", choices=["best", "default"], help=argparse.SUPPRESS)
+    parser.add_argument("file", nargs="?", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        return peer(arguments.file, arguments.peer == "best")
+
+    file = tempfile.NamedTemporaryFile(suffix=".csv", delete=False).name
+    rows(file)
+    subjects = {
+        "ours": (run_ours, {"precision": "BF16", "ranks": 1}),
+        "ours, 2 ranks": (run_ours, {"precision": "BF16", "ranks": 2}),
+        "ours, fp32": (run_ours, {"precision": "FP32", "ranks": 1}),
+        "Trainer, best (bf16, length groups, dynamic padding, fused AdamW)": (run_peer, True),
+        "Trainer, default (fp32, padded to 128)": (run_peer, False),
+    }
+    found = {name: [] for name in subjects}
+    for turn in range(arguments.runs):
+        for name, (function, setting) in subjects.items():
+            result = in_child(function, file, setting)
+            found[name].append(result)
+            print(f"turn {turn + 1}  {name:<68} {result['rate']:7.1f} rows/s  {result['memory']:5.2f} GiB  "
+                  f"first step {result['first']:5.2f} s", flush=True)
+    os.unlink(file)
+    median = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    best, default = list(subjects)[3:]
+    lines = []
+    for label, mine, other, key, unit, target in [
+        ("speed, bf16", "ours", best, "rate", "rows/s", ">= 1.5"),
+        ("speed, fp32", "ours, fp32", default, "rate", "rows/s", ""),
+        ("peak memory", "ours", best, "memory", "GiB", "<= 0.6"),
+        ("start to first step", "ours", best, "first", "s", "<= 0.2"),
+        ("2 ranks x 1 thread", "ours, 2 ranks", "ours", "rate", "rows/s", ">= 0.95"),
+    ]:
+        a, b = median[mine][key], median[other][key]
+        lines.append({"name": label, "ours": a, "peer": b, "peer_name": other, "unit": unit, "ratio": a / b, "target": target,
+                      "runs": {"ours": [run[key] for run in found[mine]], "peer": [run[key] for run in found[other]]}})
+    print(f"\n{'':<22}{'ours':>9}{'peer':>9}  {'unit':<7}{'ratio':>7}  target    peer")
+    for line in lines:
+        print(f"{line['name']:<22}{line['ours']:>9.2f}{line['peer']:>9.2f}  {line['unit']:<7}{line['ratio']:>7.2f}  {line['target']:<8}  {line['peer_name']}")
+    results = pathlib.Path(__file__).parent / "results/train.json"
+    results.write_text(json.dumps(lines, indent=1) + "\n")
+    print(f"\nwritten: {results}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+//! `athanor-trainer check`: what a job would do, and everything that is wrong with it, without training it.
+
+use std::{
+    fmt::Write as _,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use athanor_contract::train::{DataSpec, TrainConfig};
+use athanor_models::{BertConfig, BertForSequenceClassification, Tokenizer};
+use athanor_torch::{Optimizer, backward, clip_grad_norm, zero_grad};
+use tch::Device;
+use tokio::runtime::Handle;
+
+use crate::{
+    TrainError,
+    data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
+    evaluate, run, training,
+};
+
+/// Steps whose time is measured, after as many that warm up.
+const MEASURED_STEPS: usize = 3;
+
+/// What a job would do, as lines of text.
+///
+/// # Errors
+/// All mistakes that were found, one a line.
+pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<String, TrainError> {
+    let work = tempfile::tempdir().map_err(TrainError::other)?;
+    let mut mistakes = Vec::new();
+    let dataset = runtime.block_on(read(&config.spec.data, &mut mistakes));
+    let model = work.path().join("model");
+    let folder = runtime.block_on(fetch(&config.spec.model.from, &model));
+    let folder = folder.map_err(|error| mistakes.push(error.to_string())).ok();
+    let parent = folder.and_then(|()| BertConfig::load(&model).map_err(|error| mistakes.push(error.to_string())).ok());
+    let report = match (dataset, parent) {
+        (Some(dataset), Some(parent)) => {
+            let report = Report { config, device, dataset, parent, folder: &model };
+            report.text().map_err(|error| mistakes.push(error.to_string())).ok()
+        }
+        _ => None,
+    };
+    match report {
+        Some(report) if mistakes.is_empty() => Ok(report),
+        _ => Err(TrainError::User(mistakes.join("\n"))),
+    }
+}
+
+/// The dataset; or, where a source is wrong, the mistakes of all of them.
+async fn read(spec: &DataSpec, mistakes: &mut Vec<String>) -> Option<Dataset> {
+    let error = match data::read(spec).await {
+        Ok(dataset) => return Some(dataset),
+        Err(error) => error,
+    };
+    for source in &spec.sources {
+        let alone = DataSpec { sources: vec![source.clone()], split: spec.split };
+        if let Err(error) = data::read(&alone).await {
+            mistakes.push(error.to_string());
+        }
+    }
+    if mistakes.is_empty() {
+        mistakes.push(error.to_string());
+    }
+    None
+}
+
+async fn fetch(uri: &str, to: &Path) -> Result<(), TrainError> {
+    athanor_store::artifact::download_model(&athanor_store::open(uri)?, to).await?;
+    Ok(())
+}
+
+struct Report<'a> {
+    config: &'a TrainConfig,
+    device: Device,
+    dataset: Dataset,
+    parent: BertConfig,
+    folder: &'a Path,
+}
+
+impl Report<'_> {
+    fn text(&self) -> Result<String, TrainError> {
+        let (spec, dataset) = (&self.config.spec, &self.dataset);
+        let h = &spec.hyperparameters;
+        let labels = dataset.choose_labels(spec.model.labels.as_deref(), self.parent.labels().as_deref())?;
+        let parts = dataset.split(&spec.data)?;
+        run::check_gates(&spec.evaluate.gates, dataset, &parts)?;
+        let tokenizer = Tokenizer::load(self.folder)?;
+        let max_length = (h.max_sequence_length as usize).min(self.parent.max_position_embeddings as usize);
+        let whole = Encoded::new(dataset, &parts.train, &labels, &tokenizer, usize::MAX)?;
+        let train = Encoded::new(dataset, &parts.train, &labels, &tokenizer, max_length)?;
+        let mut model = BertForSequenceClassification::load(self.folder, &labels, h.seed as u64, self.device)?;
+        let (steps_per_epoch, total_steps) = training::count_steps(train.len(), h);
+        let bf16 = run::uses_bf16(h.precision, self.device);
+
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a String cannot fail.
+            let _infallible = writeln!(text, "{name:<12}{value}");
+        };
+        line("job", self.config.name.clone());
+        line("model", self.describe_model(&model));
+        line("labels", self.describe_labels(&labels, &parts));
+        for source in crate::report::page::sources(dataset, &parts) {
+            let rows = format!("{} train, {} validation, {} test", source.train, source.validation, source.test);
+            line("rows", format!("{}: {rows}", source.name));
+        }
+        line("tokens", describe_lengths(&whole, max_length));
+        line("steps", format!("{total_steps} of {} rows, {steps_per_epoch} an epoch", h.batch_size));
+        line("precision", if bf16 { "BF16" } else { "FP32" }.to_owned());
+        for gate in &spec.evaluate.gates {
+            let place = gate.sources.as_ref().map_or("all test rows".to_owned(), |names| names.join(", "));
+            let limit = match (&gate.minimum, &gate.minimum_gain) {
+                (Some(minimum), _) => format!("at least {minimum}"),
+                (_, Some(gain)) => format!("at least the baseline's plus {gain}"),
+                _ => String::new(),
+            };
+            line("gate", format!("{:?} on {place}: {limit}", gate.metric));
+        }
+        let ranks = (spec.distributed.num_nodes * spec.distributed.processes_per_node).max(1) as usize;
+        let per_step = self.measure(&mut model, &train, ranks, bf16)?;
+        line("memory", format!("{:.1} GiB a process at the peak of {MEASURED_STEPS} steps", peak_memory_gib()));
+        let seconds = per_step.as_secs_f64();
+        let rate = h.batch_size as f64 / seconds;
+        line(
+            "time",
+            format!(
+                "about {} of training: {rate:.0} rows a second with {ranks} {}, measured on this machine",
+                in_words(seconds * total_steps as f64),
+                if ranks == 1 { "process" } else { "processes that share nothing" }
+            ),
+        );
+        line("artifact", self.config.artifact_to.clone());
+        Ok(text)
+    }
+
+    fn describe_model(&self, model: &BertForSequenceClassification) -> String {
+        let count: usize = model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+        let fresh = match model.fresh_layers() {
+            [] => String::new(),
+            layers => format!("; starts at random: {}", layers.join(", ")),
+        };
+        let (layers, size) = (self.parent.num_hidden_layers, self.parent.hidden_size);
+        let from = &self.config.spec.model.from;
+        format!("{from}: BERT, {layers} layers of {size}, {:.1} M parameters{fresh}", count as f64 / 1e6)
+    }
+
+    fn describe_labels(&self, labels: &[String], parts: &Parts) -> String {
+        let share = |label: &String| {
+            let rows = parts.train.iter().filter(|&&row| self.dataset.rows[row].1.label == *label).count();
+            format!("{label} {:.1} %", rows as f64 * 100.0 / parts.train.len() as f64)
+        };
+        let shown: Vec<String> = labels.iter().take(20).map(share).collect();
+        let more = labels.len().saturating_sub(20);
+        shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
+    }
+
+    /// Time of one step of one rank, with its share of the rows.
+    fn measure(
+        &self,
+        model: &mut BertForSequenceClassification,
+        train: &Encoded,
+        ranks: usize,
+        bf16: bool,
+    ) -> Result<Duration, TrainError> {
+        let h = &self.config.spec.hyperparameters;
+        model.set_trainable();
+        let parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
+        let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)]);
+        let lengths = train.lengths();
+        let rows = (h.batch_size as usize).div_ceil(ranks);
+        let batches = epoch_batches(&lengths, rows, h.seed as u64, 0);
+        let mut begun = Instant::now();
+        let mut measured = 0;
+        for (step, batch) in batches.iter().cycle().take(2 * MEASURED_STEPS).enumerate() {
+            if step == MEASURED_STEPS {
+                begun = Instant::now();
+                measured = 0;
+            }
+            measured += 1;
+            zero_grad(&parameters, false)?;
+            for part in batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)) {
+                let sum = evaluate::cross_entropy(model, train, part, self.device, bf16);
+                backward(&(sum / batch.len() as f64))?;
+            }
+            clip_grad_norm(&parameters, h.clip_norm)?;
+            // Where weights go does not matter here: nothing is kept.
+            optimizer.step(1e-12)?;
+        }
+        Ok(begun.elapsed() / measured)
+    }
+}
+
+fn describe_lengths(rows: &Encoded, max_length: usize) -> String {
+    let mut lengths = rows.lengths();
+    lengths.sort_unstable();
+    let at = |share: f64| lengths[((lengths.len() - 1) as f64 * share) as usize];
+    let cut = lengths.iter().filter(|&&length| length > max_length).count();
+    let cut = match cut {
+        0 => format!("none is cut at {max_length}"),
+        cut => format!("{cut} texts ({:.1} %) are cut at {max_length}", cut as f64 * 100.0 / lengths.len() as f64),
+    };
+    format!("median {}, 95 % at most {}, longest {}; {cut}", at(0.5), at(0.95), at(1.0))
+}
+
+fn in_words(seconds: f64) -> String {
+    match seconds {
+        short if short < 90.0 => format!("{seconds:.0} s"),
+        long if long < 5400.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.1} h", seconds / 3600.0),
+    }
+}
+
+/// Most memory this process ever had; 0 where the system does not tell.
+fn peak_memory_gib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib: f64 = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0.0);
+    kib / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_and_times_read_well() {
+        let rows = Encoded {
+            ids: (1..=100).map(|length| vec![0; length]).collect(),
+            labels: vec![None; 100],
+            sources: vec![0; 100],
+        };
+        assert_eq!(
+            describe_lengths(&rows, 90),
+            "median 50, 95 % at most 95, longest 100; 10 texts (10.0 %) are cut at 90"
+        );
+        assert!(describe_lengths(&rows, 128).ends_with("none is cut at 128"));
+        assert_eq!([5.0, 600.0, 9000.0].map(in_words), ["5 s", "10 min", "2.5 h"]);
+        assert!(peak_memory_gib() > 0.001);
+    }
+}
