@@ -161,6 +161,7 @@ def main():
     for line in lines:
         print(f"{line['name']:<22}{line['ours']:>9.2f}{line['peer']:>9.2f}  {line['unit']:<7}{line['ratio']:>7.2f}  {line['target']:<8}  {line['peer_name']}")
     results = pathlib.Path(__file__).parent / "results/train.json"
+    results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(lines, indent=1) + "\n")
     print(f"\nwritten: {results}")
 
