@@ -23,7 +23,7 @@ def rows(file):
 
 
 def ours(file, work, settings):
-    """Runs the trainer; returns its log's lines and the child's seconds to the first step."""
+    """Runs the trainer: seconds to the first step, and rows a second after the warm-up."""
     spec = {
         "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": "TextClassification"},
         "data": {"sources": [{"name": "rows", "uri": f"file://{file}"}]},
@@ -85,13 +85,13 @@ def peer(file, best):
 
 
 def in_child(function, *arguments):
-    """Runs a function in a forked child; its dictionary, with the peak memory of all processes it started, in GiB."""
+    """Runs a function in a forked child; its dictionary, with the peak memory of the largest process it started, in GiB."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         result = function(*arguments)
-        # Of the largest process; ranks of one run are alike.
+        # Ranks of one run are alike.
         result["memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         os.write(writer, json.dumps(result).encode())
         os._exit(0)

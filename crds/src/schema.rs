@@ -134,8 +134,21 @@ mod tests {
         for (name, definition) in definitions() {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
             let committed = std::fs::read_to_string(&path).unwrap_or_default();
-            assert!(committed == yaml(&definition).unwrap(), "{name} is out of date: make crds");
+            assert!(committed == yaml(&definition).unwrap(), "{name} is out of date: make generate");
         }
+    }
+
+    #[test]
+    fn a_laptop_knows_which_fields_only_a_cluster_needs() {
+        let fields = |schema: &Value| -> std::collections::BTreeSet<String> {
+            schema["properties"].as_object().unwrap().keys().cloned().collect()
+        };
+        let (_, job) = definitions().into_iter().find(|(name, _)| name.starts_with("finetunejobs")).unwrap();
+        let schema = serde_json::to_value(&job.spec.versions[0].schema).unwrap();
+        let trained = schemars::schema_for!(athanor_contract::train::TrainSpec);
+        let trained = fields(&serde_json::to_value(trained).unwrap());
+        let rest = &fields(&schema["openAPIV3Schema"]["properties"]["spec"]) - &trained;
+        assert_eq!(rest, athanor_contract::train::CLUSTER_FIELDS.map(str::to_owned).into());
     }
 
     #[test]
