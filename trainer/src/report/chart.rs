@@ -1,7 +1,9 @@
 //! Pictures of the report, as SVG.
 
 use plotters::{
-    chart::ChartBuilder,
+    chart::{ChartBuilder, ChartContext},
+    coord::{Shift, cartesian::Cartesian2d, types::RangedCoordf64},
+    drawing::DrawingArea,
     element::{Circle, Rectangle},
     prelude::{IntoDrawingArea, SVGBackend},
     series::LineSeries,
@@ -31,22 +33,7 @@ pub fn line(points: &[(f64, f64)], y_name: &str, dots: bool) -> String {
     let Some((x, y)) = ranges(&points) else { return String::new() };
     picture(|svg| {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(10)
-            .x_label_area_size(34)
-            .y_label_area_size(58)
-            .build_cartesian_2d(x.0..x.1, y.0..y.1)?;
-        chart
-            .configure_mesh()
-            .bold_line_style(GREY.mix(0.7))
-            .light_line_style(GREY.mix(0.0))
-            .axis_style(GREY)
-            .label_style(("sans-serif", 12, &TEXT))
-            .x_desc("step")
-            .y_desc(y_name)
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| short(*y))
-            .draw()?;
+        let mut chart = axes(&area, (x, y), ("step", y_name), (|x| format!("{x:.0}"), |y| short(*y)))?;
         chart.draw_series(LineSeries::new(points.iter().copied(), ShapeStyle::from(&BLUE).stroke_width(2)))?;
         if dots {
             chart.draw_series(points.iter().map(|&point| Circle::new(point, 4, BLUE.filled())))?;
@@ -63,20 +50,8 @@ pub fn calibration(bins: &[(f64, f64, f64)]) -> String {
     let Some(lowest) = bins.first().map(|bin| bin.0) else { return String::new() };
     picture(|svg| {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(10)
-            .x_label_area_size(34)
-            .y_label_area_size(58)
-            .build_cartesian_2d(lowest..1.0, 0.0..1.0)?;
-        chart
-            .configure_mesh()
-            .bold_line_style(GREY.mix(0.7))
-            .light_line_style(GREY.mix(0.0))
-            .axis_style(GREY)
-            .label_style(("sans-serif", 12, &TEXT))
-            .x_desc("confidence")
-            .y_desc("accuracy")
-            .draw()?;
+        let share = |number: &f64| format!("{}", (number * 100.0).round() / 100.0);
+        let mut chart = axes(&area, ((lowest, 1.0), (0.0, 1.0)), ("confidence", "accuracy"), (share, share))?;
         chart.draw_series(bins.iter().map(|&(lower, upper, accuracy)| {
             Rectangle::new([(lower, 0.0), (upper, accuracy)], BLUE.mix(0.75).filled())
         }))?;
@@ -89,6 +64,35 @@ pub fn calibration(bins: &[(f64, f64, f64)]) -> String {
 }
 
 type Range = (f64, f64);
+type Text = fn(&f64) -> String;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// A grid over two ranges, with the names of the axes and the words of their numbers.
+fn axes<'a>(
+    area: &Area<'a>,
+    (x, y): (Range, Range),
+    (x_name, y_name): (&str, &str),
+    (x_text, y_text): (Text, Text),
+) -> Result<Chart<'a>, Box<dyn std::error::Error>> {
+    let mut chart = ChartBuilder::on(area)
+        .margin(10)
+        .x_label_area_size(34)
+        .y_label_area_size(58)
+        .build_cartesian_2d(x.0..x.1, y.0..y.1)?;
+    chart
+        .configure_mesh()
+        .bold_line_style(GREY.mix(0.7))
+        .light_line_style(GREY.mix(0.0))
+        .axis_style(GREY)
+        .label_style(("sans-serif", 12, &TEXT))
+        .x_desc(x_name)
+        .y_desc(y_name)
+        .x_label_formatter(&x_text)
+        .y_label_formatter(&y_text)
+        .draw()?;
+    Ok(chart)
+}
 
 /// What the axes span: all points, with some air above and below.
 fn ranges(points: &[(f64, f64)]) -> Option<(Range, Range)> {
