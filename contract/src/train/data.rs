@@ -1,0 +1,123 @@
+//! Where rows come from, and how they are split.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DataSpec {
+    /// Rows of all sources together are the dataset. A source's name is a slice that metrics and gates can name.
+    #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub sources: Vec<Source>,
+    /// Parts for training, validation and test. A row's part depends on its text and the seed alone, so a row that was held out
+    /// once stays held out in every retraining.
+    #[serde(default)]
+    pub split: SplitSpec,
+}
+
+/// One source of rows: exactly one of `uri` and `kafka`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "has(self.uri) != has(self.kafka)", "message": "set exactly one of uri and kafka"}]))]
+pub struct Source {
+    /// Name of the source, also the name of its slice in metrics and gates.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// A file: s3://, gs://, az://, https://, file://. The format follows the name: .jsonl, .csv, .tsv.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
+    pub uri: Option<String>,
+    /// Labelled requests of a ModelDeployment: predictions joined with their feedback inside exact offset ranges.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kafka: Option<KafkaSource>,
+    /// Names of the columns (or JSON keys) that hold text and label.
+    #[serde(default)]
+    pub columns: Columns,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Columns {
+    /// Column with the text.
+    #[serde(default = "text_column")]
+    #[schemars(length(min = 1, max = 256))]
+    pub text: String,
+    /// Column with the label.
+    #[serde(default = "label_column")]
+    #[schemars(length(min = 1, max = 256))]
+    pub label: String,
+}
+
+fn text_column() -> String {
+    "text".into()
+}
+
+fn label_column() -> String {
+    "label".into()
+}
+
+impl Default for Columns {
+    fn default() -> Self {
+        Self { text: text_column(), label: label_column() }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaSource {
+    /// host:port, comma separated.
+    #[schemars(length(min = 1, max = 1024))]
+    pub bootstrap_servers: String,
+    /// The deployment's topic.
+    #[schemars(length(min = 1, max = 249))]
+    pub topic: String,
+    /// The ranges to read, each from `begin` up to but not including `end`.
+    #[schemars(length(min = 1, max = 1024))]
+    pub ranges: Vec<OffsetRange>,
+}
+
+/// Offsets of one partition, `begin <= offset < end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{"rule": "self.begin <= self.end", "message": "begin must not be after end"}]))]
+pub struct OffsetRange {
+    /// Partition of the topic.
+    #[schemars(range(min = 0))]
+    pub partition: i32,
+    /// First offset.
+    #[schemars(range(min = 0))]
+    pub begin: i64,
+    /// Offset after the last.
+    #[schemars(range(min = 0))]
+    pub end: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.validationPercent + self.testPercent < 100", "message": "validationPercent and testPercent leave no rows to train on"}]))]
+pub struct SplitSpec {
+    /// Percent of rows for choosing the best checkpoint.
+    #[serde(default = "ten")]
+    #[schemars(range(min = 1, max = 50))]
+    pub validation_percent: u8,
+    /// Percent of rows for the final metrics and gates; never trained or tuned on.
+    #[serde(default = "ten")]
+    #[schemars(range(min = 1, max = 50))]
+    pub test_percent: u8,
+    /// Another seed gives another split.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub seed: i64,
+}
+
+fn ten() -> u8 {
+    10
+}
+
+impl Default for SplitSpec {
+    fn default() -> Self {
+        Self { validation_percent: 10, test_percent: 10, seed: 0 }
+    }
+}
