@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, process::Command};
 
 /// Crates that each crate of ours may use of ours, and other crates it must not reach, directly or through others.
-const TABLE: [(&str, &[&str], &[&str]); 11] = [
+const TABLE: [(&str, &[&str], &[&str]); 13] = [
     ("contract", &[], &["kube", "tch", "tokio"]),
     ("telemetry", &[], &["kube", "tch"]),
     ("store", &["contract"], &["kube", "tch"]),
@@ -11,8 +11,10 @@ const TABLE: [(&str, &[&str], &[&str]); 11] = [
     ("torch", &["contract"], &["kube", "axum", "tonic", "rdkafka"]),
     ("models", &["contract", "torch"], &["kube", "axum", "tonic", "reqwest", "rdkafka"]),
     ("feedback", &["contract", "store", "telemetry"], &["tch"]),
-    ("operator", &["contract", "crds", "telemetry"], &["tch", "rdkafka"]),
-    ("trainer", &["contract", "feedback", "models", "store", "telemetry", "torch"], &[]),
+    ("data", &["contract", "feedback", "store", "telemetry"], &["kube", "tch"]),
+    ("search", &["contract"], &["kube", "tch", "tokio"]),
+    ("operator", &["contract", "crds", "search", "telemetry"], &["tch", "rdkafka"]),
+    ("trainer", &["contract", "feedback", "models", "search", "store", "telemetry", "torch"], &[]),
     ("serving", &["contract", "feedback", "models", "store", "telemetry", "torch"], &[]),
     ("tests", &["contract", "crds"], &["tch"]),
 ];

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::{CrossValidation, SearchSpec};
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = [
@@ -53,6 +55,10 @@ pub struct Hyperparameters {
     /// Adds l2 / 2 times the sum of the weights' squares to the objective; biases and normalisation weights are left out.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2: f64,
+    /// Dropout in the encoder, of hidden states and attention. Absent: what the model's config.json says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 0.9))]
+    pub dropout: Option<f64>,
     /// Largest global gradient norm; 0 turns clipping off.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub clip_norm: f64,
@@ -64,6 +70,12 @@ pub struct Hyperparameters {
     /// Longer texts are cut to this many tokens.
     #[schemars(range(min = 8, max = 8192))]
     pub max_sequence_length: u32,
+    /// Tries other values of some hyperparameters first, and trains with the best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search: Option<SearchSpec>,
+    /// Trains once for each fold and tells how the metrics spread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cross_validation: Option<CrossValidation>,
 }
 
 impl Default for Hyperparameters {
@@ -84,10 +96,13 @@ impl Default for Hyperparameters {
             weight_decay: 0.01,
             l1: 0.0,
             l2: 0.0,
+            dropout: None,
             clip_norm: 1.0,
             seed: 0,
             precision: Precision::Auto,
             max_sequence_length: 128,
+            search: None,
+            cross_validation: None,
         }
     }
 }

@@ -5,17 +5,21 @@ mod evaluate;
 mod execution;
 mod hyperparameters;
 mod model;
+mod search;
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::Decimal;
+
 pub use data::*;
 pub use evaluate::*;
 pub use execution::*;
 pub use hyperparameters::*;
 pub use model::*;
+pub use search::*;
 
 /// How a trainer process ended; the operator decides by these numbers.
 pub mod exit_code {

@@ -6,6 +6,7 @@ mod history;
 pub mod ops;
 pub mod page;
 mod progress;
+pub mod tensorboard;
 pub mod termination;
 
 use std::{

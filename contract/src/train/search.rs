@@ -1,0 +1,246 @@
+//! The search for hyperparameters: which are tried, how, and what a trial is judged by.
+
+use std::{fmt, str::FromStr};
+
+use schemars::JsonSchema;
+use serde::{
+    Deserialize, Serialize,
+    de::{IntoDeserializer, value::Error},
+};
+
+use super::Metric;
+
+/// Trials of the same training with other hyperparameters. The best of them, by its metric on the validation rows, is what the job
+/// trains with; the test rows are looked at once, after that.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "!has(self.asha) || self.algorithm == 'ASHA'", "message": "asha is for algorithm ASHA alone"}]))]
+pub struct SearchSpec {
+    /// How the next trial is chosen.
+    #[serde(default)]
+    pub algorithm: SearchAlgorithm,
+    /// Different assignments that are tried, failed ones included.
+    #[serde(default = "twenty")]
+    #[schemars(range(min = 1, max = 256))]
+    pub max_trials: u32,
+    /// Trials at the same time.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 64))]
+    pub parallelism: u32,
+    /// What a trial is judged by, on the validation rows.
+    #[serde(default)]
+    pub objective: SearchObjective,
+    /// The hyperparameters that are searched for; the others are as the job has them.
+    #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub parameters: Vec<SearchParameter>,
+    /// Settings of algorithm ASHA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asha: Option<AshaSpec>,
+    /// The same seed, specification and results give the same trials.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub seed: i64,
+}
+
+fn twenty() -> u32 {
+    20
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SearchAlgorithm {
+    /// Every trial is drawn on its own.
+    Random,
+    /// Trials are drawn where good ones were denser than bad ones: tree-structured Parzen estimators.
+    #[default]
+    TPE,
+    /// Random trials get a small budget first, and the better of them more: asynchronous successive halving.
+    ASHA,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SearchObjective {
+    /// Measured on the validation rows.
+    pub metric: Metric,
+    /// Which way is better.
+    pub goal: SearchGoal,
+}
+
+impl Default for SearchObjective {
+    fn default() -> Self {
+        Self { metric: Metric::Accuracy, goal: SearchGoal::Maximize }
+    }
+}
+
+impl SearchObjective {
+    /// The metric's key in `TrainSummary::metrics`, such as `validation/accuracy`.
+    pub fn key(&self) -> String {
+        let name = format!("{:?}", self.metric);
+        let (first, rest) = name.split_at(1);
+        format!("validation/{}{rest}", first.to_lowercase())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SearchGoal {
+    Maximize,
+    Minimize,
+}
+
+/// One hyperparameter: exactly one of `range`, `values` and `choices`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "[has(self.range), has(self.values), has(self.choices)].filter(given, given).size() == 1",
+     "message": "set exactly one of range, values and choices"},
+    {"rule": "has(self.choices) == (self.name in ['optimizer', 'schedule', 'precision'])",
+     "message": "choices is for optimizer, schedule and precision; range and values are for numbers"}]))]
+pub struct SearchParameter {
+    /// The hyperparameter.
+    pub name: ParameterName,
+    /// Every number between two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<ParameterRange>,
+    /// These numbers alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub values: Option<Vec<f64>>,
+    /// These names alone, such as AdamW and SGD.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 16), inner(length(min = 1, max = 63)))]
+    pub choices: Option<Vec<String>>,
+}
+
+/// Numbers from `min` to `max`, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.min < self.max", "message": "min must be below max"},
+    {"rule": "self.scale != 'Log' || self.min > 0.0", "message": "a Log scale needs min above 0"},
+    {"rule": "self.scale != 'Log' || !has(self.step)", "message": "step is for the Linear scale"},
+    {"rule": "!has(self.step) || self.step > 0.0", "message": "step must be above 0"}]))]
+pub struct ParameterRange {
+    /// Smallest.
+    pub min: f64,
+    /// Largest.
+    pub max: f64,
+    /// Whether differences or ratios are drawn evenly.
+    #[serde(default)]
+    pub scale: ParameterScale,
+    /// Distance between neighbours, counted from min. Absent: 1 for whole numbers, else none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ParameterScale {
+    #[default]
+    Linear,
+    /// For learning rates and penalties: 1e-5 to 1e-4 is drawn as often as 1e-4 to 1e-3.
+    Log,
+}
+
+/// Hyperparameters that can be searched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum ParameterName {
+    AccumulateSteps,
+    BatchSize,
+    Beta1,
+    Beta2,
+    ClipNorm,
+    Dropout,
+    Epochs,
+    Epsilon,
+    L1,
+    L2,
+    LearningRate,
+    MaxSequenceLength,
+    MaxSteps,
+    Momentum,
+    Optimizer,
+    Precision,
+    Schedule,
+    Seed,
+    WarmupRatio,
+    WeightDecay,
+}
+
+impl fmt::Display for ParameterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl FromStr for ParameterName {
+    type Err = Error;
+
+    /// The name as it is written in a manifest, such as `learningRate`.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::deserialize(text.into_deserializer())
+    }
+}
+
+/// Budgets of asynchronous successive halving: at most one of `minimumSteps` and `minimumEpochs`. The largest budget is the job's
+/// own maxSteps or epochs; each smaller one is the next larger one over the reduction factor, as long as the minimum is kept, and
+/// there are ten at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "!(has(self.minimumSteps) && has(self.minimumEpochs))", "message": "set minimumSteps or minimumEpochs, not both"}]))]
+pub struct AshaSpec {
+    /// One of so many trials goes on with so many times the budget.
+    #[schemars(range(min = 2, max = 16))]
+    pub reduction_factor: u32,
+    /// Fewest optimizer steps of a trial, where the job has maxSteps. Absent: a hundredth of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub minimum_steps: Option<u64>,
+    /// Fewest epochs of a trial, where the job has epochs. Absent: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub minimum_epochs: Option<u32>,
+}
+
+impl Default for AshaSpec {
+    fn default() -> Self {
+        Self { reduction_factor: 3, minimum_steps: None, minimum_epochs: None }
+    }
+}
+
+/// The rows that are not for the test, dealt into folds; each fold is the validation part of one training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CrossValidation {
+    /// Trainings, each without one fold.
+    #[schemars(range(min = 2, max = 20))]
+    pub folds: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_search_gets_every_default() {
+        let search: SearchSpec =
+            serde_json::from_str(r#"{"parameters": [{"name": "learningRate", "values": [1e-5, 5e-5]}]}"#).unwrap();
+        assert_eq!((search.algorithm, search.max_trials, search.parallelism), (SearchAlgorithm::TPE, 20, 1));
+        assert_eq!(search.objective.key(), "validation/accuracy");
+        assert_eq!(
+            SearchObjective { metric: Metric::MacroF1, goal: SearchGoal::Maximize }.key(),
+            "validation/macroF1",
+            "as the trainer names it"
+        );
+        assert_eq!("weightDecay".parse(), Ok(ParameterName::WeightDecay));
+        assert_eq!(ParameterName::L1.to_string(), "l1");
+        assert!("weightdecay".parse::<ParameterName>().unwrap_err().to_string().contains("weightDecay"));
+        let again = serde_json::to_string(&search).unwrap();
+        assert_eq!(serde_json::from_str::<SearchSpec>(&again).unwrap(), search);
+    }
+}
