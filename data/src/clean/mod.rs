@@ -68,6 +68,9 @@ pub struct Cleaner {
     report: CleaningReport,
 }
 
+/// What a step makes of a text; `None` if it is in order.
+type Apply = fn(&str) -> Option<String>;
+
 /// A step's change, kept until it is known what of it may be shown.
 struct Change {
     step: Step,
@@ -95,7 +98,7 @@ impl Cleaner {
         self.report.rows += 1;
         let mut current = Cow::Borrowed(text);
         let mut changes = Vec::new();
-        let steps: [(bool, Step, fn(&str) -> Option<String>); 3] = [
+        let steps: [(bool, Step, Apply); 3] = [
             (self.remove_control_characters, Step::RemoveControlCharacters, normalize::without_control_characters),
             (self.normalize_unicode, Step::NormalizeUnicode, normalize::composed),
             (self.collapse_whitespace, Step::CollapseWhitespace, normalize::collapsed_whitespace),
