@@ -3,12 +3,17 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::CleanSpec;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DataSpec {
     /// Rows of all sources together are the dataset. A source's name is a slice that metrics and gates can name.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub sources: Vec<Source>,
+    /// What is done to texts before they are used. Absent: nothing, but that a text which occurs twice in a source is kept once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clean: Option<CleanSpec>,
     /// Parts for training, validation and test. A row's part depends on its text and the seed alone, so a row that was held out
     /// once stays held out in every retraining.
     #[serde(default)]
@@ -24,16 +29,40 @@ pub struct Source {
     /// Name of the source, also the name of its slice in metrics and gates.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub name: String,
-    /// A file: s3://, gs://, az://, https://, file://. The format follows the name: .jsonl, .csv, .tsv.
+    /// A file, or the files that a pattern with `*`, `**`, `?`, `[...]` or `{a,b}` matches: s3://, gs://, az://, file://, and
+    /// hf://datasets/OWNER/NAME[@REVISION]/PATH; one file by http:// and https://. The format follows the name: .jsonl, .csv,
+    /// .tsv, .parquet, .txt (a row a line), .pdf (a row a page), .html (a row a file), each also with .gz or .zst behind it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
+    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file|hf)://.+"))]
     pub uri: Option<String>,
+    /// The format, where the name does not tell it. A compression is told by the name alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DataFormat>,
     /// Labelled requests of a ModelDeployment: predictions joined with their feedback inside exact offset ranges.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kafka: Option<KafkaSource>,
-    /// Names of the columns (or JSON keys) that hold text and label.
+    /// Names of the columns (or JSON keys) that hold text, label, pair and group.
     #[serde(default)]
     pub columns: Columns,
+}
+
+/// How a file holds rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum DataFormat {
+    /// A JSON object a line.
+    JsonLines,
+    /// Values separated by commas, with a header and quotes as of RFC 4180.
+    Csv,
+    /// Values separated by tabs, with a header; quotes are part of the text.
+    Tsv,
+    /// Apache Parquet; text, number or boolean columns at the top level.
+    Parquet,
+    /// A row a line, without labels.
+    Text,
+    /// A row a page with text, without labels.
+    Pdf,
+    /// A row a file, without labels: its text, without scripts and styles.
+    Html,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,10 +72,18 @@ pub struct Columns {
     #[serde(default = "text_column")]
     #[schemars(length(min = 1, max = 256))]
     pub text: String,
-    /// Column with the label.
+    /// Column with the label. It may be absent where the task needs no labels.
     #[serde(default = "label_column")]
     #[schemars(length(min = 1, max = 256))]
     pub label: String,
+    /// Column with a second text, for tasks about pairs such as a question and its answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub pair: Option<String>,
+    /// Column with a key, such as an author or a document: rows of one key are all in one part of the split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub group: Option<String>,
 }
 
 fn text_column() -> String {
@@ -59,7 +96,7 @@ fn label_column() -> String {
 
 impl Default for Columns {
     fn default() -> Self {
-        Self { text: text_column(), label: label_column() }
+        Self { text: text_column(), label: label_column(), pair: None, group: None }
     }
 }
 
@@ -110,6 +147,14 @@ pub struct SplitSpec {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
+    /// Exact shares within each label, instead of shares in expectation. A row's part then depends on the other rows too: a
+    /// retraining with more rows may move some.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub stratify: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn ten() -> u8 {
@@ -118,6 +163,6 @@ fn ten() -> u8 {
 
 impl Default for SplitSpec {
     fn default() -> Self {
-        Self { validation_percent: 10, test_percent: 10, seed: 0 }
+        Self { validation_percent: 10, test_percent: 10, seed: 0, stratify: false }
     }
 }

@@ -1,0 +1,376 @@
+use std::{
+    io::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use ::parquet::{
+    data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int32Type, Int64Type},
+    file::writer::SerializedFileWriter,
+    schema::parser::parse_message_type,
+};
+use athanor_contract::train::Columns;
+
+use super::*;
+use crate::{Rows, read::Builder};
+
+/// Parses a file by its name.
+fn parse_all(name: &str, bytes: &[u8], columns: &Columns, needs_labels: bool) -> Result<Rows, String> {
+    let count = Arc::<AtomicU64>::default();
+    let read = || {
+        let (format, compression) = of_name(name, None)?;
+        let mut builder = Builder::new(None)?;
+        builder.begin_source(0);
+        let mut reading = Reading::new(name, columns, needs_labels, count.clone(), builder);
+        parse(format, compression, bytes, &mut reading)?;
+        Ok(reading.into_builder().finish().0)
+    };
+    let rows = read().map_err(|error: DataError| {
+        assert!(matches!(error, DataError::User(_)), "the user's: {error}");
+        error.to_string()
+    })?;
+    assert!(count.load(Ordering::Relaxed) >= rows.len() as u64);
+    Ok(rows)
+}
+
+fn texts(name: &str, bytes: &[u8]) -> Result<Vec<(String, String)>, String> {
+    let rows = parse_all(name, bytes, &Columns::default(), true)?;
+    Ok((0..rows.len()).map(|row| (rows.text(row).to_owned(), rows.label(row).unwrap_or_default().to_owned())).collect())
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zstandard(bytes: &[u8]) -> Vec<u8> {
+    zstd::encode_all(bytes, 1).unwrap()
+}
+
+/// Text, label, pair and group as columns of different types; the second label is null.
+fn parquet_file() -> Vec<u8> {
+    let schema = "message rows { required binary text (UTF8); optional int64 label; required double score; \
+                  required boolean flag; required int32 small (UINT_32); repeated binary tags (UTF8); \
+                  required int32 day (DATE); required binary raw; }";
+    let schema = Arc::new(parse_message_type(schema).unwrap());
+    let mut bytes = Vec::new();
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Default::default()).unwrap();
+    for group in 0..2 {
+        let text = |text: &str| ByteArray::from(format!("{text}{group}").into_bytes());
+        let mut row_group = writer.next_row_group().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[text("it's "), text("b")], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&[-1], Some(&[1, 0]), None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<DoubleType>().write_batch(&[1.0, 0.5], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<BoolType>().write_batch(&[true, false], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<Int32Type>().write_batch(&[-1, 7], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[text("t"), text("u")], Some(&[1, 1]), Some(&[0, 0])).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        column.typed::<Int32Type>().write_batch(&[1, 2], None, None).unwrap();
+        column.close().unwrap();
+        let mut column = row_group.next_column().unwrap().unwrap();
+        let raw = [ByteArray::from("fine"), ByteArray::from(vec![0xff, 0xfe])];
+        column.typed::<ByteArrayType>().write_batch(&raw, None, None).unwrap();
+        column.close().unwrap();
+        row_group.close().unwrap();
+    }
+    writer.close().unwrap();
+    bytes
+}
+
+/// A PDF with a line of text on each page, uncompressed.
+fn pdf_file(pages: &[&str]) -> Vec<u8> {
+    let kids: Vec<String> = (0..pages.len()).map(|page| format!("{} 0 R", 4 + 2 * page)).collect();
+    let mut objects = vec![
+        "<< /Type /Catalog /Pages 2 0 R >>".to_owned(),
+        format!("<< /Type /Pages /Kids [{}] /Count {} >>", kids.join(" "), pages.len()),
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>".to_owned(),
+    ];
+    for (page, text) in pages.iter().enumerate() {
+        objects.push(format!(
+            "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >> /Contents {} 0 R >>",
+            5 + 2 * page
+        ));
+        let content = if text.is_empty() { String::new() } else { format!("BT /F1 12 Tf 72 700 Td ({text}) Tj ET") };
+        objects.push(format!("<< /Length {} >>\nstream\n{content}\nendstream", content.len()));
+    }
+    let mut file = "%PDF-1.4\n".to_owned();
+    let mut offsets = Vec::new();
+    for (index, object) in objects.iter().enumerate() {
+        offsets.push(file.len());
+        file.push_str(&format!("{} 0 obj\n{object}\nendobj\n", index + 1));
+    }
+    let start = file.len();
+    file.push_str(&format!("xref\n0 {}\n0000000000 65535 f \n", objects.len() + 1));
+    offsets.iter().for_each(|offset| file.push_str(&format!("{offset:010} 00000 n \n")));
+    file.push_str(&format!("trailer\n<< /Size {} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n", objects.len() + 1));
+    file.into_bytes()
+}
+
+#[test]
+fn formats_with_columns_give_the_same_rows() {
+    let expected = Ok(vec![("it's \"fine\"".to_owned(), "1".to_owned()), ("b".to_owned(), "0".to_owned())]);
+    for (name, content) in [
+        (
+            "x.jsonl",
+            "{\"text\": \"it's \\\"fine\\\"\", \"label\": 1}\n\n{\"label\": \"0\", \"text\": \"b\", \"more\": [{\"a\": 1}]}\n",
+        ),
+        (
+            "x.ndjson",
+            "\u{feff}{\"label\": 1, \"\\u0074ext\": \"it's \\\"fine\\\"\"}\r\n{\"label\": \"0\", \"text\": \"b\"}",
+        ),
+        ("x.csv", "\u{feff}label,text\n1,\"it's \"\"fine\"\"\"\n0,b\n"),
+        ("s3://b/x.TSV", "text\tlabel\nit's \"fine\"\t1\nb\t0"),
+        ("s3://b/x.tsv?version=7", "text\tlabel\nit's \"fine\"\t1\nb\t0"),
+    ] {
+        assert_eq!(texts(name, content.as_bytes()), expected, "{name}");
+        for compressed in [format!("{name}.gz"), format!("{name}.zst")] {
+            if !name.contains('?') {
+                let bytes =
+                    if compressed.ends_with("gz") { gzip(content.as_bytes()) } else { zstandard(content.as_bytes()) };
+                assert_eq!(texts(&compressed, &bytes), expected, "{compressed}");
+            }
+        }
+    }
+    // Several members or frames are one file, as gzip and zstd themselves have it.
+    let two = [gzip(b"{\"text\": \"it's \\\"fine\\\"\", \"label\": 1}\n"), gzip(b"{\"text\": \"b\", \"label\": 0}\n")]
+        .concat();
+    assert_eq!(texts("x.jsonl.gz", &two), expected);
+    let two = [zstandard(b"text,label\n\"it's \"\"fine\"\"\",1\n"), zstandard(b"b,0\n")].concat();
+    assert_eq!(texts("x.csv.zst", &two), expected);
+}
+
+#[test]
+fn numbers_and_booleans_are_labels_as_json_writes_them() {
+    let lines =
+        b"{\"text\": \"a\", \"label\": 1.0}\n{\"text\": \"b\", \"label\": -3}\n{\"text\": \"c\", \"label\": true}\n\
+                  {\"text\": 12, \"label\": 1e3}";
+    let labels: Vec<_> = texts("x.jsonl", lines).unwrap().into_iter().map(|(_, label)| label).collect();
+    assert_eq!(labels, ["1.0", "-3", "true", "1000.0"]);
+}
+
+#[test]
+fn pairs_groups_and_rows_without_labels() {
+    let columns = Columns {
+        text: "question".into(),
+        pair: Some("answer".into()),
+        group: Some("page".into()),
+        ..Columns::default()
+    };
+    for (name, content) in [
+        (
+            "x.jsonl",
+            "{\"question\": \"q\", \"answer\": \"a\", \"page\": 7, \"label\": null}\n{\"question\": \"q\", \"answer\": \"b\", \"page\": 7}\n",
+        ),
+        ("x.csv", "page,answer,question,label\n7,a,q,\n7,b,q, \n"),
+        ("x.tsv", "page\tanswer\tquestion\n7\ta\tq\n7\tb\tq\n"),
+    ] {
+        let rows = parse_all(name, content.as_bytes(), &columns, false).unwrap();
+        assert_eq!(rows.len(), 2, "{name}: another pair is another row");
+        let all = |row| (rows.text(row), rows.pair(row), rows.group(row), rows.label(row));
+        assert_eq!((all(0), all(1)), (("q", Some("a"), Some("7"), None), ("q", Some("b"), Some("7"), None)), "{name}");
+        assert!(parse_all(name, content.as_bytes(), &columns, true).is_err(), "{name}: labels are needed");
+    }
+    let missing = parse_all("x.jsonl", b"{\"question\": \"q\", \"answer\": \"a\"}", &columns, false).unwrap_err();
+    assert_eq!(missing, "x.jsonl row 1: field \"page\" is missing");
+    let missing = parse_all("x.csv", b"question,answer\nq,a\n", &columns, false).unwrap_err();
+    assert_eq!(missing, "x.csv row 1: no column is named \"page\", the header has: question, answer");
+    let empty = parse_all("x.csv", b"question,answer,page\nq,,7\n", &columns, false).unwrap_err();
+    assert_eq!(empty, "x.csv row 2: field \"answer\" is empty");
+    // One column may serve twice.
+    let columns = Columns { group: Some("label".into()), ..Columns::default() };
+    let rows = parse_all("x.jsonl", b"{\"text\": \"q\", \"label\": \"a\"}", &columns, true).unwrap();
+    assert_eq!((rows.label(0), rows.group(0)), (Some("a"), Some("a")));
+}
+
+#[test]
+fn a_label_that_comes_later_is_taken() {
+    let lines = b"{\"text\": \"a\"}\n{\"text\": \"b\", \"label\": \"x\"}\n{\"text\": \"a\", \"label\": \"y\"}\n{\"text\": \"b\", \"label\": \"z\"}";
+    let rows = parse_all("x.jsonl", lines, &Columns::default(), false).unwrap();
+    assert_eq!((rows.len(), rows.label(0), rows.label(1)), (2, Some("y"), Some("x")));
+}
+
+#[test]
+fn parquet_columns_are_text_numbers_or_booleans() {
+    let file = parquet_file();
+    let columns = |text: &str, label: &str| Columns { text: text.into(), label: label.into(), ..Columns::default() };
+    let read = |text: &str, label: &str, needs_labels: bool| {
+        parse_all("x.parquet", &file, &columns(text, label), needs_labels).map(|rows| {
+            (0..rows.len())
+                .map(|row| format!("{}={}", rows.text(row), rows.label(row).unwrap_or("-")))
+                .collect::<Vec<_>>()
+        })
+    };
+    assert_eq!(read("text", "score", true).unwrap(), ["it's 0=1.0", "b0=0.5", "it's 1=1.0", "b1=0.5"]);
+    assert_eq!(read("text", "flag", true).unwrap()[..2], ["it's 0=true", "b0=false"]);
+    assert_eq!(read("text", "small", true).unwrap()[..2], ["it's 0=4294967295", "b0=7"]);
+    assert_eq!(read("text", "label", false).unwrap(), ["it's 0=-1", "b0=-", "it's 1=-1", "b1=-"]);
+    assert_eq!(read("text", "absent", false).unwrap()[0], "it's 0=-");
+    let rows = parse_all("x.parquet", &file, &columns("text", "score"), true).unwrap();
+    assert_eq!((rows.place(0), rows.place(3)), ("x.parquet row 1".into(), "x.parquet row 4".into()));
+    for compressed in [("x.parquet.gz", gzip(&file)), ("x.parquet.zst", zstandard(&file))] {
+        assert_eq!(parse_all(compressed.0, &compressed.1, &columns("text", "score"), true).unwrap().len(), 4);
+    }
+    assert_eq!(read("text", "label", true).unwrap_err(), "x.parquet row 2: field \"label\" is missing");
+    let absent = read("text", "absent", true).unwrap_err();
+    let names = "text, label, score, flag, small, tags, day, raw";
+    assert_eq!(absent, format!("x.parquet: no column is named \"absent\", the file has: {names}"));
+    assert_eq!(read("tags", "label", true).unwrap_err(), "x.parquet: column \"tags\" is not text");
+    assert_eq!(read("text", "day", true).unwrap_err(), "x.parquet: column \"day\" is not text");
+    assert_eq!(read("raw", "score", true).unwrap_err(), "x.parquet row 2: field \"raw\" is not UTF-8");
+    let mut cut = file.clone();
+    cut.truncate(file.len() - 9);
+    for (bytes, part) in [
+        (&b"PAR1 is how it begins"[..], "not a Parquet file: "),
+        (b"", "not a Parquet file: "),
+        (&cut, "not a Parquet file: "),
+    ] {
+        let error = parse_all("x.parquet", bytes, &Columns::default(), true).unwrap_err();
+        assert!(error.starts_with("x.parquet: ") && error.contains(part), "{error}");
+    }
+    let mut damaged = file.clone();
+    damaged[4..40].fill(0xee);
+    let error = parse_all("x.parquet", &damaged, &columns("text", "score"), true).unwrap_err();
+    assert!(error.starts_with("x.parquet row 1: damaged Parquet: "), "{error}");
+}
+
+#[test]
+fn documents_are_rows_without_labels() {
+    let read = |name: &str, bytes: &[u8]| {
+        parse_all(name, bytes, &Columns::default(), false).map(|rows| {
+            (0..rows.len()).map(|row| format!("{}: {}", rows.place(row), rows.text(row))).collect::<Vec<_>>()
+        })
+    };
+    assert_eq!(read("x.txt", b"one\n\n \t\ntwo\r\n").unwrap(), ["x.txt row 1: one", "x.txt row 4: two"]);
+    assert_eq!(read("x.html", b"<p>Tea &amp; cake<script>x</script>").unwrap(), ["x.html row 1: Tea & cake"]);
+    assert_eq!(read("x.htm.gz", &gzip(b"<p>Tea")).unwrap(), ["x.htm.gz row 1: Tea"]);
+    let pages = pdf_file(&["Hello page one", "", "And three"]);
+    assert_eq!(read("x.pdf", &pages).unwrap(), ["x.pdf row 1: Hello page one", "x.pdf row 3: And three"]);
+    assert_eq!(read("x.pdf.zst", &zstandard(&pages)).unwrap().len(), 2);
+
+    let cases: [(&str, &[u8], &str); 11] = [
+        ("x.txt", b"", "x.txt: the file is empty"),
+        ("x.txt", b"a\n\xc3\x28\n", "x.txt row 2: not UTF-8 (byte 2 of the file)"),
+        ("x.html", b"", "x.html: the file is empty"),
+        ("x.html", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.html: not HTML: the file is binary"),
+        ("x.html", b"<p>\n\xff", "x.html row 2: not UTF-8 (byte 4 of the file)"),
+        ("x.html", b"<script>1</script> ", "x.html: no text in the page"),
+        ("x.pdf", b"", "x.pdf: the file is empty"),
+        ("x.pdf", b"PK\x03\x04", "x.pdf: not a PDF"),
+        ("x.pdf", b"%PDF-1.4\nand no more", "x.pdf: not readable as PDF: "),
+        ("x.pdf", &pdf_file(&["", ""]), "x.pdf: no text on its 2 pages: pictures of text need optical"),
+        ("x.pdf.gz", b"%PDF-1.4", "x.pdf.gz row 1: the file is cut off or damaged: "),
+    ];
+    for (name, content, part) in cases {
+        let error = read(name, content).unwrap_err();
+        assert!(error.starts_with(part), "{error}");
+    }
+    let labels = parse_all("x.txt", b"a", &Columns::default(), true).unwrap_err();
+    assert!(
+        labels.starts_with("x.txt: the task needs labels, and files of the format Text have none: give rows"),
+        "{labels}"
+    );
+    let pair = Columns { pair: Some("b".into()), ..Columns::default() };
+    assert!(
+        parse_all("x.html", b"a", &pair, false)
+            .unwrap_err()
+            .starts_with("x.html: files of the format Html have no columns.pair")
+    );
+    let group = Columns { group: Some("b".into()), ..Columns::default() };
+    assert!(
+        parse_all("x.pdf", b"a", &group, false)
+            .unwrap_err()
+            .starts_with("x.pdf: files of the format Pdf have no columns.group")
+    );
+}
+
+#[test]
+fn errors_name_file_row_and_field() {
+    let row = "{\"text\": \"a\", \"label\": \"b\"}\n";
+    let cases: [(&str, &[u8], &str); 18] = [
+        ("x.jsonl", &[row, "{\"text\": \"a\"}"].concat().into_bytes(), "x.jsonl row 2: field \"label\" is missing"),
+        ("x.jsonl", b"{\"text\": [], \"label\": \"b\"}", "x.jsonl row 1: field \"text\" is not text"),
+        ("x.jsonl", b"{\"text\": \"a\", \"label\": null}", "x.jsonl row 1: field \"label\" is not text"),
+        ("x.jsonl", b"{\"text\": \"a\", \"label\": {\"b\": 1}}", "x.jsonl row 1: field \"label\" is not text"),
+        ("x.jsonl", b"\n[1]", "x.jsonl row 2: not a JSON object"),
+        ("x.jsonl", b"{", "x.jsonl row 1: not JSON"),
+        ("x.jsonl", b"nonsense", "x.jsonl row 1: not JSON"),
+        ("x.jsonl", b"{\"text\": \"a\", \"label\": \"b\"} {}", "x.jsonl row 1: not JSON: trailing characters"),
+        ("x.jsonl", &[row.as_bytes(), b"\xff"].concat(), "x.jsonl row 2: not UTF-8 (byte 28 of the file)"),
+        ("x.jsonl", b" \n\n", "x.jsonl: the file is empty"),
+        ("x.csv", b"text,class\na,b\n", "x.csv row 1: no column is named \"label\", the header has: text, class"),
+        ("x.csv", b"text,label\na,b\n ,b\n", "x.csv row 3: field \"text\" is empty"),
+        ("x.csv", b"text,label\na,b,c\n", "x.csv row 2: "),
+        ("x.csv", b"text,label\na,b\n\xff,b\n", "x.csv row 3: field \"text\" is not UTF-8"),
+        ("x.csv", b"text,\xff\na,b\n", "x.csv row 1: "),
+        ("x.csv", b"\n", "x.csv: the file is empty"),
+        (
+            "x.docx",
+            b"PK",
+            "has to end in .jsonl, .csv, .tsv, .parquet, .txt, .pdf or .html, each also with .gz or .zst behind it",
+        ),
+        ("folder.csv/x", b"", "has to end in .jsonl, .csv"),
+    ];
+    for (name, content, part) in cases {
+        let error = texts(name, content).unwrap_err();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_compressed_file_that_is_cut_off_or_none_is_named() {
+    let lines: String =
+        (0..2000_u64).map(|n| format!("{{\"text\": \"text {n} {}\", \"label\": \"x\"}}\n", n * n * 7919)).collect();
+    for (name, whole) in [("x.jsonl.gz", gzip(lines.as_bytes())), ("x.jsonl.zst", zstandard(lines.as_bytes()))] {
+        assert_eq!(texts(name, &whole).unwrap().len(), 2000);
+        let error = texts(name, &whole[..whole.len() / 2]).unwrap_err();
+        assert!(
+            error.starts_with(&format!("{name} row ")) && error.contains(": the file is cut off or damaged: "),
+            "{error}"
+        );
+        let error = texts(name, &whole[..whole.len() - 1]).unwrap_err();
+        assert!(error.contains("the file is cut off or damaged"), "{error}");
+        let error = texts(name, lines.as_bytes()).unwrap_err();
+        assert!(error.starts_with(&format!("{name} row 1: the file is cut off or damaged: ")), "{error}");
+        let csv = texts(&name.replace("jsonl", "csv"), &whole[..whole.len() / 2]).unwrap_err();
+        assert!(csv.contains("the file is cut off or damaged") || csv.contains("no column"), "{csv}");
+        assert!(texts(name, b"").is_err());
+    }
+}
+
+#[test]
+fn a_row_longer_than_64_mib_is_refused() {
+    let long = "x".repeat(LONGEST_ROW + 1);
+    let csv = texts("x.csv", format!("text,label\na,b\n\"{long}{}", "y".repeat(1 << 20)).as_bytes()).unwrap_err();
+    assert!(csv.ends_with(": longer than 64 MiB") && csv.starts_with("x.csv row "), "{csv}");
+    assert_eq!(texts("x.jsonl", format!("\n{long}").as_bytes()).unwrap_err(), "x.jsonl row 2: longer than 64 MiB");
+    let text = parse_all("x.txt", long.as_bytes(), &Columns::default(), false).unwrap_err();
+    assert_eq!(text, "x.txt row 1: longer than 64 MiB");
+    let html = parse_all("x.html", long.as_bytes(), &Columns::default(), false).unwrap_err();
+    assert_eq!(html, "x.html: longer than 64 MiB");
+    // As long as is allowed.
+    let text = parse_all("x.txt", &long.as_bytes()[1..], &Columns::default(), false).unwrap();
+    assert_eq!(text.text(0).len(), LONGEST_ROW);
+}
+
+#[test]
+fn a_given_format_goes_before_the_ending() {
+    let given = of_name("s3://b/part-0001", Some(DataFormat::Csv)).unwrap();
+    assert_eq!(given, (DataFormat::Csv, Compression::None));
+    assert_eq!(of_name("x.txt.gz", Some(DataFormat::JsonLines)).unwrap(), (DataFormat::JsonLines, Compression::Gzip));
+    assert_eq!(of_name("https://h/x.PARQUET?a=b.csv#c", None).unwrap(), (DataFormat::Parquet, Compression::None));
+}

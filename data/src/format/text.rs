@@ -1,0 +1,19 @@
+//! Plain text: a row a line, without labels.
+
+use std::io::BufRead;
+
+use super::lines::Lines;
+use crate::{DataError, read::Reading, rows::Fields};
+
+pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), DataError> {
+    let mut lines = Lines::new(reader);
+    let mut is_empty = true;
+    while let Some((number, text)) = lines.next(reading)? {
+        is_empty = false;
+        // Blank in Unicode's sense, such as a no-break space alone.
+        if !text.trim().is_empty() {
+            reading.row(number, Fields { text, ..Fields::default() })?;
+        }
+    }
+    if is_empty { Err(reading.user("the file is empty")) } else { Ok(()) }
+}

@@ -1,0 +1,283 @@
+//! One source to rows: which files it means, their bytes as a stream, and the digest of what was read.
+
+mod hub;
+mod object;
+mod pipe;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use athanor_contract::{
+    artifact::sha256_hex,
+    train::{KafkaSource, Source},
+};
+use athanor_feedback::LabelledRow;
+use bytes::Bytes;
+use futures::{TryStreamExt, stream::BoxStream};
+use globset::{GlobBuilder, GlobMatcher};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    DataError, Progress,
+    format::{self, Compression},
+    progress::Report,
+    read::{Builder, Reading},
+    rows::{Fields, Origin},
+    strings::Strings,
+};
+use athanor_contract::train::DataFormat;
+
+pub(crate) use hub::Hub;
+
+/// Bytes that go to the parser at once.
+const CHUNK: usize = 256 << 10;
+
+/// What reading a source needs beside it.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub needs_labels: bool,
+    pub report: Report<'a>,
+    pub hub: &'a Hub,
+}
+
+/// A file of a source.
+enum Input {
+    Object(object::Object),
+    Hub(hub::HubFile),
+}
+
+/// A file's bytes.
+struct Opened {
+    size: u64,
+    bytes: BoxStream<'static, Result<Bytes, DataError>>,
+}
+
+impl Input {
+    fn uri(&self) -> &str {
+        match self {
+            Self::Object(object) => object.uri(),
+            Self::Hub(file) => file.uri(),
+        }
+    }
+
+    /// Where it is known before the file is opened.
+    fn size(&self) -> Option<u64> {
+        match self {
+            Self::Object(object) => object.size(),
+            Self::Hub(_) => None,
+        }
+    }
+
+    async fn open(&self) -> Result<Opened, DataError> {
+        match self {
+            Self::Object(object) => object.open().await,
+            Self::Hub(file) => file.open().await,
+        }
+    }
+}
+
+/// Reads a source onto the rows of those before it. Also returns the digest of its content, or of its rows in the offset ranges.
+pub(crate) async fn read(
+    source: &Source,
+    index: usize,
+    mut builder: Builder,
+    context: Context<'_>,
+) -> Result<(String, Builder), DataError> {
+    let name = &source.name;
+    builder.begin_source(index);
+    let (digest, from, builder) = match (&source.uri, &source.kafka) {
+        (None, Some(kafka)) => {
+            let digest = read_topic(name, kafka, &mut builder, context).await?;
+            (digest, format!("the offset ranges of topic {}", kafka.topic), builder)
+        }
+        (Some(uri), None) => {
+            let (digest, builder) = read_files(source, uri, builder, context).await?;
+            (digest, uri.clone(), builder)
+        }
+        _ => return Err(DataError::User(format!("source {name}: set exactly one of uri and kafka"))),
+    };
+    if builder.rows_of_source() == 0 {
+        let labelled = if context.needs_labels { "labelled " } else { "" };
+        return Err(DataError::User(format!("source {name}: no {labelled}rows in {from}")));
+    }
+    Ok((digest, builder))
+}
+
+/// Rows of a topic, each text at its first place with its newest label.
+async fn read_topic(
+    name: &str,
+    kafka: &KafkaSource,
+    builder: &mut Builder,
+    context: Context<'_>,
+) -> Result<String, DataError> {
+    let snapshot = athanor_feedback::read_rows(kafka).await?;
+    let read = snapshot.rows.len() as u64;
+    let rows = if builder.drops_duplicates() { newest_of_each_text(snapshot.rows) } else { snapshot.rows };
+    let mut events = Strings::default();
+    rows.iter().for_each(|row| events.push(&row.id));
+    builder.begin_file(Origin::Topic { topic: kafka.topic.clone(), events });
+    for (number, row) in (0..).zip(&rows) {
+        let fields = Fields { text: &row.text, label: Some(&row.label), ..Fields::default() };
+        builder.row(number, fields);
+    }
+    (context.report)(Progress { source: name, file: &kafka.topic, bytes_read: 0, bytes_total: None, rows: read });
+    Ok(snapshot.digest)
+}
+
+fn newest_of_each_text(rows: Vec<LabelledRow>) -> Vec<LabelledRow> {
+    let mut kept: Vec<LabelledRow> = Vec::with_capacity(rows.len());
+    let mut places: HashMap<String, usize> = HashMap::with_capacity(rows.len());
+    for row in rows {
+        match places.get(&row.text) {
+            Some(&place) => kept[place] = row,
+            None => {
+                places.insert(row.text.clone(), kept.len());
+                kept.push(row);
+            }
+        }
+    }
+    kept
+}
+
+/// Rows of the files that a URI means, in the order of their names.
+async fn read_files(
+    source: &Source,
+    uri: &str,
+    mut builder: Builder,
+    context: Context<'_>,
+) -> Result<(String, Builder), DataError> {
+    let is_pattern = is_pattern(uri);
+    let inputs = if uri.starts_with("hf://") {
+        context.hub.files(uri).await?.into_iter().map(Input::Hub).collect()
+    } else if is_pattern {
+        object::matching(uri).await?.into_iter().map(Input::Object).collect()
+    } else {
+        vec![Input::Object(object::Object::at(uri)?)]
+    };
+    // A format that nothing can be done about is said before anything is read.
+    let kinds: Vec<_> =
+        inputs.iter().map(|input| format::of_name(input.uri(), source.format)).collect::<Result<_, _>>()?;
+    let mut position = Position {
+        source: &source.name,
+        read: 0,
+        total: inputs.iter().map(Input::size).sum(),
+        rows: Arc::default(),
+        report: context.report,
+    };
+    let mut digests = Vec::with_capacity(inputs.len());
+    for (input, &kind) in inputs.iter().zip(&kinds) {
+        let reading = Reading::new(input.uri(), &source.columns, context.needs_labels, position.rows.clone(), builder);
+        let (digest, reading) = read_file(input, kind, reading, &mut position).await?;
+        builder = reading.into_builder();
+        digests.push((input.uri(), digest));
+    }
+    let digest = match &mut digests[..] {
+        // A file's digest is that of its bytes.
+        [(_, digest)] if !is_pattern => std::mem::take(digest),
+        digests => sha256_hex(&serde_json::to_vec(digests).map_err(|error| DataError::Other(error.to_string()))?),
+    };
+    Ok((digest, builder))
+}
+
+/// How far the reading of a source has come.
+struct Position<'a> {
+    source: &'a str,
+    read: u64,
+    total: Option<u64>,
+    rows: Arc<AtomicU64>,
+    report: Report<'a>,
+}
+
+impl Position<'_> {
+    fn report(&self, file: &str) {
+        (self.report)(Progress {
+            source: self.source,
+            file,
+            bytes_read: self.read,
+            bytes_total: self.total,
+            rows: self.rows.load(Ordering::Relaxed),
+        });
+    }
+}
+
+/// Streams a file into its parser, which has a thread of its own. Also returns the sha256 of the bytes as they are stored.
+async fn read_file(
+    input: &Input,
+    (format, compression): (DataFormat, Compression),
+    mut reading: Reading,
+    position: &mut Position<'_>,
+) -> Result<(String, Reading), DataError> {
+    let uri = input.uri();
+    let Opened { size, mut bytes } = input.open().await?;
+    if position.total.is_none() && position.read == 0 {
+        position.total = Some(size);
+    }
+    let (sender, pipe) = pipe::pipe();
+    let parsing =
+        tokio::task::spawn_blocking(move || format::parse(format, compression, pipe, &mut reading).map(|()| reading));
+    let mut digest = Sha256::new();
+    let (mut received, mut chunk) = (0, Vec::with_capacity(CHUNK));
+    // Parsers read to the end; one that ends before has found a mistake.
+    let mut has_ended = false;
+    while let Some(bytes) = bytes.try_next().await? {
+        digest.update(&bytes);
+        received += bytes.len() as u64;
+        chunk.extend_from_slice(&bytes);
+        if chunk.len() >= CHUNK {
+            position.read += chunk.len() as u64;
+            if sender.send(std::mem::replace(&mut chunk, Vec::with_capacity(CHUNK))).await.is_err() {
+                has_ended = true;
+                break;
+            }
+            position.report(uri);
+        }
+    }
+    if !has_ended {
+        if received != size {
+            return Err(DataError::Other(format!("{uri}: ended after {received} of {size} bytes")));
+        }
+        position.read += chunk.len() as u64;
+        let _ = sender.send(chunk).await;
+    }
+    drop(sender);
+    let reading = parsing.await.map_err(|error| {
+        if error.is_panic() {
+            // Only a library's reader of damaged files does that.
+            DataError::User(format!("{uri}: not readable: the file is damaged"))
+        } else {
+            DataError::Other(format!("{uri}: the reader was stopped"))
+        }
+    })??;
+    position.report(uri);
+    Ok((digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(), reading))
+}
+
+/// Whether a URI means the files that match it. In one of HTTP these characters are the server's matter.
+fn is_pattern(uri: &str) -> bool {
+    !uri.starts_with("http") && uri.contains(['*', '?', '[', '{'])
+}
+
+/// Divides a pattern into the folder above its first wildcard and what is below it.
+fn divide(pattern: &str) -> (&str, &str) {
+    let wildcard = pattern.find(['*', '?', '[', '{']).unwrap_or(pattern.len());
+    let slash = pattern[..wildcard].rfind('/').map_or(0, |slash| slash + 1);
+    pattern.split_at(slash)
+}
+
+fn matcher(uri: &str, pattern: &str) -> Result<GlobMatcher, DataError> {
+    let glob = GlobBuilder::new(pattern).literal_separator(true).build();
+    glob.map(|glob| glob.compile_matcher())
+        .map_err(|error| DataError::User(format!("{uri}: not a pattern of file names: {}", error.kind())))
+}
+
+fn nothing_matches(uri: &str) -> DataError {
+    DataError::User(format!("{uri}: no file matches"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,97 @@
+//! Files in object stores, by HTTP and in folders: everything that `athanor_store` opens.
+
+use athanor_store::Location;
+use futures::{StreamExt, TryStreamExt};
+
+use super::{Opened, divide, matcher, nothing_matches};
+use crate::DataError;
+
+pub(super) struct Object {
+    location: Location,
+    /// As the listing gave it.
+    size: Option<u64>,
+}
+
+impl Object {
+    pub fn at(uri: &str) -> Result<Self, DataError> {
+        Ok(Self { location: athanor_store::open(uri)?, size: None })
+    }
+
+    pub fn uri(&self) -> &str {
+        &self.location.uri
+    }
+
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    pub async fn open(&self) -> Result<Opened, DataError> {
+        let location = &self.location;
+        let found = match location.store.get_opts(&location.path, Default::default()).await {
+            Ok(found) => found,
+            Err(error) => return Err(explain(location, &error.to_string()).await),
+        };
+        let uri = location.uri.clone();
+        Ok(Opened {
+            size: found.meta.size,
+            bytes: found.into_stream().map_err(move |error| broken(&uri, &error)).boxed(),
+        })
+    }
+}
+
+/// The objects that match a pattern, by name.
+pub(super) async fn matching(uri: &str) -> Result<Vec<Object>, DataError> {
+    let (folder, pattern) = divide(uri);
+    let matcher = matcher(uri, pattern)?;
+    // A folder of another's root keeps its slash: `file://` alone is no URI.
+    let folder = if folder.trim_end_matches('/').ends_with(':') { folder } else { folder.trim_end_matches('/') };
+    let folder = if folder == "file://" { "file:///" } else { folder };
+    let base = athanor_store::open(folder)?;
+    let listed = if pattern.contains('/') || pattern.contains("**") {
+        base.store.list(Some(&base.path)).try_collect::<Vec<_>>().await
+    } else {
+        base.store.list_with_delimiter(Some(&base.path)).await.map(|found| found.objects)
+    };
+    let listed = match listed {
+        Ok(listed) => listed,
+        Err(error) => {
+            return Err(match base.list().await {
+                Err(error) => error.into(),
+                Ok(_) => broken(&base.uri, &error),
+            });
+        }
+    };
+    let prefix = format!("{}/", base.path);
+    let mut objects: Vec<Object> = listed
+        .into_iter()
+        .filter_map(|object| {
+            let path = object.location.to_string();
+            let name = if base.path.as_ref().is_empty() { &path } else { path.strip_prefix(&prefix)? };
+            let uri = format!("{}/{name}", folder.trim_end_matches('/'));
+            let location = Location { store: base.store.clone(), path: object.location.clone(), uri };
+            matcher.is_match(name).then_some(Object { location, size: Some(object.size) })
+        })
+        .collect();
+    if objects.is_empty() {
+        return Err(nothing_matches(uri));
+    }
+    objects.sort_by(|a, b| a.uri().cmp(b.uri()));
+    Ok(objects)
+}
+
+/// The store's own word for why an object is not to be had: whether the user or time can mend it. It is asked once more, unless
+/// the client has tried again and again already, which is an outage.
+async fn explain(location: &Location, error: &str) -> DataError {
+    if !error.contains(" retries")
+        && let Err(error) = location.version().await
+    {
+        return error.into();
+    }
+    broken(&location.uri, &error)
+}
+
+fn broken(uri: &str, error: &impl std::fmt::Display) -> DataError {
+    let error: Vec<String> = error.to_string().split_whitespace().map(str::to_owned).collect();
+    let error: String = error.join(" ").chars().take(500).collect();
+    DataError::Other(format!("{uri}: the store does not answer: {error}"))
+}

@@ -1,0 +1,266 @@
+use std::sync::Mutex;
+
+use athanor_contract::train::{Columns, DataSpec};
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{Response, StatusCode, header},
+    response::IntoResponse,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
+
+use super::*;
+use crate::{Dataset, read::read_with};
+
+const ROWS: &str = "text,label\nalpha,x\nbeta,y\n";
+
+async fn read_uri(uri: String, hub: &Hub) -> Result<Dataset, DataError> {
+    let source = Source { name: "s".into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default() };
+    let spec = spec(source);
+    read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub }).await
+}
+
+/// As a manifest with this source alone gives it.
+fn spec(source: Source) -> DataSpec {
+    serde_json::from_value(serde_json::json!({"sources": [source]})).unwrap()
+}
+
+fn texts(data: &Dataset) -> Vec<&str> {
+    (0..data.rows.len()).map(|row| data.rows.text(row)).collect()
+}
+
+fn user(error: DataError) -> String {
+    assert!(matches!(error, DataError::User(_)), "the user's: {error}");
+    error.to_string()
+}
+
+fn other(error: DataError) -> String {
+    assert!(matches!(error, DataError::Other(_)), "not the user's: {error}");
+    error.to_string()
+}
+
+#[test]
+fn patterns_are_divided_at_the_folder_above() {
+    for (pattern, folder, below) in [
+        ("file:///d/*.jsonl", "file:///d/", "*.jsonl"),
+        ("s3://b/p/**/*.parquet", "s3://b/p/", "**/*.parquet"),
+        ("s3://b/p-{a,b}/x.csv", "s3://b/", "p-{a,b}/x.csv"),
+        ("plain/x.csv", "plain/", "x.csv"),
+    ] {
+        assert_eq!(divide(pattern), (folder, below));
+    }
+    assert!(is_pattern("s3://b/[ab].csv") && !is_pattern("https://h/x.csv?a=*") && !is_pattern("file:///x.csv"));
+}
+
+#[tokio::test]
+async fn a_pattern_means_the_files_that_match_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().canonicalize().unwrap();
+    std::fs::create_dir_all(root.join("deep/er")).unwrap();
+    for (name, text) in
+        [("b.csv", "b"), ("a.csv", "a"), ("deep/c.csv", "c"), ("deep/er/with space.csv", "d"), ("x.txt", "no")]
+    {
+        std::fs::write(root.join(name), format!("text,label\n{text},x\n")).unwrap();
+    }
+    let read =
+        |pattern: &str| read_uri(format!("file://{}/{pattern}", root.display()), &Hub { endpoint: None, token: None });
+    assert_eq!(texts(&read("*.csv").await.unwrap()), ["a", "b"]);
+    assert_eq!(texts(&read("**/*.csv").await.unwrap()), ["a", "b", "c", "d"]);
+    assert_eq!(texts(&read("deep/*/*.csv").await.unwrap()), ["d"]);
+    assert_eq!(texts(&read("{a,deep/c}.csv").await.unwrap()), ["a", "c"]);
+    let data = read("?.csv").await.unwrap();
+    assert_eq!(data.rows.place(1), format!("file://{}/b.csv row 2", root.display()));
+    let digest = read("**/*.csv").await.unwrap().digest;
+    std::fs::rename(root.join("a.csv"), root.join("z.csv")).unwrap();
+    assert_ne!(read("**/*.csv").await.unwrap().digest, digest);
+
+    assert!(user(read("*.jsonl").await.unwrap_err()).ends_with("/*.jsonl: no file matches"));
+    assert!(user(read("absent/*.csv").await.unwrap_err()).ends_with("/absent/*.csv: no file matches"));
+    assert!(user(read("[.csv").await.unwrap_err()).contains("/[.csv: not a pattern of file names: "));
+    assert!(user(read("**").await.unwrap_err()).contains("x.txt: the task needs labels"));
+    assert!(user(read("absent.csv").await.unwrap_err()).ends_with("absent.csv: nothing there"));
+}
+
+#[tokio::test]
+async fn progress_tells_bytes_and_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let row = "{\"text\": \"a longer text, so that there is more than one piece of the file\", \"label\": 1}\n";
+    let content = row.repeat(20_000);
+    for name in ["a.jsonl", "b.jsonl"] {
+        std::fs::write(folder.path().join(name), &content).unwrap();
+    }
+    let seen = Mutex::new(Vec::new());
+    let uri = Some(format!("file://{}/*.jsonl", folder.path().display()));
+    let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
+    let spec = spec(source);
+    let report = |progress: Progress<'_>| {
+        seen.lock().unwrap().push((
+            progress.source.to_owned(),
+            progress.bytes_read,
+            progress.bytes_total,
+            progress.rows,
+        ));
+    };
+    let data = read_with(&spec, Context { needs_labels: true, report: &report, hub: &Hub::default() }).await.unwrap();
+    assert_eq!(data.rows.len(), 1);
+    let seen = seen.into_inner().unwrap();
+    let total = 2 * content.len() as u64;
+    assert!(seen.len() > 10 && seen.is_sorted_by_key(|moment| (moment.1, moment.3)), "{seen:?}");
+    assert_eq!(seen.last().unwrap(), &("s".to_owned(), total, Some(total), 40_000));
+}
+
+#[test]
+fn the_newest_label_of_a_topic_counts() {
+    let row = |id: &str, text: &str, label: &str| LabelledRow { id: id.into(), text: text.into(), label: label.into() };
+    let rows = vec![row("1/0", "a", "x"), row("2/0", "b", "x"), row("3/0", "a", "y")];
+    assert_eq!(newest_of_each_text(rows), [row("3/0", "a", "y"), row("2/0", "b", "x")]);
+}
+
+#[tokio::test]
+async fn a_source_is_a_uri_or_a_topic() {
+    let source = Source { name: "s".into(), uri: None, format: None, kafka: None, columns: Columns::default() };
+    let spec = spec(source);
+    let error =
+        read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub: &Hub::default() }).await.unwrap_err();
+    assert_eq!(user(error), "source s: set exactly one of uri and kafka");
+}
+
+/// Serves every request by one function, and returns the address.
+async fn serve<R: IntoResponse>(answer: impl Fn(Request) -> R + Clone + Send + Sync + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let answer = move |request: Request| {
+        let answer = answer(request).into_response();
+        async move { answer }
+    };
+    let router = Router::new().fallback(answer);
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    address
+}
+
+#[tokio::test]
+async fn files_come_by_http() {
+    let address = serve(|request: Request| match request.uri().path() {
+        "/rows.csv" => (StatusCode::OK, ROWS),
+        "/broken.csv" => (StatusCode::INTERNAL_SERVER_ERROR, "out of order"),
+        "/secret.csv" => (StatusCode::FORBIDDEN, "no"),
+        _ => (StatusCode::NOT_FOUND, "no such thing"),
+    })
+    .await;
+    let hub = Hub::default();
+    let read = |path: &str| read_uri(format!("{address}/{path}"), &hub);
+    assert_eq!(texts(&read("rows.csv?key=*").await.unwrap()), ["alpha", "beta"]);
+    assert_eq!(user(read("absent.csv").await.unwrap_err()), format!("{address}/absent.csv: nothing there"));
+    let error = user(read("secret.csv").await.unwrap_err());
+    assert!(error.starts_with(&format!("{address}/secret.csv: access refused")), "{error}");
+    let error = other(read("broken.csv").await.unwrap_err());
+    assert!(error.starts_with(&format!("{address}/broken.csv: the store does not answer: ")), "{error}");
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_short_is_no_file() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request).await;
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", ROWS.len() + 100);
+            let _ = stream.write_all(&[head.as_bytes(), ROWS.as_bytes()].concat()).await;
+        }
+    });
+    let error = other(read_uri(format!("http://{address}/rows.csv"), &Hub::default()).await.unwrap_err());
+    assert!(error.starts_with(&format!("http://{address}/rows.csv: ")), "{error}");
+}
+
+/// Answers as the Hub does: a listing of a revision, and files by range with digest and commit in the headers.
+async fn serve_hub() -> String {
+    serve(|request: Request| {
+        let path = request.uri().path().to_owned();
+        let refused = |status: StatusCode| Response::builder().status(status).body(Body::from("no")).unwrap();
+        if path.contains("/team/gated") {
+            match request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap()) {
+                Some("Bearer right") => {}
+                Some(_) => return refused(StatusCode::FORBIDDEN),
+                None => return refused(StatusCode::UNAUTHORIZED),
+            }
+        }
+        if path == "/api/datasets/team/rows/revision/main" {
+            let files = ["README.md", "data/a.csv", "data/b.csv", "data/deep/c.csv"];
+            let files: Vec<_> = files.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
+            let info = serde_json::json!({"sha": "abc", "siblings": files}).to_string();
+            return Response::builder()
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(Body::from(info))
+                .unwrap();
+        }
+        let content = match path.as_str() {
+            "/datasets/team/rows/resolve/main/data/a.csv" => ROWS.to_owned(),
+            "/datasets/team/rows/resolve/main/data/b.csv" => ROWS.replace("alpha", "gamma"),
+            "/datasets/team/rows/resolve/v1/data/a.csv" => ROWS.replace("alpha", "old"),
+            "/datasets/team/gated/resolve/main/a.csv" => ROWS.to_owned(),
+            _ => return refused(StatusCode::NOT_FOUND),
+        };
+        let range = request.headers().get(header::RANGE).map_or("bytes=0-", |range| range.to_str().unwrap());
+        let (begin, end) = range.trim_start_matches("bytes=").split_once('-').unwrap();
+        let begin: usize = begin.parse().unwrap();
+        let end = end.parse().unwrap_or(usize::MAX).min(content.len() - 1);
+        Response::builder()
+            .status(StatusCode::PARTIAL_CONTENT)
+            .header(header::CONTENT_RANGE, format!("bytes {begin}-{end}/{}", content.len()))
+            .header(header::ETAG, format!("\"{}\"", sha256_hex(content.as_bytes())))
+            .header("x-repo-commit", "abc")
+            .body(Body::from(content[begin..=end].to_owned()))
+            .unwrap()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn files_come_from_the_hub() {
+    let hub = Hub { endpoint: Some(serve_hub().await), token: None };
+    let read = |path: &str| read_uri(format!("hf://datasets/{path}"), &hub);
+    let data = read("team/rows/data/a.csv").await.unwrap();
+    assert_eq!(texts(&data), ["alpha", "beta"]);
+    assert_eq!(data.rows.place(0), "hf://datasets/team/rows/data/a.csv row 2");
+    assert_eq!(texts(&read("team/rows@v1/data/a.csv").await.unwrap()), ["old", "beta"]);
+    let data = read("team/rows/data/*.csv").await.unwrap();
+    assert_eq!(texts(&data), ["alpha", "beta", "gamma"]);
+    assert_eq!(data.rows.place(2), "hf://datasets/team/rows/data/b.csv row 2");
+
+    assert_eq!(
+        user(read("team/rows/data/*.tsv").await.unwrap_err()),
+        "hf://datasets/team/rows/data/*.tsv: no file matches"
+    );
+    assert_eq!(
+        user(read("team/rows/absent.csv").await.unwrap_err()),
+        "hf://datasets/team/rows/absent.csv: nothing there"
+    );
+    assert_eq!(user(read("team/none/*.csv").await.unwrap_err()), "hf://datasets/team/none/*.csv: nothing there");
+    assert!(user(read("team/rows").await.unwrap_err()).contains("has to be of the form"));
+}
+
+#[tokio::test]
+async fn a_gated_dataset_needs_the_right_token() {
+    let endpoint = Some(serve_hub().await);
+    for token in [None, Some("wrong".to_owned())] {
+        let hub = Hub { endpoint: endpoint.clone(), token };
+        for path in ["a.csv", "*.csv"] {
+            let error = user(read_uri(format!("hf://datasets/team/gated/{path}"), &hub).await.unwrap_err());
+            assert!(
+                error.contains("access refused: the dataset is gated, private or not there; set HF_TOKEN"),
+                "{error}"
+            );
+        }
+    }
+    let hub = Hub { endpoint, token: Some("right".into()) };
+    assert_eq!(texts(&read_uri("hf://datasets/team/gated/a.csv".into(), &hub).await.unwrap()), ["alpha", "beta"]);
+    let hub = Hub { endpoint: Some("http://127.0.0.1:1".into()), token: None };
+    let error = other(read_uri("hf://datasets/team/rows/a.csv".into(), &hub).await.unwrap_err());
+    assert!(error.starts_with("hf://datasets/team/rows/a.csv: the hub does not answer: "), "{error}");
+}
