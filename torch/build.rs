@@ -19,7 +19,9 @@ fn main() {
         .flag("-isystem")
         .flag(include.join("torch/csrc/api/include").to_str().expect("LIBTORCH is valid Unicode"))
         .define("USE_C10D_GLOO", None)
-        .flag_if_supported("-Wno-unused-parameter");
+        .flag_if_supported("-Wno-unused-parameter")
+        // GCC 12 sees ghosts in std::optional of libtorch's smart pointers.
+        .flag_if_supported("-Wno-maybe-uninitialized");
     if env::var_os("CARGO_FEATURE_NCCL").is_some() {
         build.define("USE_C10D_NCCL", None).define("ATHANOR_NCCL", None);
         println!("cargo:rustc-link-lib=dylib=torch_cuda");

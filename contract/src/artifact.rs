@@ -53,10 +53,13 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The digest of a set of files, independent of their order on disk. Reports are left out: they tell times, and the same training
-/// gives the same model.
+/// Folder of the event files for TensorBoard in an artifact.
+pub const EVENTS: &str = "tensorboard";
+
+/// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell times, and
+/// the same training gives the same model.
 pub fn model_digest(files: &BTreeMap<String, FileEntry>) -> String {
-    let files = files.iter().filter(|(name, _)| !name.starts_with("report."));
+    let files = files.iter().filter(|(name, _)| !name.starts_with("report.") && !name.starts_with(EVENTS));
     let lines: String = files.map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();
     sha256_hex(lines.as_bytes())
 }

@@ -4,34 +4,42 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{bert::BertForSequenceClassification, config::BertConfig, load::LoadError};
+use crate::{
+    config::EncoderConfig,
+    load::LoadError,
+    model::{Model, Options, Task},
+    quantize,
+};
 
 /// A model with its labels, without gradients. It is `Send`: one thread at a time uses it.
 pub struct Classifier {
-    model: BertForSequenceClassification,
+    model: Model,
     labels: Vec<String>,
     device: Device,
 }
 
 impl Classifier {
-    /// Reads an artifact or another Hugging Face folder of a trained BERT classifier.
+    /// Reads an artifact or another Hugging Face folder of a trained classifier. Quantized weights are computed with as such.
     pub fn load(folder: &Path, device: Device) -> Result<Self, LoadError> {
-        let config = BertConfig::load(folder)?;
+        let config = EncoderConfig::load(folder)?;
         let refused = |field: &str, message: &str| LoadError::Config {
             file: PathBuf::from(folder).join("config.json"),
             field: field.into(),
             message: message.into(),
         };
         let Some(labels) = config.labels() else {
-            return Err(if config.id2label.is_none() {
+            return Err(if config.is_regression() {
+                refused("problem_type", "regression, so this is no classifier")
+            } else if config.id2label.is_none() {
                 refused("id2label", "missing, so this is not a trained classifier")
             } else {
-                refused("architectures", "not BertForSequenceClassification, so this model has no trained head")
+                refused("architectures", "not a model for sequence classification, so this model has no trained head")
             });
         };
-        let mut model = BertForSequenceClassification::load(folder, &labels, 0, device)?;
+        let how = quantize::packing(&config);
+        let mut model = Model::load(folder, Task::Classification(labels.clone()), &Options::default(), device)?;
         if device == Device::Cpu {
-            model.pack()?;
+            model.pack(how)?;
         }
         Ok(Self { model, labels, device })
     }
@@ -41,12 +49,12 @@ impl Classifier {
         &self.labels
     }
 
-    pub fn config(&self) -> &BertConfig {
+    pub fn config(&self) -> &EncoderConfig {
         self.model.config()
     }
 
     /// The model without the labels, for callers that batch by themselves.
-    pub fn model(&self) -> &BertForSequenceClassification {
+    pub fn model(&self) -> &Model {
         &self.model
     }
 

@@ -1,7 +1,8 @@
-//! Models on one device, with the names and files of Hugging Face: what [`BertForSequenceClassification::save`] writes,
-//! `transformers.AutoModelForSequenceClassification` loads with equal outputs, and the other way round.
+//! Models on one device, with the names and files of Hugging Face: what [`Model::save`] writes, transformers loads with equal
+//! outputs, and the other way round.
 //!
-//! - [`bert`]: the architecture; training and inference share it;
+//! - [`bert`], [`mpnet`]: one family each; training and inference share them;
+//! - [`model`]: an encoder with the head of its task;
 //! - [`load`]: safetensors files to tensors, with errors that name file and tensor;
 //! - [`tokenizer`]: texts to padded id tensors;
 //! - [`classifier`]: a trained classifier with its labels, for inference.
@@ -9,13 +10,22 @@
 //! Leaves out process groups, HTTP and downloads: parallelism and transport wrap these types from outside.
 
 pub mod bert;
+pub mod builder;
 pub mod classifier;
 pub mod config;
+pub mod encoder;
+pub mod head;
+pub mod layers;
 pub mod load;
+pub mod model;
+pub mod mpnet;
+pub mod quantize;
 pub mod tokenizer;
 
-pub use bert::BertForSequenceClassification;
+pub use builder::Initializer;
 pub use classifier::Classifier;
-pub use config::BertConfig;
+pub use config::EncoderConfig;
+pub use layers::Packing;
 pub use load::LoadError;
+pub use model::{Model, Options, Shape, Task};
 pub use tokenizer::Tokenizer;

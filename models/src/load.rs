@@ -95,6 +95,17 @@ impl Weights {
         match tensor.kind() {
             Kind::Float => Ok(tensor),
             Kind::Half | Kind::BFloat16 | Kind::Double => Ok(tensor.f_to_kind(Kind::Float)?),
+            Kind::Int8 => {
+                // As compressed-tensors has it: whole numbers, and a scale for each row.
+                let Some(scale) = self.tensors.remove(&format!("{name}_scale")) else {
+                    return Err(refused(format!("its dtype is Int8, but {name}_scale is missing")));
+                };
+                let rows = shape.first().copied().unwrap_or(1);
+                if scale.numel() as i64 != rows {
+                    return Err(refused(format!("{name}_scale has {} numbers, {rows} are needed", scale.numel())));
+                }
+                Ok(tensor.f_to_kind(Kind::Float)?.f_mul(&scale.f_to_kind(Kind::Float)?.f_view([rows, 1])?)?)
+            }
             other => Err(refused(format!("its dtype is {other:?}, weights are floating-point numbers"))),
         }
     }
@@ -114,6 +125,7 @@ fn tensor_of(view: &TensorView) -> Result<Tensor, String> {
         Dtype::I64 => Kind::Int64,
         Dtype::I32 => Kind::Int,
         Dtype::U8 => Kind::Uint8,
+        Dtype::I8 => Kind::Int8,
         Dtype::BOOL => Kind::Bool,
         other => return Err(format!("dtype {other:?} is not supported")),
     };
@@ -133,6 +145,7 @@ pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
             Kind::BFloat16 => (Dtype::BF16, 2),
             Kind::Int64 => (Dtype::I64, 8),
             Kind::Uint8 => (Dtype::U8, 1),
+            Kind::Int8 => (Dtype::I8, 1),
             other => return Err(failed(format!("tensor {name} has dtype {other:?}, which is not written"))),
         };
         let mut data = vec![0_u8; tensor.numel() * bytes];

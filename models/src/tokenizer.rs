@@ -1,11 +1,22 @@
 //! Texts to token ids, by the model folder's `tokenizer.json`, and ids to padded tensors.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use tch::Tensor;
 use tokenizers::PostProcessor;
 
 use crate::load::LoadError;
+
+/// What masking tokens needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MaskTokens {
+    /// Id of the mask.
+    pub mask: u32,
+    /// Ids below this are tokens.
+    pub vocabulary: u32,
+    /// Ids that are never predicted.
+    pub special: BTreeSet<u32>,
+}
 
 /// A Hugging Face fast tokenizer. Shared between threads by reference.
 pub struct Tokenizer {
@@ -29,13 +40,21 @@ impl Tokenizer {
         Ok(Self { inner, specials })
     }
 
+    /// For masked language models; `None` if the vocabulary has no mask.
+    pub fn mask_tokens(&self) -> Option<MaskTokens> {
+        let mask = ["[MASK]", "<mask>"].iter().find_map(|name| self.inner.token_to_id(name))?;
+        let added = self.inner.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        Some(MaskTokens { mask, vocabulary: u32::try_from(self.inner.get_vocab_size(true)).ok()?, special })
+    }
+
     /// Ids of each text with the special tokens around them, at most `max_length` of them: longer texts lose their end.
-    pub fn encode_batch(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
+    pub fn encode_batch<T: AsRef<str>>(&self, texts: &[T], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
         let failed = |error: tokenizers::Error| LoadError::File {
             file: "tokenizer.json".into(),
             message: format!("a text cannot be tokenized: {error}"),
         };
-        let inputs: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let inputs: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
         let encodings = self.inner.encode_batch_fast(inputs, false).map_err(failed)?;
         let room = max_length.saturating_sub(self.specials);
         encodings

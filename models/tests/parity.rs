@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use athanor_models::{BertForSequenceClassification, Classifier, Tokenizer, tokenizer::pad};
+use athanor_models::{Classifier, Model, Options, Task, Tokenizer, tokenizer::pad};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -37,11 +37,12 @@ fn minilm_gives_the_hidden_states_of_transformers() {
     assert_eq!(ids, golden.ids);
 
     let labels = ["a".to_owned(), "b".to_owned()];
-    let model = BertForSequenceClassification::load(&minilm(), &labels, 0, Device::Cpu).unwrap();
+    let model =
+        Model::load(&minilm(), Task::Classification(labels.to_vec()), &Options::default(), Device::Cpu).unwrap();
     assert_eq!(model.fresh_layers(), ["classifier"]);
     let rows: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
     let (ids, mask) = pad(&rows, model.config().pad_token_id);
-    let hidden = tch::no_grad(|| model.hidden_states(&ids, Some(&mask), false));
+    let hidden = tch::no_grad(|| model.last_hidden_state(&ids, Some(&mask), false));
     assert_close(&hidden.select(1, 0), &golden.cls);
     let mask = mask.unsqueeze(-1).to_kind(Kind::Float);
     let mean = (hidden * &mask).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float)
@@ -53,7 +54,8 @@ fn minilm_gives_the_hidden_states_of_transformers() {
 fn a_saved_classifier_gives_the_same_logits_whatever_the_batch() {
     let labels = ["neg".to_owned(), "neu".to_owned(), "pos".to_owned()];
     let folder = tempfile::tempdir().unwrap();
-    let model = BertForSequenceClassification::load(&minilm(), &labels, 3, Device::Cpu).unwrap();
+    let options = Options { seed: 3, ..Options::default() };
+    let model = Model::load(&minilm(), Task::Classification(labels.to_vec()), &options, Device::Cpu).unwrap();
     model.save(folder.path()).unwrap();
     let classifier = Classifier::load(folder.path(), Device::Cpu).unwrap();
     assert_eq!(classifier.labels(), labels);

@@ -1,4 +1,5 @@
-//! Serving: one model revision (`athanor-server`) and the stable address in front of all revisions (`athanor-router`).
+//! Serving without a model of its own: what `athanor-server` answers with, and the stable address in front of all revisions
+//! (`athanor-router`). Models come in by the trait [`engine::Backend`], so that a router links no libtorch.
 //!
 //! - [`engine`]: a thread that owns the model and batches what waits; it knows token ids and nothing of texts or wire types;
 //! - [`service`]: texts to token ids to probabilities, under the limits of the configuration;

@@ -95,6 +95,24 @@ unsafe extern "C" {
         into: TensorPointer,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_linear_quantize(
+        weight: TensorPointer,
+        packed: TensorPointer,
+        scales: TensorPointer,
+        zeros: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_linear_int8(
+        x: TensorPointer,
+        packed: TensorPointer,
+        scales: TensorPointer,
+        zeros: TensorPointer,
+        bias: TensorPointer,
+        activation: *const c_char,
+        algorithm: *const c_char,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_dropout(x: TensorPointer, p: f64, into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;

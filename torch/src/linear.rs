@@ -69,6 +69,55 @@ impl PackedLinear {
     }
 }
 
+/// `x W^T + b` on the CPU with eight-bit weights, one scale an output, and rows of `x` rounded to eight bits as they come, one
+/// scale a row: a row's result does not depend on its neighbours. Without gradients.
+#[derive(Debug)]
+pub struct QuantizedLinear {
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor,
+}
+
+impl QuantizedLinear {
+    /// `weight` [outputs, inputs] and `bias` [outputs], both FP32 on the CPU; the weight is rounded here.
+    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self, Error> {
+        let (packed, scales, zeros) = (Tensor::new(), Tensor::new(), Tensor::new());
+        // SAFETY: all tensors are alive for the call; the shim assigns to those that this function alone holds.
+        ffi::call(|message| unsafe {
+            ffi::athanor_linear_quantize(
+                ffi::pointer(weight),
+                ffi::pointer(&packed),
+                ffi::pointer(&scales),
+                ffi::pointer(&zeros),
+                message,
+            )
+        })?;
+        Ok(Self { weight: packed, scales, zeros, bias: bias.detach().contiguous() })
+    }
+
+    /// `x` [..., inputs] to [..., outputs], FP32.
+    pub fn forward(&self, x: &Tensor, activation: Activation) -> Result<Tensor, Error> {
+        let into = Tensor::new();
+        let (name, algorithm) = activation.names();
+        // SAFETY: all tensors and strings are alive for the call; the shim assigns to the last, which this function alone holds.
+        ffi::call(|message| unsafe {
+            ffi::athanor_linear_int8(
+                ffi::pointer(x),
+                ffi::pointer(&self.weight),
+                ffi::pointer(&self.scales),
+                ffi::pointer(&self.zeros),
+                ffi::pointer(&self.bias),
+                name.as_ptr(),
+                algorithm.as_ptr(),
+                ffi::pointer(&into),
+                message,
+            )
+        })?;
+        Ok(into)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind};
@@ -95,5 +144,40 @@ mod tests {
             }
         }
         assert!(packed.forward(&Tensor::randn([2, 65], options), Activation::Identity).is_err());
+    }
+
+    #[test]
+    fn a_quantized_layer_is_close_and_treats_rows_alone() {
+        let _turn = crate::GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let options = (Kind::Float, Device::Cpu);
+        let (weight, bias) = (Tensor::randn([96, 64], options), Tensor::randn([96], options));
+        let quantized = QuantizedLinear::new(&weight, &bias).unwrap();
+        // Independent of the shim: round both sides by hand and multiply in FP32.
+        let round = |x: &Tensor| {
+            let scale = x.abs().amax([-1_i64].as_slice(), true) / 127.0;
+            (x / scale.clamp_min(1e-30)).round() * scale
+        };
+        for shape in [vec![1, 64], vec![3, 50, 64]] {
+            let x = Tensor::randn(shape, options) * 3.0;
+            let naive = round(&x).linear(&round(&weight), Some(&bias));
+            let exact = x.linear(&weight, Some(&bias));
+            for (activation, expected) in [
+                (Activation::Identity, naive.shallow_clone()),
+                (Activation::Relu, naive.relu()),
+                (Activation::Gelu, naive.gelu("none")),
+            ] {
+                let found = quantized.forward(&x, activation).unwrap();
+                assert!(found.allclose(&expected, 1e-3, 1e-2, false), "{activation:?} {:?}", x.size());
+            }
+            let error =
+                f64::try_from((quantized.forward(&x, Activation::Identity).unwrap() - &exact).norm() / exact.norm());
+            assert!(error.unwrap() < 0.02);
+        }
+        let x = Tensor::cat(&[Tensor::randn([1, 64], options), Tensor::randn([1, 64], options) * 1000.0], 0);
+        let alone = quantized.forward(&x.narrow(0, 0, 1), Activation::Identity).unwrap();
+        let together = quantized.forward(&x, Activation::Identity).unwrap();
+        assert_eq!(alone, together.narrow(0, 0, 1));
+        let zeros = quantized.forward(&Tensor::zeros([2, 64], options), Activation::Identity).unwrap();
+        assert!(zeros.allclose(&bias.unsqueeze(0), 1e-6, 1e-6, false));
     }
 }

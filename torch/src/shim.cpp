@@ -16,7 +16,11 @@
 #include <malloc.h>
 #include <unistd.h>
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -72,6 +76,28 @@ std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
 #else
 #define ATHANOR_VECTORIZED __attribute__((optimize("O3")))
 #endif
+
+// Rounds rows to whole numbers from -127 to 127, kept as 1 to 255 with 128 for zero; the largest of a row becomes +-127.
+ATHANOR_VECTORIZED void quantize_rows(const float* x, int64_t rows, int64_t columns, uint8_t* q, float* scales) {
+  for (int64_t row = 0; row < rows; row++) {
+    const float* from = x + row * columns;
+    uint8_t* to = q + row * columns;
+    float largest = 0;
+    for (int64_t i = 0; i < columns; i++) largest = std::max(largest, std::fabs(from[i]));
+    float factor = largest > 0 ? 127 / largest : 0;
+    scales[row] = largest / 127;
+    // The added number puts the sum where a float has no fraction: the addition itself rounds, to even.
+    for (int64_t i = 0; i < columns; i++) to[i] = static_cast<uint8_t>(static_cast<int32_t>(from[i] * factor + 12582912.0f - 12582912.0f) + 128);
+  }
+}
+
+ATHANOR_VECTORIZED void scale_rows(float* y, int64_t rows, int64_t columns, const float* scales, const float* bias) {
+  for (int64_t row = 0; row < rows; row++) {
+    float* at = y + row * columns;
+    float scale = scales[row];
+    for (int64_t i = 0; i < columns; i++) at[i] = at[i] * scale + bias[i];
+  }
+}
 
 // Random 32 bits of a position in a stream: two rounds of lowbias32 (Wellons 2018) with a key in each.
 inline uint32_t mix32(uint32_t x) {
@@ -372,6 +398,62 @@ int athanor_linear_pack(at::Tensor* weight, int64_t rows, at::Tensor* into, char
   });
 }
 
+// Rounds a weight [outputs, inputs] to eight bits by row. `into`: oneDNN's layout of it, the scale of each output, and their zeros.
+int athanor_linear_quantize(at::Tensor* weight, at::Tensor* packed, at::Tensor* scales, at::Tensor* zeros, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    static const auto prepack = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("onednn::qlinear_prepack", "")
+                                    .typed<at::Tensor(at::Tensor, std::optional<c10::List<int64_t>>)>();
+    auto w = weight->detach().to(at::kFloat).contiguous();
+    auto scale = w.abs().amax(1).div(127);
+    auto q = w.div(scale.clamp_min(1e-30).unsqueeze(1)).round().clamp(-127, 127).to(at::kChar);
+    *packed = prepack.call(q, std::nullopt);
+    *scales = scale;
+    *zeros = at::zeros({q.size(0)}, at::kInt);
+  });
+}
+int athanor_linear_int8(at::Tensor* x, at::Tensor* packed, at::Tensor* scales, at::Tensor* zeros, at::Tensor* bias,
+                        const char* activation, const char* algorithm, at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    static const auto linear =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("onednn::qlinear_pointwise", "")
+            .typed<at::Tensor(at::Tensor, double, int64_t, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, double,
+                              int64_t, std::optional<c10::ScalarType>, std::string_view, c10::List<std::optional<at::Scalar>>,
+                              std::string_view)>();
+    auto shape = x->sizes().vec();
+    auto rows = x->to(at::kFloat).contiguous().view({-1, shape.back()});
+    int64_t count = rows.size(0), columns = rows.size(1);
+    auto q = at::empty({count, columns}, at::kByte);
+    auto row_scales = at::empty({count}, at::kFloat);
+    const float* from = rows.const_data_ptr<float>();
+    auto* to = q.mutable_data_ptr<uint8_t>();
+    auto* scale = row_scales.mutable_data_ptr<float>();
+    int64_t grain = std::max<int64_t>(1, 16384 / columns);
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      quantize_rows(from + begin * columns, end - begin, columns, to + begin * columns, scale + begin);
+    });
+    const std::optional<at::Tensor> no_bias;
+    auto y = linear.call(q, 1.0, 128, *packed, *scales, *zeros, no_bias, 1.0, 0, at::kFloat, "none",
+                         c10::List<std::optional<at::Scalar>>(), "");
+    int64_t outputs = y.size(1);
+    auto* out = y.mutable_data_ptr<float>();
+    const float* shift = bias->const_data_ptr<float>();
+    at::parallel_for(0, count, std::max<int64_t>(1, 16384 / outputs), [&](int64_t begin, int64_t end) {
+      scale_rows(out + begin * outputs, end - begin, outputs, scale + begin, shift);
+    });
+    std::string_view kind(activation);
+    if (kind == "relu") {
+      y.relu_();
+    } else if (kind == "gelu") {
+      at::gelu_(y, algorithm);
+    }
+    shape.back() = outputs;
+    *into = y.view(shape);
+  });
+}
 int athanor_linear_packed(at::Tensor* x, at::Tensor* packed, at::Tensor* bias, const char* activation, const char* algorithm,
                           at::Tensor* into, char** message) {
   return guarded(message, [&] {

@@ -3,22 +3,26 @@
 use std::path::Path;
 
 use athanor_contract::artifact::{REFERENCE, Reference};
-use athanor_models::BertForSequenceClassification;
+use athanor_models::Model;
 
 use crate::TrainError;
 
 /// Files of the parent that describe the tokenizer, which training does not change.
 const TOKENIZER_FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"];
 
-/// Writes the model's files into the local folder `to`.
+/// Writes the model's files into the local folder `to`. `quantized`: in eight bits, and whether inputs are rounded too.
 pub fn write(
     to: &Path,
-    model: &BertForSequenceClassification,
+    model: &Model,
+    quantized: Option<bool>,
     parent: &Path,
     reference: &Reference,
 ) -> Result<(), TrainError> {
     std::fs::create_dir_all(to).map_err(TrainError::other)?;
-    model.save(to).map_err(TrainError::other)?;
+    match quantized {
+        None => model.save(to).map_err(TrainError::other)?,
+        Some(activations) => model.save_quantized(to, activations).map_err(TrainError::other)?,
+    }
     for name in TOKENIZER_FILES {
         match std::fs::copy(parent.join(name), to.join(name)) {
             Ok(_) => {}

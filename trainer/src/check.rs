@@ -2,12 +2,13 @@
 
 use std::{
     fmt::Write as _,
+    io::IsTerminal,
     path::Path,
     time::{Duration, Instant},
 };
 
-use athanor_contract::train::{DataSpec, TrainConfig};
-use athanor_models::{BertConfig, BertForSequenceClassification, Tokenizer};
+use athanor_contract::train::{DataSpec, Task, TrainConfig};
+use athanor_models::{EncoderConfig, Model, Tokenizer};
 use athanor_torch::{Optimizer, backward, clip_grad_norm, zero_grad};
 use tch::Device;
 use tokio::runtime::Handle;
@@ -15,7 +16,12 @@ use tokio::runtime::Handle;
 use crate::{
     TrainError,
     data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
-    evaluate, run, training,
+    objectives::{
+        self, Objective, Part, Teacher,
+        teacher::{Online, Student},
+    },
+    report::Reading,
+    run, training,
 };
 
 /// Steps whose time is measured, after as many that warm up.
@@ -28,14 +34,24 @@ const MEASURED_STEPS: usize = 3;
 pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<String, TrainError> {
     let work = tempfile::tempdir().map_err(TrainError::other)?;
     let mut mistakes = Vec::new();
-    let dataset = runtime.block_on(read(&config.spec.data, &mut mistakes));
+    let (task, reading) = (config.spec.model.task, Reading::new(std::io::stderr().is_terminal()));
+    let dataset = runtime.block_on(read(&config.spec.data, task, &reading, &mut mistakes));
     let model = work.path().join("model");
     let folder = runtime.block_on(fetch(&config.spec.model.from, &model));
     let folder = folder.map_err(|error| mistakes.push(error.to_string())).ok();
-    let parent = folder.and_then(|()| BertConfig::load(&model).map_err(|error| mistakes.push(error.to_string())).ok());
+    let parent =
+        folder.and_then(|()| EncoderConfig::load(&model).map_err(|error| mistakes.push(error.to_string())).ok());
+    let teacher = match &config.spec.teacher {
+        Some(teacher) => {
+            let to = work.path().join("teacher");
+            let fetched = runtime.block_on(fetch(&teacher.from, &to));
+            fetched.map_err(|error| mistakes.push(format!("teacher.from: {error}"))).ok().map(|()| to)
+        }
+        None => None,
+    };
     let report = match (dataset, parent) {
         (Some(dataset), Some(parent)) => {
-            let report = Report { config, device, dataset, parent, folder: &model };
+            let report = Report { config, device, dataset, parent, folder: &model, teacher: teacher.as_deref() };
             report.text().map_err(|error| mistakes.push(error.to_string())).ok()
         }
         _ => None,
@@ -47,14 +63,14 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
 }
 
 /// The dataset; or, where a source is wrong, the mistakes of all of them.
-async fn read(spec: &DataSpec, mistakes: &mut Vec<String>) -> Option<Dataset> {
-    let error = match data::read(spec).await {
+async fn read(spec: &DataSpec, task: Task, reading: &Reading, mistakes: &mut Vec<String>) -> Option<Dataset> {
+    let error = match data::read(spec, task, reading).await {
         Ok(dataset) => return Some(dataset),
         Err(error) => error,
     };
     for source in &spec.sources {
-        let alone = DataSpec { sources: vec![source.clone()], split: spec.split };
-        if let Err(error) = data::read(&alone).await {
+        let alone = DataSpec { sources: vec![source.clone()], ..spec.clone() };
+        if let Err(error) = data::read(&alone, task, reading).await {
             mistakes.push(error.to_string());
         }
     }
@@ -73,22 +89,43 @@ struct Report<'a> {
     config: &'a TrainConfig,
     device: Device,
     dataset: Dataset,
-    parent: BertConfig,
+    parent: EncoderConfig,
     folder: &'a Path,
+    teacher: Option<&'a Path>,
 }
 
 impl Report<'_> {
     fn text(&self) -> Result<String, TrainError> {
         let (spec, dataset) = (&self.config.spec, &self.dataset);
         let h = &spec.hyperparameters;
-        let labels = dataset.choose_labels(spec.model.labels.as_deref(), self.parent.labels().as_deref())?;
-        let parts = dataset.split(&spec.data)?;
+        let task = spec.model.task;
+        let labels = run::choose_labels(spec, dataset, self.folder)?;
+        let parts = dataset.split(&spec.data.split)?;
         run::check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let tokenizer = Tokenizer::load(self.folder)?;
-        let max_length = (h.max_sequence_length as usize).min(self.parent.max_position_embeddings as usize);
-        let whole = Encoded::new(dataset, &parts.train, &labels, &tokenizer, usize::MAX)?;
-        let train = Encoded::new(dataset, &parts.train, &labels, &tokenizer, max_length)?;
-        let mut model = BertForSequenceClassification::load(self.folder, &labels, h.seed as u64, self.device)?;
+        let max_length = run::max_length(spec, &self.parent);
+        let whole = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, usize::MAX)?;
+        let mut train = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, max_length)?;
+        let mut model = run::load_model(spec, self.folder, &labels, self.device)?;
+        if let Some(select) = &spec.data.select {
+            // Which rows does not matter here, only how many.
+            let kept: Vec<usize> = (0..(train.len() * usize::from(select.keep_percent)).div_ceil(100)).collect();
+            train.select(&kept);
+        }
+        let teacher = match self.teacher {
+            Some(folder) => {
+                Some(Teacher::Online(Box::new(self.load_teacher(folder, &labels, max_length, &parts, train.len())?)))
+            }
+            None => None,
+        };
+        let objective = Objective::new(
+            objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
+            task,
+            &model,
+            teacher.as_ref(),
+            h.seed as u64,
+            self.device,
+        )?;
         let (steps_per_epoch, total_steps) = training::count_steps(train.len(), h);
         let bf16 = run::uses_bf16(h.precision, self.device);
 
@@ -99,7 +136,14 @@ impl Report<'_> {
         };
         line("job", self.config.name.clone());
         line("model", self.describe_model(&model));
-        line("labels", self.describe_labels(&labels, &parts));
+        if let Some(teacher) = &spec.teacher {
+            line("teacher", teacher.from.clone());
+        }
+        let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, objectives::name(term)));
+        line("objective", terms.collect::<Vec<_>>().join(" + "));
+        if !labels.is_empty() {
+            line("labels", self.describe_labels(&labels, &parts));
+        }
         for source in crate::report::page::sources(dataset, &parts) {
             let rows = format!("{} train, {} validation, {} test", source.train, source.validation, source.test);
             line("rows", format!("{}: {rows}", source.name));
@@ -117,7 +161,10 @@ impl Report<'_> {
             line("gate", format!("{:?} on {place}: {limit}", gate.metric));
         }
         let ranks = (spec.distributed.num_nodes * spec.distributed.processes_per_node).max(1) as usize;
-        let per_step = self.measure(&mut model, &train, ranks, bf16)?;
+        if let Some(select) = &spec.data.select {
+            line("selected", format!("{} of {} training rows by {:?}", train.len(), parts.train.len(), select.method));
+        }
+        let per_step = self.measure(&mut model, &objective, teacher.as_ref(), &train, ranks, bf16)?;
         line("memory", format!("{:.1} GiB a process at the peak of {MEASURED_STEPS} steps", peak_memory_gib()));
         let seconds = per_step.as_secs_f64();
         let rate = h.batch_size as f64 / seconds;
@@ -133,20 +180,21 @@ impl Report<'_> {
         Ok(text)
     }
 
-    fn describe_model(&self, model: &BertForSequenceClassification) -> String {
+    fn describe_model(&self, model: &Model) -> String {
         let count: usize = model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
         let fresh = match model.fresh_layers() {
             [] => String::new(),
             layers => format!("; starts at random: {}", layers.join(", ")),
         };
-        let (layers, size) = (self.parent.num_hidden_layers, self.parent.hidden_size);
+        let config = model.config();
+        let (family, layers, size) = (config.model_type.name(), config.num_hidden_layers, config.hidden_size);
         let from = &self.config.spec.model.from;
-        format!("{from}: BERT, {layers} layers of {size}, {:.1} M parameters{fresh}", count as f64 / 1e6)
+        format!("{from}: {family}, {layers} layers of {size}, {:.1} M parameters{fresh}", count as f64 / 1e6)
     }
 
     fn describe_labels(&self, labels: &[String], parts: &Parts) -> String {
         let share = |label: &String| {
-            let rows = parts.train.iter().filter(|&&row| self.dataset.rows[row].1.label == *label).count();
+            let rows = parts.train.iter().filter(|&&row| self.dataset.rows.label(row) == Some(label)).count();
             format!("{label} {:.1} %", rows as f64 * 100.0 / parts.train.len() as f64)
         };
         let shown: Vec<String> = labels.iter().take(20).map(share).collect();
@@ -154,10 +202,29 @@ impl Report<'_> {
         shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
     }
 
-    /// Time of one step of one rank, with its share of the rows.
+    fn load_teacher(
+        &self,
+        folder: &Path,
+        labels: &[String],
+        max_length: usize,
+        parts: &Parts,
+        rows: usize,
+    ) -> Result<Online, TrainError> {
+        let spec = &self.config.spec;
+        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+        let student = Student { task: spec.model.task, labels, folder: self.folder, by_token, max_length };
+        let mut teacher = Online::load(folder, &student, self.device)?;
+        let texts: Vec<&str> = parts.train.iter().take(rows).map(|&row| self.dataset.rows.text(row)).collect();
+        teacher.read_rows(folder, &texts)?;
+        Ok(teacher)
+    }
+
+    /// Time of one step of one rank, with its share of the rows. A teacher is asked at each step, even if its answers would be kept.
     fn measure(
         &self,
-        model: &mut BertForSequenceClassification,
+        model: &mut Model,
+        objective: &Objective,
+        teacher: Option<&Teacher>,
         train: &Encoded,
         ranks: usize,
         bf16: bool,
@@ -180,7 +247,11 @@ impl Report<'_> {
             measured += 1;
             zero_grad(&parameters, false)?;
             for part in batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)) {
-                let sum = evaluate::cross_entropy(model, train, part, self.device, bf16);
+                let seed = step as u64;
+                let part = Part { train, rows: part, batch, weight: 1.0, seed, group: None, device: self.device, bf16 };
+                let values = objective.values(model, teacher, &part)?;
+                let weighted = values.iter().zip(objective.terms()).map(|(value, term)| value * term.weight);
+                let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
                 backward(&(sum / batch.len() as f64))?;
             }
             clip_grad_norm(&parameters, h.clip_norm)?;
@@ -225,11 +296,7 @@ mod tests {
 
     #[test]
     fn lengths_and_times_read_well() {
-        let rows = Encoded {
-            ids: (1..=100).map(|length| vec![0; length]).collect(),
-            labels: vec![None; 100],
-            sources: vec![0; 100],
-        };
+        let rows = Encoded { ids: (1..=100).map(|length| vec![0; length]).collect(), ..Encoded::blank(100) };
         assert_eq!(
             describe_lengths(&rows, 90),
             "median 50, 95 % at most 95, longest 100; 10 texts (10.0 %) are cut at 90"

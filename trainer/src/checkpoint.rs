@@ -41,7 +41,8 @@ pub struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
     pub step: u64,
-    pub accuracy: f64,
+    /// The more the better; what it is depends on the task.
+    pub score: f64,
 }
 
 /// Copies of everything a checkpoint holds, so that training can go on while they are written.
@@ -263,7 +264,7 @@ mod tests {
         let mut writer = Writer::new(location.clone(), template, work.path().to_owned(), runtime.handle().clone());
         for step in [5, 10, 15] {
             let named = |value: i64| vec![("w".to_owned(), Tensor::from_slice(&[value as f32]))];
-            let best = Best { step: 10, accuracy: 0.5 };
+            let best = Best { step: 10, score: 0.5 };
             writer
                 .save(Snapshot {
                     state: State {

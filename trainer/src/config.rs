@@ -8,7 +8,7 @@ use athanor_contract::{
 };
 use serde::de::DeserializeOwned;
 
-use crate::TrainError;
+use crate::{TrainError, objectives};
 
 /// Reads the configuration that the operator mounted.
 pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
@@ -104,9 +104,58 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
             refuse("model.labels: at least two labels, each once".into());
         }
     }
-    let dropout = spec.model.head.as_ref().and_then(|head| head.dropout);
-    if dropout.is_some_and(|dropout| !(0.0..1.0).contains(&dropout)) {
-        refuse("model.head.dropout has to be at least 0 and below 1".into());
+    let head = spec.model.head.clone().unwrap_or_default();
+    for (field, dropout) in [("model.head", head.dropout), ("hyperparameters", spec.hyperparameters.dropout)] {
+        if dropout.is_some_and(|dropout| !(0.0..1.0).contains(&dropout)) {
+            refuse(format!("{field}.dropout has to be at least 0 and below 1"));
+        }
+    }
+    if head.hidden_units == Some(0) {
+        refuse("model.head.hiddenUnits is at least 1".into());
+    }
+    if let Some(student) = &spec.model.student {
+        if student.keep_layers.is_some() == student.fresh.is_some() {
+            refuse("model.student: set exactly one of keepLayers and fresh".into());
+        }
+        if student.keep_layers.as_ref().is_some_and(Vec::is_empty) {
+            refuse("model.student.keepLayers is empty".into());
+        }
+        if let Some(fresh) = student.fresh
+            && (fresh.layers == 0
+                || fresh.attention_heads == 0
+                || fresh.hidden_size == 0
+                || fresh.intermediate_size == 0
+                || fresh.hidden_size % fresh.attention_heads != 0)
+        {
+            refuse("model.student.fresh: all sizes are at least 1, and attentionHeads divides hiddenSize".into());
+        }
+    }
+    for mistake in objectives::mistakes(
+        &spec.objective,
+        spec.model.task,
+        spec.teacher.is_some(),
+        spec.hyperparameters.accumulate_steps,
+    ) {
+        refuse(mistake);
+    }
+    if let Some(select) = &spec.data.select
+        && !(1..100).contains(&select.keep_percent)
+    {
+        refuse("data.select.keepPercent is from 1 to 99".into());
+    }
+    for (index, step) in spec.compress.iter().enumerate() {
+        if step.prune.is_some() == step.quantize.is_some() {
+            refuse(format!("compress[{index}]: set exactly one of prune and quantize"));
+        }
+        if let Some(prune) = &step.prune
+            && (prune.sparsity_percent.is_some() == prune.two_of_four
+                || prune.sparsity_percent.is_some_and(|percent| !(1..100).contains(&percent)))
+        {
+            refuse(format!("compress[{index}].prune: set exactly one of sparsityPercent, from 1 to 99, and twoOfFour"));
+        }
+        if step.prune.is_some() && spec.compress[..index].iter().any(|before| before.quantize.is_some()) {
+            refuse(format!("compress[{index}]: prune before quantize, which fixes the weights"));
+        }
     }
     let split = &spec.data.split;
     let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
@@ -194,6 +243,20 @@ spec:
             ("podTemplate: {}", "hyperparameters: {accumulateSteps: 0}", "accumulateSteps"),
             ("podTemplate: {}", "hyperparameters: {learningrate: 1}", "field spec.hyperparameters.learningrate"),
             ("task: TextClassification", "task: TextClassification, head: {dropout: 1.0}", "model.head.dropout"),
+            (
+                "podTemplate: {}",
+                "objective: {terms: [{softLabel: {}}]}",
+                "objective.terms[0].softLabel needs a teacher",
+            ),
+            ("podTemplate: {}", "objective: {terms: [{}]}", "objective.terms[0]: a term is exactly one of"),
+            ("podTemplate: {}", "objective: {terms: [{contrastive: {}}]}", "is not for the task TextClassification"),
+            ("podTemplate: {}", "compress: [{quantize: {}}, {prune: {twoOfFour: true}}]", "prune before quantize"),
+            ("podTemplate: {}", "compress: [{prune: {}}]", "compress[0].prune: set exactly one of sparsityPercent"),
+            (
+                "task: TextClassification",
+                "task: TextClassification, student: {keepLayers: [0], fresh: {layers: 1, hiddenSize: 8, attentionHeads: 1, intermediateSize: 8}}",
+                "exactly one of keepLayers and fresh",
+            ),
             (
                 "podTemplate: {}",
                 "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}",

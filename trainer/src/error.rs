@@ -1,7 +1,7 @@
 //! Why a run ended early, and the exit code by which the operator decides.
 
 use athanor_contract::train::exit_code;
-use athanor_feedback::SnapshotError;
+use athanor_data::DataError;
 use athanor_models::LoadError;
 use athanor_store::StoreError;
 
@@ -43,9 +43,12 @@ impl From<StoreError> for TrainError {
     }
 }
 
-impl From<SnapshotError> for TrainError {
-    fn from(error: SnapshotError) -> Self {
-        if error.is_user_error() { Self::User(error.to_string()) } else { Self::Other(error.to_string()) }
+impl From<DataError> for TrainError {
+    fn from(error: DataError) -> Self {
+        match error {
+            DataError::User(message) => Self::User(message),
+            DataError::Other(message) => Self::Other(message),
+        }
     }
 }
 

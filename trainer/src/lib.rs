@@ -1,11 +1,13 @@
-//! Fine-tuning of a classifier on one or many processes: data in, artifact out.
+//! Fine-tuning and distillation of encoders on one or many processes: data in, artifact out.
 //!
 //! [`run::run`] is one rank. It trains the single-device model of `athanor-models`; parallelism wraps it from outside, by a
 //! process group and a gradient reducer, and the same code runs with one rank, with Gloo and with NCCL. The Kubernetes API is
 //! never called: configuration comes as a file, the result leaves as a termination message and an exit code.
 //!
 //! - [`config`]: `train.json` of the operator, or the user's manifest on a laptop;
-//! - [`data`]: sources to rows, split, tokens, batches;
+//! - [`data`]: rows to tokens and batches; [`select`]: which of them matter most;
+//! - [`objectives`]: what is minimised, with or without a teacher;
+//! - [`compress`]: smaller forms of the result;
 //! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
 //! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
 //! - [`check`]: what a job would do, without doing it;
@@ -14,15 +16,24 @@
 pub mod artifact;
 pub mod check;
 pub mod checkpoint;
+pub mod compress;
 pub mod config;
 pub mod data;
 pub mod distributed;
 mod error;
 pub mod evaluate;
+pub mod objectives;
+mod outcome;
+mod prepare;
 pub mod report;
 pub mod run;
 pub mod schedule;
+pub mod select;
 pub mod training;
 pub mod watchdog;
 
 pub use error::TrainError;
+
+/// Tests of one process share libtorch's generator: those that draw from it take turns.
+#[cfg(test)]
+static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());

@@ -8,28 +8,34 @@ use std::{
 };
 
 use athanor_contract::{
-    Decimal,
-    artifact::{Kind, Manifest, sha256_hex},
-    train::{Gate, Precision, TrainConfig, TrainResult, TrainSummary},
+    artifact::{Kind, Manifest},
+    train::{self, Gate, Precision, SelectSpec, Task, TeacherOutputs, TrainConfig, TrainResult, TrainSpec},
 };
-use athanor_models::{BertConfig, BertForSequenceClassification, Classifier, Tokenizer};
+use athanor_models::{
+    EncoderConfig, Initializer, Model, Options, Shape, Tokenizer,
+    config::{HeadActivation, HiddenHead},
+};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    TrainError, artifact, checkpoint,
-    data::{self, Dataset, Encoded, Parts},
-    distributed::{Topology, rendezvous},
-    evaluate::{self, Predictions},
-    report::{Reporter, Sender, Timeline, page},
-    training::{self, Session, Trained, count_steps},
+    TrainError, checkpoint,
+    data::{Dataset, Encoded, Parts},
+    distributed::Topology,
+    evaluate::{self, Evaluation},
+    objectives::{
+        self, Objective, Teacher,
+        teacher::{MOST_CACHED, Online, Student, cached_at, read_cached, write_cached},
+    },
+    outcome::Finished,
+    prepare::{Prepared, prepare},
+    report::{Reporter, Sender, Timeline},
+    select::{self, Selection},
+    training::{self, Session, count_steps},
     watchdog::Watchdog,
 };
-
-/// What the ranks of a gang get to find each other; a pod may have to be scheduled and its image pulled meanwhile.
-const RENDEZVOUS_PATIENCE: Duration = Duration::from_secs(300);
 
 /// What surrounds a run.
 pub struct Surroundings {
@@ -90,18 +96,6 @@ fn reporter(config: &TrainConfig, around: &Surroundings) -> Result<Reporter, Tra
     Ok(Reporter::new(identity, sender, around.timeline.clone(), around.terminal))
 }
 
-/// The model folders on this machine.
-struct Prepared {
-    dataset: Dataset,
-    parent: PathBuf,
-    baseline: Option<PathBuf>,
-    /// Of this run's data and specification.
-    fingerprint: String,
-    checkpoints: athanor_store::Location,
-    restored: Option<checkpoint::Restored>,
-    group: Option<ProcessGroup>,
-}
-
 struct Run<'a> {
     config: &'a TrainConfig,
     topology: &'a Topology,
@@ -112,28 +106,50 @@ struct Run<'a> {
 impl Run<'_> {
     fn run(&self, reporter: &mut Option<Reporter>) -> Result<Option<TrainResult>, TrainError> {
         let spec = &self.config.spec;
+        let task = spec.model.task;
         let (device, runtime) = (self.topology.device(), &self.around.runtime);
-        let prepared = self.prepare()?;
+        let prepared = prepare(self.config, self.topology, self.around, self.work)?;
         let group = prepared.group.as_ref();
 
         let dataset = &prepared.dataset;
-        let parent_labels = BertConfig::load(&prepared.parent)?.labels();
-        let labels = dataset.choose_labels(spec.model.labels.as_deref(), parent_labels.as_deref())?;
-        let parts = dataset.split(&spec.data)?;
+        let labels = choose_labels(spec, dataset, &prepared.parent)?;
+        let parts = dataset.split(&spec.data.split)?;
         check_gates(&spec.evaluate.gates, dataset, &parts)?;
-        let mut model =
-            BertForSequenceClassification::load(&prepared.parent, &labels, spec.hyperparameters.seed as u64, device)?;
-        if let Some(dropout) = spec.model.head.as_ref().and_then(|head| head.dropout) {
-            model.config_mut().classifier_dropout = Some(dropout);
-        }
+        let mut model = load_model(spec, &prepared.parent, &labels, device)?;
         let tokenizer = Tokenizer::load(&prepared.parent)?;
-        let max_length =
-            (spec.hyperparameters.max_sequence_length as usize).min(model.config().max_position_embeddings as usize);
-        let encode = |part: &[usize]| Encoded::new(dataset, part, &labels, &tokenizer, max_length);
-        let train = encode(&parts.train)?;
+        let max_length = max_length(spec, model.config());
+        let encode = |part: &[usize]| Encoded::new(dataset, part, task, &labels, &tokenizer, max_length);
+        let mut train = encode(&parts.train)?;
+        let bf16 = uses_bf16(spec.hyperparameters.precision, device);
+        let mut teacher = match &prepared.teacher {
+            Some(folder) => Some(self.load_teacher(folder, &prepared, &labels, max_length)?),
+            None => None,
+        };
+        let selection = match &spec.data.select {
+            Some(select) => {
+                if let Some(reporter) = reporter.as_mut() {
+                    reporter.stage("Selecting");
+                }
+                let own = [&model];
+                let viewer = teacher.as_ref().map_or(own[0], Online::model);
+                let rows = teacher.as_ref().and_then(Online::own_rows).unwrap_or(&train.ids);
+                let selection = self.select(select, viewer, rows, &train, &labels, group, bf16)?;
+                train.select(&selection.rows);
+                if let Some(teacher) = &mut teacher {
+                    teacher.keep_rows(&selection.rows);
+                }
+                Some(selection.report)
+            }
+            None => None,
+        };
+        let teacher = match teacher {
+            Some(teacher) => {
+                Some(self.teacher_outputs(teacher, &prepared, &train, selection.is_some(), bf16, reporter)?)
+            }
+            None => None,
+        };
         self.around.timeline.mark("dataReady");
 
-        let bf16 = uses_bf16(spec.hyperparameters.precision, device);
         let (_, total_steps) = count_steps(train.len(), &spec.hyperparameters);
         let fingerprint = prepared.fingerprint;
         let restored = prepared.restored.filter(|restored| {
@@ -160,6 +176,14 @@ impl Run<'_> {
         } else {
             None
         };
+        let objective = Objective::new(
+            objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
+            task,
+            &model,
+            teacher.as_ref(),
+            spec.hyperparameters.seed as u64,
+            device,
+        )?;
 
         // The other parts are tokenized while the first steps run.
         let held_out: OnceLock<Result<(Arc<Encoded>, Encoded), String>> = OnceLock::new();
@@ -178,10 +202,12 @@ impl Run<'_> {
                 bf16,
                 group,
                 model: &mut model,
+                objective,
+                teacher: teacher.as_ref(),
                 train: &train,
                 validation: Box::new(|| match encode_held_out() {
                     Ok((validation, _)) => Ok(validation.clone()),
-                    Err(error) => Err(TrainError::Other(error.clone())),
+                    Err(error) => Err(TrainError::User(error.clone())),
                 }),
                 fingerprint,
                 restored,
@@ -195,155 +221,165 @@ impl Run<'_> {
             training::train(session)
         })?;
         self.around.timeline.mark("trained");
+        drop(teacher);
         let test = match encode_held_out() {
             Ok((_, test)) => test,
-            Err(error) => return Err(TrainError::Other(error.clone())),
+            Err(error) => return Err(TrainError::User(error.clone())),
         };
         if let Some(reporter) = reporter.as_mut() {
             reporter.stage("Evaluating");
         }
         let beat = || self.around.watchdog.beat();
         // In fp32, as a server computes.
-        let predictions = evaluate::predict(&model, test, group, device, false, beat)?;
+        let found = evaluate::evaluate(&model, test, group, device, false, beat)?;
         let baseline = match &prepared.baseline {
             Some(folder) => Some(self.evaluate_baseline(folder, dataset, &parts, group)?),
             None => None,
         };
-        self.around.watchdog.rest();
         self.around.timeline.mark("evaluated");
         if self.topology.rank() != 0 {
+            self.around.watchdog.rest();
             return Ok(None);
         }
-
         if let Some(reporter) = reporter.as_mut() {
-            reporter.stage("Writing");
+            reporter.stage(if spec.compress.is_empty() { "Writing" } else { "Compressing" });
         }
-        let mut metrics = evaluate::report(test, &predictions, &dataset.sources);
-        if let Some((rows, predictions)) = &baseline {
-            let values = evaluate::report(rows, predictions, &dataset.sources);
-            metrics.extend(values.into_iter().map(|(name, value)| (format!("baseline/{name}"), value)));
-        }
-        let metrics: BTreeMap<String, Decimal> =
-            metrics.into_iter().filter_map(|(name, value)| Some((name, Decimal::new(value)?))).collect();
-        let failed_gates = evaluate::failed_gates(
-            &spec.evaluate.gates,
-            &dataset.sources,
-            (test, &predictions),
-            baseline.as_ref().map(|(rows, predictions)| (rows, predictions)),
-        );
-        let Trained { steps, best, history, checkpoints } = trained;
-        let folder = self.work.join("artifact");
-        artifact::write(&folder, &model, &prepared.parent, &evaluate::reference(&labels, test, &predictions))?;
-        let location = athanor_store::open(&self.config.artifact_to)?;
-        let mut summary = TrainSummary {
-            artifact: location.uri.clone(),
-            model_digest: String::new(),
-            data_digest: dataset.digest.clone(),
-            steps,
-            rows: parts.counts(),
-            metrics: metrics.clone(),
-            chosen: self.chosen(&labels, bf16, &best, total_steps),
-            timeline: self.around.timeline.decimals(),
-            failed_gates,
-        };
-        let report = page::Report {
-            job: &self.config.name,
-            created: jiff::Timestamp::now().round(jiff::Unit::Second).map_err(TrainError::other)?.to_string(),
-            version: env!("CARGO_PKG_VERSION"),
-            parent: &spec.model.from,
+        let chosen = self.chosen(&labels, bf16, &trained.best, total_steps, train.len());
+        let finished = Finished {
+            config: self.config,
+            around: self.around,
+            work: self.work,
+            model: &model,
+            parent: &prepared.parent,
             labels: &labels,
-            summary: &summary,
-            hyperparameters: &spec.hyperparameters,
-            history: &history,
-            sources: page::sources(dataset, &parts),
-            confusion: page::confusion(&labels, test, &predictions),
-            calibration: page::calibration(labels.len(), test, &predictions),
-            mistakes: page::mistakes(&labels, dataset, &parts.test, test, &predictions),
+            dataset,
+            parts: &parts,
+            train: &train,
+            test,
+            found,
+            baseline,
+            trained,
+            selection,
+            chosen,
+            manifest,
         };
-        page::write(&folder, &report)?;
-        let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..manifest };
-        let manifest = runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
-        if let Some(mut checkpoints) = checkpoints {
-            checkpoints.finish()?;
-        }
-        self.around.timeline.mark("written");
-        summary.model_digest = manifest.model_digest;
-        summary.timeline = self.around.timeline.decimals();
-        Ok(Some(if summary.failed_gates.is_empty() {
-            TrainResult::Succeeded(summary)
-        } else {
-            TrainResult::GateFailed(summary)
-        }))
+        finished.write().map(Some)
     }
 
-    /// Data, models, checkpoint and peers, all at the same time.
-    fn prepare(&self) -> Result<Prepared, TrainError> {
-        let (config, runtime) = (self.config, &self.around.runtime);
-        let spec = &config.spec;
-        let data = in_background(runtime, {
-            let data = spec.data.clone();
-            async move || data::read(&data).await
-        });
-        let parent = self.download(&spec.model.from, "parent");
-        let baseline = spec.evaluate.baseline.as_ref().map(|uri| self.download(uri, "baseline"));
-        let peers = std::thread::spawn({
-            let topology = self.topology.clone();
-            // A hung rank is its own watchdog's business first.
-            let timeout = Duration::from_secs(u64::from(spec.failure_policy.hang_seconds) + 60);
-            move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout)
-        });
-        let dataset = joined(runtime, data)?;
-        // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
-        let fingerprint = self.fingerprint(&dataset)?;
-        let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
-        let newest = in_background(runtime, {
-            let (folder, work) = (checkpoints.clone(), self.work.join("checkpoint"));
-            async move || checkpoint::newest(&folder, &work).await
-        });
-        let parent = joined(runtime, parent)?;
-        let baseline = baseline.map(|download| joined(runtime, download)).transpose()?;
-        let restored = joined(runtime, newest)?;
-        let group = peers.join().map_err(|_| TrainError::Other("the rendezvous panicked".into()))??;
-        if group.is_some() {
-            self.around.timeline.mark("rendezvous");
-        }
-        let restored = self.agree(group.as_ref(), &dataset, restored, &checkpoints)?;
-        Ok(Prepared { dataset, parent, baseline, fingerprint, checkpoints, restored, group })
-    }
-
-    /// Fetches a model into a folder of its own.
-    fn download(&self, uri: &str, name: &str) -> JoinHandle<Result<PathBuf, TrainError>> {
-        let (uri, to) = (uri.to_owned(), self.work.join(name));
-        in_background(&self.around.runtime, async move || {
-            athanor_store::artifact::download_model(&athanor_store::open(&uri)?, &to).await?;
-            Ok(to)
-        })
-    }
-
-    /// All ranks train on rank 0's data from rank 0's checkpoint, or not at all.
-    fn agree(
+    /// The teacher, with the training rows as it reads them.
+    fn load_teacher(
         &self,
+        folder: &Path,
+        prepared: &Prepared,
+        labels: &[String],
+        max_length: usize,
+    ) -> Result<Online, TrainError> {
+        let spec = &self.config.spec;
+        let student = Student {
+            task: spec.model.task,
+            labels,
+            folder: &prepared.parent,
+            by_token: spec.objective.terms.iter().any(|term| term.hidden_state.is_some()),
+            max_length,
+        };
+        let mut teacher = Online::load(folder, &student, self.topology.device())?;
+        let dataset = &prepared.dataset;
+        let parts = dataset.split(&spec.data.split)?;
+        let texts: Vec<&str> = parts.train.iter().map(|&row| dataset.rows.text(row)).collect();
+        teacher.read_rows(folder, &texts)?;
+        Ok(teacher)
+    }
+
+    /// Chooses training rows on rank 0, for all ranks.
+    #[expect(clippy::too_many_arguments, reason = "one call, of what a run has at hand")]
+    fn select(
+        &self,
+        spec: &SelectSpec,
+        viewer: &Model,
+        rows: &[Vec<u32>],
+        train: &Encoded,
+        labels: &[String],
         group: Option<&ProcessGroup>,
-        dataset: &Dataset,
-        restored: Option<checkpoint::Restored>,
-        folder: &athanor_store::Location,
-    ) -> Result<Option<checkpoint::Restored>, TrainError> {
-        let Some(group) = group else { return Ok(restored) };
-        let step = restored.as_ref().map_or(-1, |restored| restored.state.step as i64);
-        let digest = i64::from_str_radix(&dataset.digest[..15], 16).map_err(TrainError::other)?;
-        let shared = Tensor::from_slice(&[step, digest]).to_device(self.topology.device());
-        group.broadcast(&shared, 0)?;
-        let (step_of_0, digest_of_0) = (shared.int64_value(&[0]), shared.int64_value(&[1]));
-        if digest != digest_of_0 {
-            return Err(TrainError::Other("the data changed while the ranks read it".into()));
+        bf16: bool,
+    ) -> Result<Selection, TrainError> {
+        let device = self.topology.device();
+        let beat = || self.around.watchdog.beat();
+        let vectors = evaluate::embed(viewer, rows, group, device, bf16, beat)?.to_device(Device::Cpu);
+        self.around.watchdog.rest();
+        let mut selection = select::select(spec, &vectors, &train.labels, labels)?;
+        if let Some(group) = group {
+            // Sums may differ in their last bit from machine to machine.
+            let mut marks = vec![0_i64; train.len()];
+            selection.rows.iter().for_each(|&row| marks[row] = 1);
+            let marks = Tensor::from_slice(&marks).to_device(device);
+            group.broadcast(&marks, 0)?;
+            let marks = Vec::<i64>::try_from(marks)?;
+            selection.rows = (0..marks.len()).filter(|&row| marks[row] == 1).collect();
         }
-        match u64::try_from(step_of_0) {
-            Err(_) => Ok(None),
-            Ok(_) if step == step_of_0 => Ok(restored),
-            Ok(step) => {
-                Ok(Some(self.around.runtime.block_on(checkpoint::fetch(folder, step, &self.work.join("agreed")))?))
+        tracing::info!(rows = selection.rows.len(), of = train.len(), report = ?selection.report, "selected");
+        Ok(selection)
+    }
+
+    /// The teacher's answers, computed once and kept beside the output where they are small and the objective needs no more.
+    fn teacher_outputs(
+        &self,
+        teacher: Online,
+        prepared: &Prepared,
+        train: &Encoded,
+        selected: bool,
+        bf16: bool,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Teacher, TrainError> {
+        let (spec, runtime, device) = (&self.config.spec, &self.around.runtime, self.topology.device());
+        let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
+        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+        let online = by_token
+            || spec.model.task != Task::TextClassification
+            || asked == Some(TeacherOutputs::Online)
+            || (asked.is_none() && train.len() * teacher.outputs() > MOST_CACHED);
+        if online {
+            return Ok(Teacher::Online(Box::new(teacher)));
+        }
+        if let Some(reporter) = reporter.as_mut() {
+            reporter.stage("Asking the teacher");
+        }
+        let (Some(folder), group) = (&prepared.teacher, prepared.group.as_ref()) else {
+            return Err(TrainError::Other("the teacher's folder is not there".into()));
+        };
+        let output = athanor_store::open(&spec.output.to)?;
+        let select = spec.data.select.as_ref().filter(|_| selected);
+        let identity =
+            (&prepared.dataset.digest, select, &spec.model.labels, spec.hyperparameters.max_sequence_length, bf16);
+        let place = cached_at(&output, folder, &identity)?;
+        let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
+        // Only if every rank found them: the others would wait for sums.
+        let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
+        if let Some(group) = group {
+            group.all_reduce_sum(&found)?;
+        }
+        if let Some(kept) = kept
+            && found.int64_value(&[0]) == self.topology.world() as i64
+        {
+            tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+            return Ok(Teacher::Cached(kept.to_device(device)));
+        }
+        let mut last = Instant::now();
+        let logits = teacher.all_logits(&train.ids, group, device, bf16, |done| {
+            self.around.watchdog.beat();
+            if let Some(reporter) = reporter.as_mut() {
+                reporter.asked(done, train.len());
             }
+            if last.elapsed() > Duration::from_secs(10) {
+                last = Instant::now();
+                tracing::info!(rows = done, of = train.len(), "asking the teacher");
+            }
+        })?;
+        self.around.watchdog.rest();
+        self.around.timeline.mark("taught");
+        if self.topology.rank() == 0 {
+            runtime.block_on(write_cached(&place, &logits, self.work))?;
         }
+        Ok(Teacher::Cached(logits))
     }
 
     /// The baseline on the test rows, with its own tokenizer and labels.
@@ -353,23 +389,27 @@ impl Run<'_> {
         dataset: &Dataset,
         parts: &Parts,
         group: Option<&ProcessGroup>,
-    ) -> Result<(Encoded, Predictions), TrainError> {
+    ) -> Result<(Encoded, Evaluation), TrainError> {
         let device = self.topology.device();
-        let classifier = Classifier::load(folder, device)?;
-        let tokenizer = Tokenizer::load(folder)?;
-        let longest = self.config.spec.hyperparameters.max_sequence_length as usize;
-        let max_length = longest.min(classifier.config().max_position_embeddings as usize);
-        let rows = Encoded::new(dataset, &parts.test, classifier.labels(), &tokenizer, max_length)?;
-        let beat = || self.around.watchdog.beat();
-        let predictions = evaluate::predict(classifier.model(), &rows, group, device, false, beat)?;
-        Ok((rows, predictions))
-    }
-
-    /// What a checkpoint must have been made for to be of use here. Ranks and output may differ.
-    fn fingerprint(&self, dataset: &Dataset) -> Result<String, TrainError> {
         let spec = &self.config.spec;
-        let identity = (&dataset.digest, &spec.model, &spec.hyperparameters);
-        Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
+        let mut model = Model::load_trained(folder, device)?;
+        let labels = match model.task() {
+            athanor_models::Task::Classification(labels) => labels.clone(),
+            _ => Vec::new(),
+        };
+        if labels.is_empty() == (spec.model.task == Task::TextClassification) {
+            return Err(TrainError::User(format!("evaluate.baseline is not a model for {:?}", spec.model.task)));
+        }
+        if device == Device::Cpu {
+            let how = athanor_models::quantize::packing(&EncoderConfig::load(folder)?);
+            model.pack(how)?;
+        }
+        let tokenizer = Tokenizer::load(folder)?;
+        let max_length = max_length(spec, model.config());
+        let rows = Encoded::new(dataset, &parts.test, spec.model.task, &labels, &tokenizer, max_length)?;
+        let beat = || self.around.watchdog.beat();
+        let found = evaluate::evaluate(&model, &rows, group, device, false, beat)?;
+        Ok((rows, found))
     }
 
     /// What the specification left open.
@@ -379,22 +419,23 @@ impl Run<'_> {
         bf16: bool,
         best: &checkpoint::Best,
         total_steps: u64,
+        rows: usize,
     ) -> BTreeMap<String, String> {
         let backend = match (self.topology.world(), self.topology.backend) {
             (1, _) => "none".to_owned(),
             (_, backend) => format!("{backend:?}"),
         };
-        [
+        let mut chosen = vec![
             ("labels", labels.join(", ")),
+            ("trainedRows", rows.to_string()),
             ("precision", if bf16 { "BF16" } else { "FP32" }.to_owned()),
             ("steps", total_steps.to_string()),
             ("bestStep", best.step.to_string()),
             ("ranks", self.topology.world().to_string()),
             ("backend", backend),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+        ];
+        chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
+        chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 
@@ -402,7 +443,7 @@ impl Run<'_> {
 pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(), TrainError> {
     for (index, gate) in gates.iter().enumerate() {
         let Some(names) = &gate.sources else { continue };
-        let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows[row].0]));
+        let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows.source(row)]));
         if !is_covered {
             return Err(TrainError::User(format!(
                 "evaluate.gates[{index}]: none of the test rows comes from {}",
@@ -413,17 +454,58 @@ pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(
     Ok(())
 }
 
-/// Runs async work on a thread of its own: it may compute between its waits.
-fn in_background<T: Send + 'static>(
-    runtime: &Handle,
-    work: impl AsyncFnOnce() -> Result<T, TrainError> + Send + 'static,
-) -> JoinHandle<Result<T, TrainError>> {
-    let handle = runtime.clone();
-    runtime.spawn_blocking(move || handle.block_on(work()))
+/// Class names in the order of the outputs; none for tasks without.
+pub fn choose_labels(spec: &TrainSpec, dataset: &Dataset, parent: &Path) -> Result<Vec<String>, TrainError> {
+    if spec.model.task != Task::TextClassification {
+        return Ok(Vec::new());
+    }
+    let parent = EncoderConfig::load(parent)?.labels();
+    Ok(dataset.choose_labels(spec.model.labels.as_deref(), parent.as_deref())?)
 }
 
-fn joined<T>(runtime: &Handle, task: JoinHandle<Result<T, TrainError>>) -> Result<T, TrainError> {
-    runtime.block_on(task).map_err(TrainError::other)?
+/// The model that is trained, as it begins.
+pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: Device) -> Result<Model, TrainError> {
+    let head = spec.model.head.clone().unwrap_or_default();
+    let student = spec.model.student.as_ref();
+    let options = Options {
+        seed: spec.hyperparameters.seed as u64,
+        keep_layers: student
+            .and_then(|student| student.keep_layers.as_ref())
+            .map(|layers| layers.iter().map(|&layer| layer as usize).collect()),
+        fresh: student.and_then(|student| student.fresh).map(|fresh| Shape {
+            layers: fresh.layers as usize,
+            hidden_size: i64::from(fresh.hidden_size),
+            heads: i64::from(fresh.attention_heads),
+            intermediate_size: i64::from(fresh.intermediate_size),
+        }),
+        hidden_head: head.hidden_units.map(|units| HiddenHead {
+            units: i64::from(units),
+            activation: match head.activation {
+                train::HeadActivation::Tanh => HeadActivation::Tanh,
+                train::HeadActivation::GELU => HeadActivation::Gelu,
+                train::HeadActivation::ReLU => HeadActivation::Relu,
+            },
+        }),
+        initializer: match head.initializer {
+            train::Initializer::Normal => Initializer::Normal,
+            train::Initializer::XavierUniform => Initializer::XavierUniform,
+            train::Initializer::KaimingUniform => Initializer::KaimingUniform,
+        },
+        head_dropout: head.dropout,
+        dropout: spec.hyperparameters.dropout,
+    };
+    let task = match spec.model.task {
+        Task::TextClassification => athanor_models::Task::Classification(labels.to_vec()),
+        Task::TextRegression => athanor_models::Task::Regression,
+        Task::MaskedLanguageModel => athanor_models::Task::MaskedLanguageModel,
+        Task::Embedding => athanor_models::Task::Embedding,
+    };
+    Ok(Model::load(parent, task, &options, device)?)
+}
+
+/// Tokens that texts are cut to.
+pub fn max_length(spec: &TrainSpec, config: &EncoderConfig) -> usize {
+    (spec.hyperparameters.max_sequence_length as usize).min(config.max_length())
 }
 
 /// Whether matrix products are in bfloat16.

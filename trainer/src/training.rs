@@ -4,7 +4,7 @@
 use std::{io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
-use athanor_models::{BertForSequenceClassification, load::Weights};
+use athanor_models::{Model, load::Weights};
 use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
 use tch::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use crate::{
         batches::{epoch_batches, mix, share},
     },
     evaluate,
+    objectives::{self, Objective, Part, Teacher},
     report::{History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
@@ -33,7 +34,9 @@ pub struct Session<'a> {
     pub device: Device,
     pub bf16: bool,
     pub group: Option<&'a ProcessGroup>,
-    pub model: &'a mut BertForSequenceClassification,
+    pub model: &'a mut Model,
+    pub objective: Objective,
+    pub teacher: Option<&'a Teacher>,
     pub train: &'a Encoded,
     /// Validation rows; waited for at the first validation.
     pub validation: Box<dyn Fn() -> Result<Arc<Encoded>, TrainError> + 'a>,
@@ -93,6 +96,8 @@ struct Loop<'a> {
     epoch: Option<(u64, Vec<Vec<usize>>)>,
     best: Option<(Best, Named)>,
     history: History,
+    /// The last step's value of each term, without weights; a mean over the batch.
+    terms: Vec<f64>,
     loss_log: Option<std::fs::File>,
 }
 
@@ -101,7 +106,8 @@ impl<'a> Loop<'a> {
         let h = &session.spec.hyperparameters;
         let (steps_per_epoch, total_steps) = count_steps(session.train.len(), h);
         session.model.set_trainable();
-        let named = share_named(session.model.parameters());
+        let mut named = share_named(session.model.parameters());
+        named.extend(share_named(session.objective.parameters()));
         let [decayed, exempt] = weight_decay_groups(&named);
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
         let shared = decayed.iter().map(Tensor::shallow_clone).collect();
@@ -112,11 +118,13 @@ impl<'a> Loop<'a> {
         if let Some(restored) = &session.restored {
             history = restored.state.history.clone();
             let device = session.device;
-            session.model.load_parameters(&mut restored.model(device)?)?;
+            let mut weights = restored.model(device)?;
+            session.model.load_parameters(&mut weights)?;
+            load_named(&mut weights, session.objective.parameters())?;
             let mut state = restored.optimizer(device)?;
             optimizer.load_state(|name| state.take_any(name))?;
             if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
-                best = Some((found, take_all(&mut weights, &named)?));
+                best = Some((found, take_all(&mut weights, session.model.parameters())?));
             }
             step = restored.state.step;
             tracing::info!(step, total_steps, "resumed from a checkpoint");
@@ -154,6 +162,7 @@ impl<'a> Loop<'a> {
             epoch: None,
             best,
             history,
+            terms: Vec::new(),
             loss_log,
             session,
         })
@@ -202,29 +211,42 @@ impl<'a> Loop<'a> {
             rows.push(batch[0]);
         }
         let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
-        let mut loss_sum = 0.0;
+        let terms = self.session.objective.terms();
+        // The sum of all terms with their weights, then each without, then whether this rank is to stop.
+        let mut shared = vec![0.0; terms.len() + 2];
         for (index, part) in parts.iter().enumerate() {
             // Gradients are shared once, in the last backward pass.
             let mut reducer = self.reducer.as_mut().filter(|_| index + 1 == parts.len());
             if let Some(reducer) = &mut reducer {
                 reducer.prepare_for_forward()?;
             }
-            let Session { model, train, device, bf16, .. } = &self.session;
-            let sum = evaluate::cross_entropy(model, train, part, *device, *bf16) * weight;
+            let Session { model, objective, teacher, train, device, bf16, group, .. } = &self.session;
+            let seed = mix(h.seed as u64, self.step);
+            let part = Part { train, rows: part, batch, weight, seed, group: *group, device: *device, bf16: *bf16 };
+            let values = objective.values(model, *teacher, &part)?;
+            // Of a term that all ranks compute whole, each differentiates its own rows and reports its share.
+            let share = |index: usize| if objective.is_shared(index) { 1.0 } else { weight };
+            let weighted =
+                values.iter().zip(terms).enumerate().map(|(index, (value, term))| value * (term.weight * share(index)));
+            let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
             if let Some(reducer) = &mut reducer {
                 reducer.prepare_for_backward()?;
             }
             // The reducer averages over ranks, so that each rank's part is its share of the global mean times the ranks.
             backward(&(&sum * (self.world as f64 / batch.len() as f64)))?;
-            loss_sum += f64::try_from(&sum)?;
+            for (index, (value, term)) in values.iter().zip(terms).enumerate() {
+                let copies = if objective.is_shared(index) { self.world as f64 } else { 1.0 };
+                let value = f64::try_from(value)? * share(index) / copies;
+                shared[0] += value * term.weight;
+                shared[index + 1] += value;
+            }
         }
-
-        let mut shared = [loss_sum, f64::from(u8::from(self.session.stop.is_cancelled()))];
+        let last = shared.len() - 1;
+        shared[last] = f64::from(u8::from(self.session.stop.is_cancelled()));
         if let Some(group) = self.session.group {
             let sums = Tensor::from_slice(&shared).to_device(self.session.device);
             group.all_reduce_sum(&sums)?;
-            let sums = Vec::<f64>::try_from(sums)?;
-            shared.copy_from_slice(&sums);
+            shared = Vec::<f64>::try_from(sums)?;
         }
         let loss = shared[0] / batch.len() as f64;
         add_penalty(&self.decayed, h.l1, h.l2)?;
@@ -244,13 +266,20 @@ impl<'a> Loop<'a> {
         }
         let tokens = batch.iter().map(|&row| self.lengths[row]).sum();
         let step = Step { step: self.step + 1, loss, learning_rate, gradient_norm, samples: batch.len(), tokens };
-        Ok((step, shared[1] > 0.0))
+        self.terms = shared[1..last].iter().map(|value| value / batch.len() as f64).collect();
+        Ok((step, shared[last] > 0.0))
     }
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
         self.history.step(&step);
         if let Some(log) = &mut self.loss_log {
-            let line = serde_json::json!({"step": step.step, "loss": step.loss});
+            let terms: serde_json::Map<String, serde_json::Value> =
+                std::iter::zip(self.session.objective.terms(), &self.terms)
+                    .map(|(term, value)| (objectives::name(term).to_owned(), (*value).into()))
+                    .collect();
+            let line = serde_json::json!({
+                "step": step.step, "loss": step.loss, "gradientNorm": step.gradient_norm, "terms": terms
+            });
             writeln!(log, "{line}").map_err(TrainError::other)?;
         }
         if let Some(writer) = &mut self.session.checkpoints {
@@ -270,19 +299,18 @@ impl<'a> Loop<'a> {
         let session = &mut self.session;
         let rows = (session.validation)()?;
         let watchdog = session.watchdog.clone();
-        let predictions =
-            evaluate::predict(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
-        let accuracy =
-            evaluate::metric(athanor_contract::train::Metric::Accuracy, &rows, &predictions, None).unwrap_or(0.0);
-        let is_best = self.best.as_ref().is_none_or(|(best, _)| accuracy > best.accuracy);
+        let found =
+            evaluate::evaluate(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
+        let (name, score) = evaluate::score(&rows, &found);
+        let is_best = self.best.as_ref().is_none_or(|(best, _)| score > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
-            self.best = Some((Best { step: self.step, accuracy }, weights));
+            self.best = Some((Best { step: self.step, score }, weights));
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
-        self.history.validated(self.step, epoch, accuracy);
+        self.history.validated(self.step, epoch, name, score);
         if let Some(reporter) = &mut session.reporter {
-            reporter.validated(self.step, epoch, accuracy, is_best);
+            reporter.validated(self.step, epoch, (name, score), is_best);
         }
         Ok(())
     }
@@ -303,7 +331,11 @@ impl<'a> Loop<'a> {
                 best,
                 history: self.history.clone(),
             },
-            model: Snapshot::copy(self.session.model.parameters()),
+            model: {
+                let mut all = Snapshot::copy(self.session.model.parameters());
+                all.extend(Snapshot::copy(self.session.objective.parameters()));
+                all
+            },
             optimizer: Snapshot::copy(&self.optimizer.state()),
             best: weights,
         })
@@ -332,6 +364,17 @@ impl<'a> Loop<'a> {
     }
 }
 
+/// Overwrites tensors with those of the same names.
+fn load_named(weights: &mut Weights, named: &[(String, Tensor)]) -> Result<(), TrainError> {
+    tch::no_grad(|| {
+        for (name, tensor) in named {
+            let saved = weights.take(name, &tensor.size())?;
+            tensor.shallow_clone().f_copy_(&saved)?;
+        }
+        Ok(())
+    })
+}
+
 /// The update rule that hyperparameters ask for.
 pub fn rule(h: &Hyperparameters) -> Rule {
     let (momentum, beta1, beta2, epsilon) = (h.momentum, h.beta1, h.beta2, h.epsilon);
@@ -345,8 +388,8 @@ pub fn rule(h: &Hyperparameters) -> Rule {
 
 /// Parameters with weight decay, and those without: biases and normalisation weights.
 fn weight_decay_groups(named: &[(String, Tensor)]) -> [Vec<Tensor>; 2] {
-    let is_exempt = |name: &str| name.ends_with(".bias") || name.contains("LayerNorm");
-    let (exempt, decayed): (Vec<_>, Vec<_>) = named.iter().partition(|(name, _)| is_exempt(name));
+    // Biases and normalisation weights are the parameters that are no matrices.
+    let (exempt, decayed): (Vec<_>, Vec<_>) = named.iter().partition(|(_, tensor)| tensor.dim() < 2);
     [decayed, exempt].map(|named| named.into_iter().map(|(_, tensor)| tensor.shallow_clone()).collect())
 }
 
@@ -374,8 +417,16 @@ mod tests {
 
     #[test]
     fn biases_and_norms_do_not_decay() {
-        let names = ["a.weight", "a.bias", "x.LayerNorm.weight", "word_embeddings.weight"];
-        let named: Named = names.iter().map(|name| ((*name).to_owned(), Tensor::from(0_f32))).collect();
+        let shapes: [(&str, &[i64]); 4] = [
+            ("a.weight", &[2, 2]),
+            ("a.bias", &[2]),
+            ("x.LayerNorm.weight", &[2]),
+            ("word_embeddings.weight", &[3, 2]),
+        ];
+        let named: Named = shapes
+            .iter()
+            .map(|(name, shape)| ((*name).to_owned(), Tensor::zeros(*shape, (tch::Kind::Float, Device::Cpu))))
+            .collect();
         assert_eq!(weight_decay_groups(&named).map(|tensors| tensors.len()), [2, 2]);
     }
 }

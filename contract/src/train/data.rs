@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::CleanSpec;
+use super::{CleanSpec, SelectSpec};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -18,6 +18,9 @@ pub struct DataSpec {
     /// once stays held out in every retraining.
     #[serde(default)]
     pub split: SplitSpec,
+    /// Trains on a part of the training rows: those that matter most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<SelectSpec>,
 }
 
 /// One source of rows: exactly one of `uri` and `kafka`.

@@ -1,11 +1,16 @@
 //! Training: the part of a `FineTuneJob` that the trainer reads, the configuration the operator mounts, and the result.
 
+mod annotate;
+mod clean;
+mod compress;
 mod data;
 mod evaluate;
 mod execution;
 mod hyperparameters;
 mod model;
+mod objective;
 mod search;
+mod select;
 
 use std::collections::BTreeMap;
 
@@ -14,12 +19,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::Decimal;
 
+pub use annotate::*;
+pub use clean::*;
+pub use compress::*;
 pub use data::*;
 pub use evaluate::*;
 pub use execution::*;
 pub use hyperparameters::*;
 pub use model::*;
+pub use objective::*;
 pub use search::*;
+pub use select::*;
 
 /// How a trainer process ended; the operator decides by these numbers.
 pub mod exit_code {
@@ -60,6 +70,12 @@ pub struct ManifestMetadata {
 pub struct TrainSpec {
     /// The model to start from and what it shall do.
     pub model: ModelSpec,
+    /// A trained model that this one learns from, besides the labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherSpec>,
+    /// What is minimised.
+    #[serde(default, skip_serializing_if = "ObjectiveSpec::is_default")]
+    pub objective: ObjectiveSpec,
     /// Where rows come from and how they are split.
     pub data: DataSpec,
     /// Hyperparameters; every one has a default that suits fine-tuning an encoder.
@@ -68,6 +84,10 @@ pub struct TrainSpec {
     /// Metrics, how often they are computed, and the gates a result must pass.
     #[serde(default)]
     pub evaluate: EvaluateSpec,
+    /// Makes the result smaller, step by step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub compress: Vec<CompressStep>,
     /// Where the artifact goes.
     pub output: OutputSpec,
     /// How many processes train together.

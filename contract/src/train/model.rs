@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
     /// A folder with config.json, model.safetensors and tokenizer.json: s3://, gs://, az://, file:// (a plain model folder or an
-    /// Athanor artifact). Pickled weights are refused.
+    /// Athanor artifact). BERT and MPNet encoders. Pickled weights are refused.
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
     pub from: String,
     /// What the model learns to do.
@@ -17,22 +17,87 @@ pub struct ModelSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 2, max = 1024), inner(length(min = 1, max = 256)))]
     pub labels: Option<Vec<String>>,
-    /// Shape of the classification head. Absent: one linear layer on the pooled encoder output.
+    /// Shape of the head. Absent: as transformers has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head: Option<HeadSpec>,
+    /// Makes the model a smaller one before training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub student: Option<StudentSpec>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Task {
     /// One label for each text; the loss is cross entropy.
     TextClassification,
+    /// One number for each text; the loss is the squared error.
+    TextRegression,
+    /// The tokens that were masked: adapts an encoder to the language of a domain, without labels.
+    MaskedLanguageModel,
+    /// One vector for each text, by mean pooling; the loss is contrastive over pairs of texts.
+    Embedding,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub struct HeadSpec {
-    /// Dropout before the last layer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Units of a hidden layer between encoder and outputs. Absent: the head that transformers' models have, which transformers
+    /// loads; it has none with a layer of another size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65536))]
+    pub hidden_units: Option<u32>,
+    /// Of the hidden layer.
+    pub activation: HeadActivation,
+    /// Dropout before the head's layers. Absent: the encoder's.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0, max = 0.9))]
     pub dropout: Option<f64>,
+    /// How the head's weights begin.
+    pub initializer: Initializer,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum HeadActivation {
+    #[default]
+    Tanh,
+    GELU,
+    ReLU,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Initializer {
+    /// Normal with the deviation that config.json names (0.02), as transformers does.
+    #[default]
+    Normal,
+    XavierUniform,
+    KaimingUniform,
+}
+
+/// A smaller model: exactly one of `keepLayers` and `fresh`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "has(self.keepLayers) != has(self.fresh)", "message": "set exactly one of keepLayers and fresh"}]))]
+pub struct StudentSpec {
+    /// Layers of model.from that the student keeps, counted from 0, in this order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128), inner(range(min = 0, max = 1023)))]
+    pub keep_layers: Option<Vec<u32>>,
+    /// An encoder that begins at random, with the vocabulary of model.from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fresh: Option<FreshEncoder>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.hiddenSize % self.attentionHeads == 0", "message": "attentionHeads has to divide hiddenSize"}]))]
+pub struct FreshEncoder {
+    #[schemars(range(min = 1, max = 128))]
+    pub layers: u32,
+    #[schemars(range(min = 8, max = 8192))]
+    pub hidden_size: u32,
+    #[schemars(range(min = 1, max = 128))]
+    pub attention_heads: u32,
+    #[schemars(range(min = 8, max = 32768))]
+    pub intermediate_size: u32,
 }

@@ -5,8 +5,6 @@
 //! load and a lone request never waits for company.
 
 pub mod batch;
-#[cfg(feature = "server")]
-pub mod torch;
 
 use std::{
     sync::Arc,

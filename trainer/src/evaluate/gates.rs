@@ -2,7 +2,7 @@
 
 use athanor_contract::train::{Gate, Metric};
 
-use super::{Predictions, metric};
+use super::{Evaluation, metric};
 use crate::data::Encoded;
 
 /// The gates that do not hold, each in words with its numbers. `baseline` are the baseline's predictions on the same rows, with
@@ -10,8 +10,8 @@ use crate::data::Encoded;
 pub fn failed_gates(
     gates: &[Gate],
     sources: &[String],
-    result: (&Encoded, &Predictions),
-    baseline: Option<(&Encoded, &Predictions)>,
+    result: (&Encoded, &Evaluation),
+    baseline: Option<(&Encoded, &Evaluation)>,
 ) -> Vec<String> {
     gates.iter().filter_map(|gate| failure(gate, sources, result, baseline)).collect()
 }
@@ -19,8 +19,8 @@ pub fn failed_gates(
 fn failure(
     gate: &Gate,
     sources: &[String],
-    (rows, predictions): (&Encoded, &Predictions),
-    baseline: Option<(&Encoded, &Predictions)>,
+    (rows, predictions): (&Encoded, &Evaluation),
+    baseline: Option<(&Encoded, &Evaluation)>,
 ) -> Option<String> {
     let slice: Option<Vec<usize>> = gate.sources.as_ref().map(|names| {
         sources.iter().enumerate().filter(|(_, source)| names.contains(source)).map(|(index, _)| index).collect()
@@ -28,13 +28,14 @@ fn failure(
     let name = match gate.metric {
         Metric::Accuracy => "accuracy",
         Metric::MacroF1 => "macroF1",
+        Metric::PearsonCorrelation => "pearsonCorrelation",
     };
     let place = gate
         .sources
         .as_ref()
         .map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
     let Some(value) = metric(gate.metric, rows, predictions, slice.as_deref()) else {
-        return Some(format!("{name} on {place}: there are none"));
+        return Some(format!("{name} on {place}: it cannot be measured there"));
     };
     if let Some(minimum) = gate.minimum {
         return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
@@ -55,15 +56,18 @@ mod tests {
     use athanor_contract::Decimal;
 
     use super::*;
+    use crate::evaluate::Predictions;
 
     #[test]
     fn gates_pool_sources_and_compare_with_the_baseline() {
         let rows = Encoded {
-            ids: vec![vec![]; 6],
             labels: vec![Some(0), Some(1), Some(0), Some(1), Some(0), Some(1)],
             sources: vec![0, 0, 1, 1, 1, 2],
+            ..Encoded::blank(6)
         };
-        let predictions = |labels: [usize; 6]| Predictions { labels: labels.to_vec(), confidences: vec![1.0; 6] };
+        let predictions = |labels: [usize; 6]| {
+            Evaluation::Classes(Predictions { labels: labels.to_vec(), confidences: vec![1.0; 6] })
+        };
         let (result, before) = (predictions([0, 1, 0, 1, 1, 0]), predictions([0, 1, 1, 0, 0, 1]));
         let names = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
         let gate = |sources: &[&str], minimum: Option<f64>, gain: Option<f64>| Gate {
@@ -84,7 +88,7 @@ mod tests {
                 gate(&["c"], None, Some(-0.5)),
                 Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for"),
             ),
-            (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: there are none")),
+            (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: it cannot be measured there")),
         ];
         for (gate, expected) in cases {
             let failed = failed_gates(&[gate], &names, (&rows, &result), Some((&rows, &before)));

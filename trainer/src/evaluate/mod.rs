@@ -1,55 +1,97 @@
-//! Predictions on held-out rows, and what they are worth.
+//! What a model makes of held-out rows, and what that is worth.
 
 mod gates;
+mod metrics;
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use athanor_contract::{artifact::Reference, train::Metric};
-use athanor_models::{BertForSequenceClassification, tokenizer::pad};
+use athanor_contract::artifact::Reference;
+use athanor_models::{Model, Task};
 use athanor_torch::{Autocast, ProcessGroup};
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use gates::failed_gates;
+pub use metrics::{metric, report, score};
 
 use crate::{
     TrainError,
-    data::{Encoded, batches::evaluation_batches},
+    data::{
+        Encoded,
+        batches::{evaluation_batches, mix},
+    },
+    objectives::{inputs, masking::mask_row},
 };
 
 /// Rows of one forward pass; without gradients memory is no concern, and the rows are sorted by length.
 const BATCH: usize = 64;
 /// Confidences that the artifact keeps as the baseline of drift detection.
 const REFERENCE_CONFIDENCES: usize = 2048;
+/// Texts that are compared with all pairs at once.
+const COMPARED: i64 = 512;
+/// Share of the tokens that a masked language model has to predict when it is measured, and the seed of their choice.
+const MASKED: f64 = 0.15;
+const MASK_SEED: u64 = 0x6d61_736b;
 
 /// The winning label and its probability for each row.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Predictions {
     pub labels: Vec<usize>,
     pub confidences: Vec<f32>,
 }
 
-/// Predicts all rows, shared among the ranks; every rank gets all results. `beat` is called after each batch.
-pub fn predict(
-    model: &BertForSequenceClassification,
+/// What a model says of some rows, by its task.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Evaluation {
+    Classes(Predictions),
+    /// A number for each row.
+    Numbers(Vec<f32>),
+    /// For each row the masked tokens, those predicted rightly, and the sum of their cross entropies.
+    Tokens(Vec<[f32; 3]>),
+    /// For each row the place of its own pair among all pairs, from 1.
+    Ranks(Vec<f32>),
+}
+
+impl Evaluation {
+    /// Of a classifier; nobody is right about rows without labels.
+    pub fn classes(&self) -> Option<&Predictions> {
+        match self {
+            Self::Classes(predictions) => Some(predictions),
+            _ => None,
+        }
+    }
+}
+
+/// Measures all rows, shared among the ranks; every rank gets all results. `beat` is called after each batch.
+pub fn evaluate(
+    model: &Model,
     rows: &Encoded,
     group: Option<&ProcessGroup>,
-    device: tch::Device,
+    device: Device,
     bf16: bool,
     mut beat: impl FnMut(),
-) -> Result<Predictions, TrainError> {
+) -> Result<Evaluation, TrainError> {
     let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
+    let width = match model.task() {
+        Task::Classification(_) => 2,
+        Task::Regression => 1,
+        Task::MaskedLanguageModel => 3,
+        Task::Embedding => return ranks(model, rows, group, device, bf16, beat),
+    };
     // A row of another rank stays zero here and is added by the sum over the ranks.
-    let mut found = vec![0_f32; rows.len() * 2];
+    let mut found = vec![0_f32; rows.len() * width];
     for batch in evaluation_batches(&rows.lengths(), BATCH, rank, world) {
-        let (confidences, labels) = tch::no_grad(|| -> Result<_, TrainError> {
+        let values = tch::no_grad(|| -> Result<_, TrainError> {
             let _autocast = bf16.then(|| Autocast::bf16(device));
-            let logits = forward(model, rows, &batch, device, false);
-            let (confidences, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);
-            Ok((Vec::<f32>::try_from(confidences)?, Vec::<i64>::try_from(labels)?))
+            Ok(match model.task() {
+                Task::Classification(_) => {
+                    let (confidences, labels) =
+                        forward(model, rows, &batch, device, false).softmax(-1, Kind::Float).max_dim(-1, false);
+                    Vec::<f32>::try_from(Tensor::stack(&[labels.to_kind(Kind::Float), confidences], 1).reshape([-1]))?
+                }
+                Task::MaskedLanguageModel => tokens(model, rows, &batch, device)?,
+                _ => Vec::<f32>::try_from(forward(model, rows, &batch, device, false).reshape([-1]))?,
+            })
         })?;
-        for ((row, confidence), label) in batch.into_iter().zip(confidences).zip(labels) {
-            found[row * 2] = label as f32;
-            found[row * 2 + 1] = confidence;
+        for (row, values) in batch.into_iter().zip(values.chunks(width)) {
+            found[row * width..][..width].copy_from_slice(values);
         }
         beat();
     }
@@ -58,92 +100,125 @@ pub fn predict(
         group.all_reduce_sum(&all)?;
         found = Vec::<f32>::try_from(all)?;
     }
-    Ok(Predictions {
-        // At most 1,024 labels: exact in f32.
-        labels: found.iter().step_by(2).map(|&label| label as usize).collect(),
-        confidences: found.into_iter().skip(1).step_by(2).collect(),
+    Ok(match model.task() {
+        Task::Classification(_) => Evaluation::Classes(Predictions {
+            // At most 1,024 labels: exact in f32.
+            labels: found.iter().step_by(2).map(|&label| label as usize).collect(),
+            confidences: found.into_iter().skip(1).step_by(2).collect(),
+        }),
+        Task::MaskedLanguageModel => Evaluation::Tokens(found.chunks(3).map(|row| [row[0], row[1], row[2]]).collect()),
+        _ => Evaluation::Numbers(found),
     })
 }
 
-/// The summed cross entropy of some rows in training, a scalar in FP32. Rows whose label the model does not know count nothing.
-pub fn cross_entropy(
-    model: &BertForSequenceClassification,
-    train: &Encoded,
-    rows: &[usize],
-    device: tch::Device,
-    bf16: bool,
-) -> Tensor {
-    let _autocast = bf16.then(|| Autocast::bf16(device));
-    let logits = forward(model, train, rows, device, true);
-    let labels: Vec<i64> = rows.iter().map(|&row| train.labels[row].map_or(-100, |label| label as i64)).collect();
-    let labels = Tensor::from_slice(&labels).to_device(device);
-    logits.to_kind(Kind::Float).cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0)
-}
-
-/// Logits [B, L] of the given rows.
-pub fn forward(
-    model: &BertForSequenceClassification,
-    rows: &Encoded,
-    batch: &[usize],
-    device: tch::Device,
-    train: bool,
-) -> Tensor {
-    let texts: Vec<&[u32]> = batch.iter().map(|&row| rows.ids[row].as_slice()).collect();
-    let padded = texts.iter().any(|ids| ids.len() != texts[0].len());
-    let (ids, mask) = pad(&texts, model.config().pad_token_id);
-    // Without padding attention needs no mask and takes the faster kernel.
-    let mask = padded.then(|| mask.to_device(device));
-    model.forward(&ids.to_device(device), mask.as_ref(), train)
-}
-
-/// A metric over the rows of some sources (`None`: all). `None` if there are no such rows.
-pub fn metric(metric: Metric, rows: &Encoded, predictions: &Predictions, sources: Option<&[usize]>) -> Option<f64> {
-    let pairs: Vec<(Option<usize>, usize)> = (0..rows.len())
-        .filter(|&row| sources.is_none_or(|sources| sources.contains(&rows.sources[row])))
-        .map(|row| (rows.labels[row], predictions.labels[row]))
-        .collect();
-    if pairs.is_empty() {
-        return None;
-    }
-    Some(match metric {
-        Metric::Accuracy => {
-            pairs.iter().filter(|(truth, predicted)| *truth == Some(*predicted)).count() as f64 / pairs.len() as f64
+/// For each row masked tokens, hits and loss, in a row.
+fn tokens(model: &Model, rows: &Encoded, batch: &[usize], device: Device) -> Result<Vec<f32>, TrainError> {
+    let Some(mask_tokens) = &rows.mask_tokens else {
+        return Err(TrainError::User("model.from: its tokenizer has no mask token, which the task needs".into()));
+    };
+    let masked: Vec<(Vec<u32>, Vec<usize>)> =
+        batch.iter().map(|&row| mask_row(&rows.ids[row], mask_tokens, MASKED, mix(MASK_SEED, row as u64))).collect();
+    let texts: Vec<&[u32]> = masked.iter().map(|(ids, _)| ids.as_slice()).collect();
+    let longest = texts.iter().map(|ids| ids.len()).max().unwrap_or(0);
+    let (mut places, mut labels, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, (_, hidden)) in masked.iter().enumerate() {
+        for &place in hidden {
+            places.push((index * longest + place) as i64);
+            labels.push(i64::from(rows.ids[batch[index]][place]));
+            owners.push(index);
         }
-        Metric::MacroF1 => macro_f1(&pairs),
-    })
-}
-
-/// The mean of the labels' F1 scores, over the labels that occur as truth or as prediction, as scikit-learn has it.
-fn macro_f1(pairs: &[(Option<usize>, usize)]) -> f64 {
-    let labels: BTreeSet<Option<usize>> =
-        pairs.iter().flat_map(|&(truth, predicted)| [truth, Some(predicted)]).collect();
-    let total: f64 = labels
-        .iter()
-        .map(|label| {
-            let hits = pairs.iter().filter(|(truth, predicted)| truth == label && Some(*predicted) == *label).count();
-            let misses =
-                pairs.iter().filter(|(truth, predicted)| (truth == label) != (Some(*predicted) == *label)).count();
-            2.0 * hits as f64 / (2 * hits + misses) as f64
-        })
-        .sum();
-    total / labels.len() as f64
-}
-
-/// The metrics that a result reports: over all rows, and the accuracy on each source.
-pub fn report(rows: &Encoded, predictions: &Predictions, sources: &[String]) -> BTreeMap<String, f64> {
-    let mut values = BTreeMap::new();
-    for (name, which) in [("accuracy", Metric::Accuracy), ("macroF1", Metric::MacroF1)] {
-        values.extend(metric(which, rows, predictions, None).map(|value| (name.to_owned(), value)));
     }
-    for (index, source) in sources.iter().enumerate() {
-        let value = metric(Metric::Accuracy, rows, predictions, Some(&[index]));
-        values.extend(value.map(|value| (format!("{source}/accuracy"), value)));
+    let mut found = vec![0_f32; batch.len() * 3];
+    if places.is_empty() {
+        return Ok(found);
     }
-    values
+    let (ids, mask) = inputs(&texts, model.config().pad_token_id, device);
+    let hidden = model.last_hidden_state(&ids, mask.as_ref(), false);
+    let chosen = hidden
+        .reshape([-1, model.config().hidden_size])
+        .index_select(0, &Tensor::from_slice(&places).to_device(device));
+    let labels = Tensor::from_slice(&labels).to_device(device);
+    let logits = model.vocabulary_logits(&chosen);
+    let hits = Vec::<f32>::try_from(logits.argmax(-1, false).eq_tensor(&labels).to_kind(Kind::Float))?;
+    let losses = logits.log_softmax(-1, Kind::Float).gather(1, &labels.unsqueeze(1), false).neg().squeeze_dim(1);
+    let losses = Vec::<f32>::try_from(losses)?;
+    for ((owner, hit), loss) in owners.into_iter().zip(hits).zip(losses) {
+        found[owner * 3] += 1.0;
+        found[owner * 3 + 1] += hit;
+        found[owner * 3 + 2] += loss;
+    }
+    Ok(found)
 }
 
-/// What the monitor compares live traffic with.
-pub fn reference(labels: &[String], rows: &Encoded, predictions: &Predictions) -> Reference {
+/// Embeds texts and pairs, and finds the place of each text's own pair.
+fn ranks(
+    model: &Model,
+    rows: &Encoded,
+    group: Option<&ProcessGroup>,
+    device: Device,
+    bf16: bool,
+    mut beat: impl FnMut(),
+) -> Result<Evaluation, TrainError> {
+    let Some(pairs) = &rows.pairs else {
+        return Err(TrainError::User("data.sources[].columns.pair: an embedding is measured by pairs of texts".into()));
+    };
+    let mut all = |texts: &[Vec<u32>]| embed(model, texts, group, device, bf16, &mut beat);
+    let (texts, pairs) = (all(&rows.ids)?, all(pairs)?);
+    let mut found = Vec::with_capacity(rows.len());
+    let count = rows.len() as i64;
+    for begin in (0..count).step_by(COMPARED as usize) {
+        let size = COMPARED.min(count - begin);
+        let scores = texts.narrow(0, begin, size).matmul(&pairs.tr());
+        let own = Tensor::arange_start(begin, begin + size, (Kind::Int64, device)).unsqueeze(1);
+        let own = scores.gather(1, &own, false);
+        let before = scores.gt_tensor(&own).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float);
+        found.extend(Vec::<f32>::try_from(before + 1.0)?);
+    }
+    Ok(Evaluation::Ranks(found))
+}
+
+/// Unit vectors [texts, C] by mean pooling, shared among the ranks.
+pub fn embed(
+    model: &Model,
+    texts: &[Vec<u32>],
+    group: Option<&ProcessGroup>,
+    device: Device,
+    bf16: bool,
+    mut beat: impl FnMut(),
+) -> Result<Tensor, TrainError> {
+    let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
+    let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+    let mut all = Tensor::zeros([texts.len() as i64, model.config().hidden_size], (Kind::Float, device));
+    for batch in evaluation_batches(&lengths, BATCH, rank, world) {
+        tch::no_grad(|| {
+            let _autocast = bf16.then(|| Autocast::bf16(device));
+            let texts: Vec<&[u32]> = batch.iter().map(|&row| texts[row].as_slice()).collect();
+            let (ids, mask) = inputs(&texts, model.config().pad_token_id, device);
+            let last = model.last_hidden_state(&ids, mask.as_ref(), false);
+            let vectors = model.embedding(&last, mask.as_ref());
+            let norm = vectors.square().sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt().clamp_min(1e-12);
+            let places: Vec<i64> = batch.iter().map(|&row| row as i64).collect();
+            let _ = all.index_copy_(0, &Tensor::from_slice(&places).to_device(device), &(vectors / norm));
+        });
+        beat();
+    }
+    if let Some(group) = group {
+        group.all_reduce_sum(&all)?;
+    }
+    Ok(all)
+}
+
+/// Outputs [B, L] for the given rows.
+pub fn forward(model: &Model, rows: &Encoded, batch: &[usize], device: Device, train: bool) -> Tensor {
+    let texts: Vec<&[u32]> = batch.iter().map(|&row| rows.ids[row].as_slice()).collect();
+    let (ids, mask) = inputs(&texts, model.config().pad_token_id, device);
+    model.forward(&ids, mask.as_ref(), train)
+}
+
+/// What the monitor compares live traffic with; without predictions of classes it only says how many rows there were.
+pub fn reference(labels: &[String], rows: &Encoded, predictions: Option<&Predictions>) -> Reference {
+    let nothing = Predictions::default();
+    let predictions = predictions.unwrap_or(&nothing);
     let mut predicted = vec![0; labels.len()];
     for &label in &predictions.labels {
         predicted[label] += 1;
@@ -154,7 +229,7 @@ pub fn reference(labels: &[String], rows: &Encoded, predictions: &Predictions) -
     sorted.sort_by(f32::total_cmp);
     // Evenly spaced ranks keep the distribution's shape, both ends included.
     let kept = sorted.len().min(REFERENCE_CONFIDENCES);
-    let confidences = (0..kept).map(|i| sorted[i * (sorted.len() - 1) / (kept - 1).max(1)]).collect();
+    let confidences = (0..kept).map(|i| sorted[i * (sorted.len() - 1) / (kept.max(2) - 1)]).collect();
     Reference { labels: labels.to_vec(), predicted, confidences, correct: correct as u64, rows: rows.len() as u64 }
 }
 
@@ -163,30 +238,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_are_those_of_scikit_learn() {
-        let rows = Encoded {
-            ids: vec![vec![]; 6],
-            labels: vec![Some(0), Some(0), Some(1), Some(1), Some(2), None],
-            sources: vec![0, 0, 0, 1, 1, 1],
-        };
-        let predictions = Predictions { labels: vec![0, 1, 1, 1, 0, 0], confidences: vec![0.5; 6] };
-        let value = |which, sources: Option<&[usize]>| metric(which, &rows, &predictions, sources).unwrap();
-        assert_eq!(value(Metric::Accuracy, None), 0.5);
-        assert_eq!(value(Metric::Accuracy, Some(&[1])), 1.0 / 3.0);
-        // f1_score([0, 0, 1], [0, 1, 1], average="macro")
-        assert!((value(Metric::MacroF1, Some(&[0])) - 2.0 / 3.0).abs() < 1e-12);
-        // f1_score([0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 0, 0], average="macro")
-        assert!((value(Metric::MacroF1, None) - (0.4 + 0.8) / 4.0).abs() < 1e-12);
-        assert_eq!(metric(Metric::Accuracy, &rows, &predictions, Some(&[2])), None);
-    }
-
-    #[test]
     fn the_reference_keeps_both_ends() {
         let count = 5000;
-        let rows = Encoded { ids: vec![vec![]; count], labels: vec![Some(1); count], sources: vec![0; count] };
+        let rows = Encoded { labels: vec![Some(1); count], ..Encoded::blank(count) };
         let confidences = (0..count).rev().map(|i| i as f32 / count as f32).collect();
         let predictions = Predictions { labels: (0..count).map(|i| i % 2).collect(), confidences };
-        let reference = reference(&["a".into(), "b".into()], &rows, &predictions);
+        let reference = reference(&["a".into(), "b".into()], &rows, Some(&predictions));
         assert_eq!((reference.correct, reference.rows, reference.predicted), (2500, 5000, vec![2500, 2500]));
         assert_eq!(reference.confidences.len(), 2048);
         assert_eq!(reference.confidences[0], 0.0);

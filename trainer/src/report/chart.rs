@@ -4,8 +4,8 @@ use plotters::{
     chart::{ChartBuilder, ChartContext},
     coord::{Shift, cartesian::Cartesian2d, types::RangedCoordf64},
     drawing::DrawingArea,
-    element::{Circle, Rectangle},
-    prelude::{IntoDrawingArea, SVGBackend},
+    element::{Circle, EmptyElement, Rectangle, Text},
+    prelude::{IntoDrawingArea, IntoFont, SVGBackend},
     series::LineSeries,
     style::{Color, RGBColor, ShapeStyle},
 };
@@ -63,8 +63,30 @@ pub fn calibration(bins: &[(f64, f64, f64)]) -> String {
     })
 }
 
+/// Quality over megabytes, a named dot a form: (name, megabytes, quality).
+pub fn forms(forms: &[(&str, f64, f64)], y_name: &str) -> String {
+    let points: Vec<(f64, f64)> = forms.iter().map(|&(_, x, y)| (x, y)).filter(|(_, y)| y.is_finite()).collect();
+    let Some(((left, right), y)) = ranges(&points) else { return String::new() };
+    // Names stand to the right of their dots.
+    let x = (left * 0.8, right + (right - left).max(right * 0.2) * 0.6);
+    picture(|svg| {
+        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        let mut chart = axes(&area, (x, y), ("megabytes", y_name), (|x| format!("{x:.0}"), |y| short(*y)))?;
+        chart.draw_series(LineSeries::new(points.iter().copied(), GREY.stroke_width(1)))?;
+        chart.draw_series(points.iter().map(|&point| Circle::new(point, 5, BLUE.filled())))?;
+        chart.draw_series(std::iter::zip(forms, &points).map(|((name, ..), &point)| {
+            EmptyElement::at(point)
+                + Text::new((*name).to_owned(), (8, -6), ("sans-serif", 11).into_font().color(&TEXT))
+        }))?;
+        area.present()?;
+        drop(chart);
+        drop(area);
+        Ok(())
+    })
+}
+
 type Range = (f64, f64);
-type Text = fn(&f64) -> String;
+type Words = fn(&f64) -> String;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
@@ -73,7 +95,7 @@ fn axes<'a>(
     area: &Area<'a>,
     (x, y): (Range, Range),
     (x_name, y_name): (&str, &str),
-    (x_text, y_text): (Text, Text),
+    (x_text, y_text): (Words, Words),
 ) -> Result<Chart<'a>, Box<dyn std::error::Error>> {
     let mut chart = ChartBuilder::on(area)
         .margin(10)
@@ -126,6 +148,8 @@ mod tests {
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
         }
         assert!(calibration(&[(0.5, 0.6, 0.4), (0.6, 1.0, 1.0)]).contains("<rect"));
+        assert!(forms(&[("trained", 91.0, 0.9), ("int8", 23.0, 0.89)], "accuracy").contains("int8"));
+        assert_eq!(forms(&[], "accuracy"), "");
         assert_eq!(line(&[], "loss", false), "");
         assert_eq!(calibration(&[]), "");
     }

@@ -1,8 +1,11 @@
 //! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are whole.
 
+use std::path::Path;
+
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Step;
+use super::{Step, tensorboard::EventWriter};
 
 /// More points than this say nothing more in a picture.
 const MOST_POINTS: usize = 1000;
@@ -14,6 +17,9 @@ pub struct History {
     pub stride: u64,
     pub points: Vec<Point>,
     pub validations: Vec<Validation>,
+    /// What the score of a validation is.
+    #[serde(default)]
+    pub score_name: String,
     /// Sums over the steps that are not a point yet, and their number.
     #[serde(default)]
     open: (Point, u64),
@@ -29,6 +35,9 @@ pub struct Point {
     pub learning_rate: f64,
     /// Before clipping.
     pub gradient_norm: f64,
+    /// When the step ended, seconds since 1970.
+    #[serde(default)]
+    pub time: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,12 +45,22 @@ pub struct Point {
 pub struct Validation {
     pub step: u64,
     pub epoch: f64,
-    pub accuracy: f64,
+    /// The more the better.
+    pub score: f64,
+    /// Seconds since 1970.
+    #[serde(default)]
+    pub time: f64,
 }
 
 impl Default for History {
     fn default() -> Self {
-        Self { stride: 1, points: Vec::new(), validations: Vec::new(), open: Default::default() }
+        Self {
+            stride: 1,
+            points: Vec::new(),
+            validations: Vec::new(),
+            score_name: String::new(),
+            open: Default::default(),
+        }
     }
 }
 
@@ -52,6 +71,7 @@ impl Point {
             loss: self.loss + other.loss,
             learning_rate: self.learning_rate + other.learning_rate,
             gradient_norm: self.gradient_norm + other.gradient_norm,
+            time: other.time,
         }
     }
 
@@ -62,6 +82,7 @@ impl Point {
             loss: self.loss / count,
             learning_rate: self.learning_rate / count,
             gradient_norm: self.gradient_norm / count,
+            time: self.time,
         }
     }
 }
@@ -77,6 +98,7 @@ impl History {
             loss: step.loss,
             learning_rate: step.learning_rate,
             gradient_norm: step.gradient_norm,
+            time: now(),
         };
         self.open = (self.open.0.plus(one), self.open.1 + 1);
         if self.open.1 < self.stride {
@@ -95,6 +117,7 @@ impl History {
                     loss: last.loss * stride,
                     learning_rate: last.learning_rate * stride,
                     gradient_norm: last.gradient_norm * stride,
+                    time: last.time,
                 };
                 self.open = (sums, self.stride);
             }
@@ -103,9 +126,34 @@ impl History {
         }
     }
 
-    pub fn validated(&mut self, step: u64, epoch: f64, accuracy: f64) {
-        self.validations.push(Validation { step, epoch, accuracy });
+    /// Writes the curves as an event file for TensorBoard.
+    pub fn write_events(&self, folder: &Path) -> std::io::Result<()> {
+        let at = |time: f64| Timestamp::from_millisecond((time * 1000.0) as i64).unwrap_or(Timestamp::UNIX_EPOCH);
+        let started = self.points.first().map_or_else(Timestamp::now, |point| at(point.time));
+        let mut writer = EventWriter::create(folder, started)?;
+        for point in &self.points {
+            let values = [
+                ("train/loss", point.loss),
+                ("train/learning_rate", point.learning_rate),
+                ("train/gradient_norm", point.gradient_norm),
+            ];
+            writer.scalars(point.step, &values, at(point.time))?;
+        }
+        let tag = format!("validation/{}", self.score_name);
+        for one in &self.validations {
+            writer.scalar(&tag, one.step, one.score, at(one.time))?;
+        }
+        Ok(())
     }
+
+    pub fn validated(&mut self, step: u64, epoch: f64, name: &str, score: f64) {
+        name.clone_into(&mut self.score_name);
+        self.validations.push(Validation { step, epoch, score, time: now() });
+    }
+}
+
+fn now() -> f64 {
+    jiff::Timestamp::now().as_millisecond() as f64 / 1000.0
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod history;
 pub mod ops;
 pub mod page;
 mod progress;
+mod reading;
 pub mod tensorboard;
 pub mod termination;
 
@@ -21,6 +22,7 @@ use metrics::gauge;
 
 pub use history::History;
 pub use progress::{ProgressUpdate, Sender};
+pub use reading::Reading;
 
 /// Steps whose mean is the current speed.
 const WINDOW: usize = 20;
@@ -107,6 +109,14 @@ impl Reporter {
         self.send();
     }
 
+    /// Rows that the teacher has been asked about.
+    pub fn asked(&mut self, done: usize, of: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(of as u64);
+            bar.set_position(done as u64);
+        }
+    }
+
     pub fn begin(&mut self, step: u64, total_steps: u64) {
         self.update.step = step;
         self.update.total_steps = total_steps;
@@ -158,13 +168,26 @@ impl Reporter {
         self.send();
     }
 
-    pub fn validated(&mut self, step: u64, epoch: f64, accuracy: f64, is_best: bool) {
+    /// `score` with its name.
+    pub fn validated(&mut self, step: u64, epoch: f64, (name, score): (&str, f64), is_best: bool) {
         let elapsed_seconds = self.timeline.elapsed();
-        tracing::info!(step, epoch, accuracy, is_best, loss = self.update.loss, elapsed_seconds, "validated");
-        gauge!("athanor_train_validation_accuracy").set(accuracy);
-        self.update.metrics.insert("accuracy".into(), accuracy);
+        tracing::info!(
+            step,
+            epoch,
+            metric = name,
+            score,
+            is_best,
+            loss = self.update.loss,
+            elapsed_seconds,
+            "validated"
+        );
+        gauge!("athanor_train_validation_score").set(score);
+        if name == "accuracy" {
+            gauge!("athanor_train_validation_accuracy").set(score);
+        }
+        self.update.metrics.insert(name.into(), score);
         if let Some(bar) = &self.bar {
-            bar.println(format!("step {step}, epoch {epoch:.2}: validation accuracy {accuracy:.4}"));
+            bar.println(format!("step {step}, epoch {epoch:.2}: validation {name} {score:.4}"));
         }
         // The pause must not count as slow training.
         self.recent.clear();

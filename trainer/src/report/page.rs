@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use athanor_contract::train::{Hyperparameters, TrainSummary};
+use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary};
+use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
 use super::{
@@ -11,8 +12,11 @@ use super::{
 };
 use crate::{
     TrainError,
+    compress::Form,
     data::{Dataset, Encoded, Parts},
     evaluate::Predictions,
+    objectives,
+    select::SelectionReport,
 };
 
 pub const JSON: &str = "report.json";
@@ -35,12 +39,53 @@ pub struct Report<'a> {
     pub created: String,
     pub version: &'static str,
     pub parent: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<&'a str>,
+    pub objective: Vec<Term>,
     pub labels: &'a [String],
     pub summary: &'a TrainSummary,
     pub hyperparameters: &'a Hyperparameters,
     pub history: &'a History,
     pub sources: Vec<SourceRows>,
-    /// Test rows by true and predicted label, where there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cleaning: Option<&'a CleaningReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub selection: Option<&'a SelectionReport>,
+    /// The trained model and its smaller forms; empty where none were asked for.
+    #[serde(skip_serializing_if = "<[Form]>::is_empty")]
+    pub forms: &'a [Form],
+    /// Of classifiers alone.
+    #[serde(flatten)]
+    pub classes: Option<Classes>,
+}
+
+/// A term of the objective in words.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct Term {
+    pub name: &'static str,
+    pub weight: f64,
+    pub settings: String,
+}
+
+impl Term {
+    pub fn new(term: &ObjectiveTerm) -> Self {
+        let name = objectives::name(term);
+        let whole = serde_json::to_value(term).unwrap_or_default();
+        let settings = match &whole[name] {
+            serde_json::Value::Object(settings) => {
+                settings.iter().map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
+            }
+            _ => String::new(),
+        };
+        Self { name, weight: term.weight, settings }
+    }
+}
+
+/// What a classifier did on the test rows.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Classes {
+    /// Rows by true and predicted label, where there are any.
     pub confusion: Vec<Confusion>,
     pub calibration: Calibration,
     /// The most confident ones first.
@@ -64,7 +109,7 @@ pub struct Confusion {
 }
 
 /// How far confidences can be taken at their word (Guo et al. 2017, <https://arxiv.org/abs/1706.04599>).
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Calibration {
     /// Mean distance of accuracy and confidence over the bins, weighted by their rows.
@@ -94,7 +139,7 @@ pub struct Mistake {
 
 /// Rows of each source in each part.
 pub fn sources(dataset: &Dataset, parts: &Parts) -> Vec<SourceRows> {
-    let count = |part: &[usize], source: usize| part.iter().filter(|&&row| dataset.rows[row].0 == source).count();
+    let count = |part: &[usize], source: usize| part.iter().filter(|&&row| dataset.rows.source(row) == source).count();
     let names = dataset.sources.iter().enumerate();
     names
         .map(|(index, name)| SourceRows {
@@ -161,12 +206,13 @@ pub fn mistakes(
         (0..rows.len()).filter(|&row| rows.labels[row] != Some(predictions.labels[row])).collect();
     wrong.sort_by(|&a, &b| predictions.confidences[b].total_cmp(&predictions.confidences[a]));
     let mistake = |row: usize| {
-        let source = &dataset.rows[part[row]].1;
-        let cut = source.text.chars().count() > EXCERPT;
+        let (rows, at) = (&dataset.rows, part[row]);
+        let text = rows.text(at);
+        let cut = text.chars().count() > EXCERPT;
         Mistake {
-            text: source.text.chars().take(EXCERPT).chain(cut.then_some('…')).collect(),
-            place: source.place.clone(),
-            label: source.label.clone(),
+            text: text.chars().take(EXCERPT).chain(cut.then_some('…')).collect(),
+            place: rows.place(at),
+            label: rows.label(at).unwrap_or_default().to_owned(),
             predicted: labels[predictions.labels[row]].clone(),
             confidence: f64::from(predictions.confidences[row]),
         }
@@ -204,20 +250,29 @@ fn html(report: &Report) -> Result<String, TrainError> {
         report.history.points.iter().map(|point| (point.step as f64, value(point))).collect()
     };
     let validations: Vec<(f64, f64)> =
-        report.history.validations.iter().map(|one| (one.step as f64, one.accuracy)).collect();
-    let bins: Vec<_> = report.calibration.bins.iter().map(|bin| (bin.lower, bin.upper, bin.accuracy)).collect();
+        report.history.validations.iter().map(|one| (one.step as f64, one.score)).collect();
+    let nothing = Classes { confusion: Vec::new(), calibration: Calibration::default(), mistakes: Vec::new() };
+    let classes = report.classes.as_ref().unwrap_or(&nothing);
+    let bins: Vec<_> = classes.calibration.bins.iter().map(|bin| (bin.lower, bin.upper, bin.accuracy)).collect();
+    let score = match report.history.score_name.as_str() {
+        "" => "score",
+        name => name,
+    };
+    let of_forms: Vec<_> =
+        report.forms.iter().map(|form| (form.name.as_str(), form.bytes as f64 / 1e6, form.value)).collect();
     let pictures = vec![
         ("Training loss", chart::line(&curve(|point| point.loss), "loss", false)),
-        ("Validation accuracy", chart::line(&validations, "accuracy", true)),
+        ("Validation", chart::line(&validations, score, true)),
         ("Learning rate", chart::line(&curve(|point| point.learning_rate), "learning rate", false)),
         ("Gradient norm", chart::line(&curve(|point| point.gradient_norm), "norm before clipping", false)),
         ("Calibration on the test rows", chart::calibration(&bins)),
+        ("Size against quality", chart::forms(&of_forms, report.forms.first().map_or("", |form| form.metric.as_str()))),
     ];
     let metrics = &report.summary.metrics;
     let own = metrics.iter().filter(|(name, _)| !name.starts_with("baseline/"));
     let rounded = |value: &athanor_contract::Decimal| format!("{:.4}", value.get());
     let confused = || {
-        let mut wrong: Vec<&Confusion> = report.confusion.iter().filter(|cell| cell.label != cell.predicted).collect();
+        let mut wrong: Vec<&Confusion> = classes.confusion.iter().filter(|cell| cell.label != cell.predicted).collect();
         wrong.sort_by_key(|cell| std::cmp::Reverse(cell.rows));
         wrong.truncate(MATRIX_LABELS);
         wrong
@@ -240,7 +295,7 @@ fn html(report: &Report) -> Result<String, TrainError> {
             marks.sort_by(|a, b| a.1.get().total_cmp(&b.1.get()));
             marks.into_iter().map(|(name, value)| (name.clone(), format!("{:.1} s", value.get()))).collect()
         },
-        matrix: if small { matrix(report) } else { Vec::new() },
+        matrix: if small { matrix(report.labels, &classes.confusion) } else { Vec::new() },
         confused: if small { Vec::new() } else { confused() },
     };
     let mut environment = minijinja::Environment::new();
@@ -250,17 +305,17 @@ fn html(report: &Report) -> Result<String, TrainError> {
     environment.get_template(HTML).and_then(|template| template.render(page)).map_err(TrainError::other)
 }
 
-fn matrix(report: &Report) -> Vec<(String, Vec<(usize, f64)>)> {
+fn matrix(labels: &[String], confusion: &[Confusion]) -> Vec<(String, Vec<(usize, f64)>)> {
     let rows = |label: &String, predicted: &String| {
-        let cell = report.confusion.iter().find(|cell| cell.label == *label && cell.predicted == *predicted);
+        let cell = confusion.iter().find(|cell| cell.label == *label && cell.predicted == *predicted);
         cell.map_or(0, |cell| cell.rows)
     };
     let line = |label: &String| {
-        let counts: Vec<usize> = report.labels.iter().map(|predicted| rows(label, predicted)).collect();
+        let counts: Vec<usize> = labels.iter().map(|predicted| rows(label, predicted)).collect();
         let all = counts.iter().sum::<usize>().max(1) as f64;
         (label.clone(), counts.into_iter().map(|count| (count, count as f64 / all)).collect())
     };
-    report.labels.iter().map(line).collect()
+    labels.iter().map(line).collect()
 }
 
 /// The fields of a struct as words.
@@ -277,17 +332,15 @@ fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
 
 #[cfg(test)]
 mod tests {
-    use athanor_contract::Decimal;
+    use athanor_contract::{
+        Decimal,
+        train::{DataSpec, Task},
+    };
 
     use super::*;
-    use crate::data::Row;
 
     fn encoded(labels: &[usize]) -> Encoded {
-        Encoded {
-            ids: vec![vec![]; labels.len()],
-            labels: labels.iter().map(|&label| Some(label)).collect(),
-            sources: vec![0; labels.len()],
-        }
+        Encoded { labels: labels.iter().map(|&label| Some(label)).collect(), ..Encoded::blank(labels.len()) }
     }
 
     #[test]
@@ -305,12 +358,15 @@ mod tests {
     #[test]
     fn a_page_shows_everything_and_escapes_texts() {
         let labels = ["negative".to_owned(), "positive".to_owned()];
-        let row = |text: &str, label: &str| Row { text: text.into(), label: label.into(), place: "f.csv row 2".into() };
-        let dataset = Dataset {
-            sources: vec!["reviews".into()],
-            rows: vec![(0, row("good", "positive")), (0, row("<script>alert(1)</script>", "negative"))],
-            digest: "d".into(),
-        };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("f.csv");
+        std::fs::write(&file, "label,text\npositive,good\nnegative,<script>alert(1)</script>\n").unwrap();
+        let spec: DataSpec = serde_json::from_value(serde_json::json!({
+            "sources": [{"name": "reviews", "uri": format!("file://{}", file.display())}],
+        }))
+        .unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let dataset = runtime.block_on(athanor_data::read(&spec, true, &|_| ())).unwrap();
         let (rows, part) = (encoded(&[1, 0]), [0, 1]);
         let predictions = Predictions { labels: vec![1, 1], confidences: vec![0.9, 0.8] };
         let mut summary = TrainSummary { artifact: "s3://b/out".into(), ..TrainSummary::default() };
@@ -318,7 +374,17 @@ mod tests {
             summary.metrics.insert(name.into(), Decimal::new(value).unwrap());
         }
         let mut history = History::default();
-        history.validated(10, 1.0, 0.5);
+        history.validated(10, 1.0, "accuracy", 0.5);
+        let form = |name: &str, bytes, left_out: Option<&str>| Form {
+            name: name.into(),
+            bytes,
+            sparsity: 0.0,
+            metric: "accuracy".into(),
+            value: 0.5,
+            milliseconds: 1.5,
+            left_out: left_out.map(str::to_owned),
+        };
+        let forms = [form("trained", 4_000_000, None), form("int8 weights", 1_000_000, Some("it costs 0.1 accuracy"))];
         let report = Report {
             job: "first",
             created: "2026-01-01T00:00:00Z".into(),
@@ -329,14 +395,35 @@ mod tests {
             hyperparameters: &Hyperparameters::default(),
             history: &history,
             sources: sources(&dataset, &Parts { train: vec![0], validation: vec![], test: vec![1] }),
-            confusion: confusion(&labels, &rows, &predictions),
-            calibration: calibration(2, &rows, &predictions),
-            mistakes: mistakes(&labels, &dataset, &part, &rows, &predictions),
+            teacher: Some("s3://b/teacher"),
+            objective: objectives::terms(&Default::default(), Task::TextClassification, None)
+                .iter()
+                .map(Term::new)
+                .collect(),
+            cleaning: None,
+            selection: None,
+            forms: &forms,
+            classes: Some(Classes {
+                confusion: confusion(&labels, &rows, &predictions),
+                calibration: calibration(2, &rows, &predictions),
+                mistakes: mistakes(&labels, &dataset, &part, &rows, &predictions),
+            }),
         };
-        let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &report).unwrap();
         let html = std::fs::read_to_string(folder.path().join(HTML)).unwrap();
-        for part in ["first", "0.5000", "0.2500", "reviews", "learningRate", "f.csv row 2", "&lt;script&gt;", "<svg"] {
+        for part in [
+            "first",
+            "0.5000",
+            "0.2500",
+            "reviews",
+            "learningRate",
+            "f.csv row 3",
+            "&lt;script&gt;",
+            "<svg",
+            "crossEntropy",
+            "it costs 0.1",
+            "s3:&#x2f;&#x2f;b&#x2f;teacher",
+        ] {
             assert!(html.contains(part), "{part} is not in {html}");
         }
         assert!(!html.contains("<script"), "a text of the data reached the page as markup");

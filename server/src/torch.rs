@@ -6,10 +6,11 @@ use std::{
 };
 
 use athanor_models::{Classifier, Tokenizer, tokenizer::pad};
+use athanor_serving::{
+    engine::{Backend, BackendError},
+    service::Tokenize,
+};
 use tch::Device;
-
-use super::{Backend, BackendError};
-use crate::service::Tokenize;
 
 /// A classifier and the id it pads with.
 pub struct TorchBackend {
@@ -35,7 +36,7 @@ pub fn load(folder: &Path) -> anyhow::Result<(TorchBackend, Vec<String>, TextTok
 impl TorchBackend {
     /// Tokens of the longest text the model takes.
     pub fn positions(&self) -> usize {
-        usize::try_from(self.classifier.config().max_position_embeddings).unwrap_or(usize::MAX)
+        self.classifier.config().max_length()
     }
 }
 

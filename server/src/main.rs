@@ -1,11 +1,13 @@
 //! `athanor-server`: fetches one model revision and answers for it over HTTP and gRPC.
 
+mod torch;
+
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use athanor_contract::serve::ServeConfig;
 use athanor_serving::{
-    engine::{Engine, torch},
+    engine::Engine,
     grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
     http::{self, ApiError},
     lifecycle::{self, Servers},

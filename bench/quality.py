@@ -1,0 +1,194 @@
+"""`make bench-quality`: what distillation, selection and eight bits keep, on real rows, three seeds each.
+
+(a) an MPNet teacher fine-tuned on sentiment, a 3-layer 384-wide student of it, and the same student without a teacher;
+(b) 30 % of the rows by each method of selection, against all of them and against random ones;
+(c) the distilled student in eight bits.
+
+The rows are those of the demo (four domains, |rating| >= 0.5, binary). Nothing is tuned on the test rows: hyperparameters are the
+defaults or stated below, and the best epoch is chosen by validation rows. A run whose report exists is not run again, so this goes
+on where it was stopped; --fresh begins anew.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = pathlib.Path(os.environ["ATHANOR_CACHE"])
+DOMAINS = ["amazon", "movies", "tweets", "nyt"]
+SPLIT = {"validationPercent": 10, "testPercent": 20}
+STUDENT = {"keepLayers": [1, 3, 5]}
+METHODS = ["Random", "Uncertainty", "ClusterCenter", "GradientMatching"]
+
+
+def write_rows(folder):
+    """One CSV file a domain."""
+    import csv
+
+    for domain in DOMAINS:
+        path = folder / f"{domain}.csv"
+        if path.exists():
+            continue
+        text = (pathlib.Path(os.environ["ATHANOR_DATA"]) / "sentiment" / f"{domain}.txt").read_bytes().decode("utf-8", "replace")
+        rows = []
+        for line in text.splitlines():
+            fields = line.split("\t", 2)
+            if len(fields) == 3 and abs(float(fields[1])) >= 0.5 and fields[2].strip():
+                rows.append((fields[2].strip(), "positive" if float(fields[1]) > 0 else "negative"))
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(rows)
+
+
+class Bench:
+    def __init__(self, arguments):
+        self.trainer = arguments.trainer
+        self.folder = pathlib.Path(arguments.folder or CACHE / "quality")
+        if arguments.fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_rows(self.folder)
+
+    def run(self, name, spec):
+        """The report and the artifact's folder of a job."""
+        base = {
+            "data": {
+                "sources": [{"name": domain, "uri": f"file://{self.folder}/{domain}.csv"} for domain in DOMAINS],
+                "split": SPLIT,
+                **spec.pop("data", {}),
+            },
+            "output": {"to": f"file://{self.folder}/out"},
+            "evaluate": {},
+            "checkpoint": {"everySteps": 0},
+        }
+        job = {
+            "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": {**base, **spec}
+        }
+        manifest = self.folder / f"{name}.json"
+        manifest.write_text(json.dumps(job, indent=1))
+
+        def found():
+            reports = sorted((self.folder / "out").glob(f"{name}-????????/artifact/manifest.json"))
+            return reports[-1].parent if reports else None
+
+        artifact = found()
+        if artifact is None:
+            begun = time.time()
+            print(f"{time.strftime('%H:%M:%S')} {name} ...", file=sys.stderr, flush=True)
+            log = open(self.folder / f"{name}.log", "a")
+            subprocess.run([self.trainer, "run", "-f", manifest], check=True, stdout=log, stderr=log)
+            artifact = found()
+            print(f"{time.strftime('%H:%M:%S')} {name} took {time.time() - begun:.0f} s", file=sys.stderr, flush=True)
+        return json.loads((artifact / "report.json").read_text()), artifact
+
+
+def accuracy(report):
+    return float(report["summary"]["metrics"]["accuracy"])
+
+
+def parameters(artifact):
+    import struct
+
+    with open(artifact / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    count = 0
+    for name, tensor in header.items():
+        if name != "__metadata__" and not name.endswith("_scale"):
+            size = 1
+            for extent in tensor["shape"]:
+                size *= extent
+            count += size
+    return count
+
+
+def shown(values):
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", default=str(pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"))
+    parser.add_argument("--folder", help="of rows, runs and logs; in the cache without it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="throws earlier runs away")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    models = pathlib.Path(os.environ["ATHANOR_MODELS"])
+    seeds = range(arguments.seeds)
+
+    def student(seed, **more):
+        return {
+            "model": {"from": f"file://{models}/minilm-l6", "task": "TextClassification", "student": STUDENT},
+            "hyperparameters": {"epochs": 3, "learningRate": 1e-4, "maxSequenceLength": 64, "seed": seed},
+            **more,
+        }
+
+    teacher, teacher_folder = bench.run("teacher", {
+        "model": {"from": f"file://{models}/mpnet-base", "task": "TextClassification"},
+        "hyperparameters": {"epochs": 1, "learningRate": 3e-5, "maxSequenceLength": 64, "seed": 0},
+    })
+    eight_bits = [{"quantize": {"method": "Int8Dynamic"}}]
+    distilled, alone, picked, forms = [], [], {method: [] for method in METHODS}, []
+    for seed in seeds:
+        report, folder = bench.run(f"distilled-{seed}", student(
+            seed, teacher={"from": f"file://{teacher_folder}"},
+            objective={"terms": [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]},
+            compress=eight_bits,
+        ))
+        forms.append(report["forms"])
+        distilled.append(report["forms"][0]["value"])
+        size = parameters(folder)
+        alone.append(accuracy(bench.run(f"alone-{seed}", student(seed))[0]))
+        for method in METHODS:
+            select = {"select": {"method": method, "keepPercent": 30, "seed": seed}}
+            picked[method].append(accuracy(bench.run(f"{method.lower()}-{seed}", student(seed, data=select))[0]))
+
+    whole = parameters(teacher_folder)
+    of_teacher = [value / accuracy(teacher) for value in distilled]
+    losses = [(form[0]["value"] - form[1]["value"]) * 100 for form in forms]
+    full = statistics.mean(alone)
+    results = [
+        ("student / teacher, accuracy", distilled, [accuracy(teacher)], statistics.mean(of_teacher), ">= 0.97"),
+        ("student / teacher, parameters", [size], [whole], size / whole, "<= 0.1667"),
+        ("distilled - alone, points", distilled, alone, (statistics.mean(distilled) - full) * 100, "> 0"),
+        *(
+            (f"30 % by {method} / all rows", picked[method], alone, statistics.mean(picked[method]) / full, ">= 0.98")
+            for method in METHODS
+        ),
+        *(
+            (f"{method} - Random, points", picked[method], picked["Random"],
+             (statistics.mean(picked[method]) - statistics.mean(picked["Random"])) * 100, "> 0")
+            for method in METHODS[1:]
+        ),
+        ("int8: points lost", [f[1]["value"] for f in forms], [f[0]["value"] for f in forms], statistics.mean(losses), "<= 0.5"),
+        ("int8: bytes", [f[1]["bytes"] for f in forms], [f[0]["bytes"] for f in forms], forms[0][1]["bytes"] / forms[0][0]["bytes"], ""),
+        ("int8: milliseconds a text", [f[1]["milliseconds"] for f in forms], [f[0]["milliseconds"] for f in forms],
+         statistics.median(f[1]["milliseconds"] for f in forms) / statistics.median(f[0]["milliseconds"] for f in forms), "< 1"),
+    ]
+    rows = teacher["summary"]["rows"]
+    print(f"Rows: {rows['train']} train, {rows['validation']} validation, {rows['test']} test; seeds {list(seeds)}\n")
+    print("| what | ours | compared with | result | target |\n|---|---|---|---|---|")
+    for name, ours, peer, ratio, target in results:
+        met = ""
+        if target:
+            sign, limit = target.split()
+            met = " met" if {">=": ratio >= float(limit), "<=": ratio <= float(limit), ">": ratio > float(limit), "<": ratio < float(limit)}[sign] else " **missed**"
+        print(f"| {name} | {shown(ours)} | {shown(peer)} | {ratio:.4f} | {target}{met} |")
+    out = ROOT / "bench/results"
+    out.mkdir(exist_ok=True)
+    entries = [
+        {"name": name, "ours": statistics.mean(ours), "peer": statistics.mean(peer), "unit": "", "ratio": ratio, "target": target,
+         "runs": {"ours": ours, "peer": peer}}
+        for name, ours, peer, ratio, target in results
+    ]
+    (out / "quality.json").write_text(json.dumps(entries, indent=1) + "\n")
+
+
+main()

@@ -1,0 +1,278 @@
+//! What encoders are made of: linear layers, normalisation, attention, and the layer that joins them.
+//!
+//! Shapes: B texts, T tokens, C = hidden_size, H heads of D = C / H.
+
+use std::cell::RefCell;
+
+use athanor_torch::{PackedLinear, QuantizedLinear};
+use tch::{Kind, Tensor};
+
+use crate::{
+    builder::Builder,
+    config::{Activation, EncoderConfig},
+    load::LoadError,
+};
+
+/// `x W^T + b`.
+pub struct Linear {
+    /// In front of `.weight` and `.bias` in a checkpoint.
+    pub name: String,
+    pub weight: Tensor,
+    pub bias: Tensor,
+    /// Instead of the weight, for inference.
+    packed: Option<Packed>,
+    /// Sums of the squares of the inputs, [inputs], while somebody wants to know.
+    observed: RefCell<Option<Tensor>>,
+}
+
+enum Packed {
+    Float(PackedLinear),
+    Int8(QuantizedLinear),
+}
+
+impl Packed {
+    fn forward(&self, x: &Tensor, activation: athanor_torch::Activation) -> Tensor {
+        computed(match self {
+            Self::Float(packed) => packed.forward(x, activation),
+            Self::Int8(quantized) => quantized.forward(x, activation),
+        })
+    }
+}
+
+impl Linear {
+    pub fn new(name: String, weight: Tensor, bias: Tensor) -> Self {
+        Self { name, weight, bias, packed: None, observed: RefCell::new(None) }
+    }
+
+    /// Begins to sum up the squares of the inputs.
+    pub fn observe(&self) {
+        let inputs = self.weight.size().get(1).copied().unwrap_or(0);
+        self.observed.replace(Some(Tensor::zeros([inputs], (Kind::Float, self.weight.device()))));
+    }
+
+    /// The norm of each input since `observe`, [inputs].
+    pub fn observed(&self) -> Option<Tensor> {
+        self.observed.take().map(|squares| squares.sqrt())
+    }
+
+    fn look(&self, x: &Tensor) {
+        if let Some(squares) = self.observed.borrow_mut().as_mut() {
+            let width = squares.size()[0];
+            let seen = x.to_kind(Kind::Float).reshape([-1, width]).square();
+            *squares += seen.sum_dim_intlist([0_i64].as_slice(), false, Kind::Float);
+        }
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        self.look(x);
+        match &self.packed {
+            Some(packed) => packed.forward(x, athanor_torch::Activation::Identity),
+            None => x.linear(&self.weight, Some(&self.bias)),
+        }
+    }
+
+    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Tensor {
+        self.look(x);
+        if let Some(packed) = &self.packed {
+            return packed.forward(x, activation.into());
+        }
+        let inner = x.linear(&self.weight, Some(&self.bias));
+        match activation {
+            Activation::Gelu => inner.gelu("none"),
+            Activation::GeluNew => inner.gelu("tanh"),
+            Activation::Relu => inner.relu(),
+        }
+    }
+
+    /// Gives the weight the layout in which the CPU multiplies fastest; the layer only infers from here on.
+    pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
+        self.packed = Some(match how {
+            Packing::Float => Packed::Float(PackedLinear::new(&self.weight, &self.bias)?),
+            Packing::Int8 => Packed::Int8(QuantizedLinear::new(&self.weight, &self.bias)?),
+        });
+        self.weight = Tensor::new();
+        Ok(())
+    }
+
+    /// The layers as one, for inputs they share.
+    fn joined(layers: [&mut Self; 3]) -> Self {
+        let weight = Tensor::cat(&layers.each_ref().map(|layer| &layer.weight), 0);
+        let bias = Tensor::cat(&layers.each_ref().map(|layer| &layer.bias), 0);
+        for layer in layers {
+            layer.weight = Tensor::new();
+        }
+        Self::new(String::new(), weight, bias)
+    }
+}
+
+/// How matrices are laid out for inference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    Float,
+    /// Eight bits a weight, one scale an output; inputs are rounded to eight bits as they come.
+    Int8,
+}
+
+/// Shapes are checked when a model is loaded, so that this fails as tch's own operators do: never, but for a lack of memory.
+pub fn computed(result: Result<Tensor, athanor_torch::Error>) -> Tensor {
+    result.expect("the layer has the model's shapes")
+}
+
+impl From<Activation> for athanor_torch::Activation {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Gelu => Self::Gelu,
+            Activation::GeluNew => Self::GeluTanh,
+            Activation::Relu => Self::Relu,
+        }
+    }
+}
+
+pub struct LayerNorm {
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub eps: f64,
+}
+
+impl LayerNorm {
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, false)
+    }
+}
+
+/// Where attention may look, and how much it would like to.
+#[derive(Default)]
+pub struct Bias {
+    /// True where attention may look, broadcast to [B, H, T, T]; absent: everywhere.
+    pub mask: Option<Tensor>,
+    /// Added to the scores, broadcast to [B, H, T, T].
+    pub relative: Option<Tensor>,
+}
+
+/// A family's names of the parts of a layer, behind `encoder.layer.{index}.`.
+pub struct LayerNames {
+    pub query: &'static str,
+    pub key: &'static str,
+    pub value: &'static str,
+    pub attention_output: &'static str,
+    pub attention_norm: &'static str,
+}
+
+/// A transformer layer that normalises behind each half (Vaswani et al. 2017).
+pub struct Layer {
+    /// For inference query, key and value are one product.
+    packed_qkv: Option<Linear>,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    attention_output: Linear,
+    attention_norm: LayerNorm,
+    intermediate: Linear,
+    output: Linear,
+    output_norm: LayerNorm,
+}
+
+impl Layer {
+    pub fn load(
+        builder: &mut Builder,
+        index: usize,
+        names: &LayerNames,
+        config: &EncoderConfig,
+    ) -> Result<Self, LoadError> {
+        let (c, eps) = (config.hidden_size, config.layer_norm_eps);
+        let name = |part: &str| format!("encoder.layer.{index}.{part}");
+        Ok(Self {
+            packed_qkv: None,
+            query: builder.linear(&name(names.query), c, c)?,
+            key: builder.linear(&name(names.key), c, c)?,
+            value: builder.linear(&name(names.value), c, c)?,
+            attention_output: builder.linear(&name(names.attention_output), c, c)?,
+            attention_norm: builder.layer_norm(&name(names.attention_norm), c, eps)?,
+            intermediate: builder.linear(&name("intermediate.dense"), c, config.intermediate_size)?,
+            output: builder.linear(&name("output.dense"), config.intermediate_size, c)?,
+            output_norm: builder.layer_norm(&name("output.LayerNorm"), c, eps)?,
+        })
+    }
+
+    /// `x` [B, T, C] to the same shape.
+    pub fn forward(&self, x: &Tensor, bias: &Bias, config: &EncoderConfig, train: bool) -> Tensor {
+        let (b, t, c) = x.size3().expect("hidden states have three dimensions");
+        let heads = |projected: Tensor| {
+            projected.view([b, t, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
+        };
+        let [query, key, value] = match &self.packed_qkv {
+            Some(packed) => {
+                let all = packed.forward(x);
+                [0, 1, 2].map(|part| heads(all.narrow(2, part * c, c)))
+            }
+            None => [&self.query, &self.key, &self.value].map(|linear| heads(linear.forward(x))),
+        };
+        let context =
+            attention(&query, &key, &value, bias, if train { config.attention_probs_dropout_prob } else { 0.0 });
+        let context = context.transpose(1, 2).reshape([b, t, c]);
+        let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
+        let attended = drop(&self.attention_output.forward(&context), dropout);
+        let x = self.attention_norm.forward(&(attended + x));
+        let inner = self.intermediate.forward_activated(&x, config.hidden_act);
+        let out = drop(&self.output.forward(&inner), dropout);
+        self.output_norm.forward(&(out + x))
+    }
+
+    /// The matrices, as a checkpoint names them.
+    pub fn linears(&self) -> [&Linear; 6] {
+        [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
+    }
+
+    pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
+        let mut qkv = Linear::joined([&mut self.query, &mut self.key, &mut self.value]);
+        qkv.pack(how)?;
+        self.packed_qkv = Some(qkv);
+        for linear in [&mut self.attention_output, &mut self.intermediate, &mut self.output] {
+            linear.pack(how)?;
+        }
+        Ok(())
+    }
+}
+
+/// softmax(Q K^T / sqrt(D) + bias) V, all [B, H, T, D].
+fn attention(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Bias, dropout: f64) -> Tensor {
+    if dropout == 0.0 {
+        let allowed = bias.mask.as_ref();
+        let joined = bias.relative.as_ref().map(|relative| match allowed {
+            Some(mask) => relative.masked_fill(&mask.logical_not(), f64::NEG_INFINITY),
+            None => relative.shallow_clone(),
+        });
+        // Its kind has to be the query's, which autocast may have changed.
+        let joined = joined.map(|joined| joined.to_kind(query.kind()));
+        return Tensor::scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            joined.as_ref().or(allowed),
+            0.0,
+            false,
+            None,
+            false,
+        );
+    }
+    // With dropout libtorch has no fused kernel for the CPU either, and draws the mask slowly.
+    let scale = (query.size().last().copied().unwrap_or(1) as f64).sqrt().recip();
+    let mut scores = (query * scale).matmul(&key.transpose(-2, -1));
+    if let Some(relative) = &bias.relative {
+        scores += relative.to_kind(query.kind());
+    }
+    if let Some(mask) = &bias.mask {
+        scores = scores.masked_fill(&mask.logical_not(), f64::NEG_INFINITY);
+    }
+    drop(&scores.softmax(-1, scores.kind()), dropout).matmul(value)
+}
+
+/// Sets elements to zero with probability `p` and scales the rest; nothing happens at 0.
+pub fn drop(x: &Tensor, p: f64) -> Tensor {
+    computed(athanor_torch::dropout(x, p))
+}
+
+/// `attention_mask` [B, T], 1 where a token is, to what attention broadcasts.
+pub fn allowed(attention_mask: Option<&Tensor>) -> Option<Tensor> {
+    attention_mask.map(|mask| mask.to_kind(Kind::Bool).unsqueeze(1).unsqueeze(1))
+}

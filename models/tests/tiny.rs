@@ -1,0 +1,132 @@
+//! Tiny random BERT and MPNet against transformers (`trainer/tests/golden/make.py`), fp32, rtol = atol = 1e-4: all hidden states,
+//! outputs and gradients, with padding.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use athanor_models::{Model, Options, Shape, Task, tokenizer::pad};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+#[derive(Deserialize)]
+struct Golden {
+    rows: Vec<Vec<u32>>,
+    /// Of each layer the second token's state of each row.
+    hidden: Vec<Vec<Vec<f32>>>,
+    logits: Vec<Vec<f32>>,
+    loss: f64,
+    /// The norm, and some elements.
+    gradients: BTreeMap<String, Vec<f64>>,
+}
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden").join(name)
+}
+
+fn assert_close(what: &str, ours: &[f64], theirs: &[f64]) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (a, b) in ours.iter().zip(theirs) {
+        assert!((a - b).abs() <= 1e-4 + 1e-4 * b.abs(), "{what}: {a} is not {b}");
+    }
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    Vec::<f64>::try_from(tensor.to_kind(Kind::Double).reshape([-1])).unwrap()
+}
+
+#[test]
+fn states_outputs_and_gradients_are_those_of_transformers() {
+    let golden = std::fs::read_to_string(folder("forward.json")).unwrap();
+    let golden: BTreeMap<String, Golden> = serde_json::from_str(&golden).unwrap();
+    assert_eq!(golden.len(), 4);
+    for (name, golden) in golden {
+        let mut model = Model::load_trained(&folder(&name), Device::Cpu).unwrap();
+        assert_eq!(model.fresh_layers(), [""; 0], "{name}");
+        model.set_trainable();
+        let rows: Vec<&[u32]> = golden.rows.iter().map(Vec::as_slice).collect();
+        let (ids, mask) = pad(&rows, model.config().pad_token_id);
+        let states = model.hidden_states(&ids, Some(&mask), false, true);
+        assert_eq!(states.len(), golden.hidden.len(), "{name}");
+        for (layer, (ours, theirs)) in states.iter().zip(&golden.hidden).enumerate() {
+            let theirs: Vec<f64> = theirs.iter().flatten().map(|&value| f64::from(value)).collect();
+            assert_close(&format!("{name}, state {layer}"), &numbers(&ours.select(1, 1)), &theirs);
+        }
+        let last = &states[states.len() - 1];
+        let theirs: Vec<f64> = golden.logits.iter().flatten().map(|&value| f64::from(value)).collect();
+        let loss = if *model.task() == Task::MaskedLanguageModel {
+            assert_close(&name, &numbers(&model.vocabulary_logits(&last.select(1, 1))), &theirs);
+            let every = model.vocabulary_logits(&last.reshape([-1, model.config().hidden_size]));
+            let is_asked = mask.eq(1).logical_and(&ids.remainder(3).eq(0));
+            let labels = ids.masked_fill(&is_asked.logical_not(), -100);
+            every.cross_entropy_loss::<Tensor>(&labels.reshape([-1]), None, tch::Reduction::Mean, -100, 0.0)
+        } else {
+            let logits = model.outputs(last, false);
+            assert_close(&name, &numbers(&logits), &theirs);
+            logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 1]))
+        };
+        assert_close(&format!("{name}, loss"), &numbers(&loss), &[golden.loss]);
+        loss.backward();
+        let ours: BTreeMap<&str, &Tensor> =
+            model.parameters().iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        for (parameter, theirs) in &golden.gradients {
+            let gradient = ours.get(parameter.as_str()).unwrap_or_else(|| panic!("{name} has no {parameter}")).grad();
+            let flat = numbers(&gradient);
+            let mut found = vec![gradient.norm().double_value(&[])];
+            found.extend(flat.iter().take(28).step_by(7));
+            assert_close(&format!("{name}, gradient of {parameter}"), &found, theirs);
+        }
+        assert_eq!(ours.len(), golden.gradients.len(), "{name}: {:?}", ours.keys());
+    }
+}
+
+#[test]
+fn students_keep_layers_or_begin_anew() {
+    let labels = vec!["a".to_owned(), "b".to_owned()];
+    let task = || Task::Classification(labels.clone());
+    for name in ["tiny-bert", "tiny-mpnet"] {
+        let whole = Model::load(&folder(name), task(), &Options::default(), Device::Cpu).unwrap();
+        let kept = Options { keep_layers: Some(vec![1]), ..Options::default() };
+        let student = Model::load(&folder(name), task(), &kept, Device::Cpu).unwrap();
+        assert_eq!(student.config().num_hidden_layers, 1);
+        let find = |model: &Model, part: &str| {
+            let found = model.parameters().iter().find(|(name, _)| name.ends_with(part));
+            found.unwrap_or_else(|| panic!("no {part}")).1.shallow_clone()
+        };
+        let part = |layer: usize| format!("encoder.layer.{layer}.output.dense.weight");
+        assert_eq!(find(&student, &part(0)), find(&whole, &part(1)), "{name}");
+        // It is a model like any other: written, read, the same outputs.
+        let to = tempfile::tempdir().unwrap();
+        student.save(to.path()).unwrap();
+        let again = Model::load_trained(to.path(), Device::Cpu).unwrap();
+        let ids = Tensor::from_slice(&[0_i64, 9, 8, 2]).unsqueeze(0);
+        assert_eq!(again.forward(&ids, None, false), student.forward(&ids, None, false), "{name}");
+
+        let shape = Shape { layers: 3, hidden_size: 16, heads: 2, intermediate_size: 24 };
+        let fresh = Options { fresh: Some(shape), seed: 1, ..Options::default() };
+        let model = Model::load(&folder(name), task(), &fresh, Device::Cpu).unwrap();
+        assert_eq!(model.last_hidden_state(&ids, None, false).size(), [1, 4, 16]);
+        assert!(model.fresh_layers().len() > 10, "{:?}", model.fresh_layers());
+        let same = Model::load(&folder(name), task(), &fresh, Device::Cpu).unwrap();
+        assert_eq!(same.forward(&ids, None, false), model.forward(&ids, None, false));
+
+        let error = Model::load(&folder(name), task(), &Options { keep_layers: Some(vec![2]), ..kept }, Device::Cpu);
+        let error = error.err().unwrap().to_string();
+        assert!(error.contains("the student keeps layer 2, but the model has 2"), "{error}");
+    }
+}
+
+#[test]
+fn eight_bits_are_close_and_read_back() {
+    for name in ["tiny-bert", "tiny-mpnet"] {
+        let model = Model::load_trained(&folder(name), Device::Cpu).unwrap();
+        let ids = Tensor::from_slice(&[0_i64, 9, 8, 33, 71, 2]).unsqueeze(0);
+        let exact = model.forward(&ids, None, false);
+        for activations in [false, true] {
+            let to = tempfile::tempdir().unwrap();
+            model.save_quantized(to.path(), activations).unwrap();
+            let classifier = athanor_models::Classifier::load(to.path(), Device::Cpu).unwrap();
+            let found = classifier.forward(&ids, &ids.ones_like());
+            assert!(found.allclose(&exact, 0.1, 0.15, false), "{name} {activations}: {found} {exact}");
+            assert!(!found.equal(&exact));
+        }
+    }
+}

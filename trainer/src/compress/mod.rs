@@ -1,0 +1,225 @@
+//! Smaller forms of a trained model, each measured on the test rows and kept only if it is still good enough.
+
+mod prune;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use athanor_contract::train::{CompressStep, Gate, Metric, PruneMethod, PruneSpec, QuantizeMethod};
+use athanor_models::{EncoderConfig, Model, load, quantize};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::{
+    TrainError,
+    checkpoint::Snapshot,
+    data::{Encoded, batches::evaluation_batches},
+    evaluate::{self, Evaluation},
+    objectives::inputs,
+};
+
+/// Training rows whose inputs Wanda looks at, and rows of one pass.
+const CALIBRATION_ROWS: usize = 512;
+const BATCH: usize = 32;
+/// Texts answered one at a time for a latency, after as many that warm up.
+const TIMED: usize = 40;
+
+/// One form of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Form {
+    /// "trained", or the step in words.
+    pub name: String,
+    /// Of the weights' file.
+    pub bytes: u64,
+    /// Share of zeros in the encoder's matrices.
+    pub sparsity: f64,
+    /// The main metric on the test rows, with its name.
+    pub metric: String,
+    pub value: f64,
+    /// Median time of one text on the CPU, milliseconds.
+    pub milliseconds: f64,
+    /// Why the form was left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+}
+
+/// What compression needs to know and to measure with.
+pub struct Compression<'a> {
+    pub steps: &'a [CompressStep],
+    pub gates: &'a [Gate],
+    pub sources: &'a [String],
+    pub train: &'a Encoded,
+    pub test: &'a Encoded,
+    /// The baseline on the same rows, for gates.
+    pub baseline: Option<(&'a Encoded, &'a Evaluation)>,
+    /// Scratch folder.
+    pub work: &'a Path,
+    pub beat: &'a dyn Fn(),
+}
+
+/// How the last form that was kept is written.
+pub struct Compressed {
+    pub forms: Vec<Form>,
+    /// Absent: in FP32. Else whether inputs are rounded too.
+    pub quantized: Option<bool>,
+    pub evaluation: Evaluation,
+}
+
+impl Compression<'_> {
+    /// Applies the steps to the model's weights one after the other. A step that costs too much is undone.
+    pub fn apply(&self, model: &Model, trained: Evaluation) -> Result<Compressed, TrainError> {
+        let mut quantized = None;
+        let mut evaluation = trained;
+        let mut forms = Vec::new();
+        if self.steps.is_empty() {
+            return Ok(Compressed { forms, quantized, evaluation });
+        }
+        let mut before = self.form("trained".into(), model, None, &evaluation)?;
+        forms.push(before.clone());
+        for step in self.steps {
+            let backup = Snapshot::copy(&model.matrices());
+            let mut how = quantized;
+            let name = match (&step.prune, &step.quantize) {
+                (Some(spec), _) => {
+                    prune::prune(&model.matrices(), spec, &self.norms(model, spec));
+                    in_words(spec)
+                }
+                (None, spec) => {
+                    let method = spec.unwrap_or_default().method;
+                    how = Some(method == QuantizeMethod::Int8Dynamic);
+                    match method {
+                        QuantizeMethod::Int8Dynamic => "int8 weights and inputs".to_owned(),
+                        QuantizeMethod::Int8WeightOnly => "int8 weights".to_owned(),
+                    }
+                }
+            };
+            let folder = self.written(model, how)?;
+            let found = evaluate::evaluate(&served(&folder)?, self.test, None, Device::Cpu, false, || (self.beat)())?;
+            let mut form = self.form(name, model, how, &found)?;
+            form.left_out = self.too_much(step, &before, &form, &found);
+            if form.left_out.is_some() {
+                restore(&model.matrices(), &backup);
+            } else {
+                (quantized, evaluation, before) = (how, found, form.clone());
+            }
+            tracing::info!(
+                form = form.name,
+                bytes = form.bytes,
+                metric = form.metric,
+                value = form.value,
+                milliseconds = form.milliseconds,
+                left_out = form.left_out,
+                "compressed"
+            );
+            forms.push(form);
+        }
+        Ok(Compressed { forms, quantized, evaluation })
+    }
+
+    fn norms(&self, model: &Model, spec: &PruneSpec) -> std::collections::BTreeMap<String, Tensor> {
+        if spec.method != PruneMethod::Wanda {
+            return Default::default();
+        }
+        let rows: Vec<usize> = (0..self.train.len().min(CALIBRATION_ROWS)).collect();
+        let lengths: Vec<usize> = rows.iter().map(|&row| self.train.ids[row].len()).collect();
+        let batches = evaluation_batches(&lengths, BATCH, 0, 1);
+        model.input_norms(batches.iter().map(|batch| {
+            (self.beat)();
+            let texts: Vec<&[u32]> = batch.iter().map(|&row| self.train.ids[row].as_slice()).collect();
+            let device = model.parameters().first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
+            inputs(&texts, model.config().pad_token_id, device)
+        }))
+    }
+
+    /// Writes the form's weights as its artifact will have them.
+    fn written(&self, model: &Model, quantized: Option<bool>) -> Result<PathBuf, TrainError> {
+        let folder = self.work.join("form");
+        std::fs::create_dir_all(&folder).map_err(TrainError::other)?;
+        match quantized {
+            None => model.save(&folder)?,
+            Some(activations) => model.save_quantized(&folder, activations)?,
+        }
+        Ok(folder)
+    }
+
+    fn form(
+        &self,
+        name: String,
+        model: &Model,
+        quantized: Option<bool>,
+        found: &Evaluation,
+    ) -> Result<Form, TrainError> {
+        let folder = self.written(model, quantized)?;
+        let bytes = std::fs::metadata(folder.join(load::WEIGHTS)).map_err(TrainError::other)?.len();
+        let (metric, value) = main_metric(self.test, found);
+        let milliseconds = self.latency(&served(&folder)?);
+        let sparsity = prune::sparsity(&model.matrices());
+        Ok(Form { name, bytes, sparsity, metric: metric.into(), value, milliseconds, left_out: None })
+    }
+
+    /// Median milliseconds of single texts.
+    fn latency(&self, model: &Model) -> f64 {
+        let mut times: Vec<f64> = (0..2 * TIMED)
+            .filter_map(|index| {
+                let ids = self.test.ids[index % self.test.len()].as_slice();
+                (self.beat)();
+                let begun = Instant::now();
+                let (ids, mask) = inputs(&[ids], model.config().pad_token_id, Device::Cpu);
+                let _ = tch::no_grad(|| model.last_hidden_state(&ids, mask.as_ref(), false));
+                (index >= TIMED).then(|| begun.elapsed().as_secs_f64() * 1000.0)
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        times.get(times.len() / 2).copied().unwrap_or(0.0)
+    }
+
+    fn too_much(&self, step: &CompressStep, before: &Form, after: &Form, found: &Evaluation) -> Option<String> {
+        let failed = evaluate::failed_gates(self.gates, self.sources, (self.test, found), self.baseline);
+        if let Some(gate) = failed.into_iter().next() {
+            return Some(gate);
+        }
+        let allowed = step.maximum_loss?.get();
+        let loss = before.value - after.value;
+        (loss > allowed + 1e-9).then(|| format!("it costs {loss:.4} {}, {allowed} is allowed", after.metric))
+    }
+}
+
+/// The model as a server computes with it.
+fn served(folder: &Path) -> Result<Model, TrainError> {
+    let how = quantize::packing(&EncoderConfig::load(folder)?);
+    let mut model = Model::load_trained(folder, Device::Cpu)?;
+    model.pack(how)?;
+    Ok(model)
+}
+
+fn main_metric(rows: &Encoded, found: &Evaluation) -> (&'static str, f64) {
+    match found {
+        Evaluation::Numbers(_) => {
+            let value = evaluate::metric(Metric::PearsonCorrelation, rows, found, None);
+            ("pearsonCorrelation", value.unwrap_or(0.0))
+        }
+        _ => ("accuracy", evaluate::metric(Metric::Accuracy, rows, found, None).unwrap_or(0.0)),
+    }
+}
+
+fn restore(matrices: &[(String, Tensor)], backup: &[(String, Tensor)]) {
+    tch::no_grad(|| {
+        for ((_, weight), (_, saved)) in matrices.iter().zip(backup) {
+            weight.shallow_clone().copy_(saved);
+        }
+    });
+}
+
+fn in_words(spec: &PruneSpec) -> String {
+    let method = match spec.method {
+        PruneMethod::Magnitude => "magnitude",
+        PruneMethod::Wanda => "Wanda",
+    };
+    match spec.sparsity_percent {
+        Some(percent) if !spec.two_of_four => format!("{percent} % pruned by {method}"),
+        _ => format!("2:4 pruned by {method}"),
+    }
+}

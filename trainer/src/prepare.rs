@@ -1,0 +1,133 @@
+//! What a run needs before its first step, fetched all at the same time: data, models, the newest checkpoint, and the peers.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use athanor_contract::{artifact::sha256_hex, train::TrainConfig};
+use athanor_torch::ProcessGroup;
+use tch::Tensor;
+use tokio::{runtime::Handle, task::JoinHandle};
+
+use crate::{
+    TrainError, checkpoint,
+    data::{self, Dataset},
+    distributed::{Topology, rendezvous},
+    report::Reading,
+    run::Surroundings,
+};
+
+/// What the ranks of a gang get to find each other; a pod may have to be scheduled and its image pulled meanwhile.
+const RENDEZVOUS_PATIENCE: Duration = Duration::from_secs(300);
+
+/// The rows, and the model folders on this machine.
+pub struct Prepared {
+    pub dataset: Dataset,
+    pub parent: PathBuf,
+    pub teacher: Option<PathBuf>,
+    pub baseline: Option<PathBuf>,
+    /// Of this run's data and specification.
+    pub fingerprint: String,
+    pub checkpoints: athanor_store::Location,
+    pub restored: Option<checkpoint::Restored>,
+    pub group: Option<ProcessGroup>,
+}
+
+/// Fetches everything; `work` is this process's own folder.
+pub fn prepare(
+    config: &TrainConfig,
+    topology: &Topology,
+    around: &Surroundings,
+    work: &Path,
+) -> Result<Prepared, TrainError> {
+    let (spec, runtime) = (&config.spec, &around.runtime);
+    let data = in_background(runtime, {
+        let (data, task, reading) = (spec.data.clone(), spec.model.task, Reading::new(around.terminal));
+        async move || data::read(&data, task, &reading).await
+    });
+    let download = |uri: &str, name: &str| {
+        let (uri, to) = (uri.to_owned(), work.join(name));
+        in_background(runtime, async move || {
+            athanor_store::artifact::download_model(&athanor_store::open(&uri)?, &to).await?;
+            Ok(to)
+        })
+    };
+    let parent = download(&spec.model.from, "parent");
+    let teacher = spec.teacher.as_ref().map(|teacher| download(&teacher.from, "teacher"));
+    let baseline = spec.evaluate.baseline.as_ref().map(|uri| download(uri, "baseline"));
+    let peers = std::thread::spawn({
+        let topology = topology.clone();
+        // A hung rank is its own watchdog's business first.
+        let timeout = Duration::from_secs(u64::from(spec.failure_policy.hang_seconds) + 60);
+        move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout)
+    });
+    let dataset = joined(runtime, data)?;
+    // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
+    let fingerprint = fingerprint(config, &dataset)?;
+    let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
+    let newest = in_background(runtime, {
+        let (folder, work) = (checkpoints.clone(), work.join("checkpoint"));
+        async move || checkpoint::newest(&folder, &work).await
+    });
+    let parent = joined(runtime, parent)?;
+    let teacher = teacher.map(|download| joined(runtime, download)).transpose()?;
+    let baseline = baseline.map(|download| joined(runtime, download)).transpose()?;
+    let restored = joined(runtime, newest)?;
+    let group = peers.join().map_err(|_| TrainError::Other("the rendezvous panicked".into()))??;
+    if group.is_some() {
+        around.timeline.mark("rendezvous");
+    }
+    let restored = match &group {
+        Some(group) => {
+            let fetch = |step| runtime.block_on(checkpoint::fetch(&checkpoints, step, &work.join("agreed")));
+            agree(group, topology, &dataset, restored, fetch)?
+        }
+        None => restored,
+    };
+    Ok(Prepared { dataset, parent, teacher, baseline, fingerprint, checkpoints, restored, group })
+}
+
+/// What a checkpoint must have been made for to be of use here. Ranks and output may differ.
+fn fingerprint(config: &TrainConfig, dataset: &Dataset) -> Result<String, TrainError> {
+    let spec = &config.spec;
+    let identity =
+        (&dataset.digest, &spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select);
+    Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
+}
+
+/// All ranks train on rank 0's data from rank 0's checkpoint, or not at all.
+fn agree(
+    group: &ProcessGroup,
+    topology: &Topology,
+    dataset: &Dataset,
+    restored: Option<checkpoint::Restored>,
+    fetch: impl FnOnce(u64) -> Result<checkpoint::Restored, TrainError>,
+) -> Result<Option<checkpoint::Restored>, TrainError> {
+    let step = restored.as_ref().map_or(-1, |restored| restored.state.step as i64);
+    let digest = i64::from_str_radix(&dataset.digest[..15], 16).map_err(TrainError::other)?;
+    let shared = Tensor::from_slice(&[step, digest]).to_device(topology.device());
+    group.broadcast(&shared, 0)?;
+    let (step_of_0, digest_of_0) = (shared.int64_value(&[0]), shared.int64_value(&[1]));
+    if digest != digest_of_0 {
+        return Err(TrainError::Other("the data changed while the ranks read it".into()));
+    }
+    match u64::try_from(step_of_0) {
+        Err(_) => Ok(None),
+        Ok(_) if step == step_of_0 => Ok(restored),
+        Ok(step) => Ok(Some(fetch(step)?)),
+    }
+}
+
+/// Runs async work on a thread of its own: it may compute between its waits.
+fn in_background<T: Send + 'static>(
+    runtime: &Handle,
+    work: impl AsyncFnOnce() -> Result<T, TrainError> + Send + 'static,
+) -> JoinHandle<Result<T, TrainError>> {
+    let handle = runtime.clone();
+    runtime.spawn_blocking(move || handle.block_on(work()))
+}
+
+fn joined<T>(runtime: &Handle, task: JoinHandle<Result<T, TrainError>>) -> Result<T, TrainError> {
+    runtime.block_on(task).map_err(TrainError::other)?
+}

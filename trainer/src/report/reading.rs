@@ -1,0 +1,57 @@
+//! Progress of reading data: a bar at a terminal, else a log line now and then.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use athanor_data::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Reading that is over before this shows nothing.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two log lines.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// What a person sees of reading.
+pub struct Reading {
+    terminal: bool,
+    started: Instant,
+    shown: Mutex<(Option<ProgressBar>, Instant)>,
+}
+
+impl Reading {
+    pub fn new(terminal: bool) -> Self {
+        let now = Instant::now();
+        Self { terminal, started: now, shown: Mutex::new((None, now)) }
+    }
+
+    pub fn at(&self, progress: Progress<'_>) {
+        if self.started.elapsed() < PATIENCE {
+            return;
+        }
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let Progress { source, bytes_read, bytes_total, rows, .. } = progress;
+        if !self.terminal {
+            if shown.1.elapsed() > LOG_EVERY {
+                shown.1 = Instant::now();
+                tracing::info!(source, rows, bytes_read, bytes_total, "reading");
+            }
+            return;
+        }
+        let bar = shown.0.get_or_insert_with(|| {
+            let template = "{spinner} {bytes}/{total_bytes} [{bar:30}] {eta} {msg}";
+            ProgressBar::new(0)
+                .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        bar.set_length(bytes_total.unwrap_or(bytes_read).max(bytes_read));
+        bar.set_position(bytes_read);
+        bar.set_message(format!("reading {source}, {rows} rows"));
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = self.shown.lock().unwrap_or_else(PoisonError::into_inner).0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
