@@ -33,6 +33,7 @@ use crate::PodOverrides;
     printcolumn(name = "ETA", type_ = "string", json_path = ".status.progress.eta"),
     printcolumn(name = "Accuracy", type_ = "string", json_path = ".status.summary.metrics.accuracy"),
     printcolumn(name = "Status", type_ = "string", json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason"),
+    printcolumn(name = "Search", type_ = "string", json_path = ".status.search.text", priority = 1),
     printcolumn(name = "Restarts", type_ = "integer", json_path = ".status.restarts", priority = 1),
     printcolumn(
         name = "Message",
@@ -101,6 +102,9 @@ pub struct FineTuneJobStatus {
     /// The result: artifact, digests, metrics on the test rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub summary: Option<TrainSummary>,
+    /// The search for hyperparameters, if the specification has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<SearchStatus>,
     /// Seconds from the object's creation to: admitted, podsRunning, processStart, dataReady, firstStep, finished.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
@@ -141,4 +145,56 @@ pub struct Progress {
     /// Newest step that a checkpoint holds: a restart goes on from here.
     #[serde(default)]
     pub checkpoint_step: u64,
+}
+
+/// What has been tried.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SearchStatus {
+    /// In a few words, for kubectl get: trials that are over, all of them, and the best result.
+    #[schemars(length(max = 128))]
+    pub text: String,
+    /// Name of the best trial so far; once the search is over, of the one that the job trains with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub best: Option<String>,
+    /// The search is over.
+    #[serde(default)]
+    pub done: bool,
+    /// In the order in which they were started.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub trials: Vec<TrialStatus>,
+}
+
+/// One assignment of hyperparameters and what became of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TrialStatus {
+    /// A hash of the assignment.
+    #[schemars(length(min = 1, max = 16))]
+    pub name: String,
+    /// The hyperparameters that are searched for, with the trial's values.
+    #[schemars(extend("maxProperties" = 16))]
+    pub parameters: BTreeMap<String, String>,
+    /// Running, Finished or Failed.
+    pub state: TrialState,
+    /// The objective's metric on the validation rows, one value for each budget that the trial was given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub results: Vec<Decimal>,
+    /// FineTuneJob that trains it, or was the last to.
+    #[schemars(length(max = 63))]
+    pub job: String,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub message: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum TrialState {
+    Running,
+    Finished,
+    Failed,
 }

@@ -25,6 +25,8 @@ pub mod label {
     pub const FINE_TUNE_JOB: &str = "athanor.dev/finetunejob";
     /// Name of the ModelDeployment that an object (a retraining included) belongs to.
     pub const DEPLOYMENT: &str = "athanor.dev/deployment";
+    /// Name of the FineTuneJob whose search for hyperparameters an object is a trial of.
+    pub const SEARCH: &str = "athanor.dev/search";
     /// Name of the revision that an object belongs to.
     pub const REVISION: &str = "athanor.dev/revision";
 }
@@ -45,5 +47,8 @@ pub mod condition {
     pub const RETRAINING: &str = "Retraining";
 }
 
+/// Annotation of a trial's FineTuneJob: which trial it is, as JSON. It is read if the operator was killed before it could note the
+/// trial in the search's status.
+pub const TRIAL_ANNOTATION: &str = "athanor.dev/trial";
 /// Annotation of a ModelDeployment with `approval: Manual`: its value is the name of the retraining that may start.
 pub const APPROVE_ANNOTATION: &str = "athanor.dev/approve";

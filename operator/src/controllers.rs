@@ -66,6 +66,11 @@ pub fn controllers(
         .watches(api::<Pod>(client, namespace), all().labels(label::FINE_TUNE_JOB), |pod: Pod| {
             named_by::<FineTuneJob>(pod.labels(), label::FINE_TUNE_JOB, pod.namespace())
         })
+        // A trial that has ended makes room for the next.
+        .watches(api::<FineTuneJob>(client, namespace), all().labels(label::SEARCH), |trial: FineTuneJob| {
+            let is_over = trial.status.as_ref().is_some_and(finetunejob::is_over);
+            named_by::<FineTuneJob>(trial.labels(), label::SEARCH, trial.namespace()).filter(|_| is_over)
+        })
         .reconcile_on(reported);
 
     let deployments = Controller::new(api::<ModelDeployment>(client, namespace), all())

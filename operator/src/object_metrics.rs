@@ -16,8 +16,9 @@ pub fn render(stores: &Stores) -> String {
 }
 
 /// States that are counted even if no job is in them.
-const STATES: [&str; 8] = [
+const STATES: [&str; 9] = [
     "Pending",
+    "Searching",
     "Running",
     "Succeeded",
     "UserError",

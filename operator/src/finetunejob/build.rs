@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use athanor_contract::train::TrainConfig;
-use athanor_crds::label;
+use athanor_contract::train::{TrainConfig, TrainSpec};
+use athanor_crds::{FineTuneJob, TRIAL_ANNOTATION, label};
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
@@ -14,6 +14,7 @@ use k8s_openapi::{
 
 use super::{
     decide::{Decision, job_name},
+    search::NewTrial,
     validate::ValidatedJob,
 };
 use crate::{
@@ -29,30 +30,72 @@ const METRICS_PORT: i32 = 9100;
 /// Seconds for a last checkpoint after SIGTERM.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// Everything that one attempt needs.
+/// What a decision asks for.
 pub struct Children {
+    pub attempt: Option<Attempt>,
+    /// FineTuneJobs of the search.
+    pub trials: Vec<FineTuneJob>,
+}
+
+/// Everything that one attempt needs.
+pub struct Attempt {
     pub config: ConfigMap,
     pub service: Service,
     pub job: Job,
 }
 
-/// The children, if the decision asks for them.
-pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Option<Children> {
-    decision.create.then(|| Children {
-        config: config(job, settings),
+/// The children that the decision asks for.
+pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
+    let attempt = decision.create.then(|| Attempt {
+        config: config(job, settings, decision.train.as_ref().unwrap_or(&job.spec.train)),
         service: service(job),
         job: indexed_job(job, settings, decision.attempt),
-    })
+    });
+    Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
+}
+
+/// Folder of all that the job makes.
+fn folder(job: &ValidatedJob) -> String {
+    let short = job.uid.get(..8).unwrap_or(&job.uid);
+    format!("{}/{}-{short}", job.spec.train.output.to.trim_end_matches('/'), job.name)
+}
+
+/// A trial: the job with other hyperparameters, judged by its validation rows alone.
+fn trial(job: &ValidatedJob, new: &NewTrial) -> FineTuneJob {
+    let mut spec = job.spec.clone();
+    spec.train = new.train.clone();
+    spec.train.evaluate.gates.clear();
+    spec.train.evaluate.baseline = None;
+    spec.train.output.to = format!("{}/trials", folder(job));
+    // Suspending, limits of time and deletion are the parent's business.
+    spec.suspend = false;
+    spec.active_deadline_seconds = None;
+    spec.ttl_seconds_after_finished = None;
+    let mark = serde_json::to_string(&new.mark).expect("a mark has string keys only");
+    let mut child = FineTuneJob::new(&new.job, spec);
+    child.metadata = ObjectMeta {
+        labels: Some(
+            [
+                ("app.kubernetes.io/managed-by".to_owned(), "athanor".to_owned()),
+                (label::SEARCH.into(), job.name.clone()),
+            ]
+            .into_iter()
+            .chain(job.queue_labels.iter().cloned())
+            .collect(),
+        ),
+        annotations: Some([(TRIAL_ANNOTATION.into(), mark)].into()),
+        ..metadata(job, new.job.clone())
+    };
+    child
 }
 
 /// The trainer's configuration.
-pub fn train_config(job: &ValidatedJob, settings: &Settings) -> TrainConfig {
-    let short = job.uid.get(..8).unwrap_or(&job.uid);
-    let folder = format!("{}/{}-{short}", job.spec.train.output.to.trim_end_matches('/'), job.name);
+pub fn train_config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -> TrainConfig {
+    let folder = folder(job);
     TrainConfig {
         name: job.name.clone(),
         run_id: job.uid.clone(),
-        spec: job.spec.train.clone(),
+        spec: spec.clone(),
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
         progress_to: settings.progress_address.clone(),
@@ -77,9 +120,9 @@ fn service_name(job: &ValidatedJob) -> String {
     format!("{}-trainer", job.name)
 }
 
-fn config(job: &ValidatedJob, settings: &Settings) -> ConfigMap {
+fn config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -> ConfigMap {
     let text =
-        serde_json::to_string_pretty(&train_config(job, settings)).expect("a configuration has string keys only");
+        serde_json::to_string_pretty(&train_config(job, settings, spec)).expect("a configuration has string keys only");
     ConfigMap {
         metadata: metadata(job, config_name(job)),
         data: Some([("train.json".into(), text)].into()),

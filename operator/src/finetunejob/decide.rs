@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use athanor_contract::train::{TrainResult, TrainSummary, exit_code};
-use athanor_crds::{FineTuneJobStatus, condition};
+use athanor_contract::train::{TrainResult, TrainSpec, TrainSummary, exit_code};
+use athanor_crds::{FineTuneJob, FineTuneJobStatus, SearchStatus, condition};
 use jiff::Timestamp;
 use k8s_openapi::api::{
     batch::v1::Job,
@@ -11,7 +11,10 @@ use k8s_openapi::api::{
 };
 use kube::ResourceExt;
 
-use super::dereference::Observed;
+use super::{
+    dereference::Observed,
+    search::{self, NewTrial, Outcome},
+};
 use crate::pods;
 
 /// Restarts after preemptions, which do not count against the user's maxRestarts, are bounded too.
@@ -20,6 +23,8 @@ pub const MAX_PREEMPTIONS: u32 = 20;
 const SETTLE: Duration = Duration::from_secs(3);
 /// A pod of an old attempt on a node that does not answer is not waited for longer than this beyond its grace period.
 const LOST_NODE: Duration = Duration::from_secs(15);
+/// A trial that somebody deleted is noticed after this; one that ends, at once.
+const TRIALS_SEEN: Duration = Duration::from_secs(60);
 /// Label with a pod's index.
 const INDEX: &str = "batch.kubernetes.io/job-completion-index";
 
@@ -27,6 +32,10 @@ const INDEX: &str = "batch.kubernetes.io/job-completion-index";
 #[derive(Clone, Debug, PartialEq)]
 pub enum Phase {
     Suspended,
+    /// Trials of the search run; the job itself comes after them.
+    Searching {
+        message: String,
+    },
     /// Waiting for pods, or for the pods of the last attempt to go.
     Pending {
         message: String,
@@ -58,6 +67,14 @@ pub struct Decision {
     pub remove: Vec<(String, String)>,
     /// Create what the attempt needs.
     pub create: bool,
+    /// What the attempt trains, if it is not what the specification says: the search's result.
+    pub train: Option<TrainSpec>,
+    /// Trials to create.
+    pub trials: Vec<NewTrial>,
+    /// Trials to delete, with their UIDs.
+    pub remove_trials: Vec<(String, String)>,
+    /// What is known of the search, if that is not in the status already.
+    pub search: Option<SearchStatus>,
     /// The user's time to live has passed.
     pub expire: bool,
     pub requeue: Option<Duration>,
@@ -83,6 +100,10 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         attempt: status.attempt,
         remove: going(&stale),
         create: false,
+        train: None,
+        trials: Vec::new(),
+        remove_trials: Vec::new(),
+        search: None,
         expire: false,
         requeue: None,
     };
@@ -102,7 +123,11 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
             if left.is_zero() {
                 let message = format!("it was not over {limit} s after its start (activeDeadlineSeconds)");
                 let failed = Phase::Failed { reason: "DeadlineExceeded", message, summary: None };
-                return Decision { remove: going(&observed.jobs.iter().collect::<Vec<_>>()), ..decision(failed) };
+                return Decision {
+                    remove: going(&observed.jobs.iter().collect::<Vec<_>>()),
+                    remove_trials: unfinished(&observed.trials),
+                    ..decision(failed)
+                };
             }
         }
         if spec.suspend {
@@ -111,6 +136,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
             return Decision {
                 attempt,
                 remove: going(&observed.jobs.iter().collect::<Vec<_>>()),
+                // Each begins anew when the job goes on; those that are over count.
+                remove_trials: unfinished(&observed.trials),
                 ..decision(Phase::Suspended)
             };
         }
@@ -140,7 +167,11 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
                 .collect();
             if lingering.is_empty() {
                 let message = format!("{nodes} pods were asked for");
-                Decision { create: true, requeue: deadline, ..decision(Phase::Pending { message }) }
+                let begin = Decision { create: true, requeue: deadline, ..decision(Phase::Pending { message }) };
+                match &spec.train.hyperparameters.search {
+                    Some(search) => searched(begin, search::plan(&observed.job, search, &observed.trials)),
+                    None => begin,
+                }
             } else {
                 let message = format!("waiting for {} pods of the last attempt to end", lingering.len());
                 Decision { requeue: Some(Duration::from_secs(2)), ..decision(Phase::Pending { message }) }
@@ -149,6 +180,32 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         // Settled above.
         Verdict::Ended { .. } => decision(Phase::Running),
     }
+}
+
+/// A job with a search begins once that is over, with what was found.
+fn searched(begin: Decision, plan: Result<search::Plan, String>) -> Decision {
+    let failed = |message| Phase::Failed { reason: "SearchFailed", message, summary: None };
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(message) => return Decision { phase: failed(message), create: false, requeue: None, ..begin },
+    };
+    let found = Decision { search: Some(plan.status), trials: plan.start, ..begin };
+    match plan.outcome {
+        Outcome::Chosen(train) => Decision { train: Some(*train), ..found },
+        Outcome::Failed { message } => Decision { phase: failed(message), create: false, requeue: None, ..found },
+        Outcome::Searching { message } => {
+            let requeue = found.requeue.map_or(TRIALS_SEEN, |deadline| deadline.min(TRIALS_SEEN));
+            Decision { phase: Phase::Searching { message }, create: false, requeue: Some(requeue), ..found }
+        }
+    }
+}
+
+/// Trials that still run, with their UIDs.
+fn unfinished(trials: &[FineTuneJob]) -> Vec<(String, String)> {
+    let still = trials
+        .iter()
+        .filter(|trial| trial.metadata.deletion_timestamp.is_none() && !trial.status.as_ref().is_some_and(is_over));
+    still.map(|trial| (trial.name_any(), trial.uid().unwrap_or_default())).collect()
 }
 
 /// What an attempt's Job and pods say.

@@ -3,11 +3,16 @@
 //! An attempt is never reused: what ends it (a failure, a preemption, a suspension) raises `status.attempt`, the Job of the old
 //! attempt is deleted, and once its pods are gone the Job of the new one is created. Every step is found again in the cluster, so
 //! the operator may be killed between any two of them.
+//!
+//! A job with `hyperparameters.search` has child FineTuneJobs first, one for each trial, and its own attempts with the best of them.
 
 mod apply;
 mod build;
 mod decide;
 mod dereference;
+mod search;
+#[cfg(test)]
+mod search_tests;
 mod status;
 #[cfg(test)]
 pub mod tests;

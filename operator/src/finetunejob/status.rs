@@ -86,6 +86,7 @@ pub fn next(
 
     let (state, reason, message) = match &decision.phase {
         Phase::Suspended => (State::Unknown, "Suspended", "spec.suspend is true".into()),
+        Phase::Searching { message } => (State::Unknown, "Searching", message.clone()),
         Phase::Pending { message } => (State::Unknown, "Pending", message.clone()),
         Phase::Running => (State::Unknown, "Running", "all pods run".into()),
         Phase::Restarting { cause, .. } => {
@@ -100,6 +101,9 @@ pub fn next(
     set(&mut status.conditions, condition::RUNNING, running, reason, "", generation, now);
 
     status.attempt = decision.attempt;
+    if let Some(search) = &decision.search {
+        status.search = Some(search.clone());
+    }
     match &decision.phase {
         Phase::Restarting { counted: true, .. } => status.restarts += 1,
         Phase::Restarting { counted: false, .. } => status.preemptions += 1,

@@ -76,7 +76,7 @@ fn kubernetes_job(attempt: u32, conditions: Value) -> Job {
 }
 
 fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
-    Observed { job, jobs: vec![kubernetes_job(0, json!([]))], pods, report: None }
+    Observed { job, jobs: vec![kubernetes_job(0, json!([]))], pods, report: None, trials: vec![] }
 }
 
 fn of_two_nodes() -> FineTuneJob {
@@ -237,10 +237,20 @@ fn the_children_are_what_trainers_read() {
             "env": [{"name": "ATHANOR_NUM_NODES", "value": "9"}, {"name": "X", "value": "1"}]}))
         .unwrap(),
     );
-    let decision =
-        Decision { phase: Phase::Running, attempt: 2, remove: vec![], create: true, expire: false, requeue: None };
+    let decision = Decision {
+        phase: Phase::Running,
+        attempt: 2,
+        remove: vec![],
+        create: true,
+        train: None,
+        trials: vec![],
+        remove_trials: vec![],
+        search: None,
+        expire: false,
+        requeue: None,
+    };
     let validated = validate(&job).unwrap();
-    let children = build::build(&validated, &settings, &decision).unwrap();
+    let children = build::build(&validated, &settings, &decision).attempt.unwrap();
     let config: athanor_contract::train::TrainConfig =
         serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
     assert_eq!(config.checkpoint_to, "s3://out/a-01234567/checkpoints");
@@ -269,7 +279,7 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(env("OTEL_EXPORTER_OTLP_ENDPOINT")[0]["value"], "http://otel:4317");
     assert_eq!(container["envFrom"][0]["secretRef"]["name"], "s3");
     assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
-    assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).is_none());
+    assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).attempt.is_none());
 }
 
 #[test]

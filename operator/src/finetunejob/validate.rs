@@ -1,6 +1,7 @@
 //! From a FineTuneJob to one that children can be built from. What the API server's rules already refuse is not checked again.
 
 use athanor_crds::{FineTuneJob, FineTuneJobSpec, schema::LONGEST_JOB_NAME};
+use athanor_search::Search;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
@@ -23,6 +24,8 @@ pub enum InvalidJob {
         "metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_JOB_NAME} lower-case letters, digits and '-', beginning with a letter"
     )]
     Name(String),
+    #[error("spec.hyperparameters.{0}")]
+    Search(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -31,6 +34,10 @@ pub fn validate(job: &FineTuneJob) -> Result<ValidatedJob, InvalidJob> {
     let name = job.name_any();
     if !is_service_name(&name, LONGEST_JOB_NAME) {
         return Err(InvalidJob::Name(name));
+    }
+    let hyperparameters = &job.spec.train.hyperparameters;
+    if let Some(search) = &hyperparameters.search {
+        Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
     let queue_labels = job.labels().iter().filter(|(key, _)| key.starts_with("kueue.x-k8s.io/"));
     Ok(ValidatedJob {

@@ -221,6 +221,7 @@ pub fn retraining(deployment: &ValidatedDeployment, new: &NewRetraining) -> Opti
     spec.train.data.sources.push(Source {
         name: retrain.source_name.clone(),
         uri: None,
+        format: None,
         kafka: Some(KafkaSource {
             bootstrap_servers: events.bootstrap_servers.clone(),
             topic: events.topic.clone(),
