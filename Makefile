@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-train build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-quality bench-train build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -50,6 +50,9 @@ test-cluster: ## kill tests and bad input on the running demo cluster (after `ma
 test-clients: setup ## transformers, tritonclient, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
 
+bench-quality: setup ## what distillation, selection and eight bits keep, on real rows (an hour and more)
+	@scripts/fetch teacher
+	@scripts/bench quality
 bench-train: setup ## training speed, memory and start side by side with transformers' Trainer
 	@scripts/bench train
 
