@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use athanor_contract::{
     artifact::sha256_hex,
-    train::{CLUSTER_FIELDS, JobManifest, TrainConfig, TrainSpec},
+    train::{CLUSTER_FIELDS, JobManifest, Task, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
 
@@ -137,6 +137,14 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
         spec.hyperparameters.accumulate_steps,
     ) {
         refuse(mistake);
+    }
+    if let Some(annotate) = &spec.data.annotate {
+        if spec.model.task != Task::TextClassification {
+            refuse("data.annotate is for the task TextClassification".into());
+        }
+        if annotate.labels.is_none() && spec.model.labels.is_none() {
+            refuse("data.annotate.labels, or model.labels, has to name the labels to choose from".into());
+        }
     }
     if let Some(select) = &spec.data.select
         && !(1..100).contains(&select.keep_percent)

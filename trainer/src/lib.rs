@@ -13,6 +13,7 @@
 //! - [`check`]: what a job would do, without doing it;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
+mod annotate;
 pub mod artifact;
 pub mod check;
 pub mod checkpoint;

@@ -7,6 +7,7 @@ use athanor_contract::{
     artifact::{EVENTS, Kind, Manifest},
     train::{TrainConfig, TrainResult, TrainSummary},
 };
+use athanor_data::annotate::AnnotationReport;
 use athanor_models::Model;
 
 use crate::{
@@ -30,6 +31,7 @@ pub struct Finished<'a> {
     pub parent: &'a Path,
     pub labels: &'a [String],
     pub dataset: &'a Dataset,
+    pub annotation: Option<&'a AnnotationReport>,
     pub parts: &'a Parts,
     pub train: &'a Encoded,
     pub test: &'a Encoded,
@@ -108,6 +110,7 @@ impl Finished<'_> {
             history: &history,
             sources: page::sources(dataset, parts),
             cleaning: dataset.cleaning.as_ref(),
+            annotation: self.annotation,
             selection: self.selection.as_ref(),
             forms: &compressed.forms,
             classes: found.classes().map(|predictions| page::Classes {

@@ -6,12 +6,13 @@ use std::{
 };
 
 use athanor_contract::{artifact::sha256_hex, train::TrainConfig};
+use athanor_data::annotate::AnnotationReport;
 use athanor_torch::ProcessGroup;
 use tch::Tensor;
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
-    TrainError, checkpoint,
+    TrainError, annotate, checkpoint,
     data::{self, Dataset},
     distributed::{Topology, rendezvous},
     report::Reading,
@@ -24,6 +25,8 @@ const RENDEZVOUS_PATIENCE: Duration = Duration::from_secs(300);
 /// The rows, and the model folders on this machine.
 pub struct Prepared {
     pub dataset: Dataset,
+    /// Rank 0's, where rows were annotated.
+    pub annotation: Option<AnnotationReport>,
     pub parent: PathBuf,
     pub teacher: Option<PathBuf>,
     pub baseline: Option<PathBuf>,
@@ -62,7 +65,12 @@ pub fn prepare(
         let timeout = Duration::from_secs(u64::from(spec.failure_policy.hang_seconds) + 60);
         move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout)
     });
-    let dataset = joined(runtime, data)?;
+    let mut dataset = joined(runtime, data)?;
+    let group = peers.join().map_err(|_| TrainError::Other("the rendezvous panicked".into()))??;
+    if group.is_some() {
+        around.timeline.mark("rendezvous");
+    }
+    let annotation = annotate::complete(&mut dataset, config, runtime, group.as_ref(), topology.device(), work)?;
     // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
     let fingerprint = fingerprint(config, &dataset)?;
     let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
@@ -74,10 +82,6 @@ pub fn prepare(
     let teacher = teacher.map(|download| joined(runtime, download)).transpose()?;
     let baseline = baseline.map(|download| joined(runtime, download)).transpose()?;
     let restored = joined(runtime, newest)?;
-    let group = peers.join().map_err(|_| TrainError::Other("the rendezvous panicked".into()))??;
-    if group.is_some() {
-        around.timeline.mark("rendezvous");
-    }
     let restored = match &group {
         Some(group) => {
             let fetch = |step| runtime.block_on(checkpoint::fetch(&checkpoints, step, &work.join("agreed")));
@@ -85,7 +89,7 @@ pub fn prepare(
         }
         None => restored,
     };
-    Ok(Prepared { dataset, parent, teacher, baseline, fingerprint, checkpoints, restored, group })
+    Ok(Prepared { dataset, annotation, parent, teacher, baseline, fingerprint, checkpoints, restored, group })
 }
 
 /// What a checkpoint must have been made for to be of use here. Ranks and output may differ.

@@ -253,6 +253,7 @@ impl Run<'_> {
             parent: &prepared.parent,
             labels: &labels,
             dataset,
+            annotation: prepared.annotation.as_ref(),
             parts: &parts,
             train: &train,
             test,

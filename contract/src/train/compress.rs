@@ -29,6 +29,7 @@ pub struct CompressStep {
     {"rule": "has(self.sparsityPercent) != (has(self.twoOfFour) && self.twoOfFour)",
      "message": "set exactly one of sparsityPercent and twoOfFour"}]))]
 pub struct PruneSpec {
+    /// Which weights go.
     #[serde(default)]
     pub method: PruneMethod,
     /// Percent of each matrix's weights.
@@ -52,6 +53,7 @@ pub enum PruneMethod {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct QuantizeSpec {
+    /// What is rounded.
     pub method: QuantizeMethod,
 }
 

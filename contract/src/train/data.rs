@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{CleanSpec, SelectSpec};
+use super::{AnnotateSpec, CleanSpec, SelectSpec};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -14,6 +14,9 @@ pub struct DataSpec {
     /// What is done to texts before they are used. Absent: nothing, but that a text which occurs twice in a source is kept once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clean: Option<CleanSpec>,
+    /// Labels for rows that have none. Absent: a row without a label is an error where the task needs one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub annotate: Option<AnnotateSpec>,
     /// Parts for training, validation and test. A row's part depends on its text and the seed alone, so a row that was held out
     /// once stays held out in every retraining.
     #[serde(default)]

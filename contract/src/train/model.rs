@@ -92,12 +92,16 @@ pub struct StudentSpec {
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "self.hiddenSize % self.attentionHeads == 0", "message": "attentionHeads has to divide hiddenSize"}]))]
 pub struct FreshEncoder {
+    /// Transformer layers.
     #[schemars(range(min = 1, max = 128))]
     pub layers: u32,
+    /// Units of a hidden state.
     #[schemars(range(min = 8, max = 8192))]
     pub hidden_size: u32,
+    /// Heads of each layer's attention.
     #[schemars(range(min = 1, max = 128))]
     pub attention_heads: u32,
+    /// Units between a layer's two products.
     #[schemars(range(min = 8, max = 32768))]
     pub intermediate_size: u32,
 }

@@ -91,6 +91,7 @@ pub struct SoftLabelTerm {
     /// Both logits are divided by it, and the term multiplied by its square, so that gradients keep their size.
     #[schemars(range(min = 0.1, max = 100.0))]
     pub temperature: f64,
+    /// Which way the distance is measured.
     pub divergence: Divergence,
 }
 
@@ -117,6 +118,7 @@ pub struct HiddenStateTerm {
     /// Which states are compared; 0 is what the first layer reads, n what the n-th puts out.
     #[schemars(length(min = 1, max = 128))]
     pub layers: Vec<LayerPair>,
+    /// How far two states are apart.
     #[serde(default)]
     pub loss: HiddenStateLoss,
     /// A learned matrix between the two widths. Needed where they differ; not part of the result.
@@ -126,8 +128,10 @@ pub struct HiddenStateTerm {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerPair {
+    /// Layer of the student.
     #[schemars(range(min = 0, max = 128))]
     pub student: u32,
+    /// Layer of the teacher.
     #[schemars(range(min = 0, max = 128))]
     pub teacher: u32,
 }

@@ -9,6 +9,7 @@ use crate::Decimal;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SelectSpec {
+    /// How rows are chosen.
     pub method: SelectMethod,
     /// Percent of the training rows, of each label alike.
     #[schemars(range(min = 1, max = 99))]

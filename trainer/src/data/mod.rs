@@ -15,7 +15,9 @@ use crate::{TrainError, report::Reading};
 /// # Errors
 /// A malformed row is the user's error and names file, row and field; so is a source without rows.
 pub async fn read(spec: &DataSpec, task: Task, reading: &Reading) -> Result<Dataset, TrainError> {
-    let dataset = athanor_data::read(spec, needs_labels(task), &|progress| reading.at(progress)).await;
+    // Rows to annotate have none yet.
+    let labelled = needs_labels(task) && spec.annotate.is_none();
+    let dataset = athanor_data::read(spec, labelled, &|progress| reading.at(progress)).await;
     reading.finish();
     Ok(dataset?)
 }

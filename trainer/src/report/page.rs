@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary};
-use athanor_data::clean::CleaningReport;
+use athanor_data::{annotate::AnnotationReport, clean::CleaningReport};
 use serde::Serialize;
 
 use super::{
@@ -50,6 +50,8 @@ pub struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotation: Option<&'a AnnotationReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<&'a SelectionReport>,
     /// The trained model and its smaller forms; empty where none were asked for.
     #[serde(skip_serializing_if = "<[Form]>::is_empty")]
@@ -73,7 +75,8 @@ impl Term {
         let whole = serde_json::to_value(term).unwrap_or_default();
         let settings = match &whole[name] {
             serde_json::Value::Object(settings) => {
-                settings.iter().map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
+                let word = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                settings.iter().map(|(name, value)| format!("{name} {}", word(value))).collect::<Vec<_>>().join(", ")
             }
             _ => String::new(),
         };
@@ -401,6 +404,7 @@ mod tests {
                 .map(Term::new)
                 .collect(),
             cleaning: None,
+            annotation: None,
             selection: None,
             forms: &forms,
             classes: Some(Classes {
