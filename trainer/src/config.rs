@@ -41,7 +41,11 @@ pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
     let mut spec = manifest.spec;
     refuse(path, mistakes(&spec))?;
     spec.distributed.num_nodes = 1;
-    let name = manifest.metadata.name;
+    of_laptop(manifest.metadata.name, spec)
+}
+
+/// A run on this machine: its folders are named by a hash of the specification, so that the same one finds its checkpoints.
+pub fn of_laptop(name: String, spec: TrainSpec) -> Result<TrainConfig, TrainError> {
     let identity = serde_json::to_vec(&(&name, &spec)).map_err(TrainError::other)?;
     let run_id = sha256_hex(&identity)[..32].to_owned();
     let folder = format!("{}/{name}-{}", spec.output.to.trim_end_matches('/'), &run_id[..8]);
@@ -171,6 +175,11 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
         refuse("data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into());
     }
     let h = &spec.hyperparameters;
+    if let Some(search) = &h.search
+        && let Err(mistake) = athanor_search::Search::new(search, h)
+    {
+        refuse(format!("hyperparameters.search: {mistake}"));
+    }
     for (field, fine) in [
         ("epochs or maxSteps, not both,", !(h.epochs.is_some() && h.max_steps.is_some())),
         ("epochs", h.epochs != Some(0)),

@@ -10,7 +10,7 @@
 //! - [`compress`]: smaller forms of the result;
 //! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
 //! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
-//! - [`check`]: what a job would do, without doing it;
+//! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator makes them jobs;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
 mod annotate;
@@ -29,6 +29,7 @@ mod prepare;
 pub mod report;
 pub mod run;
 pub mod schedule;
+pub mod search;
 pub mod select;
 pub mod training;
 pub mod watchdog;

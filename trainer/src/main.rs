@@ -14,6 +14,7 @@ use athanor_trainer::{
     distributed::{Topology, environment, launch::launch},
     report::{Timeline, ops, termination},
     run::{self, Surroundings},
+    search,
     training::LOSS_LOG,
     watchdog::Watchdog,
 };
@@ -134,6 +135,11 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     };
     let topology = Topology::new(&config.spec.distributed, variable)?;
     let stop = athanor_telemetry::shutdown_signal();
+    // In a pod the operator has searched already; a rank is told what was found.
+    let config = match in_pod {
+        true => config,
+        false => runtime.block_on(search::best(&config, stop.clone()))?,
+    };
     if topology.is_launcher(variable) {
         return start_ranks(runtime, &config, arguments.config.as_deref(), stop);
     }

@@ -3,7 +3,15 @@
 
 mod place;
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use athanor_contract::train::TrainResult;
 use place::Place;
@@ -137,6 +145,142 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
     place.finish("hidden", child, 0);
     let weights = std::fs::read(folder(&place.summary("hidden").artifact).join("model.safetensors")).unwrap();
     assert!(!String::from_utf8_lossy(&weights[..4096]).contains("projection"));
+}
+
+/// An OpenAI-compatible endpoint that finds words of praise, and counts what it is asked.
+fn endpoint() -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/v1", listener.local_addr().unwrap());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let count = count.clone();
+            std::thread::spawn(move || answer(stream, &count));
+        }
+    });
+    (address, asked)
+}
+
+fn answer(stream: TcpStream, count: &AtomicUsize) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut writer = stream;
+    loop {
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line).unwrap_or(0) == 0 {
+                return;
+            }
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+            if line.trim().is_empty() {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).unwrap();
+        count.fetch_add(1, Ordering::Relaxed);
+        let text = String::from_utf8_lossy(&body).to_lowercase();
+        let label = if ["great", "good", "love", "best"].iter().any(|word| text.contains(word)) {
+            "positive"
+        } else {
+            "negative"
+        };
+        let body = json!({
+            "choices": [{"message": {"role": "assistant", "content": label}}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 1},
+        })
+        .to_string();
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        writer.write_all(head.as_bytes()).and_then(|()| writer.write_all(body.as_bytes())).unwrap();
+    }
+}
+
+#[test]
+fn rows_without_labels_get_them_once_for_all_ranks() {
+    let place = Place::new(0.1);
+    let file = place.folder.path().join("rows.jsonl");
+    let rows: String = std::fs::read_to_string(&file)
+        .unwrap()
+        .lines()
+        .enumerate()
+        .map(|(index, line)| {
+            let mut row: Value = serde_json::from_str(line).unwrap();
+            if index % 2 == 1 {
+                row.as_object_mut().unwrap().remove("label");
+            }
+            format!("{row}\n")
+        })
+        .collect();
+    std::fs::write(&file, rows).unwrap();
+    let (address, asked) = endpoint();
+    let spec = |seed: u32| {
+        json!({
+            "model": {
+                "from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]},
+                "labels": ["negative", "positive"],
+            },
+            "data": {
+                "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}],
+                "annotate": {"endpoint": address, "model": "judge", "inputTokenPrice": "1"},
+            },
+            "hyperparameters": {"maxSteps": 2, "batchSize": 8, "maxSequenceLength": 16, "seed": seed},
+            "distributed": {"processesPerNode": 2},
+        })
+    };
+    let child = place.start("annotated", &spec(0));
+    place.finish("annotated", child, 0);
+    let summary = place.summary("annotated");
+    assert_eq!(summary.rows.train + summary.rows.validation + summary.rows.test, 300);
+    let first = asked.load(Ordering::Relaxed);
+    assert!((100..=150).contains(&first), "each text once: {first}");
+    let found = report(&summary.artifact);
+    assert_eq!(found["annotation"]["labelled"], 150, "{}", found["annotation"]);
+
+    // Another job of the same folder: everything was answered before.
+    let child = place.start("annotated", &spec(1));
+    place.finish("annotated", child, 0);
+    assert_eq!(asked.load(Ordering::Relaxed), first);
+    assert_eq!(place.summary("annotated").data_digest, summary.data_digest);
+}
+
+#[test]
+fn a_search_on_a_laptop_trains_with_the_best_and_goes_on_where_it_was() {
+    let place = Place::new(0.1);
+    let spec = json!({
+        "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+        "hyperparameters": {
+            "maxSteps": 3, "batchSize": 8, "maxSequenceLength": 16,
+            "search": {
+                "algorithm": "Random", "maxTrials": 3, "parallelism": 2,
+                "parameters": [{"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}}],
+            },
+        },
+    });
+    let child = place.start("search", &spec);
+    place.finish("search", child, 0);
+    let log = || std::fs::read_to_string(place.folder.path().join("search/log")).unwrap();
+    assert_eq!(log().matches("a trial is done").count(), 3, "{}", log());
+    let best = log().lines().find(|line| line.contains("the best of 3 trials")).unwrap().to_owned();
+    let summary = place.summary("search");
+    let found = report(&summary.artifact);
+    let rate = found["hyperparameters"]["learningRate"].as_f64().unwrap();
+    assert!(best.contains(&format!("learningRate={rate}")), "{best}: {rate}");
+    let steps = || log().matches("\"milestone\":\"firstStep\"").count();
+    assert_eq!(steps(), 4, "three trials and the job");
+
+    let child = place.start("search", &spec);
+    place.finish("search", child, 0);
+    assert_eq!(log().matches("a trial is done").count(), 6, "told again");
+    assert!(steps() <= 5, "no trial was trained again");
+
+    let mut wrong = spec.clone();
+    wrong["hyperparameters"]["search"]["parameters"][0]["range"]["min"] = json!(2.0);
+    let child = place.start("wrong", &wrong);
+    place.finish("wrong", child, 3);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{CrossValidation, SearchSpec};
+use super::SearchSpec;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -73,9 +73,6 @@ pub struct Hyperparameters {
     /// Tries other values of some hyperparameters first, and trains with the best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchSpec>,
-    /// Trains once for each fold and tells how the metrics spread.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cross_validation: Option<CrossValidation>,
 }
 
 impl Default for Hyperparameters {
@@ -102,7 +99,6 @@ impl Default for Hyperparameters {
             precision: Precision::Auto,
             max_sequence_length: 128,
             search: None,
-            cross_validation: None,
         }
     }
 }

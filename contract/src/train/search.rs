@@ -213,15 +213,6 @@ impl Default for AshaSpec {
     }
 }
 
-/// The rows that are not for the test, dealt into folds; each fold is the validation part of one training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct CrossValidation {
-    /// Trainings, each without one fold.
-    #[schemars(range(min = 2, max = 20))]
-    pub folds: u32,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
