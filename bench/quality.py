@@ -146,6 +146,7 @@ def main():
         distilled.append(report["forms"][0]["value"])
         size = parameters(folder)
         alone.append(accuracy(bench.run(f"alone-{seed}", student(seed))[0]))
+    for seed in seeds:
         for method in METHODS:
             select = {"select": {"method": method, "keepPercent": 30, "seed": seed}}
             picked[method].append(accuracy(bench.run(f"{method.lower()}-{seed}", student(seed, data=select))[0]))

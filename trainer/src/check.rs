@@ -21,7 +21,7 @@ use crate::{
         teacher::{Online, Student},
     },
     report::Reading,
-    run, training,
+    setup, training,
 };
 
 /// Steps whose time is measured, after as many that warm up.
@@ -99,14 +99,14 @@ impl Report<'_> {
         let (spec, dataset) = (&self.config.spec, &self.dataset);
         let h = &spec.hyperparameters;
         let task = spec.model.task;
-        let labels = run::choose_labels(spec, dataset, self.folder)?;
+        let labels = setup::choose_labels(spec, dataset, self.folder)?;
         let parts = dataset.split(&spec.data.split)?;
-        run::check_gates(&spec.evaluate.gates, dataset, &parts)?;
+        setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let tokenizer = Tokenizer::load(self.folder)?;
-        let max_length = run::max_length(spec, &self.parent);
+        let max_length = setup::max_length(spec, &self.parent);
         let whole = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, usize::MAX)?;
         let mut train = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, max_length)?;
-        let mut model = run::load_model(spec, self.folder, &labels, self.device)?;
+        let mut model = setup::load_model(spec, self.folder, &labels, self.device)?;
         if let Some(select) = &spec.data.select {
             // Which rows does not matter here, only how many.
             let kept: Vec<usize> = (0..(train.len() * usize::from(select.keep_percent)).div_ceil(100)).collect();
@@ -127,7 +127,7 @@ impl Report<'_> {
             self.device,
         )?;
         let (steps_per_epoch, total_steps) = training::count_steps(train.len(), h);
-        let bf16 = run::uses_bf16(h.precision, self.device);
+        let bf16 = setup::uses_bf16(h.precision, self.device);
 
         let mut text = String::new();
         let mut line = |name: &str, value: String| {

@@ -31,6 +31,7 @@ pub mod run;
 pub mod schedule;
 pub mod search;
 pub mod select;
+mod setup;
 pub mod training;
 pub mod watchdog;
 

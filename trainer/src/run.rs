@@ -9,12 +9,9 @@ use std::{
 
 use athanor_contract::{
     artifact::{Kind, Manifest},
-    train::{self, Gate, Precision, SelectSpec, Task, TeacherOutputs, TrainConfig, TrainResult, TrainSpec},
+    train::{SelectSpec, Task, TeacherOutputs, TrainConfig, TrainResult},
 };
-use athanor_models::{
-    EncoderConfig, Initializer, Model, Options, Shape, Tokenizer,
-    config::{HeadActivation, HiddenHead},
-};
+use athanor_models::{EncoderConfig, Model, Tokenizer};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 use tokio::runtime::Handle;
@@ -33,6 +30,7 @@ use crate::{
     prepare::{Prepared, prepare},
     report::{Reporter, Sender, Timeline},
     select::{self, Selection},
+    setup,
     training::{self, Session, count_steps},
     watchdog::Watchdog,
 };
@@ -112,15 +110,15 @@ impl Run<'_> {
         let group = prepared.group.as_ref();
 
         let dataset = &prepared.dataset;
-        let labels = choose_labels(spec, dataset, &prepared.parent)?;
+        let labels = setup::choose_labels(spec, dataset, &prepared.parent)?;
         let parts = dataset.split(&spec.data.split)?;
-        check_gates(&spec.evaluate.gates, dataset, &parts)?;
-        let mut model = load_model(spec, &prepared.parent, &labels, device)?;
+        setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
+        let mut model = setup::load_model(spec, &prepared.parent, &labels, device)?;
         let tokenizer = Tokenizer::load(&prepared.parent)?;
-        let max_length = max_length(spec, model.config());
+        let max_length = setup::max_length(spec, model.config());
         let encode = |part: &[usize]| Encoded::new(dataset, part, task, &labels, &tokenizer, max_length);
         let mut train = encode(&parts.train)?;
-        let bf16 = uses_bf16(spec.hyperparameters.precision, device);
+        let bf16 = setup::uses_bf16(spec.hyperparameters.precision, device);
         let mut teacher = match &prepared.teacher {
             Some(folder) => Some(self.load_teacher(folder, &prepared, &labels, max_length)?),
             None => None,
@@ -406,7 +404,7 @@ impl Run<'_> {
             model.pack(how)?;
         }
         let tokenizer = Tokenizer::load(folder)?;
-        let max_length = max_length(spec, model.config());
+        let max_length = setup::max_length(spec, model.config());
         let rows = Encoded::new(dataset, &parts.test, spec.model.task, &labels, &tokenizer, max_length)?;
         let beat = || self.around.watchdog.beat();
         let found = evaluate::evaluate(&model, &rows, group, device, false, beat)?;
@@ -438,95 +436,6 @@ impl Run<'_> {
         chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
         chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
-}
-
-/// A gate over sources without test rows could only fail after all the work.
-pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(), TrainError> {
-    for (index, gate) in gates.iter().enumerate() {
-        let Some(names) = &gate.sources else { continue };
-        let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows.source(row)]));
-        if !is_covered {
-            return Err(TrainError::User(format!(
-                "evaluate.gates[{index}]: none of the test rows comes from {}",
-                names.join(", ")
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Class names in the order of the outputs; none for tasks without.
-pub fn choose_labels(spec: &TrainSpec, dataset: &Dataset, parent: &Path) -> Result<Vec<String>, TrainError> {
-    if spec.model.task != Task::TextClassification {
-        return Ok(Vec::new());
-    }
-    let parent = EncoderConfig::load(parent)?.labels();
-    Ok(dataset.choose_labels(spec.model.labels.as_deref(), parent.as_deref())?)
-}
-
-/// The model that is trained, as it begins.
-pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: Device) -> Result<Model, TrainError> {
-    let head = spec.model.head.clone().unwrap_or_default();
-    let student = spec.model.student.as_ref();
-    let options = Options {
-        seed: spec.hyperparameters.seed as u64,
-        keep_layers: student
-            .and_then(|student| student.keep_layers.as_ref())
-            .map(|layers| layers.iter().map(|&layer| layer as usize).collect()),
-        fresh: student.and_then(|student| student.fresh).map(|fresh| Shape {
-            layers: fresh.layers as usize,
-            hidden_size: i64::from(fresh.hidden_size),
-            heads: i64::from(fresh.attention_heads),
-            intermediate_size: i64::from(fresh.intermediate_size),
-        }),
-        hidden_head: head.hidden_units.map(|units| HiddenHead {
-            units: i64::from(units),
-            activation: match head.activation {
-                train::HeadActivation::Tanh => HeadActivation::Tanh,
-                train::HeadActivation::GELU => HeadActivation::Gelu,
-                train::HeadActivation::ReLU => HeadActivation::Relu,
-            },
-        }),
-        initializer: match head.initializer {
-            train::Initializer::Normal => Initializer::Normal,
-            train::Initializer::XavierUniform => Initializer::XavierUniform,
-            train::Initializer::KaimingUniform => Initializer::KaimingUniform,
-        },
-        head_dropout: head.dropout,
-        dropout: spec.hyperparameters.dropout,
-    };
-    let task = match spec.model.task {
-        Task::TextClassification => athanor_models::Task::Classification(labels.to_vec()),
-        Task::TextRegression => athanor_models::Task::Regression,
-        Task::MaskedLanguageModel => athanor_models::Task::MaskedLanguageModel,
-        Task::Embedding => athanor_models::Task::Embedding,
-    };
-    Ok(Model::load(parent, task, &options, device)?)
-}
-
-/// Tokens that texts are cut to.
-pub fn max_length(spec: &TrainSpec, config: &EncoderConfig) -> usize {
-    (spec.hyperparameters.max_sequence_length as usize).min(config.max_length())
-}
-
-/// Whether matrix products are in bfloat16.
-pub fn uses_bf16(precision: Precision, device: Device) -> bool {
-    match precision {
-        Precision::FP32 => false,
-        Precision::BF16 => true,
-        Precision::Auto => computes_in_bf16(device),
-    }
-}
-
-/// Whether bfloat16 products are the hardware's own.
-fn computes_in_bf16(device: Device) -> bool {
-    if device.is_cuda() {
-        return true;
-    }
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
 }
 
 /// Settings of the whole process, before the first tensor is made.

@@ -55,9 +55,11 @@ fn fit(mut result: TrainResult) -> String {
 fn shorten(summary: &mut TrainSummary, attempt: usize) {
     match attempt {
         0 => drop(summary.chosen.remove("labels")),
-        1 => summary
-            .metrics
-            .retain(|name, _| !name.contains('/') || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")),
+        1 => summary.metrics.retain(|name, _| {
+            !name.contains('/')
+                || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")
+                || name.starts_with("validation/")
+        }),
         2 => {
             summary.failed_gates =
                 summary.failed_gates.iter().take(4).map(|gate| gate.chars().take(300).collect()).collect()

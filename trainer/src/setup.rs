@@ -1,0 +1,104 @@
+//! What a specification comes to with the data and the models at hand.
+
+use std::path::Path;
+
+use athanor_contract::train::{self, Gate, Precision, Task, TrainSpec};
+use athanor_models::{
+    EncoderConfig, Initializer, Model, Options, Shape,
+    config::{HeadActivation, HiddenHead},
+};
+use tch::Device;
+
+use crate::{
+    TrainError,
+    data::{Dataset, Parts},
+};
+
+/// A gate over sources without test rows could only fail after all the work.
+pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(), TrainError> {
+    for (index, gate) in gates.iter().enumerate() {
+        let Some(names) = &gate.sources else { continue };
+        let is_covered = parts.test.iter().any(|&row| names.contains(&dataset.sources[dataset.rows.source(row)]));
+        if !is_covered {
+            return Err(TrainError::User(format!(
+                "evaluate.gates[{index}]: none of the test rows comes from {}",
+                names.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Class names in the order of the outputs; none for tasks without.
+pub fn choose_labels(spec: &TrainSpec, dataset: &Dataset, parent: &Path) -> Result<Vec<String>, TrainError> {
+    if spec.model.task != Task::TextClassification {
+        return Ok(Vec::new());
+    }
+    let parent = EncoderConfig::load(parent)?.labels();
+    Ok(dataset.choose_labels(spec.model.labels.as_deref(), parent.as_deref())?)
+}
+
+/// The model that is trained, as it begins.
+pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: Device) -> Result<Model, TrainError> {
+    let head = spec.model.head.clone().unwrap_or_default();
+    let student = spec.model.student.as_ref();
+    let options = Options {
+        seed: spec.hyperparameters.seed as u64,
+        keep_layers: student
+            .and_then(|student| student.keep_layers.as_ref())
+            .map(|layers| layers.iter().map(|&layer| layer as usize).collect()),
+        fresh: student.and_then(|student| student.fresh).map(|fresh| Shape {
+            layers: fresh.layers as usize,
+            hidden_size: i64::from(fresh.hidden_size),
+            heads: i64::from(fresh.attention_heads),
+            intermediate_size: i64::from(fresh.intermediate_size),
+        }),
+        hidden_head: head.hidden_units.map(|units| HiddenHead {
+            units: i64::from(units),
+            activation: match head.activation {
+                train::HeadActivation::Tanh => HeadActivation::Tanh,
+                train::HeadActivation::GELU => HeadActivation::Gelu,
+                train::HeadActivation::ReLU => HeadActivation::Relu,
+            },
+        }),
+        initializer: match head.initializer {
+            train::Initializer::Normal => Initializer::Normal,
+            train::Initializer::XavierUniform => Initializer::XavierUniform,
+            train::Initializer::KaimingUniform => Initializer::KaimingUniform,
+        },
+        head_dropout: head.dropout,
+        dropout: spec.hyperparameters.dropout,
+    };
+    let task = match spec.model.task {
+        Task::TextClassification => athanor_models::Task::Classification(labels.to_vec()),
+        Task::TextRegression => athanor_models::Task::Regression,
+        Task::MaskedLanguageModel => athanor_models::Task::MaskedLanguageModel,
+        Task::Embedding => athanor_models::Task::Embedding,
+    };
+    Ok(Model::load(parent, task, &options, device)?)
+}
+
+/// Tokens that texts are cut to.
+pub fn max_length(spec: &TrainSpec, config: &EncoderConfig) -> usize {
+    (spec.hyperparameters.max_sequence_length as usize).min(config.max_length())
+}
+
+/// Whether matrix products are in bfloat16.
+pub fn uses_bf16(precision: Precision, device: Device) -> bool {
+    match precision {
+        Precision::FP32 => false,
+        Precision::BF16 => true,
+        Precision::Auto => computes_in_bf16(device),
+    }
+}
+
+/// Whether bfloat16 products are the hardware's own.
+fn computes_in_bf16(device: Device) -> bool {
+    if device.is_cuda() {
+        return true;
+    }
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
