@@ -16,10 +16,7 @@ use tokio::runtime::Handle;
 use crate::{
     TrainError,
     data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
-    objectives::{
-        self, Objective, Part, Teacher,
-        teacher::{Online, Student},
-    },
+    objectives::{self, Objective, Part, Teacher},
     report::Reading,
     setup, training,
 };
@@ -114,7 +111,10 @@ impl Report<'_> {
         }
         let teacher = match self.teacher {
             Some(folder) => {
-                Some(Teacher::Online(Box::new(self.load_teacher(folder, &labels, max_length, &parts, train.len())?)))
+                let rows = parts.train.iter().take(train.len());
+                let texts: Vec<&str> = rows.map(|&row| dataset.rows.text(row)).collect();
+                let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, &texts, self.device)?;
+                Some(Teacher::Online(Box::new(teacher)))
             }
             None => None,
         };
@@ -200,23 +200,6 @@ impl Report<'_> {
         let shown: Vec<String> = labels.iter().take(20).map(share).collect();
         let more = labels.len().saturating_sub(20);
         shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
-    }
-
-    fn load_teacher(
-        &self,
-        folder: &Path,
-        labels: &[String],
-        max_length: usize,
-        parts: &Parts,
-        rows: usize,
-    ) -> Result<Online, TrainError> {
-        let spec = &self.config.spec;
-        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
-        let student = Student { task: spec.model.task, labels, folder: self.folder, by_token, max_length };
-        let mut teacher = Online::load(folder, &student, self.device)?;
-        let texts: Vec<&str> = parts.train.iter().take(rows).map(|&row| self.dataset.rows.text(row)).collect();
-        teacher.read_rows(folder, &texts)?;
-        Ok(teacher)
     }
 
     /// Time of one step of one rank, with its share of the rows. A teacher is asked at each step, even if its answers would be kept.

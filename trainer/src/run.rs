@@ -24,7 +24,7 @@ use crate::{
     evaluate::{self, Evaluation},
     objectives::{
         self, Objective, Teacher,
-        teacher::{MOST_CACHED, Online, Student, cached_at, read_cached, write_cached},
+        teacher::{MOST_CACHED, Online, cached_at, read_cached, write_cached},
     },
     outcome::Finished,
     prepare::{Prepared, prepare},
@@ -120,7 +120,11 @@ impl Run<'_> {
         let mut train = encode(&parts.train)?;
         let bf16 = setup::uses_bf16(spec.hyperparameters.precision, device);
         let mut teacher = match &prepared.teacher {
-            Some(folder) => Some(self.load_teacher(folder, &prepared, &labels, max_length)?),
+            Some(folder) => {
+                let texts: Vec<&str> = parts.train.iter().map(|&row| dataset.rows.text(row)).collect();
+                let parent = &prepared.parent;
+                Some(setup::load_teacher(spec, folder, parent, &labels, max_length, &texts, device)?)
+            }
             None => None,
         };
         let selection = match &spec.data.select {
@@ -128,8 +132,7 @@ impl Run<'_> {
                 if let Some(reporter) = reporter.as_mut() {
                     reporter.stage("Selecting");
                 }
-                let own = [&model];
-                let viewer = teacher.as_ref().map_or(own[0], Online::model);
+                let viewer = teacher.as_ref().map_or(&model, Online::model);
                 let rows = teacher.as_ref().and_then(Online::own_rows).unwrap_or(&train.ids);
                 let selection = self.select(select, viewer, rows, &train, &labels, group, bf16)?;
                 train.select(&selection.rows);
@@ -141,9 +144,7 @@ impl Run<'_> {
             None => None,
         };
         let teacher = match teacher {
-            Some(teacher) => {
-                Some(self.teacher_outputs(teacher, &prepared, &train, selection.is_some(), bf16, reporter)?)
-            }
+            Some(teacher) => Some(self.teacher_outputs(teacher, &prepared, &train, &labels, bf16, reporter)?),
             None => None,
         };
         self.around.timeline.mark("dataReady");
@@ -265,30 +266,6 @@ impl Run<'_> {
         finished.write().map(Some)
     }
 
-    /// The teacher, with the training rows as it reads them.
-    fn load_teacher(
-        &self,
-        folder: &Path,
-        prepared: &Prepared,
-        labels: &[String],
-        max_length: usize,
-    ) -> Result<Online, TrainError> {
-        let spec = &self.config.spec;
-        let student = Student {
-            task: spec.model.task,
-            labels,
-            folder: &prepared.parent,
-            by_token: spec.objective.terms.iter().any(|term| term.hidden_state.is_some()),
-            max_length,
-        };
-        let mut teacher = Online::load(folder, &student, self.topology.device())?;
-        let dataset = &prepared.dataset;
-        let parts = dataset.split(&spec.data.split)?;
-        let texts: Vec<&str> = parts.train.iter().map(|&row| dataset.rows.text(row)).collect();
-        teacher.read_rows(folder, &texts)?;
-        Ok(teacher)
-    }
-
     /// Chooses training rows on rank 0, for all ranks.
     #[expect(clippy::too_many_arguments, reason = "one call, of what a run has at hand")]
     fn select(
@@ -325,7 +302,7 @@ impl Run<'_> {
         teacher: Online,
         prepared: &Prepared,
         train: &Encoded,
-        selected: bool,
+        labels: &[String],
         bf16: bool,
         reporter: &mut Option<Reporter>,
     ) -> Result<Teacher, TrainError> {
@@ -346,9 +323,8 @@ impl Run<'_> {
             return Err(TrainError::Other("the teacher's folder is not there".into()));
         };
         let output = athanor_store::open(&spec.output.to)?;
-        let select = spec.data.select.as_ref().filter(|_| selected);
         let identity =
-            (&prepared.dataset.digest, select, &spec.model.labels, spec.hyperparameters.max_sequence_length, bf16);
+            (&prepared.dataset.digest, &spec.data.select, labels, spec.hyperparameters.max_sequence_length, bf16);
         let place = cached_at(&output, folder, &identity)?;
         let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
         // Only if every rank found them: the others would wait for sums.

@@ -12,6 +12,7 @@ use tch::Device;
 use crate::{
     TrainError,
     data::{Dataset, Parts},
+    objectives::teacher::{Online, Student},
 };
 
 /// A gate over sources without test rows could only fail after all the work.
@@ -76,6 +77,23 @@ pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: De
         Task::Embedding => athanor_models::Task::Embedding,
     };
     Ok(Model::load(parent, task, &options, device)?)
+}
+
+/// The teacher, with the training rows' texts as it reads them. `parent` is the folder with the student's tokenizer.
+pub fn load_teacher(
+    spec: &TrainSpec,
+    folder: &Path,
+    parent: &Path,
+    labels: &[String],
+    max_length: usize,
+    texts: &[&str],
+    device: Device,
+) -> Result<Online, TrainError> {
+    let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+    let student = Student { task: spec.model.task, labels, folder: parent, by_token, max_length };
+    let mut teacher = Online::load(folder, &student, device)?;
+    teacher.read_rows(folder, texts)?;
+    Ok(teacher)
 }
 
 /// Tokens that texts are cut to.

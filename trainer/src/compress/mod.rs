@@ -15,9 +15,11 @@ use tch::{Device, Tensor};
 use crate::{
     TrainError,
     checkpoint::Snapshot,
-    data::{Encoded, batches::evaluation_batches},
+    data::{
+        Encoded,
+        batches::{evaluation_batches, inputs},
+    },
     evaluate::{self, Evaluation},
-    objectives::inputs,
 };
 
 /// Training rows whose inputs Wanda looks at, and rows of one pass.
@@ -77,7 +79,8 @@ impl Compression<'_> {
         if self.steps.is_empty() {
             return Ok(Compressed { forms, quantized, evaluation });
         }
-        let mut before = self.form("trained".into(), model, None, &evaluation)?;
+        let folder = self.written(model, None)?;
+        let mut before = self.form("trained".into(), model, (&folder, &served(&folder)?), &evaluation)?;
         forms.push(before.clone());
         for step in self.steps {
             let backup = Snapshot::copy(&model.matrices());
@@ -97,8 +100,9 @@ impl Compression<'_> {
                 }
             };
             let folder = self.written(model, how)?;
-            let found = evaluate::evaluate(&served(&folder)?, self.test, None, Device::Cpu, false, || (self.beat)())?;
-            let mut form = self.form(name, model, how, &found)?;
+            let served = served(&folder)?;
+            let found = evaluate::evaluate(&served, self.test, None, Device::Cpu, false, || (self.beat)())?;
+            let mut form = self.form(name, model, (&folder, &served), &found)?;
             form.left_out = self.too_much(step, &before, &form, &found);
             if form.left_out.is_some() {
                 restore(&model.matrices(), &backup);
@@ -145,17 +149,17 @@ impl Compression<'_> {
         Ok(folder)
     }
 
+    /// What a form is worth: the model, and the same as it is written and served.
     fn form(
         &self,
         name: String,
         model: &Model,
-        quantized: Option<bool>,
+        (folder, served): (&Path, &Model),
         found: &Evaluation,
     ) -> Result<Form, TrainError> {
-        let folder = self.written(model, quantized)?;
         let bytes = std::fs::metadata(folder.join(load::WEIGHTS)).map_err(TrainError::other)?.len();
         let (metric, value) = main_metric(self.test, found);
-        let milliseconds = self.latency(&served(&folder)?);
+        let milliseconds = self.latency(served);
         let sparsity = prune::sparsity(&model.matrices());
         Ok(Form { name, bytes, sparsity, metric: metric.into(), value, milliseconds, left_out: None })
     }

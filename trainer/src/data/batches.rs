@@ -1,7 +1,9 @@
 //! Rows to batches: shuffled, grouped by length so that little is padding, and dealt to the ranks. All of it is a function of
 //! seed, epoch and lengths, so every rank computes the same batches and a resumed run goes on with them.
 
+use athanor_models::tokenizer::pad;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use tch::{Device, Tensor};
 
 /// Batches whose rows are sorted by length together: small enough to keep the order of an epoch random.
 const GROUPED: usize = 32;
@@ -37,6 +39,13 @@ pub fn evaluation_batches(lengths: &[usize], batch_size: usize, rank: usize, wor
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
     order.chunks(batch_size).skip(rank).step_by(world).map(<[usize]>::to_vec).collect()
+}
+
+/// Ids [B, T], and the mask [B, T] where some text is shorter than others: without padding attention takes the faster kernel.
+pub fn inputs(texts: &[&[u32]], pad_id: i64, device: Device) -> (Tensor, Option<Tensor>) {
+    let padded = texts.iter().any(|ids| ids.len() != texts[0].len());
+    let (ids, mask) = pad(texts, pad_id);
+    (ids.to_device(device), padded.then(|| mask.to_device(device)))
 }
 
 /// A well-mixed seed from two numbers (SplitMix64).

@@ -15,9 +15,9 @@ use crate::{
     TrainError,
     data::{
         Encoded,
-        batches::{evaluation_batches, mix},
+        batches::{evaluation_batches, inputs, mix},
     },
-    objectives::{inputs, masking::mask_row},
+    objectives::masking::mask_row,
 };
 
 /// Rows of one forward pass; without gradients memory is no concern, and the rows are sorted by length.

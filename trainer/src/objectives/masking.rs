@@ -53,11 +53,6 @@ impl Masked {
         let labels: Vec<i64> = self.chosen.iter().map(|(_, _, id)| i64::from(*id)).collect();
         Tensor::from_slice(&labels).to_device(device)
     }
-
-    /// Row of each token to predict.
-    pub fn rows(&self) -> Vec<usize> {
-        self.chosen.iter().map(|(row, ..)| *row).collect()
-    }
 }
 
 /// A text with some tokens hidden, and their places: at least one, where there is a token that is not special.

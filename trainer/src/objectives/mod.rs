@@ -12,16 +12,19 @@ pub mod teacher;
 pub mod terms;
 
 use athanor_contract::train::{HiddenStateTerm, ObjectiveSpec, ObjectiveTerm, Task, TeacherSpec};
-use athanor_models::{Model, tokenizer::pad};
+use athanor_models::Model;
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
 pub use teacher::Teacher;
 
 use self::masking::Masked;
-use crate::{TrainError, data::Encoded};
+use crate::{
+    TrainError,
+    data::{Encoded, batches::inputs},
+};
 
-/// Weight of the task's own loss and of soft labels, and their temperature, where the objective is left to us.
+/// Weight of the task's own loss and of soft labels, where the objective is left to us.
 const DISTILLATION: (f64, f64) = (0.5, 0.5);
 
 /// The terms of a job, with what they learn besides the model.
@@ -210,11 +213,6 @@ impl Objective {
         &self.terms
     }
 
-    /// Whether the pairs of the whole batch have to be in one pass.
-    fn is_contrastive(&self) -> bool {
-        self.terms.iter().any(|term| term.contrastive.is_some())
-    }
-
     /// The value of each term without its weight, a sum over the part's rows (FP32, with gradients).
     pub fn values(&self, model: &Model, teacher: Option<&Teacher>, part: &Part) -> Result<Vec<Tensor>, TrainError> {
         let _autocast = part.bf16.then(|| Autocast::bf16(part.device));
@@ -272,7 +270,7 @@ impl Objective {
 
     /// Whether a term's value is the same on all ranks, instead of a part of the sum.
     pub fn is_shared(&self, index: usize) -> bool {
-        self.is_contrastive() && self.terms[index].contrastive.is_some()
+        self.terms[index].contrastive.is_some()
     }
 
     fn mask_probability(&self) -> f64 {
@@ -379,11 +377,4 @@ fn projection(outputs: i64, inputs: i64, seed: u64, index: usize, device: Device
     let bound = (inputs as f64).sqrt().recip();
     let values: Vec<f32> = (0..outputs * inputs).map(|_| random.random_range(-bound..bound) as f32).collect();
     Tensor::from_slice(&values).view([outputs, inputs]).to_device(device).set_requires_grad(true)
-}
-
-/// Ids [B, T], and the mask [B, T] where some text is shorter than others: without padding attention takes the faster kernel.
-pub fn inputs(texts: &[&[u32]], pad_id: i64, device: Device) -> (Tensor, Option<Tensor>) {
-    let padded = texts.iter().any(|ids| ids.len() != texts[0].len());
-    let (ids, mask) = pad(texts, pad_id);
-    (ids.to_device(device), padded.then(|| mask.to_device(device)))
 }

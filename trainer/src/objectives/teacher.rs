@@ -8,8 +8,11 @@ use athanor_store::{Location, StoreError};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
-use super::{Part, inputs, masking::Masked};
-use crate::{TrainError, data::batches::evaluation_batches};
+use super::{Part, masking::Masked};
+use crate::{
+    TrainError,
+    data::batches::{evaluation_batches, inputs},
+};
 
 /// Cached answers take at most this many numbers; more of them are computed at each step.
 pub const MOST_CACHED: usize = 1 << 26;
