@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Training side by side: athanor-trainer and transformers' Trainer, same model, rows, precision, batch and steps, in turns.
+"""Training side by side: athanor-trainer, transformers' Trainer and sentence-transformers, same model, rows, precision, batch and
+steps, in turns.
 
 Prints a table and writes bench/results/train.json. `make bench-train` installs what it needs and runs it.
 """
@@ -14,19 +15,25 @@ def rows(file):
     data = pathlib.Path(os.environ["ATHANOR_DATA"]) / "sentiment"
     with open(file, "w", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["text", "label"])
+        writer.writerow(["text", "label", "first", "second"])
         for domain in ("amazon", "movies"):
             for line in open(data / f"{domain}.txt", encoding="utf-8", errors="replace"):
                 _, rating, text = line.rstrip("\n").split("\t", 2)
                 if abs(float(rating)) >= 0.5 and text.strip():
-                    writer.writerow([text, "positive" if float(rating) > 0 else "negative"])
+                    # The two halves of a text are the pair that an embedding is to bring together.
+                    words = text.split()
+                    first, second = " ".join(words[: len(words) // 2]) or text, " ".join(words[len(words) // 2 :])
+                    writer.writerow([text, "positive" if float(rating) > 0 else "negative", first, second])
 
 
 def ours(file, work, settings):
     """Runs the trainer: seconds to the first step, and rows a second after the warm-up."""
+    source = {"name": "rows", "uri": f"file://{file}"}
+    if settings["task"] == "Embedding":
+        source["columns"] = {"text": "first", "pair": "second"}
     spec = {
-        "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": "TextClassification"},
-        "data": {"sources": [{"name": "rows", "uri": f"file://{file}"}]},
+        "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": settings["task"]},
+        "data": {"sources": [source]},
         "hyperparameters": {"maxSteps": STEPS, "batchSize": BATCH, "learningRate": RATE, "precision": settings["precision"]},
         "checkpoint": {"everySteps": 0},
         "distributed": {"processesPerNode": settings["ranks"], "backend": "Gloo" if settings["ranks"] > 1 else "Auto"},
@@ -53,12 +60,55 @@ def ours(file, work, settings):
     return {"first": marks[1] - began, "rate": BATCH * (STEPS - WARM_UP) / (marks[STEPS] - marks[WARM_UP])}
 
 
+class Clock:
+    """Times of the steps that a peer has taken."""
+
+    def __init__(self):
+        self.began, self.marks = float(os.environ["BENCH_BEGAN"]), {}
+
+    def callback(self):
+        from transformers import TrainerCallback
+
+        class Marks(TrainerCallback):
+            def on_step_end(_, arguments, state, control, **__):
+                self.marks[state.global_step] = time.monotonic()
+
+        return Marks()
+
+    def print(self):
+        rate = BATCH * (STEPS - WARM_UP) / (self.marks[STEPS] - self.marks[WARM_UP])
+        print(json.dumps({"first": self.marks[1] - self.began, "rate": rate}))
+
+
+def options(out):
+    return dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE, warmup_steps=STEPS // 10,
+                save_strategy="no", report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True)
+
+
+def embedding_peer(file):
+    """sentence-transformers in this process, with its usual loss for pairs; prints one JSON line."""
+    clock = Clock()
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    read = list(csv.DictReader(open(file)))
+    pairs = Dataset.from_dict({"anchor": [row["first"] for row in read], "positive": [row["second"] for row in read]})
+    model = SentenceTransformer(f"{os.environ['ATHANOR_MODELS']}/minilm-l6", device="cpu")
+    model.max_seq_length = 128
+    with tempfile.TemporaryDirectory() as out:
+        arguments = SentenceTransformerTrainingArguments(**options(out), bf16=True, optim="adamw_torch_fused")
+        SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model),
+                                   callbacks=[clock.callback()]).train()
+    clock.print()
+
+
 def peer(file, best):
     """transformers' Trainer in this process; prints one JSON line."""
-    began = float(os.environ["BENCH_BEGAN"])
+    clock = Clock()
     import torch
-    from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer,
-                              TrainerCallback, TrainingArguments)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = f"{os.environ['ATHANOR_MODELS']}/minilm-l6"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -67,21 +117,14 @@ def peer(file, best):
     encoded = tokenizer([row["text"] for row in read], truncation=True, max_length=128, padding=padding)
     items = [{"input_ids": ids, "attention_mask": mask, "labels": int(row["label"] == "positive")}
              for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], read)]
-    marks = {}
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, arguments, state, control, **_):
-            marks[state.global_step] = time.monotonic()
-
     with tempfile.TemporaryDirectory() as out:
-        options = dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE, warmup_steps=STEPS // 10,
-                       save_strategy="no", report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True)
+        chosen = options(out)
         if best:
-            options |= dict(bf16=True, train_sampling_strategy="group_by_length", optim="adamw_torch_fused")
+            chosen |= dict(bf16=True, train_sampling_strategy="group_by_length", optim="adamw_torch_fused")
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-        Trainer(model=model, args=TrainingArguments(**options), train_dataset=items,
-                data_collator=DataCollatorWithPadding(tokenizer), callbacks=[Marks()]).train()
-    print(json.dumps({"first": marks[1] - began, "rate": BATCH * (STEPS - WARM_UP) / (marks[STEPS] - marks[WARM_UP])}))
+        Trainer(model=model, args=TrainingArguments(**chosen), train_dataset=items,
+                data_collator=DataCollatorWithPadding(tokenizer), callbacks=[clock.callback()]).train()
+    clock.print()
 
 
 def in_child(function, *arguments):
@@ -108,10 +151,10 @@ def run_ours(file, settings):
         return ours(file, work, settings)
 
 
-def run_peer(file, best):
+def run_peer(file, which):
     environment = {**os.environ, "BENCH_BEGAN": str(time.monotonic()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     environment.pop("LD_LIBRARY_PATH", None)
-    done = subprocess.run([sys.executable, __file__, "--peer", "best" if best else "default", file], env=environment,
+    done = subprocess.run([sys.executable, __file__, "--peer", which, file], env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"the peer failed:\n{done.stderr[-3000:]}")
@@ -121,20 +164,24 @@ def run_peer(file, best):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="turns of each (default 3)")
-    parser.add_argument("--peer", choices=["best", "default"], help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=["best", "default", "embedding"], help=argparse.SUPPRESS)
     parser.add_argument("file", nargs="?", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peer == "embedding":
+        return embedding_peer(arguments.file)
     if arguments.peer:
         return peer(arguments.file, arguments.peer == "best")
 
     file = tempfile.NamedTemporaryFile(suffix=".csv", delete=False).name
     rows(file)
     subjects = {
-        "ours": (run_ours, {"precision": "BF16", "ranks": 1}),
-        "ours, 2 ranks": (run_ours, {"precision": "BF16", "ranks": 2}),
-        "ours, fp32": (run_ours, {"precision": "FP32", "ranks": 1}),
-        "Trainer, best (bf16, length groups, dynamic padding, fused AdamW)": (run_peer, True),
-        "Trainer, default (fp32, padded to 128)": (run_peer, False),
+        "ours": (run_ours, {"precision": "BF16", "ranks": 1, "task": "TextClassification"}),
+        "ours, 2 ranks": (run_ours, {"precision": "BF16", "ranks": 2, "task": "TextClassification"}),
+        "ours, fp32": (run_ours, {"precision": "FP32", "ranks": 1, "task": "TextClassification"}),
+        "ours, pairs": (run_ours, {"precision": "BF16", "ranks": 1, "task": "Embedding"}),
+        "Trainer, best (bf16, length groups, dynamic padding, fused AdamW)": (run_peer, "best"),
+        "Trainer, default (fp32, padded to 128)": (run_peer, "default"),
+        "sentence-transformers (bf16, fused AdamW)": (run_peer, "embedding"),
     }
     found = {name: [] for name in subjects}
     for turn in range(arguments.runs):
@@ -145,7 +192,7 @@ def main():
                   f"first step {result['first']:5.2f} s", flush=True)
     os.unlink(file)
     median = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
-    best, default = list(subjects)[3:]
+    best, default, pairs = list(subjects)[4:]
     lines = []
     for label, mine, other, key, unit, target in [
         ("speed, bf16", "ours", best, "rate", "rows/s", ">= 1.5"),
@@ -153,6 +200,9 @@ def main():
         ("peak memory", "ours", best, "memory", "GiB", "<= 0.6"),
         ("start to first step", "ours", best, "first", "s", "<= 0.2"),
         ("2 ranks x 1 thread", "ours, 2 ranks", "ours", "rate", "rows/s", ">= 0.95"),
+        ("speed, pairs, bf16", "ours, pairs", pairs, "rate", "pairs/s", ">= 1.5"),
+        ("peak memory, pairs", "ours, pairs", pairs, "memory", "GiB", "<= 0.6"),
+        ("start, pairs", "ours, pairs", pairs, "first", "s", "<= 0.2"),
     ]:
         a, b = median[mine][key], median[other][key]
         lines.append({"name": label, "ours": a, "peer": b, "peer_name": other, "unit": unit, "ratio": a / b, "target": target,

@@ -6,7 +6,7 @@ use tch::Tensor;
 use crate::{
     builder::{Builder, Initializer},
     config::EncoderConfig,
-    layers::{Bias, Layer, LayerNames, LayerNorm, allowed, drop},
+    layers::{Bias, Layer, LayerNames, LayerNorm, WordEmbeddings, allowed, drop},
     load::LoadError,
 };
 
@@ -19,7 +19,7 @@ const NAMES: LayerNames = LayerNames {
 };
 
 pub struct Bert {
-    pub word_embeddings: Tensor,
+    pub word_embeddings: WordEmbeddings,
     position_embeddings: Tensor,
     token_type_embeddings: Tensor,
     embeddings_norm: LayerNorm,
@@ -33,7 +33,7 @@ impl Bert {
             builder.encoder(&format!("embeddings.{name}_embeddings.weight"), &[rows, c], Initializer::Normal)
         };
         Ok(Self {
-            word_embeddings: table("word", config.vocab_size)?,
+            word_embeddings: WordEmbeddings::new(table("word", config.vocab_size)?),
             position_embeddings: table("position", config.max_position_embeddings)?,
             token_type_embeddings: table("token_type", config.type_vocab_size)?,
             embeddings_norm: builder.layer_norm("embeddings.LayerNorm", c, config.layer_norm_eps)?,
@@ -46,7 +46,7 @@ impl Bert {
     /// Ids [B, T] to what the first layer reads [B, T, C], and what its attention minds.
     pub fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
         let t = ids.size()[1];
-        let words = Tensor::embedding(&self.word_embeddings, ids, config.pad_token_id, false, false);
+        let words = self.word_embeddings.forward(ids, config.pad_token_id);
         // One segment: every token has type 0.
         let embedded = words + self.position_embeddings.narrow(0, 0, t) + self.token_type_embeddings.get(0);
         let x = drop(&self.embeddings_norm.forward(&embedded), dropout);

@@ -39,7 +39,7 @@ impl Classifier {
         let how = quantize::packing(&config);
         let mut model = Model::load(folder, Task::Classification(labels.clone()), &Options::default(), device)?;
         if device == Device::Cpu {
-            model.pack(how)?;
+            model.pack_for_good(how)?;
         }
         Ok(Self { model, labels, device })
     }

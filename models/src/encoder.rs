@@ -8,10 +8,21 @@ use crate::{
     bert::Bert,
     builder::Builder,
     config::{EncoderConfig, Family},
-    layers::{Layer, Linear, Packing},
+    layers::{Layer, Linear, Packing, WordEmbeddings},
     load::LoadError,
     mpnet::MpNet,
 };
+
+/// Which hidden states a forward pass returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// What the first layer reads, then each layer's output, [B, T, C].
+    Every,
+    /// The last layer's output, [B, T, C].
+    Last,
+    /// The last layer's output for the first token, [B, 1, C]: most of that layer's work falls away.
+    FirstToken,
+}
 
 pub enum Encoder {
     Bert(Bert),
@@ -26,11 +37,17 @@ impl Encoder {
         })
     }
 
-    /// [V, C].
-    pub fn word_embeddings(&self) -> &Tensor {
+    pub fn word_embeddings(&self) -> &WordEmbeddings {
         match self {
             Self::Bert(bert) => &bert.word_embeddings,
             Self::MpNet(mpnet) => &mpnet.word_embeddings,
+        }
+    }
+
+    pub fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings {
+        match self {
+            Self::Bert(bert) => &mut bert.word_embeddings,
+            Self::MpNet(mpnet) => &mut mpnet.word_embeddings,
         }
     }
 
@@ -46,15 +63,14 @@ impl Encoder {
         }
     }
 
-    /// Ids and mask [B, T] to hidden states [B, T, C]: what the first layer reads, then each layer's output. Without `every` only
-    /// the last is kept.
+    /// Ids and mask [B, T] to the hidden states that are kept.
     pub fn forward(
         &self,
         ids: &Tensor,
         mask: Option<&Tensor>,
         config: &EncoderConfig,
         train: bool,
-        every: bool,
+        keep: Keep,
     ) -> Vec<Tensor> {
         let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
         let (mut x, bias) = match self {
@@ -62,10 +78,12 @@ impl Encoder {
             Self::MpNet(mpnet) => mpnet.embed(ids, mask, config, dropout),
         };
         let mut states = Vec::new();
-        for layer in self.layers() {
-            let next = layer.forward(&x, &bias, config, train);
+        let layers = self.layers();
+        for (index, layer) in layers.iter().enumerate() {
+            let first_token = keep == Keep::FirstToken && index + 1 == layers.len();
+            let next = layer.forward(&x, &bias, config, train, first_token);
             let before = std::mem::replace(&mut x, next);
-            if every {
+            if keep == Keep::Every {
                 states.push(before);
             }
         }
@@ -73,11 +91,20 @@ impl Encoder {
         states
     }
 
-    pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
-        let layers = match self {
+    pub fn layers_mut(&mut self) -> &mut [Layer] {
+        match self {
             Self::Bert(bert) => &mut bert.layers,
             Self::MpNet(mpnet) => &mut mpnet.layers,
-        };
-        layers.iter_mut().try_for_each(|layer| layer.pack(how))
+        }
+    }
+
+    /// Lays all matrices out for inference; `first_token`: of the last layer's outputs only that token's will be asked for.
+    pub fn pack(&mut self, how: Packing, first_token: bool) -> Result<(), LoadError> {
+        let layers = self.layers_mut();
+        let last = layers.len().saturating_sub(1);
+        layers
+            .iter_mut()
+            .enumerate()
+            .try_for_each(|(index, layer)| layer.pack(how, first_token && index == last))
     }
 }

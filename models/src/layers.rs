@@ -84,23 +84,19 @@ impl Linear {
         }
     }
 
-    /// Gives the weight the layout in which the CPU multiplies fastest; the layer only infers from here on.
+    /// Lays the weight out as the CPU multiplies fastest: while it is so, the layer only infers.
     pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
         self.packed = Some(match how {
             Packing::Float => Packed::Float(PackedLinear::new(&self.weight, &self.bias)?),
             Packing::Int8 => Packed::Int8(QuantizedLinear::new(&self.weight, &self.bias)?),
         });
-        self.weight = Tensor::new();
         Ok(())
     }
 
     /// The layers as one, for inputs they share.
-    fn joined(layers: [&mut Self; 3]) -> Self {
-        let weight = Tensor::cat(&layers.each_ref().map(|layer| &layer.weight), 0);
-        let bias = Tensor::cat(&layers.each_ref().map(|layer| &layer.bias), 0);
-        for layer in layers {
-            layer.weight = Tensor::new();
-        }
+    fn joined<const N: usize>(layers: [&Self; N]) -> Self {
+        let weight = Tensor::cat(&layers.map(|layer| &layer.weight), 0);
+        let bias = Tensor::cat(&layers.map(|layer| &layer.bias), 0);
         Self::new(String::new(), weight, bias)
     }
 }
@@ -124,6 +120,39 @@ impl From<Activation> for athanor_torch::Activation {
             Activation::Gelu => Self::Gelu,
             Activation::GeluNew => Self::GeluTanh,
             Activation::Relu => Self::Relu,
+        }
+    }
+}
+
+/// The table of word embeddings.
+pub struct WordEmbeddings {
+    /// [V, C].
+    pub weight: Tensor,
+    excerpt: Option<Excerpt>,
+}
+
+/// Rows of a table, read in its place: their gradient is small where the table's would be large and mostly zero.
+pub struct Excerpt {
+    /// Where each row of the table is in `rows`, [V]; anything for one that is not.
+    pub places: Tensor,
+    /// [rows, C], the padding token's first.
+    pub rows: Tensor,
+}
+
+impl WordEmbeddings {
+    pub fn new(weight: Tensor) -> Self {
+        Self { weight, excerpt: None }
+    }
+
+    pub fn set_excerpt(&mut self, excerpt: Option<Excerpt>) {
+        self.excerpt = excerpt;
+    }
+
+    /// Ids [B, T] to vectors [B, T, C].
+    pub fn forward(&self, ids: &Tensor, pad_token_id: i64) -> Tensor {
+        match &self.excerpt {
+            Some(Excerpt { places, rows }) => Tensor::embedding(rows, &places.take(ids), 0, false, false),
+            None => Tensor::embedding(&self.weight, ids, pad_token_id, false, false),
         }
     }
 }
@@ -160,8 +189,8 @@ pub struct LayerNames {
 
 /// A transformer layer that normalises behind each half (Vaswani et al. 2017).
 pub struct Layer {
-    /// For inference query, key and value are one product.
-    packed_qkv: Option<Linear>,
+    /// For inference query, key and value are one product, or key and value alone where few tokens have queries.
+    packed: Option<Linear>,
     query: Linear,
     key: Linear,
     value: Linear,
@@ -182,7 +211,7 @@ impl Layer {
         let (c, eps) = (config.hidden_size, config.layer_norm_eps);
         let name = |part: &str| format!("encoder.layer.{index}.{part}");
         Ok(Self {
-            packed_qkv: None,
+            packed: None,
             query: builder.linear(&name(names.query), c, c)?,
             key: builder.linear(&name(names.key), c, c)?,
             value: builder.linear(&name(names.value), c, c)?,
@@ -194,25 +223,47 @@ impl Layer {
         })
     }
 
-    /// `x` [B, T, C] to the same shape.
-    pub fn forward(&self, x: &Tensor, bias: &Bias, config: &EncoderConfig, train: bool) -> Tensor {
-        let (b, t, c) = x.size3().expect("hidden states have three dimensions");
+    /// `x` [B, T, C] to the same shape, or with `first_token` to what that token's would be, [B, 1, C].
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        bias: &Bias,
+        config: &EncoderConfig,
+        train: bool,
+        first_token: bool,
+    ) -> Tensor {
+        let (b, _, c) = x.size3().expect("hidden states have three dimensions");
         let heads = |projected: Tensor| {
-            projected.view([b, t, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
+            projected.view([b, -1, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
         };
-        let [query, key, value] = match &self.packed_qkv {
+        // The tokens that ask, and go on to the layer's second half.
+        let (asking, bias) = if first_token {
+            let relative = bias.relative.as_ref().map(|relative| relative.narrow(2, 0, 1));
+            let mask = bias.mask.as_ref().map(Tensor::shallow_clone);
+            (&x.narrow(1, 0, 1), &Bias { mask, relative })
+        } else {
+            (x, bias)
+        };
+        let [query, key, value] = match &self.packed {
             Some(packed) => {
                 let all = packed.forward(x);
-                [0, 1, 2].map(|part| heads(all.narrow(2, part * c, c)))
+                let part = |from_last: i64| heads(all.narrow(2, all.size()[2] - from_last * c, c));
+                let query = match self.query.packed {
+                    Some(_) => heads(self.query.forward(asking)),
+                    None => part(3).narrow(2, 0, asking.size()[1]),
+                };
+                [query, part(2), part(1)]
             }
-            None => [&self.query, &self.key, &self.value].map(|linear| heads(linear.forward(x))),
+            None => {
+                [heads(self.query.forward(asking)), heads(self.key.forward(x)), heads(self.value.forward(x))]
+            }
         };
         let context =
             attention(&query, &key, &value, bias, if train { config.attention_probs_dropout_prob } else { 0.0 });
-        let context = context.transpose(1, 2).reshape([b, t, c]);
+        let context = context.transpose(1, 2).reshape([b, -1, c]);
         let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
         let attended = drop(&self.attention_output.forward(&context), dropout);
-        let x = self.attention_norm.forward(&(attended + x));
+        let x = self.attention_norm.forward(&(attended + asking));
         let inner = self.intermediate.forward_activated(&x, config.hidden_act);
         let out = drop(&self.output.forward(&inner), dropout);
         self.output_norm.forward(&(out + x))
@@ -223,10 +274,39 @@ impl Layer {
         [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
     }
 
-    pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
-        let mut qkv = Linear::joined([&mut self.query, &mut self.key, &mut self.value]);
-        qkv.pack(how)?;
-        self.packed_qkv = Some(qkv);
+    /// Undoes [`Layer::pack`].
+    pub fn unpack(&mut self) {
+        self.packed = None;
+        self.linears_mut().into_iter().for_each(|linear| linear.packed = None);
+    }
+
+    /// Drops the matrices that were packed.
+    pub fn drop_weights(&mut self) {
+        self.linears_mut().into_iter().for_each(|linear| linear.weight = Tensor::new());
+    }
+
+    fn linears_mut(&mut self) -> [&mut Linear; 6] {
+        [
+            &mut self.query,
+            &mut self.key,
+            &mut self.value,
+            &mut self.attention_output,
+            &mut self.intermediate,
+            &mut self.output,
+        ]
+    }
+
+    /// Lays the matrices out for inference; `first_token`: mostly of that one.
+    pub fn pack(&mut self, how: Packing, first_token: bool) -> Result<(), LoadError> {
+        let mut packed = if first_token {
+            self.query.pack(how)?;
+            Linear::joined([&self.key, &self.value])
+        } else {
+            Linear::joined([&self.query, &self.key, &self.value])
+        };
+        packed.pack(how)?;
+        packed.weight = Tensor::new();
+        self.packed = Some(packed);
         for linear in [&mut self.attention_output, &mut self.intermediate, &mut self.output] {
             linear.pack(how)?;
         }

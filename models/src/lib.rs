@@ -25,7 +25,7 @@ pub mod tokenizer;
 pub use builder::Initializer;
 pub use classifier::Classifier;
 pub use config::EncoderConfig;
-pub use layers::Packing;
+pub use layers::{Excerpt, Packing};
 pub use load::LoadError;
 pub use model::{Model, Options, Shape, Task};
 pub use tokenizer::Tokenizer;

@@ -3,15 +3,22 @@
 //! Leaves out sharded checkpoints (`model.safetensors.index.json`) and, on purpose, pickled weights.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
+    io::Read,
     path::{Path, PathBuf},
 };
 
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{
+    Dtype, View,
+    tensor::{Metadata, TensorInfo},
+};
 use tch::{Device, Kind, Tensor};
 
 /// Name of the weights in a model folder.
 pub const WEIGHTS: &str = "model.safetensors";
+/// As the format's own library has it, in bytes.
+const LONGEST_HEADER: u64 = 100_000_000;
 
 /// Why a model folder cannot be used. All of these are for the user to mend.
 #[derive(Debug, thiserror::Error)]
@@ -58,21 +65,26 @@ impl Weights {
         Self::load(&path, device)
     }
 
-    /// Reads a safetensors file whole.
+    /// Reads a safetensors file, a tensor at a time: memory never holds it twice.
     pub fn load(path: &Path, device: Device) -> Result<Self, LoadError> {
-        let bytes = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| LoadError::File {
+        let mut file = std::fs::File::open(path).map_err(|error| LoadError::io(path, error))?;
+        let length = file.metadata().map_err(|error| LoadError::io(path, error))?.len();
+        let damaged = |error: String| LoadError::File {
             file: path.to_owned(),
-            message: format!("not a whole safetensors file ({} bytes): {error}", bytes.len()),
-        })?;
-        let mut tensors = BTreeMap::new();
-        for (name, view) in file.iter() {
-            let tensor = tensor_of(&view).map_err(|message| LoadError::Tensor {
+            message: format!("not a whole safetensors file ({length} bytes): {error}"),
+        };
+        let header = header(&mut file, length).map_err(damaged)?;
+        let (mut tensors, mut buffer) = (BTreeMap::new(), Vec::new());
+        for name in header.offset_keys() {
+            let Some(info) = header.info(&name) else { continue };
+            buffer.resize(info.data_offsets.1 - info.data_offsets.0, 0);
+            file.read_exact(&mut buffer).map_err(|error| damaged(error.to_string()))?;
+            let tensor = tensor_of(info, &buffer).map_err(|message| LoadError::Tensor {
                 file: path.to_owned(),
-                tensor: name.to_owned(),
+                tensor: name.clone(),
                 message,
             })?;
-            tensors.insert(name.to_owned(), tensor.f_to_device(device)?);
+            tensors.insert(name, tensor.f_to_device(device)?);
         }
         Ok(Self { file: path.to_owned(), tensors })
     }
@@ -116,8 +128,23 @@ impl Weights {
     }
 }
 
-fn tensor_of(view: &TensorView) -> Result<Tensor, String> {
-    let kind = match view.dtype() {
+/// The table in front of the tensors, whose data follow without gaps and end with the file.
+fn header(file: &mut std::fs::File, length: u64) -> Result<Metadata, String> {
+    let mut size = [0; 8];
+    file.read_exact(&mut size).map_err(|error| error.to_string())?;
+    let size = u64::from_le_bytes(size);
+    if size > length.saturating_sub(8) || size > LONGEST_HEADER {
+        return Err(format!("its header would have {size} bytes"));
+    }
+    let mut text = vec![0; size as usize];
+    file.read_exact(&mut text).map_err(|error| error.to_string())?;
+    let header: Metadata = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let needed = 8 + size + header.data_len() as u64;
+    if needed == length { Ok(header) } else { Err(format!("its header speaks of {needed} bytes")) }
+}
+
+fn tensor_of(info: &TensorInfo, data: &[u8]) -> Result<Tensor, String> {
+    let kind = match info.dtype {
         Dtype::F32 => Kind::Float,
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
@@ -129,18 +156,46 @@ fn tensor_of(view: &TensorView) -> Result<Tensor, String> {
         Dtype::BOOL => Kind::Bool,
         other => return Err(format!("dtype {other:?} is not supported")),
     };
-    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-    Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| error.to_string())
+    let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
+    Tensor::f_from_data_size(data, &shape, kind).map_err(|error| error.to_string())
+}
+
+/// A tensor on the CPU whose bytes are copied when they are written.
+struct Saved {
+    dtype: Dtype,
+    element_bytes: usize,
+    shape: Vec<usize>,
+    tensor: Tensor,
+}
+
+impl View for Saved {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut data = vec![0_u8; self.data_len()];
+        self.tensor.copy_data_u8(&mut data, self.tensor.numel());
+        data.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.element_bytes
+    }
 }
 
 /// Writes named tensors as one safetensors file, with the metadata transformers asks for. The file appears whole: it is
 /// written beside its place and renamed.
 pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
     let failed = |message: String| LoadError::File { file: path.to_owned(), message };
-    let mut owned = Vec::with_capacity(named.len());
+    let mut views = Vec::with_capacity(named.len());
     for (name, tensor) in named {
         let tensor = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
-        let (kind, bytes) = match tensor.kind() {
+        let (dtype, element_bytes) = match tensor.kind() {
             Kind::Float => (Dtype::F32, 4),
             Kind::BFloat16 => (Dtype::BF16, 2),
             Kind::Int64 => (Dtype::I64, 8),
@@ -148,18 +203,9 @@ pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
             Kind::Int8 => (Dtype::I8, 1),
             other => return Err(failed(format!("tensor {name} has dtype {other:?}, which is not written"))),
         };
-        let mut data = vec![0_u8; tensor.numel() * bytes];
-        tensor.f_copy_data_u8(&mut data, tensor.numel())?;
-        owned.push((name.as_str(), kind, tensor.size().iter().map(|&size| size as usize).collect::<Vec<_>>(), data));
+        let shape = tensor.size().iter().map(|&size| size as usize).collect();
+        views.push((name.as_str(), Saved { dtype, element_bytes, shape, tensor }));
     }
-    let views = owned
-        .iter()
-        .map(|(name, kind, shape, data)| {
-            TensorView::new(*kind, shape.clone(), data)
-                .map(|view| (*name, view))
-                .map_err(|error| failed(error.to_string()))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     let part = path.with_extension("part");
     safetensors::serialize_to_file(views, Some(metadata), &part).map_err(|error| failed(error.to_string()))?;

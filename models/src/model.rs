@@ -12,9 +12,9 @@ use tch::{Device, Tensor};
 use crate::{
     builder::{Builder, Initializer},
     config::{CLASSIFIER, EncoderConfig, HiddenHead, MASKED_LANGUAGE_MODEL, PLAIN},
-    encoder::Encoder,
+    encoder::{Encoder, Keep},
     head::{MaskedLanguageModelHead, SequenceHead, mean_pooling},
-    layers::{Linear, Packing},
+    layers::{Excerpt, Layer, Linear, Packing},
     load::{self, LoadError, Weights},
     quantize,
 };
@@ -175,10 +175,31 @@ impl Model {
         }
     }
 
-    /// Gives the encoder's matrices the layout in which the CPU multiplies fastest. From here on the model only infers: it has no
-    /// parameters to train or to save. FP32 on the CPU.
+    /// The table of word embeddings, [V, C], sharing memory with the model.
+    pub fn word_embeddings(&self) -> Tensor {
+        self.encoder.word_embeddings().weight.shallow_clone()
+    }
+
+    /// Reads words from some rows of the table, until it gets `None`.
+    pub fn set_word_excerpt(&mut self, excerpt: Option<Excerpt>) {
+        self.encoder.word_embeddings_mut().set_excerpt(excerpt);
+    }
+
+    /// Gives the encoder's matrices the layout in which the CPU multiplies fastest. Until [`Model::unpack`] the model only infers, and
+    /// its parameters have to stay as they are. FP32 on the CPU.
     pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
-        self.encoder.pack(how)?;
+        self.encoder.pack(how, self.reads_first_token())
+    }
+
+    /// Undoes [`Model::pack`].
+    pub fn unpack(&mut self) {
+        self.encoder.layers_mut().iter_mut().for_each(Layer::unpack);
+    }
+
+    /// Packs for good: the model has no parameters to train or to save any more, and takes half of the memory.
+    pub fn pack_for_good(&mut self, how: Packing) -> Result<(), LoadError> {
+        self.pack(how)?;
+        self.encoder.layers_mut().iter_mut().for_each(Layer::drop_weights);
         self.parameters.clear();
         Ok(())
     }
@@ -216,7 +237,17 @@ impl Model {
     /// `input_ids` and `attention_mask` [B, T] (i64; no mask means that nothing is padding) to hidden states [B, T, C]: what the
     /// first layer reads and each layer's output; without `every` the last alone.
     pub fn hidden_states(&self, ids: &Tensor, mask: Option<&Tensor>, train: bool, every: bool) -> Vec<Tensor> {
-        self.encoder.forward(ids, mask, &self.config, train, every)
+        self.encoder.forward(ids, mask, &self.config, train, if every { Keep::Every } else { Keep::Last })
+    }
+
+    /// The last layer's hidden states as far as the head reads them: [B, 1, C] for outputs of a text, else [B, T, C].
+    pub fn head_states(&self, ids: &Tensor, mask: Option<&Tensor>, train: bool) -> Tensor {
+        let keep = if self.reads_first_token() { Keep::FirstToken } else { Keep::Last };
+        self.encoder.forward(ids, mask, &self.config, train, keep).pop().unwrap_or_default()
+    }
+
+    fn reads_first_token(&self) -> bool {
+        matches!(self.head, Head::Sequence(_))
     }
 
     /// Hidden states of the last layer, [B, T, C].
@@ -224,7 +255,7 @@ impl Model {
         self.hidden_states(ids, mask, train, false).pop().unwrap_or_default()
     }
 
-    /// The last hidden states [B, T, C] to one value for each output, [B, L] (f32).
+    /// The last hidden states [B, T, C] (of which the first token's are read) to one value for each output, [B, L] (f32).
     ///
     /// # Panics
     /// If the task is not of texts: the caller chose it.
@@ -248,7 +279,7 @@ impl Model {
     /// If the task is another: the caller chose it.
     pub fn vocabulary_logits(&self, hidden: &Tensor) -> Tensor {
         let Head::MaskedLanguageModel(head) = &self.head else { unreachable!("{:?} predicts no tokens", self.task) };
-        head.forward(hidden, self.encoder.word_embeddings())
+        head.forward(hidden, &self.encoder.word_embeddings().weight)
     }
 
     /// One vector for each text, [B, C] (f32).
@@ -258,7 +289,7 @@ impl Model {
 
     /// Ids and mask [B, T] to outputs [B, L].
     pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>, train: bool) -> Tensor {
-        self.outputs(&self.last_hidden_state(ids, mask, train), train)
+        self.outputs(&self.head_states(ids, mask, train), train)
     }
 
     /// Writes `config.json` and `model.safetensors` so that transformers loads them.

@@ -6,7 +6,7 @@ use tch::Tensor;
 use crate::{
     builder::{Builder, Initializer},
     config::EncoderConfig,
-    layers::{Bias, Layer, LayerNames, LayerNorm, allowed, drop},
+    layers::{Bias, Layer, LayerNames, LayerNorm, WordEmbeddings, allowed, drop},
     load::LoadError,
 };
 
@@ -21,7 +21,7 @@ const NAMES: LayerNames = LayerNames {
 const MAX_DISTANCE: f64 = 128.0;
 
 pub struct MpNet {
-    pub word_embeddings: Tensor,
+    pub word_embeddings: WordEmbeddings,
     position_embeddings: Tensor,
     embeddings_norm: LayerNorm,
     pub layers: Vec<Layer>,
@@ -36,7 +36,7 @@ impl MpNet {
             builder.encoder(&format!("{name}.weight"), &[rows, columns], Initializer::Normal)
         };
         Ok(Self {
-            word_embeddings: table("embeddings.word_embeddings", config.vocab_size, c)?,
+            word_embeddings: WordEmbeddings::new(table("embeddings.word_embeddings", config.vocab_size, c)?),
             position_embeddings: table("embeddings.position_embeddings", config.max_position_embeddings, c)?,
             relative_attention_bias: table(
                 "encoder.relative_attention_bias",
@@ -53,7 +53,7 @@ impl MpNet {
     /// Ids [B, T] to what the first layer reads [B, T, C], and what its attention minds.
     pub fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
         let t = ids.size()[1];
-        let words = Tensor::embedding(&self.word_embeddings, ids, config.pad_token_id, false, false);
+        let words = self.word_embeddings.forward(ids, config.pad_token_id);
         // Padding is at the end, where its position does not matter: nothing looks at it.
         let embedded = words + self.position_embeddings.narrow(0, config.first_position(), t);
         let x = drop(&self.embeddings_norm.forward(&embedded), dropout);

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use athanor_models::{Model, Options, Shape, Task, tokenizer::pad};
+use athanor_models::{Model, Options, Packing, Shape, Task, tokenizer::pad};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -59,8 +59,16 @@ fn states_outputs_and_gradients_are_those_of_transformers() {
             let labels = ids.masked_fill(&is_asked.logical_not(), -100);
             every.cross_entropy_loss::<Tensor>(&labels.reshape([-1]), None, tch::Reduction::Mean, -100, 0.0)
         } else {
-            let logits = model.outputs(last, false);
+            assert_close(&name, &numbers(&model.outputs(last, false)), &theirs);
+            // Of the last layer only what the head reads.
+            let logits = model.forward(&ids, Some(&mask), false);
             assert_close(&name, &numbers(&logits), &theirs);
+            model.pack(Packing::Float).unwrap();
+            let packed = tch::no_grad(|| model.forward(&ids, Some(&mask), false));
+            assert_close(&format!("{name}, packed"), &numbers(&packed), &theirs);
+            let whole = tch::no_grad(|| model.last_hidden_state(&ids, Some(&mask), false));
+            assert_close(&format!("{name}, packed"), &numbers(&whole.select(1, 1)), &numbers(&last.select(1, 1)));
+            model.unpack();
             logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 1]))
         };
         assert_close(&format!("{name}, loss"), &numbers(&loss), &[golden.loss]);

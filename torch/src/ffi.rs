@@ -78,6 +78,23 @@ unsafe extern "C" {
         epsilon: f64,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_table_adam(
+        table: TensorPointer,
+        first: TensorPointer,
+        second: TensorPointer,
+        gradients: TensorPointer,
+        rows: *const i64,
+        count: usize,
+        at: *mut i64,
+        base: i64,
+        rates: *const f64,
+        steps: usize,
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+        weight_decay: f64,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_autocast_enter(cuda: c_int) -> c_int;
     pub fn athanor_autocast_exit(cuda: c_int, before: c_int);
     pub fn athanor_linear_pack(

@@ -160,6 +160,43 @@ struct Dropout : torch::autograd::Function<Dropout> {
   }
 };
 
+// What Adam does to a row at one step.
+struct AdamStep {
+  float keep, beta1_rest, beta2, beta2_rest, size, second_scale, epsilon;
+};
+
+#define ATHANOR_ADAM                                                                   \
+  const float first = m[i] + (gradient - m[i]) * step.beta1_rest;                      \
+  const float second = v[i] * step.beta2 + gradient * gradient * step.beta2_rest;      \
+  m[i] = first;                                                                        \
+  v[i] = second;                                                                       \
+  w[i] = w[i] * step.keep - step.size * first / (__builtin_sqrtf(second) * step.second_scale + step.epsilon);
+
+// A square root vectorizes only where it need not set errno. Other options than the callers' keep inline functions from being inlined:
+// there may be none in here.
+#define ATHANOR_VECTORIZED_ROOT ATHANOR_VECTORIZED __attribute__((optimize("no-math-errno")))
+
+ATHANOR_VECTORIZED_ROOT void adam_row(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict gradients,
+                                 int64_t columns, const AdamStep step) {
+  for (int64_t i = 0; i < columns; i++) {
+    const float gradient = gradients[i];
+    ATHANOR_ADAM
+  }
+}
+
+// The same for gradients of zero.
+ATHANOR_VECTORIZED_ROOT void adam_idle_row(float* __restrict w, float* __restrict m, float* __restrict v, int64_t columns,
+                                      const AdamStep step) {
+  for (int64_t i = 0; i < columns; i++) {
+    const float gradient = 0;
+    ATHANOR_ADAM
+  }
+}
+
+ATHANOR_VECTORIZED void scale_row(float* w, int64_t columns, float keep) {
+  for (int64_t i = 0; i < columns; i++) w[i] *= keep;
+}
+
 struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
 };
@@ -370,6 +407,56 @@ int athanor_optimizer_step(int rule, at::Tensor* const* parameters, at::Tensor* 
       default:
         TORCH_CHECK(false, "unknown rule ", rule);
     }
+  });
+}
+
+// Adam on `rows` of a table from the step that `at` says to base + steps, at the learning rates of these steps; the last step has
+// `gradients` [rows, columns], unless they are null, and all others have none. Weight decay is AdamW's.
+int athanor_table_adam(at::Tensor* table, at::Tensor* first, at::Tensor* second, at::Tensor* gradients, const int64_t* rows,
+                       size_t count, int64_t* at, int64_t base, const double* rates, size_t steps, double beta1, double beta2,
+                       double epsilon, double weight_decay, char** message) {
+  return guarded(message, [&] {
+    for (auto* tensor : {table, first, second}) {
+      TORCH_CHECK(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->dim() == 2 &&
+                      tensor->sizes() == table->sizes(),
+                  "a table and its moments have to be alike, FP32, contiguous and on the CPU");
+    }
+    const int64_t columns = table->size(1);
+    TORCH_CHECK(gradients == nullptr || (steps > 0 && gradients->is_contiguous() && gradients->scalar_type() == at::kFloat &&
+                                         gradients->sizes() == at::IntArrayRef({static_cast<int64_t>(count), columns})),
+                "gradients have to be a row for each row");
+    for (size_t i = 0; i < count; i++) TORCH_CHECK(rows[i] >= 0 && rows[i] < table->size(0), "the table has no row ", rows[i]);
+    std::vector<AdamStep> plan(steps);
+    for (size_t i = 0; i < steps; i++) {
+      const auto step = static_cast<double>(base) + static_cast<double>(i) + 1;
+      plan[i] = {static_cast<float>(1 - rates[i] * weight_decay),
+                 static_cast<float>(1 - beta1),
+                 static_cast<float>(beta2),
+                 static_cast<float>(1 - beta2),
+                 static_cast<float>(rates[i] / (1 - std::pow(beta1, step))),
+                 static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))),
+                 static_cast<float>(epsilon)};
+    }
+    float* w = table->mutable_data_ptr<float>();
+    float* m = first->mutable_data_ptr<float>();
+    float* v = second->mutable_data_ptr<float>();
+    const float* g = gradients == nullptr ? nullptr : gradients->const_data_ptr<float>();
+    const auto end = static_cast<int64_t>(steps);
+    at::parallel_for(0, static_cast<int64_t>(count), 16, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; i++) {
+        const int64_t row = rows[i], place = row * columns;
+        int64_t step = at[row] - base;
+        const int64_t idle = g == nullptr ? end : end - 1;
+        const auto is_zero = [](float x) { return x == 0; };
+        if (step < idle && std::all_of(v + place, v + place + columns, is_zero) && std::all_of(m + place, m + place + columns, is_zero)) {
+          // Never read: it has no moments, and only decays.
+          for (; step < idle; step++) scale_row(w + place, columns, plan[step].keep);
+        }
+        for (; step < idle; step++) adam_idle_row(w + place, m + place, v + place, columns, plan[step]);
+        if (g != nullptr && step < end) adam_row(w + place, m + place, v + place, g + i * columns, columns, plan[step]);
+        at[row] = base + end;
+      }
+    });
   });
 }
 

@@ -9,7 +9,7 @@
 //! - [`objectives`]: what is minimised, with or without a teacher;
 //! - [`compress`]: smaller forms of the result;
 //! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
-//! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
+//! - [`training`]: the loop, with `words` for its largest table; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
 //! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator makes them jobs;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
@@ -34,6 +34,7 @@ pub mod select;
 mod setup;
 pub mod training;
 pub mod watchdog;
+mod words;
 
 pub use error::TrainError;
 

@@ -72,7 +72,7 @@ pub fn prepare(
     }
     let annotation = annotate::complete(&mut dataset, config, runtime, group.as_ref(), topology.device(), work)?;
     // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
-    let fingerprint = fingerprint(config, &dataset)?;
+    let fingerprint = fingerprint(config, &dataset, topology.device().is_cuda())?;
     let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
     let newest = in_background(runtime, {
         let (folder, work) = (checkpoints.clone(), work.join("checkpoint"));
@@ -92,11 +92,14 @@ pub fn prepare(
     Ok(Prepared { dataset, annotation, parent, teacher, baseline, fingerprint, checkpoints, restored, group })
 }
 
+/// Of checkpoints: another one when their tensors change.
+const FORMAT: u32 = 2;
+
 /// What a checkpoint must have been made for to be of use here. Ranks and output may differ.
-fn fingerprint(config: &TrainConfig, dataset: &Dataset) -> Result<String, TrainError> {
+fn fingerprint(config: &TrainConfig, dataset: &Dataset, on_gpu: bool) -> Result<String, TrainError> {
     let spec = &config.spec;
-    let identity =
-        (&dataset.digest, &spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select);
+    let asked = (&spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select);
+    let identity = (FORMAT, on_gpu, &dataset.digest, asked);
     Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
 }
 

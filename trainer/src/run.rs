@@ -11,7 +11,7 @@ use athanor_contract::{
     artifact::{Kind, Manifest},
     train::{SelectSpec, Task, TeacherOutputs, TrainConfig, TrainResult},
 };
-use athanor_models::{EncoderConfig, Model, Tokenizer};
+use athanor_models::{EncoderConfig, Model, Packing, Tokenizer};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 use tokio::runtime::Handle;
@@ -229,8 +229,12 @@ impl Run<'_> {
             reporter.stage("Evaluating");
         }
         let beat = || self.around.watchdog.beat();
-        // In fp32, as a server computes.
+        // As a server computes.
+        if device == Device::Cpu {
+            model.pack(Packing::Float)?;
+        }
         let found = evaluate::evaluate(&model, test, group, device, false, beat)?;
+        model.unpack();
         let baseline = match &prepared.baseline {
             Some(folder) => Some(self.evaluate_baseline(folder, dataset, &parts, group)?),
             None => None,
@@ -377,7 +381,7 @@ impl Run<'_> {
         }
         if device == Device::Cpu {
             let how = athanor_models::quantize::packing(&EncoderConfig::load(folder)?);
-            model.pack(how)?;
+            model.pack_for_good(how)?;
         }
         let tokenizer = Tokenizer::load(folder)?;
         let max_length = setup::max_length(spec, model.config());

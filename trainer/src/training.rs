@@ -21,6 +21,7 @@ use crate::{
     report::{History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
+    words::Words,
 };
 
 /// Names a file that gets one JSON line a step: `{"step": 1, "loss": 0.69}`. For comparing runs.
@@ -82,6 +83,9 @@ struct Loop<'a> {
     world: usize,
     /// Views of the model's parameters, in the order of their names.
     parameters: Vec<Tensor>,
+    /// Those of them that have gradients of their own: without the word embeddings where `words` has these.
+    dense: Vec<Tensor>,
+    words: Option<Words>,
     /// Those that weight decay and penalties are about.
     decayed: Vec<Tensor>,
     optimizer: Optimizer,
@@ -108,8 +112,12 @@ impl<'a> Loop<'a> {
         session.model.set_trainable();
         let mut named = share_named(session.model.parameters());
         named.extend(share_named(session.objective.parameters()));
-        let [decayed, exempt] = weight_decay_groups(&named);
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
+        let mut words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device);
+        let table = words.as_ref().map(|_| session.model.word_embeddings().data_ptr());
+        let mut dense = share_named(&named);
+        dense.retain(|(_, tensor)| Some(tensor.data_ptr()) != table);
+        let [decayed, exempt] = weight_decay_groups(&dense);
         let shared = decayed.iter().map(Tensor::shallow_clone).collect();
         let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)]);
         let mut best = None;
@@ -123,6 +131,9 @@ impl<'a> Loop<'a> {
             load_named(&mut weights, session.objective.parameters())?;
             let mut state = restored.optimizer(device)?;
             optimizer.load_state(|name| state.take_any(name))?;
+            if let Some(words) = &mut words {
+                words.load_state(|name| state.take_any(name))?;
+            }
             if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
                 best = Some((found, take_all(&mut weights, session.model.parameters())?));
             }
@@ -135,8 +146,9 @@ impl<'a> Loop<'a> {
                 group.broadcast(&tensor.detach(), 0)?;
             }
         }
-        let parameters: Vec<Tensor> = named.into_iter().map(|(_, tensor)| tensor).collect();
-        let reducer = session.group.map(|group| Reducer::new(&parameters, group)).transpose()?;
+        let tensors = |named: Named| named.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
+        let (parameters, dense) = (tensors(named), tensors(dense));
+        let reducer = session.group.map(|group| Reducer::new(&dense, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
                 Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::other)?)
@@ -153,6 +165,8 @@ impl<'a> Loop<'a> {
             learning_rate: LearningRate::new(h.learning_rate, h.warmup_ratio, total_steps, h.schedule),
             lengths: session.train.lengths(),
             parameters,
+            dense,
+            words,
             decayed,
             optimizer,
             reducer,
@@ -203,7 +217,10 @@ impl<'a> Loop<'a> {
         let learning_rate = self.learning_rate.at(self.step);
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
-        zero_grad(&self.parameters, self.reducer.is_some())?;
+        zero_grad(&self.dense, self.reducer.is_some())?;
+        if let Some(words) = &mut self.words {
+            words.begin(self.session.model, self.session.train, batch)?;
+        }
         let mut rows = share(batch, &self.lengths, self.rank, self.world);
         // All ranks have to take part in the all-reduce: one without rows computes a row that counts nothing.
         let weight = if rows.is_empty() { 0.0 } else { 1.0 };
@@ -241,6 +258,10 @@ impl<'a> Loop<'a> {
                 shared[index + 1] += value;
             }
         }
+        let rows = match &self.words {
+            Some(words) => words.end(self.session.model, self.session.group)?,
+            None => None,
+        };
         let last = shared.len() - 1;
         shared[last] = f64::from(u8::from(self.session.stop.is_cancelled()));
         if let Some(group) = self.session.group {
@@ -250,10 +271,14 @@ impl<'a> Loop<'a> {
         }
         let loss = shared[0] / batch.len() as f64;
         add_penalty(&self.decayed, h.l1, h.l2)?;
-        let gradient_norm = clip_grad_norm(&self.parameters, h.clip_norm)?;
+        let clipped: Vec<Tensor> = self.dense.iter().map(Tensor::shallow_clone).chain(rows).collect();
+        let gradient_norm = clip_grad_norm(&clipped, h.clip_norm)?;
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
         if loss.is_finite() && gradient_norm.is_finite() {
             self.optimizer.step(learning_rate)?;
+            if let Some(words) = &mut self.words {
+                words.step(learning_rate)?;
+            }
         } else {
             let what = if loss.is_finite() { "the gradient" } else { "the loss" };
             match self.session.spec.failure_policy.on_non_finite {
@@ -296,6 +321,9 @@ impl<'a> Loop<'a> {
 
     /// Measures the validation rows and keeps the weights if they are the best so far.
     fn validate(&mut self) -> Result<(), TrainError> {
+        if let Some(words) = &mut self.words {
+            words.catch_up()?;
+        }
         let session = &mut self.session;
         let rows = (session.validation)()?;
         let watchdog = session.watchdog.clone();
@@ -322,8 +350,14 @@ impl<'a> Loop<'a> {
             tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
             return Ok(());
         }
+        if let Some(words) = &mut self.words {
+            words.catch_up()?;
+        }
         let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         self.session.watchdog.beat();
+        // Nothing changes the optimizer after the last step.
+        let ended = self.step == self.total_steps;
+        let of_optimizer = |named: &Named| if ended { share_named(named) } else { Snapshot::copy(named) };
         writer.save(Snapshot {
             state: State {
                 step: self.step,
@@ -332,11 +366,18 @@ impl<'a> Loop<'a> {
                 history: self.history.clone(),
             },
             model: {
-                let mut all = Snapshot::copy(self.session.model.parameters());
+                let mut all = match &self.best {
+                    Some((best, weights)) if best.step == self.step => share_named(weights),
+                    _ => Snapshot::copy(self.session.model.parameters()),
+                };
                 all.extend(Snapshot::copy(self.session.objective.parameters()));
                 all
             },
-            optimizer: Snapshot::copy(&self.optimizer.state()),
+            optimizer: {
+                let mut all = of_optimizer(&self.optimizer.state());
+                all.extend(of_optimizer(&self.words.as_ref().map(Words::state).unwrap_or_default()));
+                all
+            },
             best: weights,
         })
     }

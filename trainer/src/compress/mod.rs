@@ -172,7 +172,7 @@ impl Compression<'_> {
                 (self.beat)();
                 let begun = Instant::now();
                 let (ids, mask) = inputs(&[ids], model.config().pad_token_id, Device::Cpu);
-                let _ = tch::no_grad(|| model.last_hidden_state(&ids, mask.as_ref(), false));
+                let _ = tch::no_grad(|| model.head_states(&ids, mask.as_ref(), false));
                 (index >= TIMED).then(|| begun.elapsed().as_secs_f64() * 1000.0)
             })
             .collect();
@@ -195,7 +195,7 @@ impl Compression<'_> {
 fn served(folder: &Path) -> Result<Model, TrainError> {
     let how = quantize::packing(&EncoderConfig::load(folder)?);
     let mut model = Model::load_trained(folder, Device::Cpu)?;
-    model.pack(how)?;
+    model.pack_for_good(how)?;
     Ok(model)
 }
 

@@ -232,7 +232,10 @@ impl Objective {
             None => part.rows.iter().map(|&row| part.train.ids[row].as_slice()).collect(),
         };
         let (ids, mask) = inputs(&texts, pad_id, part.device);
-        let states = model.hidden_states(&ids, mask.as_ref(), true, every);
+        let states = match every {
+            true => model.hidden_states(&ids, mask.as_ref(), true, true),
+            false => vec![model.head_states(&ids, mask.as_ref(), true)],
+        };
         let last = &states[states.len() - 1];
         let of_teacher = teacher.map(|teacher| teacher.answer(part, &ids, mask.as_ref(), every, masked.as_ref()));
         let context = Context { model, part, last, mask: mask.as_ref(), masked: masked.as_ref() };
@@ -282,7 +285,7 @@ impl Objective {
 struct Context<'a> {
     model: &'a Model,
     part: &'a Part<'a>,
-    /// [B, T, C].
+    /// [B, T, C], or what the head reads of it.
     last: &'a Tensor,
     mask: Option<&'a Tensor>,
     masked: Option<&'a Masked>,

@@ -157,7 +157,11 @@ impl Online {
                 Some((ids, mask)) => (ids, mask.as_ref()),
                 None => (ids, mask),
             };
-            let states = self.model.hidden_states(ids, mask, false, every);
+            let states = if every || part.train.pairs.is_some() {
+                self.model.hidden_states(ids, mask, false, every)
+            } else {
+                vec![self.model.head_states(ids, mask, false)]
+            };
             let last = &states[states.len() - 1];
             let (mut logits, mut embedding) = (Tensor::new(), None);
             match (self.model.task(), masked) {

@@ -1,0 +1,188 @@
+//! Adam on a table of which each step reads few rows, such as word embeddings.
+
+use tch::{Kind, Tensor};
+
+use crate::{Error, Rule, ffi};
+
+/// Adam or AdamW on a table [V, C] (FP32 on the CPU) whose gradient is zero but for some rows: the same numbers as on the whole
+/// table, at the cost of these rows. A row that no step reads goes on by its moments and by weight decay alone; it is brought up to
+/// date when it is read again, by the same operations.
+pub struct TableAdam {
+    table: Tensor,
+    /// First and second moments, [V, C].
+    moments: [Tensor; 2],
+    betas: [f64; 2],
+    epsilon: f64,
+    weight_decay: f64,
+    /// The step that each row is at, [V].
+    at: Vec<i64>,
+    /// Steps before `rates`: all rows were up to date then.
+    base: i64,
+    /// The learning rate of each step since.
+    rates: Vec<f64>,
+}
+
+impl TableAdam {
+    /// For these rules alone; the state starts at zero.
+    pub fn new(table: &Tensor, rule: Rule, weight_decay: f64) -> Option<Self> {
+        let (betas, epsilon, weight_decay) = match rule {
+            Rule::Adam { beta1, beta2, epsilon } if weight_decay == 0.0 => ([beta1, beta2], epsilon, 0.0),
+            Rule::AdamW { beta1, beta2, epsilon } => ([beta1, beta2], epsilon, weight_decay),
+            _ => return None,
+        };
+        let table = table.detach();
+        let rows = usize::try_from(*table.size().first()?).ok()?;
+        let moments = [table.zeros_like(), table.zeros_like()];
+        Some(Self { moments, table, betas, epsilon, weight_decay, at: vec![0; rows], base: 0, rates: Vec::new() })
+    }
+
+    /// Brings rows up to date, before they are read.
+    pub fn catch_up(&mut self, rows: &[i64]) -> Result<(), Error> {
+        self.run(rows, None)
+    }
+
+    /// Brings the whole table up to date, before it is read or saved.
+    pub fn catch_up_all(&mut self) -> Result<(), Error> {
+        let all: Vec<i64> = (0..self.at.len() as i64).collect();
+        self.run(&all, None)?;
+        self.base += self.rates.len() as i64;
+        self.rates.clear();
+        Ok(())
+    }
+
+    /// One step. `rows` are without repetition and up to date, `gradients` [rows, C] theirs; the others' are zero.
+    pub fn step(&mut self, rows: &[i64], gradients: &Tensor, learning_rate: f64) -> Result<(), Error> {
+        self.rates.push(learning_rate);
+        self.run(rows, Some(gradients))
+    }
+
+    fn run(&mut self, rows: &[i64], gradients: Option<&Tensor>) -> Result<(), Error> {
+        let [first, second] = &self.moments;
+        let gradients = gradients.map(|gradients| gradients.to_kind(Kind::Float).contiguous());
+        ffi::call(|message| {
+            // SAFETY: the tensors and lists are alive for the call; the shim checks shapes and rows, and writes to `at` within its
+            // length.
+            unsafe {
+                ffi::athanor_table_adam(
+                    ffi::pointer(&self.table),
+                    ffi::pointer(first),
+                    ffi::pointer(second),
+                    gradients.as_ref().map_or(std::ptr::null_mut(), ffi::pointer),
+                    rows.as_ptr(),
+                    rows.len(),
+                    self.at.as_mut_ptr(),
+                    self.base,
+                    self.rates.as_ptr(),
+                    self.rates.len(),
+                    self.betas[0],
+                    self.betas[1],
+                    self.epsilon,
+                    self.weight_decay,
+                    message,
+                )
+            }
+        })
+    }
+
+    /// The state as named tensors, sharing memory but for the counter; up to date after [`TableAdam::catch_up_all`].
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let [first, second] = self.moments.each_ref().map(Tensor::shallow_clone);
+        let step = Tensor::from(self.base);
+        vec![("table.exp_avg".into(), first), ("table.exp_avg_sq".into(), second), ("table.step".into(), step)]
+    }
+
+    /// Overwrites the state with what [`TableAdam::state`] once gave.
+    pub fn load_state(&mut self, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
+        let torch = |error: tch::TchError| Error::Torch(error.to_string());
+        for (name, mut tensor) in self.state() {
+            let saved = find(&name)
+                .filter(|saved| saved.size() == tensor.size())
+                .ok_or_else(|| Error::Torch(format!("optimizer state {name} is missing or has another shape")))?;
+            if name == "table.step" {
+                self.base = i64::try_from(saved).map_err(torch)?;
+            } else {
+                tensor.f_copy_(&saved).map_err(torch)?;
+            }
+        }
+        self.rates.clear();
+        self.at.fill(self.base);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::{Optimizer, backward, zero_grad};
+
+    const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+
+    /// Steps that each read some rows of a table, at a learning rate.
+    fn steps() -> Vec<(Vec<i64>, f64)> {
+        let rows = [vec![0, 3], vec![3], vec![1, 2, 3], vec![0], vec![2, 4], vec![0, 1]];
+        rows.into_iter().zip([0.1, 0.09, 0.08, 0.07, 0.06, 0.05]).collect()
+    }
+
+    fn table() -> Tensor {
+        Tensor::arange(6 * 40, (Kind::Float, Device::Cpu)).view([6, 40]).sin()
+    }
+
+    /// The gradient of row r depends on its values, so that a row which is out of date would show.
+    fn loss(rows: &Tensor) -> Tensor {
+        (rows.square() * rows.cos()).sum(Kind::Float)
+    }
+
+    fn run(adam: &mut TableAdam, table: &Tensor, steps: &[(Vec<i64>, f64)]) {
+        for (rows, rate) in steps {
+            adam.catch_up(rows).unwrap();
+            let read = table.index_select(0, &Tensor::from_slice(rows)).detach().set_requires_grad(true);
+            backward(&loss(&read)).unwrap();
+            adam.step(rows, &read.grad(), *rate).unwrap();
+        }
+        adam.catch_up_all().unwrap();
+    }
+
+    #[test]
+    fn equals_the_whole_tables_steps() {
+        for (rule, weight_decay) in [(RULE, 0.1), (Rule::Adam { beta1: 0.8, beta2: 0.99, epsilon: 1e-6 }, 0.0)] {
+            let whole = table().set_requires_grad(true);
+            let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])]);
+            for (rows, rate) in steps() {
+                zero_grad(&[whole.shallow_clone()], false).unwrap();
+                backward(&loss(&whole.index_select(0, &Tensor::from_slice(&rows)))).unwrap();
+                optimizer.step(rate).unwrap();
+            }
+            let by_rows = table();
+            let mut adam = TableAdam::new(&by_rows, rule, weight_decay).unwrap();
+            run(&mut adam, &by_rows, &steps());
+            assert!(by_rows.allclose(&whole.detach(), 1e-6, 1e-7, false));
+            // Row 5 was never read: it decays alone.
+            assert_eq!(by_rows.get(5) == table().get(5), weight_decay == 0.0);
+        }
+    }
+
+    #[test]
+    fn catching_up_and_resuming_change_nothing() {
+        let (together, apart) = (table(), table());
+        run(&mut TableAdam::new(&together, RULE, 0.1).unwrap(), &together, &steps());
+        let mut begun = TableAdam::new(&apart, RULE, 0.1).unwrap();
+        run(&mut begun, &apart, &steps()[..2]);
+        let saved = begun.state();
+        let mut resumed = TableAdam::new(&apart, RULE, 0.1).unwrap();
+        let find = |name: &str| saved.iter().find(|(known, _)| known == name).map(|(_, tensor)| tensor.copy());
+        resumed.load_state(find).unwrap();
+        run(&mut resumed, &apart, &steps()[2..]);
+        assert_eq!(together, apart);
+    }
+
+    #[test]
+    fn refuses_other_rules_and_rows_that_are_not_there() {
+        assert!(TableAdam::new(&table(), Rule::Sgd { momentum: 0.0 }, 0.0).is_none());
+        assert!(TableAdam::new(&table(), Rule::Adam { beta1: 0.9, beta2: 0.9, epsilon: 1e-8 }, 0.1).is_none());
+        let mut adam = TableAdam::new(&table(), RULE, 0.0).unwrap();
+        assert!(adam.catch_up(&[6]).is_err());
+        assert!(adam.step(&[1], &Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), 0.1).is_err());
+    }
+}
