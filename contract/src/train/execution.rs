@@ -69,4 +69,8 @@ pub enum OnNonFinite {
     Fail,
     /// Leave the step out and go on.
     Skip,
+    /// Go back to the state of the last checkpoint and on from there without the step: also what harmed the weights before it is
+    /// undone. After three times without a new checkpoint the run ends with exit code 44. Each process keeps a copy of the state
+    /// in its memory, or its GPU's: weights and optimizer, with AdamW three times the weights.
+    RollBack,
 }

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::SearchSpec;
+use super::{CrossValidationSpec, SearchSpec};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -73,6 +73,9 @@ pub struct Hyperparameters {
     /// Tries other values of some hyperparameters first, and trains with the best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchSpec>,
+    /// Tells mean and deviation of the score over trainings on parts of the training rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cross_validation: Option<CrossValidationSpec>,
 }
 
 impl Default for Hyperparameters {
@@ -99,6 +102,7 @@ impl Default for Hyperparameters {
             precision: Precision::Auto,
             max_sequence_length: 128,
             search: None,
+            cross_validation: None,
         }
     }
 }
