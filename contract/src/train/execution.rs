@@ -69,8 +69,8 @@ pub enum OnNonFinite {
     Fail,
     /// Leave the step out and go on.
     Skip,
-    /// Go back to the state of the last checkpoint and on from there without the step: also what harmed the weights before it is
-    /// undone. After three times without a new checkpoint the run ends with exit code 44. Each process keeps a copy of the state
-    /// in its memory, or its GPU's: weights and optimizer, with AdamW three times the weights.
+    /// Go back to the last checkpoint's state, take the steps since then again, and leave out the one that was not finite: unlike
+    /// Skip this mends weights that were corrupted meanwhile. After three times without a new checkpoint the run ends with exit
+    /// code 44. Each process keeps a copy of weights and optimizer on its device: with AdamW three times the weights.
     RollBack,
 }
