@@ -135,7 +135,7 @@ fn train_fold(
         TrainError::Stopped { step, .. } => TrainError::Stopped { step, checkpoint: 0 },
         error => error,
     })?;
-    let held_out = common.encode(&fold.held_out)?;
+    let held_out = common.encoder.encode(&fold.held_out)?;
     // In fp32, as the test rows are measured.
     let found =
         evaluate::evaluate(&model, &held_out, common.group(), common.device(), false, || around.watchdog.beat())?;

@@ -13,7 +13,7 @@ use tch::{Device, Tensor};
 
 use crate::{
     TrainError,
-    data::Encoded,
+    data::{Dataset, Encoded},
     distributed::Topology,
     evaluate,
     objectives::{
@@ -35,11 +35,28 @@ pub struct Common<'a> {
     /// This process's own folder.
     pub work: &'a Path,
     pub prepared: &'a Prepared,
+    pub encoder: RowEncoder<'a>,
+    pub bf16: bool,
+}
+
+/// Turns rows of the dataset into tokens; other than the rest, threads can share it.
+pub struct RowEncoder<'a> {
+    pub dataset: &'a Dataset,
+    pub task: Task,
     pub labels: Vec<String>,
     pub tokenizer: Tokenizer,
     /// Tokens that texts are cut to.
     pub max_length: usize,
-    pub bf16: bool,
+}
+
+impl RowEncoder<'_> {
+    /// The given rows, in their order.
+    ///
+    /// # Errors
+    /// As [`Encoded::new`].
+    pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
+        Encoded::new(self.dataset, rows, self.task, &self.labels, &self.tokenizer, self.max_length)
+    }
 }
 
 impl Common<'_> {
@@ -53,15 +70,10 @@ impl Common<'_> {
 
     /// The model as every training begins with it.
     pub fn load_model(&self) -> Result<Model, TrainError> {
-        setup::load_model(&self.config.spec, &self.prepared.parent, &self.labels, self.device())
+        setup::load_model(&self.config.spec, &self.prepared.parent, &self.encoder.labels, self.device())
     }
 
-    /// Rows of the dataset as tokens.
-    pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
-        let task = self.config.spec.model.task;
-        Encoded::new(&self.prepared.dataset, rows, task, &self.labels, &self.tokenizer, self.max_length)
-    }
-
+    /// What is minimised, with parameters of its own.
     pub fn objective(&self, model: &Model, teacher: Option<&Teacher>) -> Result<Objective, TrainError> {
         let spec = &self.config.spec;
         let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
@@ -86,13 +98,13 @@ impl Material {
         reporter: &mut Option<Reporter>,
     ) -> Result<Self, TrainError> {
         let spec = &common.config.spec;
-        let mut train = common.encode(rows)?;
+        let mut train = common.encoder.encode(rows)?;
         let mut teacher = match &common.prepared.teacher {
             Some(folder) => {
                 let texts: Vec<&str> = rows.iter().map(|&row| common.prepared.dataset.rows.text(row)).collect();
-                let (parent, labels) = (&common.prepared.parent, &common.labels);
-                let device = common.device();
-                Some(setup::load_teacher(spec, folder, parent, labels, common.max_length, &texts, device)?)
+                let (parent, device) = (&common.prepared.parent, common.device());
+                let RowEncoder { labels, max_length, .. } = &common.encoder;
+                Some(setup::load_teacher(spec, folder, parent, labels, *max_length, &texts, device)?)
             }
             None => None,
         };
@@ -133,7 +145,7 @@ impl Common<'_> {
         let beat = || self.around.watchdog.beat();
         let vectors = evaluate::embed(viewer, rows, group, device, self.bf16, beat)?.to_device(Device::Cpu);
         self.around.watchdog.rest();
-        let mut selection = select::select(spec, &vectors, &train.labels, &self.labels)?;
+        let mut selection = select::select(spec, &vectors, &train.labels, &self.encoder.labels)?;
         if let Some(group) = group {
             // Sums may differ in their last bit from machine to machine.
             let mut marks = vec![0_i64; train.len()];
@@ -174,7 +186,7 @@ impl Common<'_> {
         };
         let output = athanor_store::open(&spec.output.to)?;
         let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
-        let identity = (digest, rows, &spec.data.select, &self.labels, length, self.bf16);
+        let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
         let place = cached_at(&output, folder, &identity)?;
         let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
         // Only if every rank found them: the others would wait for sums.

@@ -23,7 +23,7 @@ use crate::{
     data::{Dataset, Encoded, Parts},
     distributed::Topology,
     evaluate::{self, Evaluation},
-    material::{Common, Material},
+    material::{Common, Material, RowEncoder},
     outcome::Finished,
     prepare::prepare,
     report::{Reporter, Sender, Timeline},
@@ -116,18 +116,23 @@ impl Run<'_> {
             around: self.around,
             work: self.work,
             prepared,
-            labels,
-            tokenizer: Tokenizer::load(&prepared.parent)?,
-            max_length: setup::max_length(spec, &EncoderConfig::load(&prepared.parent)?),
+            encoder: RowEncoder {
+                dataset,
+                task: spec.model.task,
+                labels,
+                tokenizer: Tokenizer::load(&prepared.parent)?,
+                max_length: setup::max_length(spec, &EncoderConfig::load(&prepared.parent)?),
+            },
             bf16: setup::uses_bf16(spec.hyperparameters.precision, device),
         };
 
         // Tokenized when they are first asked for, by a fold's validation or while the first steps run.
+        let encoder = &common.encoder;
         let held_out: OnceLock<Result<(Arc<Encoded>, Encoded), String>> = OnceLock::new();
         let encode_held_out = || {
             held_out.get_or_init(|| {
-                let validation = common.encode(&parts.validation);
-                let both = validation.and_then(|validation| Ok((Arc::new(validation), common.encode(&parts.test)?)));
+                let validation = encoder.encode(&parts.validation);
+                let both = validation.and_then(|validation| Ok((Arc::new(validation), encoder.encode(&parts.test)?)));
                 both.map_err(|error| error.to_string())
             })
         };
@@ -157,7 +162,7 @@ impl Run<'_> {
             parent: spec.model.from.clone(),
             code_version: env!("CARGO_PKG_VERSION").into(),
             step: 0,
-            max_sequence_length: u32::try_from(common.max_length).ok(),
+            max_sequence_length: u32::try_from(encoder.max_length).ok(),
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };
@@ -221,7 +226,7 @@ impl Run<'_> {
             work: self.work,
             model: &model,
             parent: &prepared.parent,
-            labels: &common.labels,
+            labels: &encoder.labels,
             dataset,
             annotation: prepared.annotation.as_ref(),
             parts: &parts,
@@ -281,7 +286,7 @@ impl Run<'_> {
             (_, backend) => format!("{backend:?}"),
         };
         let mut chosen = vec![
-            ("labels", common.labels.join(", ")),
+            ("labels", common.encoder.labels.join(", ")),
             ("trainedRows", rows.to_string()),
             ("precision", if common.bf16 { "BF16" } else { "FP32" }.to_owned()),
             ("steps", total_steps.to_string()),
