@@ -1,13 +1,11 @@
 //! Cross-validation: before the job's own training, one training for each fold of the training rows, measured on the fold.
 //!
 //! A fold is trained as the job is: the validation rows choose its best weights, and the fold, which had no say in anything, tells
-//! what they are worth. What a finished fold came to is kept beside the output, named by all that it follows from: a run that was
-//! killed goes on with the next fold, and the job that a search ends with finds the folds of its best trial. Within a fold there
-//! are no checkpoints; it starts from its beginning.
+//! what they are worth. What a finished fold came to is kept among the run's checkpoints: a run that was killed goes on with the
+//! next fold. Within a fold there are no checkpoints; it starts from its beginning.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use athanor_contract::artifact::sha256_hex;
 use athanor_data::Fold;
 use athanor_search::{Spread, aggregate_folds};
 use athanor_store::{Location, StoreError};
@@ -19,12 +17,10 @@ use crate::{
     data::{Encoded, Parts},
     evaluate,
     material::{Common, Material},
+    prepare::Prepared,
     report::Reporter,
     training::{self, Session},
 };
-
-/// Folder of what finished folds came to, below the job's output.
-const FOLDER: &str = "cross-validation";
 
 /// What a cross-validation found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -82,12 +78,11 @@ pub fn cross_validate(
     let spec = &common.config.spec;
     let Some(wanted) = spec.hyperparameters.cross_validation else { return Ok(None) };
     let folds = common.prepared.dataset.folds(&spec.data.split, &parts.train, wanted.folds as usize)?;
-    let place = kept_at(common)?;
-    let (done, mut results) = find_done(common, &place, folds.len())?;
+    let (done, mut results) = find_done(common, folds.len())?;
     for (index, fold) in folds.iter().enumerate().filter(|(index, _)| !done[*index]) {
         let result = train_fold(common, fold, (index + 1, folds.len()), validation, reporter)?;
         if common.topology.rank() == 0 {
-            keep(common, &place, &result)?;
+            keep(common, &result)?;
         }
         results.push(result);
     }
@@ -161,34 +156,29 @@ fn train_fold(
     })
 }
 
-/// Where finished folds are kept: named by data, specification, and what else a fold's score follows from.
-fn kept_at(common: &Common) -> Result<Location, TrainError> {
-    let spec = &common.config.spec;
-    let identity = (
-        &common.prepared.fingerprint,
-        spec.evaluate.every_steps,
-        spec.failure_policy.on_non_finite,
-        // Where to go back to.
-        spec.checkpoint.every_steps,
-        common.bf16,
-    );
-    let digest = sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?);
-    Ok(athanor_store::open(&spec.output.to)?.child(FOLDER).child(&digest[..32]))
+/// A finished fold as it is kept among the checkpoints.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Kept {
+    /// Of data and specification, as in a checkpoint.
+    fingerprint: String,
+    result: FoldResult,
 }
 
-fn file(place: &Location, fold: usize) -> Location {
-    place.child(&format!("fold-{fold}.json"))
+fn file(checkpoints: &Location, fold: usize) -> Location {
+    checkpoints.child(&format!("fold-{fold}.json"))
 }
 
 /// Which folds are done, by rank 0's word, and on rank 0 what they came to.
-fn find_done(common: &Common, place: &Location, count: usize) -> Result<(Vec<bool>, Vec<FoldResult>), TrainError> {
+fn find_done(common: &Common, count: usize) -> Result<(Vec<bool>, Vec<FoldResult>), TrainError> {
+    let Prepared { checkpoints, fingerprint, group, .. } = common.prepared;
     let results = match common.topology.rank() {
-        0 => common.around.runtime.block_on(read_kept(place, count))?,
+        0 => common.around.runtime.block_on(read_kept(checkpoints, fingerprint, count))?,
         _ => Vec::new(),
     };
     let mut marks = vec![0_i64; count];
     results.iter().for_each(|result| marks[result.fold - 1] = 1);
-    if let Some(group) = common.group() {
+    if let Some(group) = group {
         let shared = Tensor::from_slice(&marks).to_device(common.device());
         group.broadcast(&shared, 0)?;
         marks = Vec::<i64>::try_from(shared)?;
@@ -196,32 +186,34 @@ fn find_done(common: &Common, place: &Location, count: usize) -> Result<(Vec<boo
     Ok((marks.into_iter().map(|mark| mark == 1).collect(), results))
 }
 
-/// Results of the folds that are done. One that cannot be read is trained again.
-async fn read_kept(place: &Location, count: usize) -> Result<Vec<FoldResult>, TrainError> {
+/// Results of the folds that are done. What cannot be read, or is of another run, is trained again.
+async fn read_kept(checkpoints: &Location, fingerprint: &str, count: usize) -> Result<Vec<FoldResult>, TrainError> {
     let mut results = Vec::new();
     for fold in 1..=count {
-        let bytes = match file(place, fold).read().await {
+        let bytes = match file(checkpoints, fold).read().await {
             Ok(bytes) => bytes,
             Err(StoreError::NotFound { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
-        match serde_json::from_slice::<FoldResult>(&bytes) {
-            Ok(result) if result.fold == fold => {
+        match serde_json::from_slice::<Kept>(&bytes) {
+            Ok(kept) if kept.fingerprint == fingerprint && kept.result.fold == fold => {
                 tracing::info!(fold, "the fold was done before");
-                results.push(result);
+                results.push(kept.result);
             }
-            Ok(_) => tracing::warn!(fold, "what was kept is of another fold: it is trained again"),
+            Ok(_) => tracing::warn!(fold, "what was kept is of another run: the fold is trained again"),
             Err(error) => tracing::warn!(fold, %error, "what was kept cannot be read: the fold is trained again"),
         }
     }
     Ok(results)
 }
 
-/// Keeps what a fold came to. A store that is away costs a restart this fold, no more; one that refuses ends the run, whose artifact
-/// would not arrive either.
-fn keep(common: &Common, place: &Location, result: &FoldResult) -> Result<(), TrainError> {
-    let bytes = serde_json::to_vec_pretty(result).map_err(TrainError::other)?;
-    match common.around.runtime.block_on(file(place, result.fold).write(bytes.into())) {
+/// Keeps what a fold came to; the file appears whole. A store that is away costs a restart this fold, no more; one that refuses ends
+/// the run, whose artifact would not arrive either.
+fn keep(common: &Common, result: &FoldResult) -> Result<(), TrainError> {
+    let Prepared { checkpoints, fingerprint, .. } = common.prepared;
+    let kept = Kept { fingerprint: fingerprint.clone(), result: result.clone() };
+    let bytes = serde_json::to_vec_pretty(&kept).map_err(TrainError::other)?;
+    match common.around.runtime.block_on(file(checkpoints, result.fold).write(bytes.into())) {
         Err(error) if error.is_user_error() => Err(error.into()),
         Err(error) => {
             tracing::warn!(fold = result.fold, %error, "what the fold came to could not be kept");
@@ -251,15 +243,22 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_results_of_their_own_fold_are_done() {
+    fn only_whole_results_of_their_own_run_and_fold_are_done() {
         let folder = tempfile::tempdir().unwrap();
-        let place = athanor_store::open(&format!("file://{}", folder.path().display())).unwrap();
+        let checkpoints = athanor_store::open(&format!("file://{}", folder.path().display())).unwrap();
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let write = |fold: usize, bytes: Vec<u8>| runtime.block_on(file(&place, fold).write(bytes.into())).unwrap();
-        write(1, serde_json::to_vec(&result(1, 0.5)).unwrap());
-        write(2, serde_json::to_vec(&result(1, 0.5)).unwrap());
-        write(4, b"{\"fold\": 4".to_vec());
-        write(5, serde_json::to_vec(&result(5, 0.75)).unwrap());
-        assert_eq!(runtime.block_on(read_kept(&place, 5)).unwrap(), [result(1, 0.5), result(5, 0.75)]);
+        let write = |place: usize, fold: usize, fingerprint: &str, cut: usize| {
+            let kept = Kept { fingerprint: fingerprint.into(), result: result(fold, 0.5) };
+            let mut bytes = serde_json::to_vec(&kept).unwrap();
+            bytes.truncate(bytes.len() - cut);
+            runtime.block_on(file(&checkpoints, place).write(bytes.into())).unwrap();
+        };
+        write(1, 1, "this", 0);
+        write(2, 1, "this", 0);
+        write(4, 4, "this", 1);
+        write(5, 5, "other", 0);
+        write(6, 6, "this", 0);
+        let found = runtime.block_on(read_kept(&checkpoints, "this", 6)).unwrap();
+        assert_eq!(found, [result(1, 0.5), result(6, 0.5)]);
     }
 }

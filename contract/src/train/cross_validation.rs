@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 /// the validation rows, and measured on the fold. Test rows take no part. The summary's metrics have `crossValidation/` in front:
 /// the mean over the folds, and its standard deviation under `/deviation`.
 ///
-/// In a search each trial is judged by its mean over the folds; with ASHA every budget is one of whole folds. A job that was
-/// interrupted goes on with the first fold that is not done: within a fold there are no checkpoints.
+/// In a search each trial is judged by its mean over the folds, also with ASHA, whose budgets are then those of each fold's training;
+/// the job itself cross-validates what was found once more. A job that was interrupted goes on with the first fold that is not
+/// done: within a fold there are no checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CrossValidationSpec {
