@@ -288,8 +288,8 @@ spec:
             let error = manifest(&MANIFEST.replace(from, to)).unwrap_err();
             assert!(matches!(error, TrainError::User(_)) && error.to_string().contains(part), "{error}");
         }
-        let three =
-            MANIFEST.replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1, crossValidation: {folds: 21}}");
+        let three = MANIFEST
+            .replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1, crossValidation: {folds: 21}}");
         let error = manifest(&three).unwrap_err().to_string();
         let all = ["batchSize", "beta1", "crossValidation.folds is from 2 to 20"];
         assert!(all.iter().all(|part| error.contains(part)), "all at once: {error}");

@@ -15,7 +15,9 @@ pub enum TrainError {
     /// This process, or another rank's, was asked to stop.
     #[error("asked to stop at step {step}, checkpointed at step {checkpoint}")]
     Stopped { step: u64, checkpoint: u64 },
-    #[error("step {step}: {what} is not finite; lower learningRate, or set failurePolicy.onNonFinite to Skip or RollBack")]
+    #[error(
+        "step {step}: {what} is not finite; lower learningRate, or set failurePolicy.onNonFinite to Skip or RollBack"
+    )]
     NonFinite { step: u64, what: &'static str },
     /// Under the policy RollBack, time and again.
     #[error(

@@ -57,7 +57,11 @@ fn each_fold_is_measured_by_a_model_that_never_saw_it_and_the_job_stays_as_it_wa
     assert_eq!(folds.len(), FOLDS);
     let number = |fold: &Value, name: &str| fold[name].as_u64().unwrap();
     for fold in folds {
-        assert_eq!(number(fold, "train") + number(fold, "heldOut"), whole.rows.train, "neither validation nor test rows");
+        assert_eq!(
+            number(fold, "train") + number(fold, "heldOut"),
+            whole.rows.train,
+            "neither validation nor test rows"
+        );
         assert_eq!(number(fold, "steps"), 3);
     }
     assert_eq!(folds.iter().map(|fold| number(fold, "heldOut")).sum::<u64>(), whole.rows.train);
@@ -69,7 +73,8 @@ fn each_fold_is_measured_by_a_model_that_never_saw_it_and_the_job_stays_as_it_wa
     }
     assert!(whole.metrics.contains_key("crossValidation/macroF1") && whole.metrics.contains_key("validation/accuracy"));
     assert!(whole.timeline["crossValidated"] < whole.timeline["trained"], "{:?}", whole.timeline);
-    let page = std::fs::read_to_string(format!("{}/report.html", whole.artifact.trim_start_matches("file://"))).unwrap();
+    let page =
+        std::fs::read_to_string(format!("{}/report.html", whole.artifact.trim_start_matches("file://"))).unwrap();
     assert!(page.contains("Cross-validation: 3 folds") && page.contains(&format!("{mean:.4} ± {deviation:.4}")));
 
     // Killed after its first fold, it goes on with the second.

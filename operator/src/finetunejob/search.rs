@@ -181,7 +181,9 @@ fn status(job: &FineTuneJob, spec: &SearchSpec, search: &Search, records: &[Reco
     let best = search.best(&trials).map(|best| &trials[best]);
     let over = trials.iter().filter(|trial| !trial.is_running()).count();
     let of_best = best.and_then(|best| Decimal::new(*best.results.last()?));
-    let of_best = of_best.map(|value| format!(", best {} {value}", spec.objective.key(&job.spec.train.hyperparameters))).unwrap_or_default();
+    let of_best = of_best
+        .map(|value| format!(", best {} {value}", spec.objective.key(&job.spec.train.hyperparameters)))
+        .unwrap_or_default();
     let count = if done { trials.len() } else { spec.max_trials as usize };
     let trial_status = |record: &Record| {
         let trial = &record.trial;
