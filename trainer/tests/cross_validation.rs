@@ -135,3 +135,26 @@ fn a_search_takes_the_trial_with_the_best_mean() {
     let metrics = place.summary("search").metrics;
     assert!((metrics["crossValidation/accuracy"].get() - best).abs() < 1e-4, "{values:?} {metrics:?}");
 }
+
+#[test]
+fn each_fold_selects_its_own_rows_and_has_its_own_answers_of_the_teacher() {
+    let place = Place::new(0.1);
+    let child = place.start("teacher", &spec(&place, json!({"maxSteps": 1})));
+    place.finish("teacher", child, 0);
+    let mut student = spec(&place, json!({"crossValidation": {"folds": 2}}));
+    student["teacher"] = json!({"from": place.summary("teacher").artifact});
+    student["data"] = json!({
+        "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}],
+        "select": {"method": "Random", "keepPercent": 40},
+    });
+    let child = place.start("student", &student);
+    place.finish("student", child, 0);
+    let kept = std::fs::read_dir(place.folder.path().join("student/teacher-outputs")).unwrap();
+    assert_eq!(kept.count(), 3, "of two folds and of the job");
+    let rows = place.summary("student").rows.train;
+    let found = report(&place, "student")["crossValidation"].take();
+    for fold in found["folds"].as_array().unwrap() {
+        let (train, held_out) = (fold["train"].as_u64().unwrap(), fold["heldOut"].as_u64().unwrap());
+        assert!((train * 100).abs_diff((rows - held_out) * 40) <= 200, "{train} of {} rows", rows - held_out);
+    }
+}

@@ -85,11 +85,13 @@ fn spec(policy: &str, checkpoint_every: u64, validate_every: u64) -> TrainSpec {
     .unwrap()
 }
 
+type AtValidation<'a> = &'a dyn Fn(u64, &[Tensor]);
+
 /// What is special about a run.
 #[derive(Default)]
 struct Special<'a> {
     /// Called at each validation with its number, from 1, and the model's weights.
-    at_validation: Option<&'a dyn Fn(u64, &[Tensor])>,
+    at_validation: Option<AtValidation<'a>>,
     stop: CancellationToken,
     checkpoints: Option<Writer>,
     restored: Option<Restored>,
