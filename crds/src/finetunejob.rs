@@ -115,7 +115,7 @@ pub struct FineTuneJobStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Progress {
-    /// Preparing, Training, Evaluating or Writing.
+    /// Preparing, Training, Evaluating or Writing; in a cross-validation the fold that is trained, such as Fold 2 of 5.
     #[schemars(length(max = 64))]
     pub stage: String,
     /// Optimizer steps done.
@@ -179,7 +179,7 @@ pub struct TrialStatus {
     pub parameters: BTreeMap<String, String>,
     /// Running, Finished or Failed.
     pub state: TrialState,
-    /// The objective's metric on the validation rows, one value for each budget that the trial was given.
+    /// The objective's metric on the validation rows or over the folds, one value for each budget that the trial was given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub results: Vec<Decimal>,

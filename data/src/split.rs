@@ -118,19 +118,19 @@ impl Dataset {
         parts
     }
 
-    /// Cross-validation: `count` times the rows that are not test rows, each of them held out once. Rows that the split keeps in
-    /// one part are in one fold, and with `stratify` each fold has its share of each label.
+    /// Cross-validation: `count` times the given rows (those of parts that the split made whole), each of them held out once. Rows
+    /// that the split keeps in one part are in one fold, and with `stratify` each fold has its share of each label.
     ///
     /// # Errors
     /// Fewer than two folds, or fewer rows (or groups) than folds, are the user's error.
-    pub fn folds(&self, spec: &SplitSpec, parts: &Parts, count: usize) -> Result<Vec<Fold>, DataError> {
+    pub fn folds(&self, spec: &SplitSpec, rows: &[usize], count: usize) -> Result<Vec<Fold>, DataError> {
         if count < 2 {
             return Err(DataError::User(format!("a cross-validation needs two folds or more, not {count}")));
         }
         let units = Units::new(&self.rows, self.clusters.as_deref());
-        let mut pool: Vec<u32> = parts.train.iter().chain(&parts.validation).map(|&row| row as u32).collect();
+        let mut pool: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
         pool.sort_unstable();
-        // Folds have their own hashes: those of the split have decided already that these are no test rows.
+        // Folds have their own hashes: those of the split have decided already which rows these are.
         let mut folds: Vec<(u32, usize)> = Vec::with_capacity(pool.len());
         if spec.stratify {
             self.in_order(&pool, &units, spec.seed, b"fold", |unit, position, of_label| {

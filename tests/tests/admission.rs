@@ -91,6 +91,9 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"learningRate": 99}))),
         ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"batchSize": 0}))),
         ("epochs or maxSteps, not both", job(|spec| spec["hyperparameters"] = json!({"epochs": 1, "maxSteps": 5}))),
+        ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 1}}))),
+        ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 21}}))),
+        ("Unsupported value", job(|spec| spec["failurePolicy"] = json!({"onNonFinite": "Ignore"}))),
         (
             "leave no rows to train on",
             job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50})),

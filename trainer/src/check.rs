@@ -104,11 +104,8 @@ impl Report<'_> {
         let whole = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, usize::MAX)?;
         let mut train = Encoded::new(dataset, &parts.train, task, &labels, &tokenizer, max_length)?;
         let mut model = setup::load_model(spec, self.folder, &labels, self.device)?;
-        if let Some(select) = &spec.data.select {
-            // Which rows does not matter here, only how many.
-            let kept: Vec<usize> = (0..(train.len() * usize::from(select.keep_percent)).div_ceil(100)).collect();
-            train.select(&kept);
-        }
+        // Which rows does not matter here, only how many.
+        train.select(&(0..self.kept(train.len())).collect::<Vec<_>>());
         let teacher = match self.teacher {
             Some(folder) => {
                 let rows = parts.train.iter().take(train.len());
@@ -150,6 +147,12 @@ impl Report<'_> {
         }
         line("tokens", describe_lengths(&whole, max_length));
         line("steps", format!("{total_steps} of {} rows, {steps_per_epoch} an epoch", h.batch_size));
+        let folds = self.fold_rows(&parts)?;
+        let of_folds: u64 = folds.iter().map(|&rows| training::count_steps(rows, h).1).sum();
+        if let (Some(least), Some(most)) = (folds.iter().min(), folds.iter().max()) {
+            let count = folds.len();
+            line("folds", format!("{count} trainings before, of {least} to {most} rows, {of_folds} steps together"));
+        }
         line("precision", if bf16 { "BF16" } else { "FP32" }.to_owned());
         for gate in &spec.evaluate.gates {
             let place = gate.sources.as_ref().map_or("all test rows".to_owned(), |names| names.join(", "));
@@ -172,12 +175,26 @@ impl Report<'_> {
             "time",
             format!(
                 "about {} of training: {rate:.0} rows a second with {ranks} {}, measured on this machine",
-                in_words(seconds * total_steps as f64),
+                in_words(seconds * (total_steps + of_folds) as f64),
                 if ranks == 1 { "process" } else { "processes that share nothing" }
             ),
         );
         line("artifact", self.config.artifact_to.clone());
         Ok(text)
+    }
+
+    /// Rows that are left of `rows` by the selection, if there is one.
+    fn kept(&self, rows: usize) -> usize {
+        let percent = self.config.spec.data.select.as_ref().map_or(100, |select| usize::from(select.keep_percent));
+        (rows * percent).div_ceil(100)
+    }
+
+    /// Rows that the training of each fold of a cross-validation learns from; empty without one.
+    fn fold_rows(&self, parts: &Parts) -> Result<Vec<usize>, TrainError> {
+        let spec = &self.config.spec;
+        let Some(wanted) = spec.hyperparameters.cross_validation else { return Ok(Vec::new()) };
+        let folds = self.dataset.folds(&spec.data.split, &parts.train, wanted.folds as usize)?;
+        Ok(folds.iter().map(|fold| self.kept(fold.train.len())).collect())
     }
 
     fn describe_model(&self, model: &Model) -> String {

@@ -3,7 +3,10 @@
 //! A checkpoint holds weights, optimizer moments, the best weights so far and the step. Batches, learning rates and the random
 //! state of a step are functions of seed and step, so nothing else is needed to go on exactly as if nothing had happened.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use athanor_contract::artifact::{MANIFEST, Manifest};
 use athanor_models::load::{self, Weights};
@@ -32,6 +35,9 @@ pub struct State {
     /// Of data and specification: another one means that these weights belong to another run.
     pub fingerprint: String,
     pub best: Option<Best>,
+    /// Steps, counted from 1, that are left out since a roll-back; those before `step` have been.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub skipped: BTreeSet<u64>,
     /// For the report.
     #[serde(default)]
     pub history: History,
@@ -58,6 +64,17 @@ impl Snapshot {
     /// Copies of named tensors, detached.
     pub fn copy(named: &[(String, Tensor)]) -> Named {
         named.iter().map(|(name, tensor)| (name.clone(), tensor.detach().copy())).collect()
+    }
+
+    /// The same snapshot once more, sharing memory: nobody may change either in place.
+    pub fn share(&self) -> Self {
+        let share = |named: &Named| named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Self {
+            state: self.state.clone(),
+            model: share(&self.model),
+            optimizer: share(&self.optimizer),
+            best: self.best.as_ref().map(share),
+        }
     }
 }
 
@@ -271,6 +288,7 @@ mod tests {
                         step,
                         fingerprint: "f".into(),
                         best: (step >= 10).then_some(best),
+                        skipped: [3, step].into(),
                         history: History::default(),
                     },
                     model: named(step as i64),
@@ -288,6 +306,7 @@ mod tests {
         let value = |weights: &mut Weights| f64::try_from(weights.take("w", &[1]).unwrap()).unwrap();
         let restored = runtime.block_on(newest(&location, work.path())).unwrap().unwrap();
         assert_eq!(restored.state.step, 15);
+        assert_eq!(restored.state.skipped, [3, 15].into());
         assert_eq!(value(&mut restored.model(Device::Cpu).unwrap()), 15.0);
         assert_eq!(value(&mut restored.optimizer(Device::Cpu).unwrap()), -15.0);
         assert_eq!(value(&mut restored.best(Device::Cpu).unwrap().unwrap()), 10.0);

@@ -180,6 +180,9 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
     {
         refuse(format!("hyperparameters.search: {mistake}"));
     }
+    if h.cross_validation.is_some_and(|spec| !(2..=20).contains(&spec.folds)) {
+        refuse("hyperparameters.crossValidation.folds is from 2 to 20".into());
+    }
     for (field, fine) in [
         ("epochs or maxSteps, not both,", !(h.epochs.is_some() && h.max_steps.is_some())),
         ("epochs", h.epochs != Some(0)),
@@ -285,8 +288,10 @@ spec:
             let error = manifest(&MANIFEST.replace(from, to)).unwrap_err();
             assert!(matches!(error, TrainError::User(_)) && error.to_string().contains(part), "{error}");
         }
-        let two = MANIFEST.replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1}");
-        let error = manifest(&two).unwrap_err().to_string();
-        assert!(error.contains("batchSize") && error.contains("beta1"), "all at once: {error}");
+        let three = MANIFEST
+            .replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1, crossValidation: {folds: 21}}");
+        let error = manifest(&three).unwrap_err().to_string();
+        let all = ["batchSize", "beta1", "crossValidation.folds is from 2 to 20"];
+        assert!(all.iter().all(|part| error.contains(part)), "all at once: {error}");
     }
 }

@@ -15,8 +15,15 @@ pub enum TrainError {
     /// This process, or another rank's, was asked to stop.
     #[error("asked to stop at step {step}, checkpointed at step {checkpoint}")]
     Stopped { step: u64, checkpoint: u64 },
-    #[error("step {step}: {what} is not finite; lower learningRate, or set failurePolicy.onNonFinite to Skip")]
+    #[error(
+        "step {step}: {what} is not finite; lower learningRate, or set failurePolicy.onNonFinite to Skip or RollBack"
+    )]
     NonFinite { step: u64, what: &'static str },
+    /// Under the policy RollBack, time and again.
+    #[error(
+        "step {step}: {what} is not finite, after {times} roll-backs to step {checkpoint} without a new checkpoint; lower learningRate"
+    )]
+    RolledBackInVain { step: u64, what: &'static str, times: u32, checkpoint: u64 },
     /// Anything else: it counts against maxRestarts.
     #[error("{0}")]
     Other(String),
@@ -27,7 +34,7 @@ impl TrainError {
         match self {
             Self::User(_) => exit_code::USER_ERROR,
             Self::LostPeer(_) | Self::Stopped { .. } => exit_code::LOST_PEER,
-            Self::NonFinite { .. } => exit_code::NON_FINITE,
+            Self::NonFinite { .. } | Self::RolledBackInVain { .. } => exit_code::NON_FINITE,
             Self::Other(_) => 1,
         }
     }

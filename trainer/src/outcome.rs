@@ -13,6 +13,7 @@ use athanor_models::Model;
 use crate::{
     TrainError, artifact,
     compress::Compression,
+    cross_validation::CrossValidation,
     data::{Dataset, Encoded, Parts},
     evaluate::{self, Evaluation},
     report::page,
@@ -38,6 +39,7 @@ pub struct Finished<'a> {
     pub found: Evaluation,
     pub baseline: Option<(Encoded, Evaluation)>,
     pub trained: Trained,
+    pub cross_validation: Option<CrossValidation>,
     pub selection: Option<SelectionReport>,
     pub chosen: BTreeMap<String, String>,
     /// Everything of a manifest but its files.
@@ -72,6 +74,7 @@ impl Finished<'_> {
         }
         // For whoever compares trials: they must not be chosen by test rows.
         metrics.insert(format!("validation/{}", self.trained.history.score_name), self.trained.best.score);
+        metrics.extend(self.cross_validation.iter().flat_map(CrossValidation::summary));
         let metrics: BTreeMap<String, Decimal> =
             metrics.into_iter().filter_map(|(name, value)| Some((name, Decimal::new(value)?))).collect();
         let failed_gates = evaluate::failed_gates(
@@ -112,6 +115,7 @@ impl Finished<'_> {
             cleaning: dataset.cleaning.as_ref(),
             annotation: self.annotation,
             selection: self.selection.as_ref(),
+            cross_validation: self.cross_validation.as_ref(),
             forms: &compressed.forms,
             classes: found.classes().map(|predictions| page::Classes {
                 confusion: page::confusion(self.labels, test, predictions),

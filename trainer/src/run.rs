@@ -4,32 +4,29 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use athanor_contract::{
     artifact::{Kind, Manifest},
-    train::{SelectSpec, Task, TeacherOutputs, TrainConfig, TrainResult},
+    train::{Task, TrainConfig, TrainResult},
 };
 use athanor_models::{EncoderConfig, Model, Packing, Tokenizer};
 use athanor_torch::ProcessGroup;
-use tch::{Device, Tensor};
+use tch::Device;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     TrainError, checkpoint,
+    cross_validation::cross_validate,
     data::{Dataset, Encoded, Parts},
     distributed::Topology,
     evaluate::{self, Evaluation},
-    objectives::{
-        self, Objective, Teacher,
-        teacher::{MOST_CACHED, Online, cached_at, read_cached, write_cached},
-    },
+    material::{Common, Material, RowEncoder},
     outcome::Finished,
-    prepare::{Prepared, prepare},
+    prepare::prepare,
     report::{Reporter, Sender, Timeline},
-    select::{self, Selection},
     setup,
     training::{self, Session, count_steps},
     watchdog::Watchdog,
@@ -104,55 +101,54 @@ struct Run<'a> {
 impl Run<'_> {
     fn run(&self, reporter: &mut Option<Reporter>) -> Result<Option<TrainResult>, TrainError> {
         let spec = &self.config.spec;
-        let task = spec.model.task;
-        let (device, runtime) = (self.topology.device(), &self.around.runtime);
-        let prepared = prepare(self.config, self.topology, self.around, self.work)?;
+        let device = self.topology.device();
+        let mut prepared = prepare(self.config, self.topology, self.around, self.work)?;
+        let restored = prepared.restored.take();
+        let (prepared, dataset) = (&prepared, &prepared.dataset);
         let group = prepared.group.as_ref();
 
-        let dataset = &prepared.dataset;
         let labels = setup::choose_labels(spec, dataset, &prepared.parent)?;
         let parts = dataset.split(&spec.data.split)?;
         setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
-        let mut model = setup::load_model(spec, &prepared.parent, &labels, device)?;
-        let tokenizer = Tokenizer::load(&prepared.parent)?;
-        let max_length = setup::max_length(spec, model.config());
-        let encode = |part: &[usize]| Encoded::new(dataset, part, task, &labels, &tokenizer, max_length);
-        let mut train = encode(&parts.train)?;
-        let bf16 = setup::uses_bf16(spec.hyperparameters.precision, device);
-        let mut teacher = match &prepared.teacher {
-            Some(folder) => {
-                let texts: Vec<&str> = parts.train.iter().map(|&row| dataset.rows.text(row)).collect();
-                let parent = &prepared.parent;
-                Some(setup::load_teacher(spec, folder, parent, &labels, max_length, &texts, device)?)
-            }
-            None => None,
+        let common = Common {
+            config: self.config,
+            topology: self.topology,
+            around: self.around,
+            work: self.work,
+            prepared,
+            encoder: RowEncoder {
+                dataset,
+                task: spec.model.task,
+                labels,
+                tokenizer: Tokenizer::load(&prepared.parent)?,
+                max_length: setup::max_length(spec, &EncoderConfig::load(&prepared.parent)?),
+            },
+            bf16: setup::uses_bf16(spec.hyperparameters.precision, device),
         };
-        let selection = match &spec.data.select {
-            Some(select) => {
-                if let Some(reporter) = reporter.as_mut() {
-                    reporter.stage("Selecting");
-                }
-                let viewer = teacher.as_ref().map_or(&model, Online::model);
-                let rows = teacher.as_ref().and_then(Online::own_rows).unwrap_or(&train.ids);
-                let selection = self.select(select, viewer, rows, &train, &labels, group, bf16)?;
-                train.select(&selection.rows);
-                if let Some(teacher) = &mut teacher {
-                    teacher.keep_rows(&selection.rows);
-                }
-                Some(selection.report)
-            }
-            None => None,
+
+        // Tokenized when they are first asked for, by a fold's validation or while the first steps run.
+        let encoder = &common.encoder;
+        let held_out: OnceLock<Result<(Arc<Encoded>, Encoded), String>> = OnceLock::new();
+        let encode_held_out = || {
+            held_out.get_or_init(|| {
+                let validation = encoder.encode(&parts.validation);
+                let both = validation.and_then(|validation| Ok((Arc::new(validation), encoder.encode(&parts.test)?)));
+                both.map_err(|error| error.to_string())
+            })
         };
-        let teacher = match teacher {
-            Some(teacher) => Some(self.teacher_outputs(teacher, &prepared, &train, &labels, bf16, reporter)?),
-            None => None,
+        let validation = || match encode_held_out() {
+            Ok((validation, _)) => Ok(validation.clone()),
+            Err(error) => Err(TrainError::User(error.clone())),
         };
+        let cross_validation = cross_validate(&common, &parts, &validation, reporter)?;
+
+        let mut model = common.load_model()?;
+        let Material { train, teacher, selection } = Material::new(&common, &parts.train, &model, reporter)?;
         self.around.timeline.mark("dataReady");
 
         let (_, total_steps) = count_steps(train.len(), &spec.hyperparameters);
-        let fingerprint = prepared.fingerprint;
-        let restored = prepared.restored.filter(|restored| {
-            let same = restored.state.fingerprint == fingerprint && restored.state.step <= total_steps;
+        let restored = restored.filter(|restored| {
+            let same = restored.state.fingerprint == prepared.fingerprint && restored.state.step <= total_steps;
             if !same {
                 tracing::warn!("the checkpoint is of other data or another specification: training starts anew");
             }
@@ -166,49 +162,29 @@ impl Run<'_> {
             parent: spec.model.from.clone(),
             code_version: env!("CARGO_PKG_VERSION").into(),
             step: 0,
-            max_sequence_length: u32::try_from(max_length).ok(),
+            max_sequence_length: u32::try_from(encoder.max_length).ok(),
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };
-        let checkpoints = if self.topology.rank() == 0 {
-            Some(checkpoint::Writer::new(prepared.checkpoints, manifest.clone(), self.work.to_owned(), runtime.clone()))
-        } else {
-            None
-        };
-        let objective = Objective::new(
-            objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
-            task,
-            &model,
-            teacher.as_ref(),
-            spec.hyperparameters.seed as u64,
-            device,
-        )?;
-
-        // The other parts are tokenized while the first steps run.
-        let held_out: OnceLock<Result<(Arc<Encoded>, Encoded), String>> = OnceLock::new();
-        let encode_held_out = || {
-            held_out.get_or_init(|| {
-                let both =
-                    encode(&parts.validation).and_then(|validation| Ok((Arc::new(validation), encode(&parts.test)?)));
-                both.map_err(|error| error.to_string())
-            })
-        };
+        let checkpoints = (self.topology.rank() == 0).then(|| {
+            let (folder, runtime) = (prepared.checkpoints.clone(), self.around.runtime.clone());
+            checkpoint::Writer::new(folder, manifest.clone(), self.work.to_owned(), runtime)
+        });
+        let objective = common.objective(&model, teacher.as_ref())?;
         let trained = std::thread::scope(|scope| {
             scope.spawn(encode_held_out);
             let session = Session {
                 spec,
+                stage: "Training".into(),
                 device,
-                bf16,
+                bf16: common.bf16,
                 group,
                 model: &mut model,
                 objective,
                 teacher: teacher.as_ref(),
                 train: &train,
-                validation: Box::new(|| match encode_held_out() {
-                    Ok((validation, _)) => Ok(validation.clone()),
-                    Err(error) => Err(TrainError::User(error.clone())),
-                }),
-                fingerprint,
+                validation: Box::new(validation),
+                fingerprint: prepared.fingerprint.clone(),
                 restored,
                 checkpoints,
                 reporter: reporter.as_mut(),
@@ -247,14 +223,14 @@ impl Run<'_> {
         if let Some(reporter) = reporter.as_mut() {
             reporter.stage(if spec.compress.is_empty() { "Writing" } else { "Compressing" });
         }
-        let chosen = self.chosen(&labels, bf16, &trained.best, total_steps, train.len());
+        let chosen = self.chosen(&common, &trained.best, total_steps, train.len());
         let finished = Finished {
             config: self.config,
             around: self.around,
             work: self.work,
             model: &model,
             parent: &prepared.parent,
-            labels: &labels,
+            labels: &encoder.labels,
             dataset,
             annotation: prepared.annotation.as_ref(),
             parts: &parts,
@@ -263,102 +239,12 @@ impl Run<'_> {
             found,
             baseline,
             trained,
+            cross_validation,
             selection,
             chosen,
             manifest,
         };
         finished.write().map(Some)
-    }
-
-    /// Chooses training rows on rank 0, for all ranks.
-    #[expect(clippy::too_many_arguments, reason = "one call, of what a run has at hand")]
-    fn select(
-        &self,
-        spec: &SelectSpec,
-        viewer: &Model,
-        rows: &[Vec<u32>],
-        train: &Encoded,
-        labels: &[String],
-        group: Option<&ProcessGroup>,
-        bf16: bool,
-    ) -> Result<Selection, TrainError> {
-        let device = self.topology.device();
-        let beat = || self.around.watchdog.beat();
-        let vectors = evaluate::embed(viewer, rows, group, device, bf16, beat)?.to_device(Device::Cpu);
-        self.around.watchdog.rest();
-        let mut selection = select::select(spec, &vectors, &train.labels, labels)?;
-        if let Some(group) = group {
-            // Sums may differ in their last bit from machine to machine.
-            let mut marks = vec![0_i64; train.len()];
-            selection.rows.iter().for_each(|&row| marks[row] = 1);
-            let marks = Tensor::from_slice(&marks).to_device(device);
-            group.broadcast(&marks, 0)?;
-            let marks = Vec::<i64>::try_from(marks)?;
-            selection.rows = (0..marks.len()).filter(|&row| marks[row] == 1).collect();
-        }
-        tracing::info!(rows = selection.rows.len(), of = train.len(), report = ?selection.report, "selected");
-        Ok(selection)
-    }
-
-    /// The teacher's answers, computed once and kept beside the output where they are small and the objective needs no more.
-    fn teacher_outputs(
-        &self,
-        teacher: Online,
-        prepared: &Prepared,
-        train: &Encoded,
-        labels: &[String],
-        bf16: bool,
-        reporter: &mut Option<Reporter>,
-    ) -> Result<Teacher, TrainError> {
-        let (spec, runtime, device) = (&self.config.spec, &self.around.runtime, self.topology.device());
-        let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
-        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
-        let online = by_token
-            || spec.model.task != Task::TextClassification
-            || asked == Some(TeacherOutputs::Online)
-            || (asked.is_none() && train.len() * teacher.outputs() > MOST_CACHED);
-        if online {
-            return Ok(Teacher::Online(Box::new(teacher)));
-        }
-        if let Some(reporter) = reporter.as_mut() {
-            reporter.stage("Asking the teacher");
-        }
-        let (Some(folder), group) = (&prepared.teacher, prepared.group.as_ref()) else {
-            return Err(TrainError::Other("the teacher's folder is not there".into()));
-        };
-        let output = athanor_store::open(&spec.output.to)?;
-        let identity =
-            (&prepared.dataset.digest, &spec.data.select, labels, spec.hyperparameters.max_sequence_length, bf16);
-        let place = cached_at(&output, folder, &identity)?;
-        let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
-        // Only if every rank found them: the others would wait for sums.
-        let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
-        if let Some(group) = group {
-            group.all_reduce_sum(&found)?;
-        }
-        if let Some(kept) = kept
-            && found.int64_value(&[0]) == self.topology.world() as i64
-        {
-            tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
-            return Ok(Teacher::Cached(kept.to_device(device)));
-        }
-        let mut last = Instant::now();
-        let logits = teacher.all_logits(&train.ids, group, device, bf16, |done| {
-            self.around.watchdog.beat();
-            if let Some(reporter) = reporter.as_mut() {
-                reporter.asked(done, train.len());
-            }
-            if last.elapsed() > Duration::from_secs(10) {
-                last = Instant::now();
-                tracing::info!(rows = done, of = train.len(), "asking the teacher");
-            }
-        })?;
-        self.around.watchdog.rest();
-        self.around.timeline.mark("taught");
-        if self.topology.rank() == 0 {
-            runtime.block_on(write_cached(&place, &logits, self.work))?;
-        }
-        Ok(Teacher::Cached(logits))
     }
 
     /// The baseline on the test rows, with its own tokenizer and labels.
@@ -394,8 +280,7 @@ impl Run<'_> {
     /// What the specification left open.
     fn chosen(
         &self,
-        labels: &[String],
-        bf16: bool,
+        common: &Common,
         best: &checkpoint::Best,
         total_steps: u64,
         rows: usize,
@@ -405,9 +290,9 @@ impl Run<'_> {
             (_, backend) => format!("{backend:?}"),
         };
         let mut chosen = vec![
-            ("labels", labels.join(", ")),
+            ("labels", common.encoder.labels.join(", ")),
             ("trainedRows", rows.to_string()),
-            ("precision", if bf16 { "BF16" } else { "FP32" }.to_owned()),
+            ("precision", if common.bf16 { "BF16" } else { "FP32" }.to_owned()),
             ("steps", total_steps.to_string()),
             ("bestStep", best.step.to_string()),
             ("ranks", self.topology.world().to_string()),

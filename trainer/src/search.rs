@@ -22,7 +22,7 @@ pub async fn best(job: &TrainConfig, stop: CancellationToken) -> Result<TrainCon
     let Some(wanted) = &spec.hyperparameters.search else { return Ok(job.clone()) };
     let user = |message: String| TrainError::User(format!("hyperparameters.search: {message}"));
     let search = Search::new(wanted, &spec.hyperparameters).map_err(user)?;
-    let key = wanted.objective.key();
+    let key = wanted.objective.key(&spec.hyperparameters);
     let mut trials: Vec<Trial> = Vec::new();
     let mut running: JoinSet<(usize, Result<f64, TrainError>)> = JoinSet::new();
     loop {
@@ -70,7 +70,7 @@ pub async fn best(job: &TrainConfig, stop: CancellationToken) -> Result<TrainCon
         for index in started {
             let trial = &trials[index];
             let mut spec: TrainSpec = search.specification(&trial.assignment, trial.rung(), spec).map_err(user)?;
-            // Trials are judged by validation rows alone, and their artifacts are thrown away.
+            // Trials are not judged by test rows, and their artifacts are thrown away.
             (spec.evaluate.gates, spec.evaluate.baseline, spec.compress) = Default::default();
             let config = config::of_laptop(format!("{}-{}-{}", job.name, trial.name(), trial.rung()), spec)?;
             let key = key.clone();

@@ -1,7 +1,9 @@
 //! The training loop of one rank. With N ranks each computes its share of every global batch, weighted by rows, so the losses are
 //! those of one rank on the same batches.
 
-use std::{io::Write, path::PathBuf, sync::Arc};
+mod roll_back;
+
+use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
@@ -23,6 +25,7 @@ use crate::{
     watchdog::Watchdog,
     words::Words,
 };
+use roll_back::RollBack;
 
 /// Names a file that gets one JSON line a step: `{"step": 1, "loss": 0.69}`. For comparing runs.
 pub const LOSS_LOG: &str = "ATHANOR_LOSS_LOG";
@@ -32,6 +35,8 @@ const DEFAULT_EPOCHS: u64 = 3;
 /// Everything a run of the loop needs; the caller made and keeps it.
 pub struct Session<'a> {
     pub spec: &'a TrainSpec,
+    /// What progress calls this training.
+    pub stage: String,
     pub device: Device,
     pub bf16: bool,
     pub group: Option<&'a ProcessGroup>,
@@ -99,6 +104,10 @@ struct Loop<'a> {
     /// Number and batches of the current epoch.
     epoch: Option<(u64, Vec<Vec<usize>>)>,
     best: Option<(Best, Named)>,
+    /// Under the policy RollBack.
+    roll_back: Option<RollBack>,
+    /// Steps, counted from 1, that are left out since a roll-back.
+    skipped: BTreeSet<u64>,
     history: History,
     /// The last step's value of each term, without weights; a mean over the batch.
     terms: Vec<f64>,
@@ -122,6 +131,7 @@ impl<'a> Loop<'a> {
         let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)]);
         let mut best = None;
         let mut step = 0;
+        let mut skipped = BTreeSet::new();
         let mut history = History::default();
         if let Some(restored) = &session.restored {
             history = restored.state.history.clone();
@@ -138,6 +148,7 @@ impl<'a> Loop<'a> {
                 best = Some((found, take_all(&mut weights, session.model.parameters())?));
             }
             step = restored.state.step;
+            skipped = restored.state.skipped.clone();
             tracing::info!(step, total_steps, "resumed from a checkpoint");
         }
         if let Some(group) = session.group {
@@ -156,10 +167,10 @@ impl<'a> Loop<'a> {
             _ => None,
         };
         if let Some(reporter) = &mut session.reporter {
-            reporter.begin(step, total_steps);
+            reporter.begin(&session.stage, step, total_steps);
             reporter.checkpointed(step);
         }
-        Ok(Self {
+        let mut run = Self {
             rank: session.group.map_or(0, ProcessGroup::rank),
             world: session.group.map_or(1, ProcessGroup::world),
             learning_rate: LearningRate::new(h.learning_rate, h.warmup_ratio, total_steps, h.schedule),
@@ -175,14 +186,20 @@ impl<'a> Loop<'a> {
             step,
             epoch: None,
             best,
+            roll_back: None,
+            skipped,
             history,
             terms: Vec::new(),
             loss_log,
             session,
-        })
+        };
+        if run.session.spec.failure_policy.on_non_finite == OnNonFinite::RollBack {
+            run.roll_back = Some(RollBack::new(run.snapshot()));
+        }
+        Ok(run)
     }
 
-    /// One optimizer step and what falls due after it.
+    /// One optimizer step and what falls due after it; or, if the step was not finite, a roll-back.
     fn advance(&mut self) -> Result<(), TrainError> {
         self.session.watchdog.beat();
         let epoch = self.step / self.steps_per_epoch;
@@ -190,14 +207,19 @@ impl<'a> Loop<'a> {
             let h = &self.session.spec.hyperparameters;
             self.epoch = Some((epoch, epoch_batches(&self.lengths, h.batch_size as usize, h.seed as u64, epoch)));
         }
-        let place = (self.step % self.steps_per_epoch) as usize;
-        let batch = self.epoch.as_ref().map(|(_, batches)| batches[place].clone()).unwrap_or_default();
-        let (outcome, stop) = self.optimize(&batch)?;
-        self.step += 1;
-        if self.session.restored.as_ref().map_or(0, |restored| restored.state.step) + 1 == self.step {
+        let mut stop = false;
+        if self.skipped.contains(&(self.step + 1)) {
+            tracing::warn!(step = self.step + 1, "the step is left out since a roll-back");
+            self.step += 1;
+        } else {
+            let place = (self.step % self.steps_per_epoch) as usize;
+            let batch = self.epoch.as_ref().map(|(_, batches)| batches[place].clone()).unwrap_or_default();
+            let Some((outcome, stops)) = self.optimize(&batch)? else { return Ok(()) };
+            stop = stops;
+            self.step += 1;
             self.session.timeline.mark("firstStep");
+            self.report(outcome)?;
         }
-        self.report(outcome)?;
 
         let epoch_ends = self.step.is_multiple_of(self.steps_per_epoch) || self.step == self.total_steps;
         let step = self.step;
@@ -211,8 +233,8 @@ impl<'a> Loop<'a> {
         if stop { self.end_early() } else { Ok(()) }
     }
 
-    /// Forward, backward and update on a global batch; says besides whether some rank was asked to stop.
-    fn optimize(&mut self, batch: &[usize]) -> Result<(Step, bool), TrainError> {
+    /// Forward, backward and update on a global batch; says besides whether some rank was asked to stop. `None`: rolled back.
+    fn optimize(&mut self, batch: &[usize]) -> Result<Option<(Step, bool)>, TrainError> {
         let h = &self.session.spec.hyperparameters;
         let learning_rate = self.learning_rate.at(self.step);
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
@@ -287,12 +309,17 @@ impl<'a> Loop<'a> {
                     metrics::counter!("athanor_train_skipped_steps_total").increment(1);
                     tracing::warn!(step = self.step + 1, what, "not finite: the step is left out");
                 }
+                // A rank that was asked to stop says so again at the next step.
+                OnNonFinite::RollBack => {
+                    self.go_back(what)?;
+                    return Ok(None);
+                }
             }
         }
         let tokens = batch.iter().map(|&row| self.lengths[row]).sum();
         let step = Step { step: self.step + 1, loss, learning_rate, gradient_norm, samples: batch.len(), tokens };
         self.terms = shared[1..last].iter().map(|value| value / batch.len() as f64).collect();
-        Ok((step, shared[last] > 0.0))
+        Ok(Some((step, shared[last] > 0.0)))
     }
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
@@ -343,43 +370,56 @@ impl<'a> Loop<'a> {
         Ok(())
     }
 
-    /// Starts to write a checkpoint. One that is not `needed` is left out while the one before is still being written.
+    /// Starts to write a checkpoint. One that is not `needed` is left out while the one before is still being written; where the
+    /// run could go back to is then this state all the same, as it is on the ranks that write nothing.
     fn checkpoint(&mut self, needed: bool) -> Result<(), TrainError> {
-        let Some(writer) = &mut self.session.checkpoints else { return Ok(()) };
-        if writer.is_busy() && !needed {
+        let is_busy = self.session.checkpoints.as_ref().is_some_and(Writer::is_busy) && !needed;
+        if is_busy {
             tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
+        }
+        let writes = self.session.checkpoints.is_some() && !is_busy;
+        // The state before is freed first: two of them may not fit.
+        let rolls_back = self.roll_back.take().is_some();
+        if !writes && !rolls_back {
             return Ok(());
         }
         if let Some(words) = &mut self.words {
             words.catch_up()?;
         }
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
+        let snapshot = self.snapshot();
+        self.roll_back = rolls_back.then(|| RollBack::new(snapshot.share()));
         self.session.watchdog.beat();
-        // Nothing changes the optimizer after the last step.
-        let ended = self.step == self.total_steps;
-        let of_optimizer = |named: &Named| if ended { share_named(named) } else { Snapshot::copy(named) };
-        writer.save(Snapshot {
+        match &mut self.session.checkpoints {
+            Some(writer) if writes => writer.save(snapshot),
+            _ => Ok(()),
+        }
+    }
+
+    /// A copy of all that a checkpoint holds, while all words are up to date. Nothing changes the optimizer after the last step.
+    fn snapshot(&self) -> Snapshot {
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
+        let mut model = match &self.best {
+            Some((best, weights)) if best.step == self.step => share_named(weights),
+            _ => Snapshot::copy(self.session.model.parameters()),
+        };
+        model.extend(Snapshot::copy(self.session.objective.parameters()));
+        let mut optimizer = self.optimizer.state();
+        optimizer.extend(self.words.as_ref().map(Words::state).unwrap_or_default());
+        if self.step < self.total_steps {
+            optimizer = Snapshot::copy(&optimizer);
+        }
+        Snapshot {
             state: State {
                 step: self.step,
                 fingerprint: self.session.fingerprint.clone(),
                 best,
+                skipped: self.skipped.clone(),
                 history: self.history.clone(),
             },
-            model: {
-                let mut all = match &self.best {
-                    Some((best, weights)) if best.step == self.step => share_named(weights),
-                    _ => Snapshot::copy(self.session.model.parameters()),
-                };
-                all.extend(Snapshot::copy(self.session.objective.parameters()));
-                all
-            },
-            optimizer: {
-                let mut all = of_optimizer(&self.optimizer.state());
-                all.extend(of_optimizer(&self.words.as_ref().map(Words::state).unwrap_or_default()));
-                all
-            },
+            model,
+            optimizer,
             best: weights,
-        })
+        }
     }
 
     fn end_early(&mut self) -> Result<(), TrainError> {
@@ -395,14 +435,19 @@ impl<'a> Loop<'a> {
         let Some((best, weights)) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };
-        tch::no_grad(|| {
-            for (mut parameter, (_, saved)) in self.parameters.into_iter().zip(weights.iter()) {
-                parameter.f_copy_(saved)?;
-            }
-            Ok::<_, TrainError>(())
-        })?;
+        overwrite(&self.parameters, &weights)?;
         Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
     }
+}
+
+/// Overwrites tensors, as far as there are others, with those in the same places.
+fn overwrite(tensors: &[Tensor], saved: &[(String, Tensor)]) -> Result<(), TrainError> {
+    tch::no_grad(|| {
+        for (tensor, (_, saved)) in tensors.iter().zip(saved) {
+            tensor.shallow_clone().f_copy_(saved)?;
+        }
+        Ok(())
+    })
 }
 
 /// Overwrites tensors with those of the same names.

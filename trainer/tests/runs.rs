@@ -130,9 +130,12 @@ fn a_check_says_what_would_happen_and_all_that_is_wrong() {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status.code(), text(&output.stdout), text(&output.stderr))
     };
-    let (code, text, errors) = check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2}}));
+    let (code, text, errors) =
+        check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2, "crossValidation": {"folds": 4}}}));
     assert_eq!(code, Some(0), "{errors}");
-    for part in ["reviews: 2", "negative", "median", "22.7 M parameters", "steps", "rows a second", "GiB"] {
+    for part in
+        ["reviews: 2", "negative", "median", "22.7 M parameters", "steps", "4 trainings before", "rows a second", "GiB"]
+    {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     assert!(place.checkpoints("fine").is_empty(), "nothing was trained");

@@ -98,6 +98,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
     let validation = Arc::new(rows());
     let session = Session {
         spec: &spec,
+        stage: "Training".into(),
         device: Device::Cpu,
         bf16: false,
         group: None,

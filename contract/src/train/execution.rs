@@ -53,7 +53,9 @@ pub struct FailurePolicy {
     /// A step that takes longer ends the process with exit code 43; 0 turns the watch off.
     #[schemars(range(min = 0, max = 86400))]
     pub hang_seconds: u32,
-    /// What happens when loss or gradients are not finite.
+    /// What happens when loss or gradients are not finite: Fail ends with exit code 44; Skip leaves the step out; RollBack goes back to
+    /// the last checkpoint's state and leaves the step out, three times at most without a new checkpoint, and keeps a copy of
+    /// weights and optimizer on each process's device for it (with AdamW three times the weights).
     pub on_non_finite: OnNonFinite,
 }
 
@@ -69,4 +71,8 @@ pub enum OnNonFinite {
     Fail,
     /// Leave the step out and go on.
     Skip,
+    /// Go back to the last checkpoint's state, take the steps since then again, and leave out the one that was not finite: unlike
+    /// Skip this mends weights that were corrupted meanwhile. After three times without a new checkpoint the run ends with exit
+    /// code 44. Each process keeps a copy of weights and optimizer on its device: with AdamW three times the weights.
+    RollBack,
 }

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::SearchSpec;
+use super::{CrossValidationSpec, SearchSpec};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -73,6 +73,12 @@ pub struct Hyperparameters {
     /// Tries other values of some hyperparameters first, and trains with the best.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchSpec>,
+    /// Tells how far the score can be trusted: before the job's own training, one for each fold, on the training rows without the
+    /// fold, measured on the fold (never on test rows). Mean and deviation are in the report and among the summary's metrics, with
+    /// crossValidation/ in front; a search judges its trials by the mean. A job that was interrupted goes on with the first fold
+    /// that is not done, from that fold's beginning. Absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cross_validation: Option<CrossValidationSpec>,
 }
 
 impl Default for Hyperparameters {
@@ -99,6 +105,7 @@ impl Default for Hyperparameters {
             precision: Precision::Auto,
             max_sequence_length: 128,
             search: None,
+            cross_validation: None,
         }
     }
 }

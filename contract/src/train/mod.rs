@@ -3,6 +3,7 @@
 mod annotate;
 mod clean;
 mod compress;
+mod cross_validation;
 mod data;
 mod evaluate;
 mod execution;
@@ -22,6 +23,7 @@ use crate::Decimal;
 pub use annotate::*;
 pub use clean::*;
 pub use compress::*;
+pub use cross_validation::*;
 pub use data::*;
 pub use evaluate::*;
 pub use execution::*;
@@ -155,7 +157,8 @@ pub struct TrainSummary {
     /// Rows for training, validation, test.
     pub rows: RowCounts,
     /// Metrics on the test rows: `accuracy`, `macroF1`, and with a source's name in front, `reviews/accuracy`;
-    /// the baseline's have `baseline/` in front.
+    /// the baseline's have `baseline/` in front, the best validation's `validation/`, and a cross-validation's `crossValidation/`
+    /// (the mean over the folds, and with `/deviation` behind it their standard deviation).
     pub metrics: BTreeMap<String, Decimal>,
     /// Gates that did not hold, each in words with the numbers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -163,7 +166,7 @@ pub struct TrainSummary {
     /// What was chosen where the specification was silent: labels, precision, steps, ...
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub chosen: BTreeMap<String, String>,
-    /// Seconds from process start: `dataReady`, `firstStep`, `trained`, `evaluated`, `written`.
+    /// Seconds from process start: `dataReady`, `firstStep`, `crossValidated`, `trained`, `evaluated`, `written`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub timeline: BTreeMap<String, Decimal>,
 }

@@ -8,7 +8,7 @@ use serde::{
     de::{IntoDeserializer, value::Error},
 };
 
-use super::Metric;
+use super::{Hyperparameters, Metric};
 
 /// Trials of the same training with other hyperparameters. The best of them, by its metric on the validation rows, is what the job
 /// trains with; the test rows are looked at once, after that.
@@ -28,7 +28,7 @@ pub struct SearchSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub parallelism: u32,
-    /// What a trial is judged by, on the validation rows.
+    /// What a trial is judged by, on the validation rows or over the folds of crossValidation.
     #[serde(default)]
     pub objective: SearchObjective,
     /// The hyperparameters that are searched for; the others are as the job has them.
@@ -65,7 +65,7 @@ pub enum SearchAlgorithm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SearchObjective {
-    /// Measured on the validation rows.
+    /// Measured on the validation rows; where the job has crossValidation, the mean over its folds.
     pub metric: Metric,
     /// Which way is better.
     pub goal: SearchGoal,
@@ -78,11 +78,12 @@ impl Default for SearchObjective {
 }
 
 impl SearchObjective {
-    /// The metric's key in `TrainSummary::metrics`, such as `validation/accuracy`.
-    pub fn key(&self) -> String {
+    /// The metric's key in the `TrainSummary::metrics` of a trial of `job`: `validation/accuracy`, or `crossValidation/accuracy`.
+    pub fn key(&self, job: &Hyperparameters) -> String {
+        let measured = if job.cross_validation.is_some() { "crossValidation" } else { "validation" };
         let name = format!("{:?}", self.metric);
         let (first, rest) = name.split_at(1);
-        format!("validation/{}{rest}", first.to_lowercase())
+        format!("{measured}/{}{rest}", first.to_lowercase())
     }
 }
 
@@ -216,18 +217,18 @@ impl Default for AshaSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::CrossValidationSpec;
 
     #[test]
     fn a_short_search_gets_every_default() {
         let search: SearchSpec =
             serde_json::from_str(r#"{"parameters": [{"name": "learningRate", "values": [1e-5, 5e-5]}]}"#).unwrap();
         assert_eq!((search.algorithm, search.max_trials, search.parallelism), (SearchAlgorithm::TPE, 20, 1));
-        assert_eq!(search.objective.key(), "validation/accuracy");
-        assert_eq!(
-            SearchObjective { metric: Metric::MacroF1, goal: SearchGoal::Maximize }.key(),
-            "validation/macroF1",
-            "as the trainer names it"
-        );
+        let plain = Hyperparameters::default();
+        assert_eq!(search.objective.key(&plain), "validation/accuracy");
+        let f1 = SearchObjective { metric: Metric::MacroF1, goal: SearchGoal::Maximize };
+        let folded = Hyperparameters { cross_validation: Some(CrossValidationSpec { folds: 5 }), ..plain };
+        assert_eq!(f1.key(&folded), "crossValidation/macroF1", "as the trainer names it");
         assert_eq!("weightDecay".parse(), Ok(ParameterName::WeightDecay));
         assert_eq!(ParameterName::L1.to_string(), "l1");
         assert!("weightdecay".parse::<ParameterName>().unwrap_err().to_string().contains("weightDecay"));

@@ -117,11 +117,14 @@ fn groups_and_near_duplicates_are_never_parted() {
             }
         }
         assert!((100..350).contains(&parts.test.len()), "{}", parts.test.len());
-        let folds = data.folds(&split, &parts, 4).unwrap();
+        let folds = data.folds(&split, &parts.train, 4).unwrap();
         for fold in &folds {
             let held_out: HashSet<_> = fold.held_out.iter().collect();
             for row in 0..1200 {
                 assert_eq!(held_out.contains(&row), held_out.contains(&(row + 300)));
+            }
+            for row in (1499..1999).step_by(2) {
+                assert_eq!(held_out.contains(&row), held_out.contains(&(row + 1)), "near duplicates straddle folds");
             }
         }
     }
@@ -133,28 +136,27 @@ fn groups_and_near_duplicates_are_never_parted() {
 }
 
 #[test]
-fn folds_hold_each_row_out_once_and_test_rows_never() {
+fn folds_hold_each_of_their_rows_out_once() {
     let texts = texts(1000);
     let data = dataset(texts.iter().enumerate().map(|(row, text)| (text.as_str(), Some(["a", "b"][row % 2]), None)));
     for stratify in [false, true] {
         let split = SplitSpec { stratify, ..spec() };
         let parts = data.split(&split).unwrap();
-        let folds = data.folds(&split, &parts, 5).unwrap();
+        let folds = data.folds(&split, &parts.train, 5).unwrap();
         let mut seen = HashSet::new();
         for fold in &folds {
-            assert_eq!(fold.train.len() + fold.held_out.len(), parts.train.len() + parts.validation.len());
+            assert_eq!(fold.train.len() + fold.held_out.len(), parts.train.len());
             assert!(fold.held_out.is_sorted() && fold.train.is_sorted());
             assert!(fold.held_out.iter().all(|row| seen.insert(*row)), "a row is held out twice");
-            assert!(fold.held_out.iter().all(|row| !fold.train.contains(row) && !parts.test.contains(row)));
-            let shares = if stratify { 179..=181 } else { 140..=230 };
+            assert!(fold.held_out.iter().all(|row| !fold.train.contains(row) && parts.train.contains(row)));
+            let shares = if stratify { 159..=161 } else { 120..=210 };
             assert!(shares.contains(&fold.held_out.len()), "{}", fold.held_out.len());
         }
-        assert_eq!(seen.len(), parts.train.len() + parts.validation.len());
+        assert_eq!(seen.len(), parts.train.len());
     }
     let parts = data.split(&spec()).unwrap();
-    assert!(data.folds(&spec(), &parts, 1).unwrap_err().to_string().contains("two folds or more, not 1"));
-    let few = Parts { train: vec![0, 1], ..Parts::default() };
-    assert!(data.folds(&spec(), &few, 7).unwrap_err().to_string().contains("of 7: give more rows, or fewer folds"));
+    assert!(data.folds(&spec(), &parts.train, 1).unwrap_err().to_string().contains("two folds or more, not 1"));
+    assert!(data.folds(&spec(), &[0, 1], 7).unwrap_err().to_string().contains("of 7: give more rows, or fewer folds"));
 }
 
 #[test]

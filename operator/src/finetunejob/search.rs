@@ -80,10 +80,11 @@ pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> R
     let search = Search::new(spec, &train.hyperparameters)?;
     let recorded = job.status.as_ref().and_then(|status| status.search.clone()).unwrap_or_default();
     let mut records = recall(&recorded)?;
+    let key = spec.objective.key(&train.hyperparameters);
     if !recorded.done {
         adopt(&mut records, children);
         for record in records.iter_mut().filter(|record| record.trial.is_running()) {
-            settle(record, &job.name_any(), &spec.objective.key(), children);
+            settle(record, &job.name_any(), &key, children);
         }
     }
     let mut trials: Vec<Trial> = records.iter().map(|record| record.trial.clone()).collect();
@@ -180,7 +181,9 @@ fn status(job: &FineTuneJob, spec: &SearchSpec, search: &Search, records: &[Reco
     let best = search.best(&trials).map(|best| &trials[best]);
     let over = trials.iter().filter(|trial| !trial.is_running()).count();
     let of_best = best.and_then(|best| Decimal::new(*best.results.last()?));
-    let of_best = of_best.map(|value| format!(", best {} {value}", spec.objective.key())).unwrap_or_default();
+    let of_best = of_best
+        .map(|value| format!(", best {} {value}", spec.objective.key(&job.spec.train.hyperparameters)))
+        .unwrap_or_default();
     let count = if done { trials.len() } else { spec.max_trials as usize };
     let trial_status = |record: &Record| {
         let trial = &record.trial;

@@ -2,7 +2,7 @@
 
 use athanor_contract::{
     Decimal,
-    train::{TrainConfig, TrainSummary},
+    train::{CrossValidationSpec, Hyperparameters, TrainConfig, TrainSummary},
 };
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, TrialState, condition as types, label};
 use clap::Parser;
@@ -54,7 +54,8 @@ fn end(child: &mut FineTuneJob) {
     let accuracy = 1.0 - (h.learning_rate.log10() + 4.0).abs() / 4.0 - 1.0 / h.max_steps.unwrap() as f64;
     let mut conditions = Vec::new();
     condition::set(&mut conditions, types::SUCCEEDED, state, reason, "the loss was not finite", None, now());
-    let metrics = [("validation/accuracy".to_owned(), Decimal::new(accuracy).unwrap())].into();
+    let key = if h.cross_validation.is_some() { "crossValidation/accuracy" } else { "validation/accuracy" };
+    let metrics = [(key.to_owned(), Decimal::new(accuracy).unwrap())].into();
     let summary = Some(TrainSummary { metrics, ..TrainSummary::default() });
     child.status = Some(FineTuneJobStatus { conditions, summary, ..FineTuneJobStatus::default() });
 }
@@ -164,6 +165,25 @@ fn the_job_trains_with_the_best_of_its_trials() {
         if asha {
             assert!(best.results.len() == 3 && best.job.ends_with("-2"), "{best:?}");
         }
+    }
+}
+
+#[test]
+fn trials_of_a_cross_validated_job_are_judged_by_their_folds() {
+    for search in [
+        json!({"algorithm": "Random", "maxTrials": 6, "parallelism": 2}),
+        json!({"algorithm": "ASHA", "maxTrials": 9, "parallelism": 2, "asha": {"minimumSteps": 10}}),
+    ] {
+        let mut job = searching(search);
+        job.spec.train.hyperparameters.cross_validation = Some(CrossValidationSpec { folds: 4 });
+        let mut cluster = Cluster::new(job);
+        let (_, attempt) = cluster.run(|_| usize::MAX);
+        let found = cluster.job.status.clone().unwrap().search.unwrap();
+        assert!(found.text.contains("trials, best crossValidation/accuracy 0."), "{}", found.text);
+        let folds = |h: &Hyperparameters| h.cross_validation.map(|spec| spec.folds);
+        assert!(cluster.trials.iter().all(|trial| folds(&trial.spec.train.hyperparameters) == Some(4)));
+        let config: TrainConfig = serde_json::from_str(&attempt.unwrap().config.data.unwrap()["train.json"]).unwrap();
+        assert_eq!(folds(&config.spec.hyperparameters), Some(4));
     }
 }
 

@@ -11,7 +11,7 @@ pub mod tensorboard;
 pub mod termination;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -42,11 +42,14 @@ impl Timeline {
         Self { start, marks: Arc::default() }
     }
 
-    /// Notes that something has been reached now, and logs it.
+    /// Notes that something has been reached now, and logs it. Only its first time counts.
     pub fn mark(&self, name: &'static str) {
-        let elapsed_seconds = self.start.elapsed().as_secs_f64();
-        tracing::info!(milestone = name, elapsed_seconds, "reached");
-        self.marks.lock().unwrap_or_else(PoisonError::into_inner).insert(name, elapsed_seconds);
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Vacant(place) = marks.entry(name) {
+            let elapsed_seconds = self.start.elapsed().as_secs_f64();
+            place.insert(elapsed_seconds);
+            tracing::info!(milestone = name, elapsed_seconds, "reached");
+        }
     }
 
     pub fn elapsed(&self) -> f64 {
@@ -100,10 +103,10 @@ impl Reporter {
         Self { sender, update, timeline, bar, recent: VecDeque::with_capacity(WINDOW + 1), last_log: Instant::now() }
     }
 
-    /// Preparing, Training, Evaluating or Writing.
+    /// Preparing, Fold 1 of 5, Training, Evaluating or Writing.
     pub fn stage(&mut self, stage: &str) {
         stage.clone_into(&mut self.update.stage);
-        if let Some(bar) = self.bar.as_ref().filter(|_| stage != "Training") {
+        if let Some(bar) = &self.bar {
             bar.set_message(stage.to_owned());
         }
         self.send();
@@ -117,17 +120,20 @@ impl Reporter {
         }
     }
 
-    pub fn begin(&mut self, step: u64, total_steps: u64) {
+    /// A training begins, or one of several.
+    pub fn begin(&mut self, stage: &str, step: u64, total_steps: u64) {
         self.update.step = step;
         self.update.total_steps = total_steps;
+        self.update.metrics.clear();
         if let Some(bar) = &self.bar {
             bar.set_length(total_steps);
             bar.set_position(step);
             bar.reset_eta();
         }
+        self.recent.clear();
         self.recent.push_back((Instant::now(), 0, 0));
         gauge!("athanor_train_steps").set(total_steps as f64);
-        self.stage("Training");
+        self.stage(stage);
     }
 
     pub fn step(&mut self, step: Step) {
@@ -152,10 +158,11 @@ impl Reporter {
         gauge!("athanor_train_gradient_norm").set(step.gradient_norm);
         if let Some(bar) = &self.bar {
             bar.set_position(step.step);
-            bar.set_message(format!("loss {:.4}, {samples_per_second:.0} samples/s", step.loss));
+            bar.set_message(format!("{}: loss {:.4}, {samples_per_second:.0} samples/s", self.update.stage, step.loss));
         } else if self.last_log.elapsed() > LOG_EVERY {
             self.last_log = Instant::now();
             tracing::info!(
+                stage = self.update.stage,
                 step = step.step,
                 total_steps = self.update.total_steps,
                 loss = step.loss,

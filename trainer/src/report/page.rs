@@ -13,6 +13,7 @@ use super::{
 use crate::{
     TrainError,
     compress::Form,
+    cross_validation::{CrossValidation, FoldResult},
     data::{Dataset, Encoded, Parts},
     evaluate::Predictions,
     objectives,
@@ -53,6 +54,8 @@ pub struct Report<'a> {
     pub annotation: Option<&'a AnnotationReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<&'a SelectionReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cross_validation: Option<&'a CrossValidation>,
     /// The trained model and its smaller forms; empty where none were asked for.
     #[serde(skip_serializing_if = "<[Form]>::is_empty")]
     pub forms: &'a [Form],
@@ -237,8 +240,35 @@ struct Page<'a> {
     timeline: Vec<(String, String)>,
     /// Rows of the confusion matrix: label and (rows, share of the label's rows) for each prediction; empty for many labels.
     matrix: Vec<(String, Vec<(usize, f64)>)>,
+    folds: Option<FoldTable>,
     /// Instead of the matrix.
     confused: Vec<&'a Confusion>,
+}
+
+/// A cross-validation fold by fold.
+#[derive(Serialize)]
+struct FoldTable {
+    /// Metrics over all rows of a fold.
+    names: Vec<String>,
+    /// Rows trained on, rows held out and best step of each fold, and its metrics as text.
+    rows: Vec<(usize, usize, u64, Vec<String>)>,
+    /// Mean and deviation of each metric.
+    spreads: Vec<String>,
+}
+
+impl FoldTable {
+    fn new(found: &CrossValidation) -> Self {
+        let whole: Vec<_> = found.metrics.iter().filter(|(name, _)| !name.contains('/')).collect();
+        let row = |fold: &FoldResult| {
+            let value = |name: &String| fold.metrics.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
+            (fold.train, fold.held_out, fold.best_step, whole.iter().map(|(name, _)| value(name)).collect())
+        };
+        Self {
+            names: whole.iter().map(|(name, _)| (*name).clone()).collect(),
+            rows: found.folds.iter().map(row).collect(),
+            spreads: whole.iter().map(|(_, spread)| format!("{:.4} ± {:.4}", spread.mean, spread.deviation)).collect(),
+        }
+    }
 }
 
 /// Writes both files into a folder.
@@ -299,6 +329,7 @@ fn html(report: &Report) -> Result<String, TrainError> {
             marks.into_iter().map(|(name, value)| (name.clone(), format!("{:.1} s", value.get()))).collect()
         },
         matrix: if small { matrix(report.labels, &classes.confusion) } else { Vec::new() },
+        folds: report.cross_validation.map(FoldTable::new),
         confused: if small { Vec::new() } else { confused() },
     };
     let mut environment = minijinja::Environment::new();
@@ -388,6 +419,15 @@ mod tests {
             left_out: left_out.map(str::to_owned),
         };
         let forms = [form("trained", 4_000_000, None), form("int8 weights", 1_000_000, Some("it costs 0.1 accuracy"))];
+        let fold = |fold, accuracy: f64| FoldResult {
+            fold,
+            train: 31,
+            held_out: 17,
+            steps: 9,
+            best_step: 8,
+            metrics: [("accuracy".to_owned(), accuracy), ("reviews/accuracy".to_owned(), accuracy)].into(),
+        };
+        let cross_validation = CrossValidation::new(vec![fold(1, 0.625), fold(2, 0.875)]);
         let report = Report {
             job: "first",
             created: "2026-01-01T00:00:00Z".into(),
@@ -406,6 +446,7 @@ mod tests {
             cleaning: None,
             annotation: None,
             selection: None,
+            cross_validation: Some(&cross_validation),
             forms: &forms,
             classes: Some(Classes {
                 confusion: confusion(&labels, &rows, &predictions),
@@ -426,6 +467,8 @@ mod tests {
             "<svg",
             "crossEntropy",
             "it costs 0.1",
+            "0.6250",
+            "0.7500 ± 0.1768",
             "s3:&#x2f;&#x2f;b&#x2f;teacher",
         ] {
             assert!(html.contains(part), "{part} is not in {html}");
@@ -434,6 +477,8 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(folder.path().join(JSON)).unwrap()).unwrap();
         assert_eq!(json["mistakes"][0]["predicted"], "positive");
+        assert_eq!(json["crossValidation"]["metrics"]["accuracy"]["mean"], 0.75);
+        assert_eq!(json["crossValidation"]["folds"][1]["heldOut"], 17);
         assert_eq!(json["confusion"].as_array().unwrap().len(), 2);
     }
 }

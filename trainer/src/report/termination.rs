@@ -59,6 +59,7 @@ fn shorten(summary: &mut TrainSummary, attempt: usize) {
             !name.contains('/')
                 || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")
                 || name.starts_with("validation/")
+                || name.starts_with("crossValidation/")
         }),
         2 => {
             summary.failed_gates =

@@ -123,6 +123,17 @@ impl Place {
         steps
     }
 
+    /// Files of this name in the folder `out`, wherever they are.
+    pub fn files(&self, out: &str, name: &str) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        find(&self.folder.path().join(out), &mut |path| {
+            if path.ends_with(name) {
+                files.push(path.to_owned());
+            }
+        });
+        files
+    }
+
     /// Waits until the run has taken this step.
     pub fn wait_for_step(&self, out: &str, child: &mut Child, step: u64) {
         let deadline = Instant::now() + Duration::from_secs(120);

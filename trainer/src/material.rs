@@ -1,0 +1,221 @@
+//! What the trainings of a run have in common, and what one of them learns from: rows as tokens, those that were selected, and the
+//! teacher's answers.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use athanor_contract::train::{SelectSpec, Task, TeacherOutputs, TrainConfig};
+use athanor_models::{Model, Tokenizer};
+use athanor_torch::ProcessGroup;
+use tch::{Device, Tensor};
+
+use crate::{
+    TrainError,
+    data::{Dataset, Encoded},
+    distributed::Topology,
+    evaluate,
+    objectives::{
+        self, Objective, Teacher,
+        teacher::{MOST_CACHED, Online, cached_at, read_cached, write_cached},
+    },
+    prepare::Prepared,
+    report::Reporter,
+    run::Surroundings,
+    select::{self, Selection, SelectionReport},
+    setup,
+};
+
+/// What all trainings of a run have in common.
+pub struct Common<'a> {
+    pub config: &'a TrainConfig,
+    pub topology: &'a Topology,
+    pub around: &'a Surroundings,
+    /// This process's own folder.
+    pub work: &'a Path,
+    pub prepared: &'a Prepared,
+    pub encoder: RowEncoder<'a>,
+    pub bf16: bool,
+}
+
+/// Turns rows of the dataset into tokens; other than the rest, threads can share it.
+pub struct RowEncoder<'a> {
+    pub dataset: &'a Dataset,
+    pub task: Task,
+    pub labels: Vec<String>,
+    pub tokenizer: Tokenizer,
+    /// Tokens that texts are cut to.
+    pub max_length: usize,
+}
+
+impl RowEncoder<'_> {
+    /// The given rows, in their order.
+    ///
+    /// # Errors
+    /// As [`Encoded::new`].
+    pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
+        Encoded::new(self.dataset, rows, self.task, &self.labels, &self.tokenizer, self.max_length)
+    }
+}
+
+impl Common<'_> {
+    pub fn device(&self) -> Device {
+        self.topology.device()
+    }
+
+    pub fn group(&self) -> Option<&ProcessGroup> {
+        self.prepared.group.as_ref()
+    }
+
+    /// The model as every training begins with it.
+    pub fn load_model(&self) -> Result<Model, TrainError> {
+        setup::load_model(&self.config.spec, &self.prepared.parent, &self.encoder.labels, self.device())
+    }
+
+    /// What is minimised, with parameters of its own.
+    pub fn objective(&self, model: &Model, teacher: Option<&Teacher>) -> Result<Objective, TrainError> {
+        let spec = &self.config.spec;
+        let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
+        Objective::new(terms, spec.model.task, model, teacher, spec.hyperparameters.seed as u64, self.device())
+    }
+}
+
+/// What one training learns from.
+pub struct Material {
+    /// Selected rows, if a selection was asked for.
+    pub train: Encoded,
+    pub teacher: Option<Teacher>,
+    pub selection: Option<SelectionReport>,
+}
+
+impl Material {
+    /// From rows of the dataset, as numbers. `model` looks at them for a selection where there is no teacher.
+    pub fn new(
+        common: &Common,
+        rows: &[usize],
+        model: &Model,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Self, TrainError> {
+        let spec = &common.config.spec;
+        let mut train = common.encoder.encode(rows)?;
+        let mut teacher = match &common.prepared.teacher {
+            Some(folder) => {
+                let texts: Vec<&str> = rows.iter().map(|&row| common.prepared.dataset.rows.text(row)).collect();
+                let (parent, device) = (&common.prepared.parent, common.device());
+                let RowEncoder { labels, max_length, .. } = &common.encoder;
+                Some(setup::load_teacher(spec, folder, parent, labels, *max_length, &texts, device)?)
+            }
+            None => None,
+        };
+        let selection = match &spec.data.select {
+            Some(select) => {
+                if let Some(reporter) = reporter.as_mut() {
+                    reporter.stage("Selecting");
+                }
+                let viewer = teacher.as_ref().map_or(model, Online::model);
+                let texts = teacher.as_ref().and_then(Online::own_rows).unwrap_or(&train.ids);
+                let selection = common.select(select, viewer, texts, &train)?;
+                train.select(&selection.rows);
+                if let Some(teacher) = &mut teacher {
+                    teacher.keep_rows(&selection.rows);
+                }
+                Some(selection.report)
+            }
+            None => None,
+        };
+        let teacher = match teacher {
+            Some(teacher) => Some(common.teacher_outputs(teacher, rows, &train, reporter)?),
+            None => None,
+        };
+        Ok(Self { train, teacher, selection })
+    }
+}
+
+impl Common<'_> {
+    /// Chooses training rows on rank 0, for all ranks.
+    fn select(
+        &self,
+        spec: &SelectSpec,
+        viewer: &Model,
+        rows: &[Vec<u32>],
+        train: &Encoded,
+    ) -> Result<Selection, TrainError> {
+        let (device, group) = (self.device(), self.group());
+        let beat = || self.around.watchdog.beat();
+        let vectors = evaluate::embed(viewer, rows, group, device, self.bf16, beat)?.to_device(Device::Cpu);
+        self.around.watchdog.rest();
+        let mut selection = select::select(spec, &vectors, &train.labels, &self.encoder.labels)?;
+        if let Some(group) = group {
+            // Sums may differ in their last bit from machine to machine.
+            let mut marks = vec![0_i64; train.len()];
+            selection.rows.iter().for_each(|&row| marks[row] = 1);
+            let marks = Tensor::from_slice(&marks).to_device(device);
+            group.broadcast(&marks, 0)?;
+            let marks = Vec::<i64>::try_from(marks)?;
+            selection.rows = (0..marks.len()).filter(|&row| marks[row] == 1).collect();
+        }
+        tracing::info!(rows = selection.rows.len(), of = train.len(), report = ?selection.report, "selected");
+        Ok(selection)
+    }
+
+    /// The teacher's answers, computed once and kept beside the output where they are small and the objective needs no more.
+    /// `rows` are those that `train` was selected from.
+    fn teacher_outputs(
+        &self,
+        teacher: Online,
+        rows: &[usize],
+        train: &Encoded,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Teacher, TrainError> {
+        let (spec, runtime, device) = (&self.config.spec, &self.around.runtime, self.device());
+        let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
+        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+        let online = by_token
+            || spec.model.task != Task::TextClassification
+            || asked == Some(TeacherOutputs::Online)
+            || (asked.is_none() && train.len() * teacher.outputs() > MOST_CACHED);
+        if online {
+            return Ok(Teacher::Online(Box::new(teacher)));
+        }
+        if let Some(reporter) = reporter.as_mut() {
+            reporter.stage("Asking the teacher");
+        }
+        let (Some(folder), group) = (&self.prepared.teacher, self.group()) else {
+            return Err(TrainError::Other("the teacher's folder is not there".into()));
+        };
+        let output = athanor_store::open(&spec.output.to)?;
+        let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
+        let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
+        let place = cached_at(&output, folder, &identity)?;
+        let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
+        // Only if every rank found them: the others would wait for sums.
+        let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
+        if let Some(group) = group {
+            group.all_reduce_sum(&found)?;
+        }
+        if let Some(kept) = kept
+            && found.int64_value(&[0]) == self.topology.world() as i64
+        {
+            tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+            return Ok(Teacher::Cached(kept.to_device(device)));
+        }
+        let mut last = Instant::now();
+        let logits = teacher.all_logits(&train.ids, group, device, self.bf16, |done| {
+            self.around.watchdog.beat();
+            if let Some(reporter) = reporter.as_mut() {
+                reporter.asked(done, train.len());
+            }
+            if last.elapsed() > Duration::from_secs(10) {
+                last = Instant::now();
+                tracing::info!(rows = done, of = train.len(), "asking the teacher");
+            }
+        })?;
+        self.around.watchdog.rest();
+        self.around.timeline.mark("taught");
+        if self.topology.rank() == 0 {
+            runtime.block_on(write_cached(&place, &logits, self.work))?;
+        }
+        Ok(Teacher::Cached(logits))
+    }
+}
