@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
-use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, clip_grad_norm, zero_grad};
 use tch::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
@@ -85,6 +85,8 @@ struct Loop<'a> {
     /// Those that weight decay and penalties are about.
     decayed: Vec<Tensor>,
     optimizer: Optimizer,
+    /// The ranks among which the optimizer's state is dealt out, if it is.
+    shards: Option<&'a ProcessGroup>,
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -111,7 +113,9 @@ impl<'a> Loop<'a> {
         let [decayed, exempt] = weight_decay_groups(&named);
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
         let shared = decayed.iter().map(Tensor::shallow_clone).collect();
-        let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)]);
+        let shards = session.group.filter(|_| session.spec.distributed.shard_optimizer);
+        let shard = shards.map_or(Shard::WHOLE, |group| Shard { rank: group.rank(), world: group.world() });
+        let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)], shard)?;
         let mut best = None;
         let mut step = 0;
         let mut history = History::default();
@@ -121,7 +125,8 @@ impl<'a> Loop<'a> {
             let mut weights = restored.model(device)?;
             session.model.load_parameters(&mut weights)?;
             load_named(&mut weights, session.objective.parameters())?;
-            let mut state = restored.optimizer(device)?;
+            // Not on the device, which may have no room for more than a shard.
+            let mut state = restored.optimizer(Device::Cpu)?;
             optimizer.load_state(|name| state.take_any(name))?;
             if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
                 best = Some((found, take_all(&mut weights, session.model.parameters())?));
@@ -155,6 +160,7 @@ impl<'a> Loop<'a> {
             parameters,
             decayed,
             optimizer,
+            shards,
             reducer,
             steps_per_epoch,
             total_steps,
@@ -254,6 +260,9 @@ impl<'a> Loop<'a> {
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
         if loss.is_finite() && gradient_norm.is_finite() {
             self.optimizer.step(learning_rate)?;
+            if let Some(group) = self.shards {
+                self.optimizer.share_parameters(group)?;
+            }
         } else {
             let what = if loss.is_finite() { "the gradient" } else { "the loss" };
             match self.session.spec.failure_policy.on_non_finite {
@@ -317,13 +326,15 @@ impl<'a> Loop<'a> {
 
     /// Starts to write a checkpoint. One that is not `needed` is left out while the one before is still being written.
     fn checkpoint(&mut self, needed: bool) -> Result<(), TrainError> {
-        let Some(writer) = &mut self.session.checkpoints else { return Ok(()) };
-        if writer.is_busy() && !needed {
+        let busy = self.session.checkpoints.as_ref().is_some_and(Writer::is_busy);
+        if self.rank_0_says(busy && !needed)? {
             tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
             return Ok(());
         }
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         self.session.watchdog.beat();
+        let optimizer = self.optimizer_state()?;
+        let Some(writer) = &mut self.session.checkpoints else { return Ok(()) };
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         writer.save(Snapshot {
             state: State {
                 step: self.step,
@@ -336,9 +347,26 @@ impl<'a> Loop<'a> {
                 all.extend(Snapshot::copy(self.session.objective.parameters()));
                 all
             },
-            optimizer: Snapshot::copy(&self.optimizer.state()),
+            optimizer,
             best: weights,
         })
+    }
+
+    /// Where the optimizer's state is dealt out, all ranks take part in a checkpoint, or none: what rank 0 decides.
+    fn rank_0_says(&self, answer: bool) -> Result<bool, TrainError> {
+        let Some(group) = self.shards else { return Ok(answer) };
+        let shared = Tensor::from_slice(&[i64::from(answer)]).to_device(self.session.device);
+        group.broadcast(&shared, 0)?;
+        Ok(shared.int64_value(&[0]) == 1)
+    }
+
+    /// A copy of the optimizer's whole state for the rank that writes it; nothing for the others.
+    fn optimizer_state(&self) -> Result<Named, TrainError> {
+        match (self.shards, &self.session.checkpoints) {
+            (Some(group), _) => Ok(self.optimizer.gather_state(group)?),
+            (None, Some(_)) => Ok(Snapshot::copy(&self.optimizer.state())),
+            (None, None) => Ok(Named::new()),
+        }
     }
 
     fn end_early(&mut self) -> Result<(), TrainError> {
