@@ -45,6 +45,9 @@ pub struct ProcessGroup {
 unsafe impl Send for ProcessGroup {}
 
 impl ProcessGroup {
+    /// What [`ProcessGroup::broadcast_all`] sends at a time.
+    const BUFFER_BYTES: i64 = 25 << 20;
+
     /// Blocks until all ranks have arrived.
     pub fn new(backend: Backend, at: &Rendezvous) -> Result<Self, Error> {
         let text = |value: &str| CString::new(value).map_err(|_| Error::Torch(format!("{value:?} is not a host name")));
@@ -94,6 +97,29 @@ impl ProcessGroup {
         // SAFETY: as in all_reduce_sum.
         ffi::call(|message| unsafe {
             ffi::athanor_broadcast(self.handle.as_ptr(), ffi::pointer(tensor), root, message)
+        })
+    }
+
+    /// Overwrites tensors with those of rank `root`, many small ones in one message; shapes and kinds have to be the same on all
+    /// ranks.
+    pub fn broadcast_all(&self, tensors: &[Tensor], root: usize) -> Result<(), Error> {
+        if tensors.is_empty() {
+            return Ok(());
+        }
+        let root = c_int::try_from(root).map_err(|_| Error::Torch("root is not a rank".into()))?;
+        let pointers = ffi::pointers(tensors);
+        ffi::call(|message| {
+            // SAFETY: handle and tensors are alive for the call, which waits for the collectives to end.
+            unsafe {
+                ffi::athanor_broadcast_coalesced(
+                    self.handle.as_ptr(),
+                    pointers.as_ptr(),
+                    pointers.len(),
+                    Self::BUFFER_BYTES,
+                    root,
+                    message,
+                )
+            }
         })
     }
 

@@ -29,6 +29,14 @@ unsafe extern "C" {
         root: c_int,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_broadcast_coalesced(
+        group: *mut c_void,
+        tensors: *const TensorPointer,
+        count: usize,
+        buffer_bytes: i64,
+        root: c_int,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
@@ -66,6 +74,7 @@ unsafe extern "C" {
     pub fn athanor_optimizer_step(
         rule: c_int,
         parameters: *const TensorPointer,
+        gradients: *const TensorPointer,
         first: *const TensorPointer,
         second: *const TensorPointer,
         steps: *const TensorPointer,

@@ -10,6 +10,7 @@ mod ffi;
 mod linear;
 mod optimizer;
 mod runtime;
+mod sharding;
 mod table;
 
 pub use distributed::{Backend, ProcessGroup, Reducer, Rendezvous};
@@ -17,6 +18,7 @@ pub use dropout::dropout;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
 pub use optimizer::{Optimizer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
 pub use runtime::{Autocast, exit_now, has_nccl, keep_freed_memory, rng_state, set_num_threads, set_rng_state};
+pub use sharding::Shard;
 pub use table::TableAdam;
 
 /// What libtorch said when a call failed.
@@ -27,6 +29,12 @@ pub enum Error {
     LostPeer(String),
     #[error("libtorch: {0}")]
     Torch(String),
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error.to_string())
+    }
 }
 
 /// Tests of one process share libtorch's generator: those that draw from it take turns.

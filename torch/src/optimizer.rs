@@ -2,9 +2,9 @@
 
 use std::ffi::c_int;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{Error, ffi};
+use crate::{Error, ProcessGroup, Shard, ffi, sharding::Cuts};
 
 /// Runs the backward pass of a scalar loss; inside it a [`crate::Reducer`] talks to the other ranks.
 pub fn backward(loss: &Tensor) -> Result<(), Error> {
@@ -78,49 +78,90 @@ impl Rule {
     }
 }
 
-/// A rule with its state; one kernel over all parameters of a weight-decay group where libtorch has one.
+/// A rule with its state, or with one [`Shard`] of it; one kernel over all parameters of a weight-decay group where libtorch has one.
 pub struct Optimizer {
     rule: Rule,
+    shard: Shard,
     groups: Vec<Group>,
 }
 
 struct Group {
     weight_decay: f64,
     parameters: Vec<Tensor>,
-    /// The rule's two state tensors, shaped like the parameters (empty where it has but one), and the step counters `[]`.
+    /// Where each parameter is cut among the ranks.
+    cuts: Vec<Cuts>,
+    /// The rule's two state tensors, shaped like this shard's parts of the parameters (empty where it has but one), and the step
+    /// counters `[]`, which every shard has.
     state: [Vec<Tensor>; 3],
 }
 
+impl Group {
+    fn new(rule: Rule, weight_decay: f64, parameters: Vec<Tensor>, shard: Shard) -> Result<Self, Error> {
+        let sizes: Vec<i64> = parameters.iter().map(|p| p.numel() as i64).collect();
+        let mut group =
+            Self { weight_decay, parameters, cuts: Cuts::of(&sizes, shard.world), state: Default::default() };
+        let parts = group.parts(shard.rank)?;
+        for (tensors, name) in std::iter::zip(&mut group.state, rule.state()) {
+            let zeros = |part: &Tensor| if name.is_empty() { Tensor::new() } else { part.zeros_like() };
+            *tensors = parts.iter().map(zeros).collect();
+        }
+        group.state[2] = parts.iter().map(|part| Tensor::zeros([], (Kind::Float, part.device()))).collect();
+        Ok(group)
+    }
+
+    /// A rank's parts of the parameters, sharing their memory.
+    fn parts(&self, rank: usize) -> Result<Vec<Tensor>, Error> {
+        std::iter::zip(&self.parameters, &self.cuts).map(|(p, cuts)| cuts.part(&p.detach(), rank)).collect()
+    }
+
+    /// A rank's parts of the gradients, which must be there.
+    fn gradients(&self, rank: usize) -> Result<Vec<Tensor>, Error> {
+        let part = |(parameter, cuts): (&Tensor, &Cuts)| {
+            let gradient = parameter.grad();
+            if !gradient.defined() {
+                return Err(Error::Torch("a parameter has no gradient".into()));
+            }
+            cuts.part(&gradient, rank)
+        };
+        std::iter::zip(&self.parameters, &self.cuts).map(part).collect()
+    }
+}
+
+/// A state tensor, or this shard's part of it.
+struct Entry<'a> {
+    /// `{group}.{index}.{name}`.
+    name: String,
+    tensor: &'a Tensor,
+    /// The parameter whose shape the whole has, and where it is cut; the counters are of no shape and whole everywhere.
+    like: Option<(&'a Tensor, &'a Cuts)>,
+}
+
 impl Optimizer {
-    /// Groups of (weight decay, parameters); the state starts at zero.
-    pub fn new(rule: Rule, groups: Vec<(f64, Vec<Tensor>)>) -> Self {
+    /// Groups of (weight decay, parameters); the state starts at zero. Parameters that several ranks share must be contiguous.
+    pub fn new(rule: Rule, groups: Vec<(f64, Vec<Tensor>)>, shard: Shard) -> Result<Self, Error> {
         let groups = groups
             .into_iter()
             .filter(|(_, parameters)| !parameters.is_empty())
-            .map(|(weight_decay, parameters)| {
-                let [first, second] = rule.state().map(|name| {
-                    let zeros = |p: &Tensor| if name.is_empty() { Tensor::new() } else { p.detach().zeros_like() };
-                    parameters.iter().map(zeros).collect::<Vec<_>>()
-                });
-                let steps = parameters.iter().map(|p| Tensor::zeros([], (Kind::Float, p.device()))).collect();
-                Group { weight_decay, state: [first, second, steps], parameters }
-            })
-            .collect();
-        Self { rule, groups }
+            .map(|(weight_decay, parameters)| Group::new(rule, weight_decay, parameters, shard))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { rule, shard, groups })
     }
 
-    /// One step with the gradients that the parameters hold; every parameter must have one.
+    /// One step with the gradients that the parameters hold; every parameter must have one. It changes this shard's parts of the
+    /// parameters alone: [`Optimizer::share_parameters`] brings the others.
     pub fn step(&mut self, learning_rate: f64) -> Result<(), Error> {
         let (rule, a, b, momentum, epsilon) = self.rule.numbers();
         for group in &self.groups {
-            let parameters = ffi::pointers(&group.parameters);
+            let (parameters, gradients) = (group.parts(self.shard.rank)?, group.gradients(self.shard.rank)?);
+            let [parameter_list, gradient_list] = [&parameters, &gradients].map(|tensors| ffi::pointers(tensors));
             let [first, second, steps] = group.state.each_ref().map(|tensors| ffi::pointers(tensors));
             ffi::call(|message| {
-                // SAFETY: four lists of the same length, whose tensors are alive for the call.
+                // SAFETY: five lists of the same length, whose tensors are alive for the call.
                 unsafe {
                     ffi::athanor_optimizer_step(
                         rule,
-                        parameters.as_ptr(),
+                        parameter_list.as_ptr(),
+                        gradient_list.as_ptr(),
                         first.as_ptr(),
                         second.as_ptr(),
                         steps.as_ptr(),
@@ -139,42 +180,82 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The state as named tensors `{group}.{index}.{name}`, sharing memory with the optimizer.
+    /// After a step of all shards, gives every rank the parts of the parameters that the others have updated.
+    pub fn share_parameters(&mut self, ranks: &ProcessGroup) -> Result<(), Error> {
+        for owner in 0..self.shard.world {
+            let mut parts = Vec::new();
+            for group in &self.groups {
+                parts.extend(group.parts(owner)?.into_iter().filter(|part| part.numel() > 0));
+            }
+            ranks.broadcast_all(&parts, owner)?;
+        }
+        Ok(())
+    }
+
+    /// The state as named tensors `{group}.{index}.{name}`, sharing memory with the optimizer: this shard's parts of them.
     pub fn state(&self) -> Vec<(String, Tensor)> {
-        let [first, second] = self.rule.state();
+        self.entries().into_iter().map(|entry| (entry.name, entry.tensor.shallow_clone())).collect()
+    }
+
+    /// The whole state on rank 0, copied into the CPU's memory, with the names and shapes it has without shards; nothing on the other
+    /// ranks, all of which have to call it.
+    pub fn gather_state(&self, ranks: &ProcessGroup) -> Result<Vec<(String, Tensor)>, Error> {
         let mut named = Vec::new();
+        for Entry { name, tensor, like } in self.entries() {
+            let whole = match like {
+                Some((parameter, cuts)) => cuts.gather(&parameter.detach(), tensor, ranks)?,
+                None => (ranks.rank() == 0).then(|| tensor.to_device(Device::Cpu).copy()),
+            };
+            named.extend(whole.map(|whole| (name, whole)));
+        }
+        Ok(named)
+    }
+
+    /// Overwrites the state with what [`Optimizer::state`] gave, or with this shard's parts of a whole one, which
+    /// [`Optimizer::gather_state`] gave, or [`Optimizer::state`] without shards.
+    pub fn load_state(&mut self, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
+        for Entry { name, tensor, like } in self.entries() {
+            let mut saved = find(&name).ok_or_else(|| Error::Torch(format!("optimizer state {name} is missing")))?;
+            if saved.size() != tensor.size() {
+                match like {
+                    Some((parameter, cuts)) if saved.size() == parameter.size() => {
+                        saved = cuts.part(&saved, self.shard.rank)?;
+                    }
+                    _ => return Err(Error::Torch(format!("optimizer state {name} has another shape"))),
+                }
+            }
+            tensor.shallow_clone().f_copy_(&saved)?;
+        }
+        Ok(())
+    }
+
+    fn entries(&self) -> Vec<Entry<'_>> {
+        let [first, second] = self.rule.state();
+        let mut entries = Vec::new();
         for (g, group) in self.groups.iter().enumerate() {
             for (tensors, what) in group.state.iter().zip([first, second, "step"]).filter(|(_, what)| !what.is_empty())
             {
-                named.extend(tensors.iter().enumerate().map(|(i, t)| (format!("{g}.{i}.{what}"), t.shallow_clone())));
+                let likes = std::iter::zip(&group.parameters, &group.cuts);
+                entries.extend(tensors.iter().zip(likes).enumerate().map(|(i, (tensor, like))| Entry {
+                    name: format!("{g}.{i}.{what}"),
+                    tensor,
+                    like: (what != "step").then_some(like),
+                }));
             }
         }
-        named
-    }
-
-    /// Overwrites the state with what [`Optimizer::state`] once gave.
-    pub fn load_state(&mut self, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
-        for (name, mut tensor) in self.state() {
-            let saved = find(&name).ok_or_else(|| Error::Torch(format!("optimizer state {name} is missing")))?;
-            if saved.size() != tensor.size() {
-                return Err(Error::Torch(format!("optimizer state {name} has another shape")));
-            }
-            tensor.f_copy_(&saved).map_err(|error| Error::Torch(error.to_string()))?;
-        }
-        Ok(())
+        entries
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
     /// Three steps on `w` from 1, -2 with the gradients 0.5, -1 and then 0.1 times the weights.
     fn run(rule: Rule, weight_decay: f64) -> (Vec<f64>, Optimizer) {
         let mut w = Tensor::from_slice(&[1.0_f32, -2.0]).to_device(Device::Cpu).set_requires_grad(true);
-        let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![w.shallow_clone()])]);
+        let groups = vec![(weight_decay, vec![w.shallow_clone()])];
+        let mut optimizer = Optimizer::new(rule, groups, Shard::WHOLE).unwrap();
         for step in 0..3 {
             zero_grad(&[w.shallow_clone()], false).unwrap();
             let loss = if step == 0 {

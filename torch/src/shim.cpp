@@ -6,6 +6,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/csrc/distributed/c10d/comm.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 #ifdef ATHANOR_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
@@ -267,6 +268,14 @@ int athanor_broadcast(Group* group, at::Tensor* tensor, int root, char** message
   });
 }
 
+int athanor_broadcast_coalesced(Group* group, at::Tensor* const* tensors, size_t count, int64_t buffer_bytes, int root,
+                                char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    c10d::broadcast_coalesced(group->group, list(tensors, count), static_cast<size_t>(buffer_bytes), root);
+  });
+}
+
 int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
 }
@@ -359,18 +368,13 @@ int athanor_add_penalty(at::Tensor* const* parameters, size_t count, double l1, 
 // One step of rule 0 SGD, 1 Adam, 2 AdamW, 3 RMSprop. `first` and `second` are the rule's state: momentum and nothing; first and
 // second moments; mean squares and momentum. For Adam `a` and `b` are its betas, for RMSprop `b` is the decay of the squares; `momentum`
 // is SGD's and RMSprop's.
-int athanor_optimizer_step(int rule, at::Tensor* const* parameters, at::Tensor* const* first, at::Tensor* const* second,
-                           at::Tensor* const* steps, size_t count, double lr, double a, double b, double momentum,
-                           double weight_decay, double eps, char** message) {
+int athanor_optimizer_step(int rule, at::Tensor* const* parameters, at::Tensor* const* gradients, at::Tensor* const* first,
+                           at::Tensor* const* second, at::Tensor* const* steps, size_t count, double lr, double a, double b,
+                           double momentum, double weight_decay, double eps, char** message) {
   return guarded(message, [&] {
     torch::NoGradGuard no_grad;
     auto params = list(parameters, count);
-    std::vector<at::Tensor> grads;
-    grads.reserve(count);
-    for (auto& parameter : params) {
-      TORCH_CHECK(parameter.grad().defined(), "a parameter has no gradient");
-      grads.push_back(parameter.grad());
-    }
+    auto grads = list(gradients, count);
     auto state = list(first, count);
     auto step_list = list(steps, count);
     at::_foreach_add_(step_list, 1);

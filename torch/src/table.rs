@@ -84,24 +84,26 @@ impl TableAdam {
         })
     }
 
-    /// The state as named tensors, sharing memory but for the counter; up to date after [`TableAdam::catch_up_all`].
-    pub fn state(&self) -> Vec<(String, Tensor)> {
+    /// The state as named tensors, sharing memory but for the counter; up to date after [`TableAdam::catch_up_all`]. They are those
+    /// that an [`Optimizer`](crate::Optimizer) has for its parameter `{group}.{index}`, whose name this is.
+    pub fn state(&self, name: &str) -> Vec<(String, Tensor)> {
         let [first, second] = self.moments.each_ref().map(Tensor::shallow_clone);
-        let step = Tensor::from(self.base);
-        vec![("table.exp_avg".into(), first), ("table.exp_avg_sq".into(), second), ("table.step".into(), step)]
+        let step = Tensor::from(self.base as f32);
+        [("exp_avg", first), ("exp_avg_sq", second), ("step", step)]
+            .map(|(what, tensor)| (format!("{name}.{what}"), tensor))
+            .into()
     }
 
     /// Overwrites the state with what [`TableAdam::state`] once gave.
-    pub fn load_state(&mut self, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
-        let torch = |error: tch::TchError| Error::Torch(error.to_string());
-        for (name, mut tensor) in self.state() {
+    pub fn load_state(&mut self, name: &str, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
+        for (name, mut tensor) in self.state(name) {
             let saved = find(&name)
                 .filter(|saved| saved.size() == tensor.size())
                 .ok_or_else(|| Error::Torch(format!("optimizer state {name} is missing or has another shape")))?;
-            if name == "table.step" {
-                self.base = i64::try_from(saved).map_err(torch)?;
+            if name.ends_with(".step") {
+                self.base = f64::try_from(saved)? as i64;
             } else {
-                tensor.f_copy_(&saved).map_err(torch)?;
+                tensor.f_copy_(&saved)?;
             }
         }
         self.rates.clear();
@@ -115,7 +117,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::{Optimizer, backward, zero_grad};
+    use crate::{Optimizer, Shard, backward, zero_grad};
 
     const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
 
@@ -148,7 +150,7 @@ mod tests {
     fn equals_the_whole_tables_steps() {
         for (rule, weight_decay) in [(RULE, 0.1), (Rule::Adam { beta1: 0.8, beta2: 0.99, epsilon: 1e-6 }, 0.0)] {
             let whole = table().set_requires_grad(true);
-            let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])]);
+            let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])], Shard::WHOLE).unwrap();
             for (rows, rate) in steps() {
                 zero_grad(&[whole.shallow_clone()], false).unwrap();
                 backward(&loss(&whole.index_select(0, &Tensor::from_slice(&rows)))).unwrap();
@@ -169,10 +171,10 @@ mod tests {
         run(&mut TableAdam::new(&together, RULE, 0.1).unwrap(), &together, &steps());
         let mut begun = TableAdam::new(&apart, RULE, 0.1).unwrap();
         run(&mut begun, &apart, &steps()[..2]);
-        let saved = begun.state();
+        let saved = begun.state("0.3");
         let mut resumed = TableAdam::new(&apart, RULE, 0.1).unwrap();
         let find = |name: &str| saved.iter().find(|(known, _)| known == name).map(|(_, tensor)| tensor.copy());
-        resumed.load_state(find).unwrap();
+        resumed.load_state("0.3", find).unwrap();
         run(&mut resumed, &apart, &steps()[2..]);
         assert_eq!(together, apart);
     }

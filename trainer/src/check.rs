@@ -9,7 +9,7 @@ use std::{
 
 use athanor_contract::train::{DataSpec, Task, TrainConfig};
 use athanor_models::{EncoderConfig, Model, Tokenizer};
-use athanor_torch::{Optimizer, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{Optimizer, Shard, backward, clip_grad_norm, zero_grad};
 use tch::Device;
 use tokio::runtime::Handle;
 
@@ -233,7 +233,8 @@ impl Report<'_> {
         model.set_trainable();
         let parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
         let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
-        let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)]);
+        let world = if self.config.spec.distributed.shard_optimizer { ranks } else { 1 };
+        let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)], Shard { rank: 0, world })?;
         let lengths = train.lengths();
         let rows = (h.batch_size as usize).div_ceil(ranks);
         let batches = epoch_batches(&lengths, rows, h.seed as u64, 0);
@@ -255,7 +256,7 @@ impl Report<'_> {
                 backward(&(sum / batch.len() as f64))?;
             }
             clip_grad_norm(&parameters, h.clip_norm)?;
-            // Where weights go does not matter here: nothing is kept.
+            // Where weights go, and whether other ranks' parts of them go anywhere, does not matter here: nothing is kept.
             optimizer.step(1e-12)?;
         }
         Ok(begun.elapsed() / measured)

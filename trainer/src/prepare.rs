@@ -72,7 +72,7 @@ pub fn prepare(
     }
     let annotation = annotate::complete(&mut dataset, config, runtime, group.as_ref(), topology.device(), work)?;
     // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
-    let fingerprint = fingerprint(config, &dataset, topology.device().is_cuda())?;
+    let fingerprint = fingerprint(config, &dataset)?;
     let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
     let newest = in_background(runtime, {
         let (folder, work) = (checkpoints.clone(), work.join("checkpoint"));
@@ -96,10 +96,10 @@ pub fn prepare(
 const FORMAT: u32 = 2;
 
 /// What a checkpoint must have been made for to be of use here. Ranks and output may differ.
-fn fingerprint(config: &TrainConfig, dataset: &Dataset, on_gpu: bool) -> Result<String, TrainError> {
+fn fingerprint(config: &TrainConfig, dataset: &Dataset) -> Result<String, TrainError> {
     let spec = &config.spec;
     let asked = (&spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select);
-    let identity = (FORMAT, on_gpu, &dataset.digest, asked);
+    let identity = (FORMAT, &dataset.digest, asked);
     Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
 }
 

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
-use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, clip_grad_norm, zero_grad};
 use tch::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
@@ -94,6 +94,8 @@ struct Loop<'a> {
     /// Those that weight decay and penalties are about.
     decayed: Vec<Tensor>,
     optimizer: Optimizer,
+    /// The ranks among which the optimizer's state is dealt out, if it is.
+    shards: Option<&'a ProcessGroup>,
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -122,13 +124,24 @@ impl<'a> Loop<'a> {
         let mut named = share_named(session.model.parameters());
         named.extend(share_named(session.objective.parameters()));
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
-        let mut words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device);
-        let table = words.as_ref().map(|_| session.model.word_embeddings().data_ptr());
+        let shards = session.group.filter(|_| session.spec.distributed.shard_optimizer);
+        let table = session.model.word_embeddings().data_ptr();
+        let [mut decayed, exempt] = weight_decay_groups(&named);
+        // The last of its group, so that the optimizer calls the others the same with it and without it.
+        decayed.sort_by_key(|tensor| tensor.data_ptr() == table);
+        let mut words = None;
+        if shards.is_none() {
+            let name = format!("0.{}", decayed.len() - 1);
+            words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device, name);
+        }
         let mut dense = share_named(&named);
-        dense.retain(|(_, tensor)| Some(tensor.data_ptr()) != table);
-        let [decayed, exempt] = weight_decay_groups(&dense);
+        if words.is_some() {
+            decayed.pop();
+            dense.retain(|(_, tensor)| tensor.data_ptr() != table);
+        }
         let shared = decayed.iter().map(Tensor::shallow_clone).collect();
-        let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)]);
+        let shard = shards.map_or(Shard::WHOLE, |group| Shard { rank: group.rank(), world: group.world() });
+        let mut optimizer = Optimizer::new(rule(h), vec![(weight_decay, shared), (0.0, exempt)], shard)?;
         let mut best = None;
         let mut step = 0;
         let mut skipped = BTreeSet::new();
@@ -139,7 +152,8 @@ impl<'a> Loop<'a> {
             let mut weights = restored.model(device)?;
             session.model.load_parameters(&mut weights)?;
             load_named(&mut weights, session.objective.parameters())?;
-            let mut state = restored.optimizer(device)?;
+            // Not on the device, which may have no room for more than a shard.
+            let mut state = restored.optimizer(Device::Cpu)?;
             optimizer.load_state(|name| state.take_any(name))?;
             if let Some(words) = &mut words {
                 words.load_state(|name| state.take_any(name))?;
@@ -180,6 +194,7 @@ impl<'a> Loop<'a> {
             words,
             decayed,
             optimizer,
+            shards,
             reducer,
             steps_per_epoch,
             total_steps,
@@ -194,7 +209,7 @@ impl<'a> Loop<'a> {
             session,
         };
         if run.session.spec.failure_policy.on_non_finite == OnNonFinite::RollBack {
-            run.roll_back = Some(RollBack::new(run.snapshot()));
+            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state())));
         }
         Ok(run)
     }
@@ -301,6 +316,9 @@ impl<'a> Loop<'a> {
             if let Some(words) = &mut self.words {
                 words.step(learning_rate)?;
             }
+            if let Some(group) = self.shards {
+                self.optimizer.share_parameters(group)?;
+            }
         } else {
             let what = if loss.is_finite() { "the gradient" } else { "the loss" };
             match self.session.spec.failure_policy.on_non_finite {
@@ -374,40 +392,52 @@ impl<'a> Loop<'a> {
     /// run could go back to is then this state all the same, as it is on the ranks that write nothing.
     fn checkpoint(&mut self, needed: bool) -> Result<(), TrainError> {
         let is_busy = self.session.checkpoints.as_ref().is_some_and(Writer::is_busy) && !needed;
+        let left_out = self.rank_0_says(is_busy)?;
         if is_busy {
             tracing::warn!(step = self.step, "no checkpoint: the one before is still being written");
         }
-        let writes = self.session.checkpoints.is_some() && !is_busy;
+        let writes = self.session.checkpoints.is_some() && !left_out;
         // The state before is freed first: two of them may not fit.
         let rolls_back = self.roll_back.take().is_some();
-        if !writes && !rolls_back {
+        let gathers = self.shards.filter(|_| !left_out);
+        if !writes && !rolls_back && gathers.is_none() {
             return Ok(());
         }
         if let Some(words) = &mut self.words {
             words.catch_up()?;
         }
-        let snapshot = self.snapshot();
-        self.roll_back = rolls_back.then(|| RollBack::new(snapshot.share()));
         self.session.watchdog.beat();
+        self.roll_back = rolls_back.then(|| RollBack::new(self.snapshot(self.own_state())));
+        let gathered = gathers.map(|group| self.optimizer.gather_state(group)).transpose()?;
+        if !writes {
+            return Ok(());
+        }
+        let snapshot = match (gathered, &self.roll_back) {
+            (Some(whole), _) => self.snapshot(whole),
+            (None, Some(roll_back)) => roll_back.share(),
+            (None, None) => self.snapshot(self.own_state()),
+        };
         match &mut self.session.checkpoints {
-            Some(writer) if writes => writer.save(snapshot),
-            _ => Ok(()),
+            Some(writer) => writer.save(snapshot),
+            None => Ok(()),
         }
     }
 
-    /// A copy of all that a checkpoint holds, while all words are up to date. Nothing changes the optimizer after the last step.
-    fn snapshot(&self) -> Snapshot {
+    /// A copy of what the optimizer keeps on this rank, while all words are up to date. Nothing changes it after the last step.
+    fn own_state(&self) -> Named {
+        let mut state = self.optimizer.state();
+        state.extend(self.words.as_ref().map(Words::state).unwrap_or_default());
+        if self.step < self.total_steps { Snapshot::copy(&state) } else { state }
+    }
+
+    /// A copy of all else that a checkpoint holds.
+    fn snapshot(&self, optimizer: Named) -> Snapshot {
         let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         let mut model = match &self.best {
             Some((best, weights)) if best.step == self.step => share_named(weights),
             _ => Snapshot::copy(self.session.model.parameters()),
         };
         model.extend(Snapshot::copy(self.session.objective.parameters()));
-        let mut optimizer = self.optimizer.state();
-        optimizer.extend(self.words.as_ref().map(Words::state).unwrap_or_default());
-        if self.step < self.total_steps {
-            optimizer = Snapshot::copy(&optimizer);
-        }
         Snapshot {
             state: State {
                 step: self.step,
@@ -420,6 +450,14 @@ impl<'a> Loop<'a> {
             optimizer,
             best: weights,
         }
+    }
+
+    /// Where the optimizer's state is dealt out, all ranks take part in a checkpoint, or none: what rank 0 decides.
+    fn rank_0_says(&self, answer: bool) -> Result<bool, TrainError> {
+        let Some(group) = self.shards else { return Ok(answer) };
+        let shared = Tensor::from_slice(&[i64::from(answer)]).to_device(self.session.device);
+        group.broadcast(&shared, 0)?;
+        Ok(shared.int64_value(&[0]) == 1)
     }
 
     fn end_early(&mut self) -> Result<(), TrainError> {

@@ -10,6 +10,7 @@ use crate::{TrainError, checkpoint::Named, data::Encoded, training};
 
 pub struct Words {
     adam: TableAdam,
+    name: String,
     table: Tensor,
     /// Where a row of the table is in the current excerpt, [V].
     places: Tensor,
@@ -25,14 +26,22 @@ struct Current {
 
 impl Words {
     /// Absent where every row has a gradient (predicted tokens, penalties), or the rule or the device has no such update.
-    pub fn new(model: &Model, task: Task, h: &Hyperparameters, weight_decay: f64, device: Device) -> Option<Self> {
+    /// `name` is the table's among the optimizer's parameters.
+    pub fn new(
+        model: &Model,
+        task: Task,
+        h: &Hyperparameters,
+        weight_decay: f64,
+        device: Device,
+        name: String,
+    ) -> Option<Self> {
         if device != Device::Cpu || task == Task::MaskedLanguageModel || h.l1 != 0.0 || h.l2 != 0.0 {
             return None;
         }
         let table = model.word_embeddings().detach();
         let adam = TableAdam::new(&table, training::rule(h), weight_decay)?;
         let places = Tensor::zeros([table.size()[0]], (Kind::Int64, device));
-        Some(Self { adam, table, places, pad_token_id: model.config().pad_token_id, current: None })
+        Some(Self { adam, name, table, places, pad_token_id: model.config().pad_token_id, current: None })
     }
 
     /// Lets the model read the rows that a global batch needs; the same on all ranks.
@@ -79,10 +88,11 @@ impl Words {
 
     /// After [`Words::catch_up`]: the optimizer's part about the table.
     pub fn state(&self) -> Named {
-        self.adam.state()
+        self.adam.state(&self.name)
     }
 
     pub fn load_state(&mut self, find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), TrainError> {
-        Ok(self.adam.load_state(find)?)
+        self.current = None;
+        Ok(self.adam.load_state(&self.name, find)?)
     }
 }

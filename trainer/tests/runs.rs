@@ -3,9 +3,14 @@
 
 mod place;
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use athanor_contract::train::{TrainResult, TrainSummary};
+use athanor_trainer::config::load_manifest;
 use place::Place;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -118,6 +123,52 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     assert!(read(&parts, "report.html").contains("Validation"));
     let events = Path::new(parts.artifact.trim_start_matches("file://")).join("tensorboard");
     assert_eq!(std::fs::read_dir(events).unwrap().count(), 1, "curves for TensorBoard");
+}
+
+#[test]
+fn a_sharded_optimizer_changes_nothing_and_its_checkpoints_fit_any_ranks() {
+    let place = Place::new(0.0);
+    let spec = |ranks: u32, shard: bool, every: u32| {
+        json!({
+            "hyperparameters": {"maxSteps": 16, "batchSize": 15, "precision": "FP32", "maxSequenceLength": 32, "learningRate": 1e-4},
+            "distributed": {"processesPerNode": ranks, "backend": "Gloo", "shardOptimizer": shard},
+            "checkpoint": {"everySteps": every},
+        })
+    };
+    let child = place.start("whole", &spec(2, false, 0));
+    place.finish("whole", child, 0);
+    let whole: BTreeMap<u64, f64> = place.losses("whole").into_iter().collect();
+
+    // Each goes on where the one before was stopped. Another manifest has another folder on a laptop: it gets the one before's.
+    let folder = |spec: &Value| {
+        let config = load_manifest(&place.manifest("parts", spec)).unwrap();
+        PathBuf::from(config.checkpoint_to.trim_start_matches("file://")).parent().unwrap().to_owned()
+    };
+    let specs = [spec(2, true, 0), spec(2, false, 0), spec(2, true, 0), spec(3, true, 1)];
+    let mut done = 0;
+    for (now, next) in std::iter::zip(&specs, &specs[1..]) {
+        let mut child = place.start("parts", now);
+        place.wait_for_step("parts", &mut child, done + 2);
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        place.finish("parts", child, 42);
+        done = place.losses("parts").last().unwrap().0;
+        assert!(place.checkpoints("parts").contains(&done), "no checkpoint at the stop");
+        std::fs::rename(folder(now), folder(next)).unwrap();
+    }
+    assert!(done < 16, "nothing is left for other ranks");
+    let child = place.start("parts", &specs[3]);
+    place.finish("parts", child, 0);
+
+    let parts = place.losses("parts");
+    assert_eq!(parts.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=16).collect::<Vec<_>>());
+    for (step, loss) in parts {
+        if step <= done {
+            assert_eq!(loss, whole[&step], "step {step}");
+        } else {
+            // Of three ranks: sums in another order.
+            assert!((loss - whole[&step]).abs() < 2e-4, "step {step}: {loss} is not {}", whole[&step]);
+        }
+    }
 }
 
 #[test]

@@ -14,11 +14,14 @@ pub struct DistributedSpec {
     pub processes_per_node: u32,
     /// What gradients travel by.
     pub backend: Backend,
+    /// Each process keeps the optimizer's state (two numbers a weight for AdamW) of its own part of the weights only, and sends the
+    /// others what it makes of that part: the same training in less memory, for more traffic. Nothing changes with one process.
+    pub shard_optimizer: bool,
 }
 
 impl Default for DistributedSpec {
     fn default() -> Self {
-        Self { num_nodes: 1, processes_per_node: 1, backend: Backend::Auto }
+        Self { num_nodes: 1, processes_per_node: 1, backend: Backend::Auto, shard_optimizer: false }
     }
 }
 

@@ -123,7 +123,12 @@ mod tests {
     use super::*;
 
     fn topology(nodes: u32, processes: u32, variables: &[(&str, &str)]) -> Result<Topology, TrainError> {
-        let spec = DistributedSpec { num_nodes: nodes, processes_per_node: processes, backend: Backend::Gloo };
+        let spec = DistributedSpec {
+            num_nodes: nodes,
+            processes_per_node: processes,
+            backend: Backend::Gloo,
+            ..DistributedSpec::default()
+        };
         Topology::new(&spec, |name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
     }
 

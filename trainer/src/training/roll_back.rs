@@ -25,6 +25,11 @@ impl RollBack {
     pub fn new(to: Snapshot) -> Self {
         Self { to, times: 0 }
     }
+
+    /// The state, to be written.
+    pub fn share(&self) -> Snapshot {
+        self.to.share()
+    }
 }
 
 impl Loop<'_> {
