@@ -7,11 +7,12 @@ use athanor_contract::{
     artifact::{EVENTS, Kind, Manifest},
     train::{TrainConfig, TrainResult, TrainSummary},
 };
-use athanor_data::annotate::AnnotationReport;
 use athanor_models::Model;
 
 use crate::{
-    TrainError, artifact,
+    TrainError,
+    annotate::Annotation,
+    artifact,
     compress::Compression,
     data::{Dataset, Encoded, Parts},
     evaluate::{self, Evaluation},
@@ -31,7 +32,7 @@ pub struct Finished<'a> {
     pub parent: &'a Path,
     pub labels: &'a [String],
     pub dataset: &'a Dataset,
-    pub annotation: Option<&'a AnnotationReport>,
+    pub annotation: Option<&'a Annotation>,
     pub parts: &'a Parts,
     pub train: &'a Encoded,
     pub test: &'a Encoded,

@@ -24,7 +24,7 @@ use crate::{
     evaluate::{self, Evaluation},
     objectives::{
         self, Objective, Teacher,
-        teacher::{MOST_CACHED, Online, cached_at, read_cached, write_cached},
+        teacher::{MOST_CACHED, Online, cached_at, read_kept, write_cached},
     },
     outcome::Finished,
     prepare::{Prepared, prepare},
@@ -110,7 +110,7 @@ impl Run<'_> {
         let group = prepared.group.as_ref();
 
         let dataset = &prepared.dataset;
-        let labels = setup::choose_labels(spec, dataset, &prepared.parent)?;
+        let labels = setup::choose_labels(spec, dataset, &prepared.parent, prepared.teacher.as_deref())?;
         let parts = dataset.split(&spec.data.split)?;
         setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let mut model = setup::load_model(spec, &prepared.parent, &labels, device)?;
@@ -120,12 +120,12 @@ impl Run<'_> {
         let mut train = encode(&parts.train)?;
         let bf16 = setup::uses_bf16(spec.hyperparameters.precision, device);
         let mut teacher = match &prepared.teacher {
-            Some(folder) => {
+            Some(folder) if setup::learns_from_teacher(spec) => {
                 let texts: Vec<&str> = parts.train.iter().map(|&row| dataset.rows.text(row)).collect();
                 let parent = &prepared.parent;
                 Some(setup::load_teacher(spec, folder, parent, &labels, max_length, &texts, device)?)
             }
-            None => None,
+            _ => None,
         };
         let selection = match &spec.data.select {
             Some(select) => {
@@ -326,16 +326,8 @@ impl Run<'_> {
         let identity =
             (&prepared.dataset.digest, &spec.data.select, labels, spec.hyperparameters.max_sequence_length, bf16);
         let place = cached_at(&output, folder, &identity)?;
-        let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
-        // Only if every rank found them: the others would wait for sums.
-        let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
-        if let Some(group) = group {
-            group.all_reduce_sum(&found)?;
-        }
-        if let Some(kept) = kept
-            && found.int64_value(&[0]) == self.topology.world() as i64
-        {
-            tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+        let shape = [train.len(), teacher.outputs()];
+        if let Some(kept) = read_kept(&place, shape, runtime, group, device, self.work)? {
             return Ok(Teacher::Cached(kept.to_device(device)));
         }
         let mut last = Instant::now();

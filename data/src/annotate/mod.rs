@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_contract::train::AnnotateSpec;
+use athanor_contract::train::EndpointAnnotator;
 use futures::StreamExt;
 
 pub use report::{AnnotationReport, FailureExample, FailureReport};
@@ -67,7 +67,7 @@ pub struct AnnotationProgress {
 /// Others, for a journal that cannot be written and an endpoint that fails every request.
 pub async fn annotate(
     texts: &[(usize, &str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
     progress: &(dyn Fn(AnnotationProgress) + Sync),
@@ -79,25 +79,25 @@ pub async fn annotate(
 }
 
 /// The API key, from the environment variable that the specification names.
-fn api_key(spec: &AnnotateSpec) -> Result<Option<String>, DataError> {
+fn api_key(spec: &EndpointAnnotator) -> Result<Option<String>, DataError> {
     let Some(name) = &spec.api_key_variable else { return Ok(None) };
     match std::env::var(name) {
         Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
-        _ => Err(DataError::User(format!("annotate.apiKeyVariable: the environment has no {name}, or an empty one"))),
+        _ => Err(DataError::User(format!("data.annotate.endpoint.apiKeyVariable: the environment has no {name}, or an empty one"))),
     }
 }
 
 async fn annotate_at(
     endpoint: Endpoint,
     texts: &[(usize, &str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
     progress: &(dyn Fn(AnnotationProgress) + Sync),
 ) -> Result<Annotations, DataError> {
     let began = Instant::now();
     if labels.len() < 2 {
-        return Err(DataError::User("annotate needs two labels or more to choose from".into()));
+        return Err(DataError::User("data.annotate.endpoint needs two labels or more to choose from".into()));
     }
     let prompt = Prompt::new(&spec.prompt, labels)?;
     let mut questions = questions(texts, spec, labels)?;
@@ -159,7 +159,7 @@ async fn annotate_at(
 /// One question for each different text.
 fn questions<'t>(
     texts: &[(usize, &'t str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
 ) -> Result<Vec<Question<'t>>, DataError> {
     let mut questions: Vec<Question> = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use athanor_contract::train::AnnotateSpec;
+use athanor_contract::train::EndpointAnnotator;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -99,7 +99,7 @@ impl<'a> Run<'a> {
     pub(super) fn new(
         endpoint: Endpoint,
         prompt: Prompt<'a>,
-        spec: &AnnotateSpec,
+        spec: &EndpointAnnotator,
         labels: &'a [String],
         journal: Journal,
     ) -> Self {
@@ -242,7 +242,7 @@ impl<'a> Run<'a> {
                 if self.failed.fetch_add(1, Ordering::Relaxed) + 1 >= self.patience {
                     let (patience, detail) = (self.patience, if detail.is_empty() { "" } else { &detail });
                     return self.give_up(DataError::Other(format!(
-                        "the last {patience} questions to annotate.endpoint all failed, the last with: {reason}: {detail}"
+                        "the last {patience} questions to data.annotate.endpoint all failed, the last with: {reason}: {detail}"
                     )));
                 }
                 Outcome::failed(reason, detail)

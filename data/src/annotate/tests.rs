@@ -119,9 +119,9 @@ fn labels() -> Vec<String> {
 }
 
 /// A specification whose prompt is the text, with other fields changed.
-fn spec(endpoint: &str, fields: Value) -> AnnotateSpec {
+fn spec(endpoint: &str, fields: Value) -> EndpointAnnotator {
     let mut spec =
-        json!({"endpoint": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
+        json!({"url": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
     spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     serde_json::from_value(spec).unwrap()
 }
@@ -137,7 +137,7 @@ fn scratch() -> Scratch {
     Scratch { journal: folder.path().join("journal.jsonl"), _folder: folder }
 }
 
-async fn run(spec: &AnnotateSpec, texts: &[&str], scratch: &Scratch) -> Result<Annotations, DataError> {
+async fn run(spec: &EndpointAnnotator, texts: &[&str], scratch: &Scratch) -> Result<Annotations, DataError> {
     let builder = reqwest::Client::builder().no_proxy();
     let endpoint = Endpoint::new(spec, api_key(spec)?, builder, Duration::from_millis(1))?;
     let texts: Vec<(usize, &str)> = texts.iter().enumerate().map(|(row, &text)| (row + 100, text)).collect();

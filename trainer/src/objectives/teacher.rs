@@ -7,6 +7,7 @@ use athanor_models::{EncoderConfig, Model, Task, Tokenizer, load};
 use athanor_store::{Location, StoreError};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
 
 use super::{Part, masking::Masked};
 use crate::{
@@ -250,8 +251,30 @@ pub fn cached_at(output: &Location, teacher: &Path, identity: &impl serde::Seria
     Ok(output.child(&format!("teacher-outputs/{}.safetensors", &digest[..32])))
 }
 
+/// Answers [rows, outputs] that were kept, if every rank finds them: a rank that computes them waits for the others' sums.
+pub fn read_kept(
+    place: &Location,
+    [rows, outputs]: [usize; 2],
+    runtime: &Handle,
+    group: Option<&ProcessGroup>,
+    device: Device,
+    work: &Path,
+) -> Result<Option<Tensor>, TrainError> {
+    let kept = runtime.block_on(read_cached(place, rows, outputs, work))?;
+    let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
+    if let Some(group) = group {
+        group.all_reduce_sum(&found)?;
+    }
+    let by_all = found.int64_value(&[0]) == group.map_or(1, ProcessGroup::world) as i64;
+    let kept = kept.filter(|_| by_all);
+    if kept.is_some() {
+        tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+    }
+    Ok(kept)
+}
+
 /// Answers that were kept, if they are whole.
-pub async fn read_cached(
+async fn read_cached(
     from: &Location,
     rows: usize,
     outputs: usize,

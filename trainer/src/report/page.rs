@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary};
-use athanor_data::{annotate::AnnotationReport, clean::CleaningReport};
+use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
 use super::{
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     TrainError,
+    annotate::Annotation,
     compress::Form,
     data::{Dataset, Encoded, Parts},
     evaluate::Predictions,
@@ -50,7 +51,7 @@ pub struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub annotation: Option<&'a AnnotationReport>,
+    pub annotation: Option<&'a Annotation>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<&'a SelectionReport>,
     /// The trained model and its smaller forms; empty where none were asked for.
