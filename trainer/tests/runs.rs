@@ -3,7 +3,7 @@
 
 mod place;
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{TrainResult, TrainSummary};
 use place::Place;
@@ -123,15 +123,7 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
 #[test]
 fn a_check_says_what_would_happen_and_all_that_is_wrong() {
     let place = Place::new(0.1);
-    let check = |out: &str, spec: &Value| {
-        let file = place.manifest(out, spec);
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_athanor-trainer")).args(["check", "-f"]).arg(&file).output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (output.status.code(), text(&output.stdout), text(&output.stderr))
-    };
-    let (code, text, errors) = check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2}}));
-    assert_eq!(code, Some(0), "{errors}");
+    let text = place.check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2}})).unwrap();
     for part in ["reviews: 2", "negative", "median", "22.7 M parameters", "steps", "rows a second", "GiB"] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
@@ -141,8 +133,7 @@ fn a_check_says_what_would_happen_and_all_that_is_wrong() {
         "model": {"from": place.uri("nowhere"), "task": "TextClassification"},
         "data": {"sources": [{"name": "a", "uri": place.uri("a.csv")}, {"name": "b", "uri": place.uri("b.csv")}]},
     });
-    let (code, _, errors) = check("wrong", &missing);
-    assert_eq!(code, Some(3), "{errors}");
+    let errors = place.check("wrong", &missing).unwrap_err();
     for part in ["nowhere", "a.csv", "b.csv"] {
         assert!(errors.contains(part), "{part} is not in {errors}");
     }

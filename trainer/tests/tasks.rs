@@ -235,6 +235,12 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
             "distributed": {"processesPerNode": 2},
         })
     };
+    // A check says what would be asked, and asks nothing.
+    let text = place.check("annotated", &spec(0)).unwrap();
+    assert!(text.contains("150 of 300 rows have no label: at most 1"), "{text}");
+    assert!(text.contains(&format!("questions to judge at {address}, whose prompts cost at most 0.0")), "{text}");
+    assert_eq!(asked.load(Ordering::Relaxed), 0);
+
     let child = place.start("annotated", &spec(0));
     place.finish("annotated", child, 0);
     let summary = place.summary("annotated");
@@ -276,6 +282,9 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
     };
     let log = |out: &str| std::fs::read_to_string(place.folder.path().join(out).join("log")).unwrap();
     let number = |value: &Value| value.as_u64().unwrap();
+
+    let text = place.check("all", &student("0.5", 1, 0)).unwrap();
+    assert!(text.contains("150 of 300 rows have no label: the teacher labels those it is sure of by 0.5 or more"), "{text}");
 
     // Whatever the teacher says is taken, and two ranks together find what one finds.
     for (out, ranks) in [("all", 1), ("shared", 2)] {

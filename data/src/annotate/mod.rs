@@ -10,7 +10,7 @@ mod report;
 mod run;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::Path,
     time::{Duration, Instant},
 };
@@ -76,6 +76,33 @@ pub async fn annotate(
     let builder = reqwest::Client::builder().user_agent(agent);
     let endpoint = Endpoint::new(spec, api_key(spec)?, builder, SHORTEST_PAUSE)?;
     annotate_at(endpoint, texts, spec, labels, journal, progress).await
+}
+
+/// What annotation would ask at most; answers that are kept from before are not subtracted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// One for each sample of each different text.
+    pub questions: u64,
+    /// Of all prompts, reckoned from their bytes; endpoints count fewer.
+    pub input_tokens: u64,
+}
+
+/// Reckons what [`annotate`] would ask about these texts, without asking.
+///
+/// # Errors
+/// The user's, for a prompt that does not work.
+pub fn estimate(texts: &[&str], spec: &EndpointAnnotator, labels: &[String]) -> Result<Estimate, DataError> {
+    let prompt = Prompt::new(&spec.prompt, labels)?;
+    let different: HashSet<&str> = texts.iter().copied().collect();
+    let mut bytes = 0;
+    for text in &different {
+        bytes += prompt.render(text)?.len() as u64;
+    }
+    let samples = u64::from(spec.samples.max(1));
+    Ok(Estimate {
+        questions: different.len() as u64 * samples,
+        input_tokens: bytes.div_ceil(run::BYTES_PER_TOKEN) * samples,
+    })
 }
 
 /// The API key, from the environment variable that the specification names.

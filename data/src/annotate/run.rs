@@ -19,7 +19,7 @@ use crate::error::DataError;
 /// Answers to one question that may be no label before the row is left without one.
 const ATTEMPTS: u32 = 2;
 /// Bytes of a token, for endpoints that do not count them: fewer than tokens have, so that the bound on cost holds.
-const BYTES_PER_TOKEN: u64 = 3;
+pub(super) const BYTES_PER_TOKEN: u64 = 3;
 const UNUSABLE: &str = "the answer is none of the labels";
 const COST_REACHED: &str = "not asked: maximumCost is spent";
 

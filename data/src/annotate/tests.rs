@@ -153,6 +153,15 @@ fn reasons(annotations: &Annotations) -> Vec<(&str, u64)> {
     annotations.report.failures.iter().map(|failure| (failure.reason.as_str(), failure.rows)).collect()
 }
 
+#[test]
+fn what_would_be_asked_is_known_beforehand() {
+    let spec = spec("http://e/v1", json!({"samples": 3, "prompt": "12345{{ text }}"}));
+    let found = estimate(&["one", "two", "one"], &spec, &labels()).unwrap();
+    assert_eq!(found, Estimate { questions: 6, input_tokens: 18 }, "16 bytes are 6 tokens, three times");
+    let wrong = EndpointAnnotator { prompt: "{{ labels }}".into(), ..spec };
+    assert!(estimate(&["one"], &wrong, &labels()).unwrap_err().to_string().contains("has to contain {{ text }}"));
+}
+
 #[tokio::test]
 async fn answers_become_labels_and_the_same_text_is_asked_once() {
     let (url, log) = serve(|asked| async move {

@@ -84,6 +84,21 @@ impl Place {
             .unwrap()
     }
 
+    /// What `athanor-trainer check` says; its mistakes, with the exit code of a user's error.
+    pub fn check(&self, out: &str, spec: &Value) -> Result<String, String> {
+        let file = self.manifest(out, spec);
+        let program = Command::new(env!("CARGO_BIN_EXE_athanor-trainer")).args(["check", "-f"]).arg(&file).output();
+        let output = program.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.code() {
+            Some(0) => Ok(text(&output.stdout)),
+            code => {
+                assert_eq!(code, Some(3), "{}", text(&output.stderr));
+                Err(text(&output.stderr))
+            }
+        }
+    }
+
     pub fn finish(&self, out: &str, mut child: Child, code: i32) {
         let status = child.wait().unwrap();
         let log = std::fs::read_to_string(self.folder.path().join(out).join("log")).unwrap();
