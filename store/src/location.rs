@@ -1,10 +1,10 @@
 //! One place in a store: a file, or a folder of files.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, local::LocalFileSystem, path::Path};
 
 use crate::StoreError;
 
@@ -58,6 +58,14 @@ impl Location {
             path = path.join(part);
         }
         Location { store: self.store.clone(), path, uri: format!("{}/{name}", self.uri.trim_end_matches('/')) }
+    }
+
+    /// The path on this machine's disk, of a file:// URI.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        if !self.uri.starts_with("file:") {
+            return None;
+        }
+        LocalFileSystem::new().path_to_filesystem(&self.path).ok()
     }
 
     /// The whole object.
@@ -133,6 +141,8 @@ mod tests {
         assert!(matches!(file.read().await, Err(StoreError::NotFound { .. })));
         file.write(Bytes::from_static(b"x")).await.unwrap();
         assert_eq!(root.list().await.unwrap(), ["a/b.txt"]);
+        assert_eq!(file.local_path(), Some(folder.path().join("a/b.txt")));
+        assert_eq!(open("https://host/a/b.txt").unwrap().local_path(), None);
         assert_eq!(file.read().await.unwrap(), "x");
         let large: Bytes = (0..PART + 1000).map(|i| i as u8).collect::<Vec<_>>().into();
         file.write(large.clone()).await.unwrap();

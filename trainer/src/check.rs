@@ -48,7 +48,8 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
         None => None,
     };
     let report = match (dataset, parent) {
-        (Some(mut dataset), Some(parent)) => {
+        // Without a teacher to label them rows have no labels, and its mistake is told.
+        (Some(mut dataset), Some(parent)) if teacher.is_some() || !config.spec.data.teacher_annotates() => {
             let teacher = teacher.as_deref();
             let report = plan_annotation(&mut dataset, &config.spec, teacher).and_then(|annotation| {
                 Report { config, device, dataset, annotation, parent, folder: &model, teacher }.text()
@@ -115,8 +116,7 @@ fn plan_annotation(
             let labels = EncoderConfig::load(folder)?.labels().unwrap_or_default();
             (format!("the teacher labels those it is sure of by {minimum} or more"), labels)
         }
-        // Its mistake is told already.
-        (None, None) => return Ok(None),
+        (None, None) => return Err(TrainError::User("data.annotate: set exactly one of endpoint and teacher".into())),
     };
     let mut open = vec![false; dataset.rows.len()];
     for &row in &rows {

@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use tokio::{runtime::Handle, task::JoinHandle};
 
-use crate::{TrainError, report::History};
+use crate::{
+    TrainError,
+    report::{History, Upload},
+};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -135,13 +138,21 @@ impl Writer {
         self.writing.as_ref().is_some_and(|writing| !writing.is_finished())
     }
 
-    /// Starts to write in the background, after waiting for the one before.
-    pub fn save(&mut self, snapshot: Snapshot) -> Result<(), TrainError> {
+    /// Starts to write in the background, after waiting for the one before. `events` go first: the curves of a checkpoint are there.
+    pub fn save(&mut self, snapshot: Snapshot, events: Option<Upload>) -> Result<(), TrainError> {
         self.finish()?;
         let manifest = Manifest { step: snapshot.state.step, ..self.template.clone() };
         let (folder, work, runtime) = (self.folder.clone(), self.work.clone(), self.runtime.clone());
-        self.writing =
-            Some(self.runtime.spawn_blocking(move || runtime.block_on(write(folder, manifest, work, snapshot))));
+        self.writing = Some(self.runtime.spawn_blocking(move || {
+            runtime.block_on(async {
+                if let Some(events) = events
+                    && let Err(error) = events.send().await
+                {
+                    tracing::warn!(%error, "the curves could not be uploaded");
+                }
+                write(folder, manifest, work, snapshot).await
+            })
+        }));
         Ok(())
     }
 
@@ -265,19 +276,18 @@ mod tests {
         for step in [5, 10, 15] {
             let named = |value: i64| vec![("w".to_owned(), Tensor::from_slice(&[value as f32]))];
             let best = Best { step: 10, score: 0.5 };
-            writer
-                .save(Snapshot {
-                    state: State {
-                        step,
-                        fingerprint: "f".into(),
-                        best: (step >= 10).then_some(best),
-                        history: History::default(),
-                    },
-                    model: named(step as i64),
-                    optimizer: named(-(step as i64)),
-                    best: (step >= 10).then(|| named(10)),
-                })
-                .unwrap();
+            let snapshot = Snapshot {
+                state: State {
+                    step,
+                    fingerprint: "f".into(),
+                    best: (step >= 10).then_some(best),
+                    history: History::default(),
+                },
+                model: named(step as i64),
+                optimizer: named(-(step as i64)),
+                best: (step >= 10).then(|| named(10)),
+            };
+            writer.save(snapshot, None).unwrap();
         }
         writer.finish().unwrap();
         assert_eq!(writer.newest(), 15);

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use athanor_contract::{
-    artifact::sha256_hex,
+    artifact::{EVENTS, sha256_hex},
     train::{CLUSTER_FIELDS, JobManifest, Task, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
@@ -52,6 +52,7 @@ pub fn of_laptop(name: String, spec: TrainSpec) -> Result<TrainConfig, TrainErro
     Ok(TrainConfig {
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
+        events_to: format!("{folder}/{EVENTS}"),
         progress_to: None,
         name,
         run_id,

@@ -71,8 +71,7 @@ pub fn prepare(
     if group.is_some() {
         around.timeline.mark("rendezvous");
     }
-    let annotates = spec.data.annotate.as_ref().is_some_and(|annotate| annotate.teacher.is_some());
-    let (annotator, teacher) = if annotates { (teacher, None) } else { (None, teacher) };
+    let (annotator, teacher) = if spec.data.teacher_annotates() { (teacher, None) } else { (None, teacher) };
     let annotator = annotator.map(|download| joined(runtime, download)).transpose()?;
     let context = annotate::Context {
         config,

@@ -28,7 +28,7 @@ use crate::{
     },
     outcome::Finished,
     prepare::{Prepared, prepare},
-    report::{Reporter, Sender, Timeline},
+    report::{Events, Reporter, Sender, Timeline},
     select::{self, Selection},
     setup,
     training::{self, Session, count_steps},
@@ -170,10 +170,15 @@ impl Run<'_> {
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };
-        let checkpoints = if self.topology.rank() == 0 {
-            Some(checkpoint::Writer::new(prepared.checkpoints, manifest.clone(), self.work.to_owned(), runtime.clone()))
+        let (checkpoints, events) = if self.topology.rank() == 0 {
+            let to = athanor_store::open(&self.config.events_to)?;
+            let step = restored.as_ref().map_or(0, |restored| restored.state.step);
+            let work = self.work.to_owned();
+            let events = Events::new(to, &work, step, &spec.hyperparameters)?;
+            let writer = checkpoint::Writer::new(prepared.checkpoints, manifest.clone(), work, runtime.clone());
+            (Some(writer), Some(events))
         } else {
-            None
+            (None, None)
         };
         let objective = Objective::new(
             objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
@@ -211,6 +216,7 @@ impl Run<'_> {
                 fingerprint,
                 restored,
                 checkpoints,
+                events,
                 reporter: reporter.as_mut(),
                 timeline: self.around.timeline.clone(),
                 watchdog: self.around.watchdog.clone(),

@@ -43,9 +43,8 @@ pub fn choose_labels(
     if spec.model.task != Task::TextClassification {
         return Ok(Vec::new());
     }
-    let annotates = spec.data.annotate.as_ref().is_some_and(|annotate| annotate.teacher.is_some());
     // A teacher that labels rows may have given one of its labels to none of them.
-    let inherited = teacher.filter(|_| annotates).unwrap_or(parent);
+    let inherited = teacher.filter(|_| spec.data.teacher_annotates()).unwrap_or(parent);
     let inherited = EncoderConfig::load(inherited)?.labels();
     Ok(dataset.choose_labels(spec.model.labels.as_deref(), inherited.as_deref())?)
 }

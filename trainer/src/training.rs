@@ -18,7 +18,7 @@ use crate::{
     },
     evaluate,
     objectives::{self, Objective, Part, Teacher},
-    report::{History, Reporter, Step, Timeline},
+    report::{Events, History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
 };
@@ -44,6 +44,8 @@ pub struct Session<'a> {
     pub restored: Option<Restored>,
     /// Rank 0's.
     pub checkpoints: Option<Writer>,
+    /// Rank 0's.
+    pub events: Option<Events>,
     pub reporter: Option<&'a mut Reporter>,
     pub timeline: Timeline,
     pub watchdog: Watchdog,
@@ -272,6 +274,9 @@ impl<'a> Loop<'a> {
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
         self.history.step(&step);
+        if let Some(events) = &mut self.session.events {
+            events.step(&step);
+        }
         if let Some(log) = &mut self.loss_log {
             let terms: serde_json::Map<String, serde_json::Value> =
                 std::iter::zip(self.session.objective.terms(), &self.terms)
@@ -309,6 +314,9 @@ impl<'a> Loop<'a> {
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);
+        if let Some(events) = &mut session.events {
+            events.validated(self.step, (name, score));
+        }
         if let Some(reporter) = &mut session.reporter {
             reporter.validated(self.step, epoch, (name, score), is_best);
         }
@@ -324,7 +332,8 @@ impl<'a> Loop<'a> {
         }
         let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
         self.session.watchdog.beat();
-        writer.save(Snapshot {
+        let events = self.session.events.as_ref().and_then(Events::upload);
+        let snapshot = Snapshot {
             state: State {
                 step: self.step,
                 fingerprint: self.session.fingerprint.clone(),
@@ -338,7 +347,8 @@ impl<'a> Loop<'a> {
             },
             optimizer: Snapshot::copy(&self.optimizer.state()),
             best: weights,
-        })
+        };
+        writer.save(snapshot, events)
     }
 
     fn end_early(&mut self) -> Result<(), TrainError> {

@@ -323,7 +323,7 @@ fn matrix(labels: &[String], confusion: &[Confusion]) -> Vec<(String, Vec<(usize
 }
 
 /// The fields of a struct as words.
-fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
+pub fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
     let serde_json::Value::Object(object) = serde_json::to_value(value).map_err(TrainError::other)? else {
         return Ok(Vec::new());
     };

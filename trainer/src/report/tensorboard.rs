@@ -264,7 +264,7 @@ enum HparamKind {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// CRC-32C bit by bit, by another algorithm than the crate's.
@@ -354,7 +354,7 @@ mod tests {
     }
 
     /// Tag, step, value and time of every scalar.
-    fn scalars(file: &Path) -> Vec<(String, u64, f32, f64)> {
+    pub fn scalars(file: &Path) -> Vec<(String, u64, f32, f64)> {
         let mut scalars = Vec::new();
         for record in records(&std::fs::read(file).unwrap()) {
             let event = fields(&record);

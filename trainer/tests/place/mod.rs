@@ -138,6 +138,18 @@ impl Place {
         steps
     }
 
+    /// Files below the folder `out` whose path has this part, sorted.
+    pub fn find(&self, out: &str, part: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        find(&self.folder.path().join(out), &mut |path| {
+            if path.to_string_lossy().contains(part) {
+                found.push(path.to_owned());
+            }
+        });
+        found.sort();
+        found
+    }
+
     /// Waits until the run has taken this step.
     pub fn wait_for_step(&self, out: &str, child: &mut Child, step: u64) {
         let deadline = Instant::now() + Duration::from_secs(120);
