@@ -74,18 +74,17 @@ impl Location {
         result.bytes().await.map_err(|error| self.error(error))
     }
 
-    /// Writes the whole object; it appears complete or not at all.
-    pub async fn write(&self, bytes: Bytes) -> Result<(), StoreError> {
+    /// Writes the whole object; it appears complete or not at all. Gives its ETag, where the store tells it.
+    pub async fn write(&self, bytes: Bytes) -> Result<Option<String>, StoreError> {
         if bytes.len() > PART && !self.uri.starts_with("http") {
             // In parts, so that a lost connection costs one of them; complete when the last is there.
             let upload = self.store.put_multipart(&self.path).await.map_err(|error| self.error(error))?;
             let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
             parts.put(bytes);
-            parts.finish().await.map_err(|error| self.error(error))?;
-            return Ok(());
+            return Ok(parts.finish().await.map_err(|error| self.error(error))?.e_tag);
         }
-        self.store.put(&self.path, PutPayload::from_bytes(bytes)).await.map_err(|error| self.error(error))?;
-        Ok(())
+        let put = self.store.put(&self.path, PutPayload::from_bytes(bytes)).await;
+        Ok(put.map_err(|error| self.error(error))?.e_tag)
     }
 
     /// Deletes one object; none there is fine.

@@ -107,7 +107,8 @@ pub async fn newest(folder: &Location, work: &Path) -> Result<Option<Restored>, 
 pub async fn fetch(folder: &Location, step: u64, work: &Path) -> Result<Restored, TrainError> {
     let to = work.join(name(step));
     artifact::download(&folder.child(&name(step)), &to).await?;
-    let text = tokio::fs::read(to.join(STATE)).await.map_err(TrainError::other)?;
+    let path = to.join(STATE);
+    let text = tokio::fs::read(&path).await.map_err(TrainError::at(&path))?;
     let state: State = serde_json::from_slice(&text).map_err(TrainError::other)?;
     Ok(Restored { state, folder: to })
 }
@@ -191,7 +192,10 @@ async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Sn
     };
     // Also of a checkpoint that failed: many of them would fill the disk.
     let _ = tokio::fs::remove_dir_all(&from).await;
-    written?;
+    if let Err(error) = written {
+        let _ = delete_half(&folder.child(&name(step))).await;
+        return Err(error);
+    }
     tracing::info!(step, "checkpoint written");
     if let Err(error) = delete_old(&folder, step).await {
         tracing::warn!(%error, "old checkpoints could not be deleted");
@@ -199,8 +203,19 @@ async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Sn
     Ok(step)
 }
 
+/// Deletes what has arrived of a checkpoint that has no manifest.
+async fn delete_half(folder: &Location) -> Result<(), StoreError> {
+    if folder.child(MANIFEST).exists().await? {
+        return Ok(());
+    }
+    for name in folder.list().await? {
+        folder.child(&name).delete().await?;
+    }
+    Ok(())
+}
+
 fn write_files(to: &Path, snapshot: &Snapshot) -> Result<(), TrainError> {
-    std::fs::create_dir_all(to).map_err(TrainError::other)?;
+    std::fs::create_dir_all(to).map_err(TrainError::at(to))?;
     load::save(&to.join(MODEL), &snapshot.model)?;
     load::save(&to.join(OPTIMIZER), &snapshot.optimizer)?;
     let best_is_newest = snapshot.state.best.is_some_and(|best| best.step == snapshot.state.step);
@@ -208,7 +223,8 @@ fn write_files(to: &Path, snapshot: &Snapshot) -> Result<(), TrainError> {
         load::save(&to.join(BEST), best)?;
     }
     let state = serde_json::to_vec_pretty(&snapshot.state).map_err(TrainError::other)?;
-    std::fs::write(to.join(STATE), state).map_err(TrainError::other)
+    let path = to.join(STATE);
+    std::fs::write(&path, state).map_err(TrainError::at(&path))
 }
 
 /// Deletes this run's checkpoints before the newest [`KEPT`], each manifest first: what is half deleted is not there.

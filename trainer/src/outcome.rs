@@ -121,7 +121,8 @@ impl Finished<'_> {
             }),
         };
         page::write(&folder, &report)?;
-        history.write_events(&folder.join(EVENTS)).map_err(TrainError::other)?;
+        let events = folder.join(EVENTS);
+        history.write_events(&events).map_err(TrainError::at(&events))?;
         let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..self.manifest };
         let manifest = around.runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
         if let Some(mut checkpoints) = checkpoints {

@@ -141,7 +141,7 @@ impl<'a> Loop<'a> {
         let reducer = session.group.map(|group| Reducer::new(&parameters, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
-                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::other)?)
+                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
             }
             _ => None,
         };

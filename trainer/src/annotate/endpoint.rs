@@ -69,7 +69,7 @@ fn ask(
     let journal = work.join(JOURNAL);
     let result = runtime.block_on(async {
         match place.read().await {
-            Ok(bytes) => tokio::fs::write(&journal, &bytes).await.map_err(TrainError::other)?,
+            Ok(bytes) => tokio::fs::write(&journal, &bytes).await.map_err(TrainError::at(&journal))?,
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -106,9 +106,9 @@ fn ask(
 /// Copies the journal to the store; the last line may be torn, which its reader minds.
 async fn keep(journal: &Path, place: &Location) -> Result<(), TrainError> {
     match tokio::fs::read(journal).await {
-        Ok(bytes) if !bytes.is_empty() => Ok(place.write(bytes.into()).await?),
+        Ok(bytes) if !bytes.is_empty() => place.write(bytes.into()).await.map(|_| ()).map_err(TrainError::from),
         Ok(_) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(TrainError::other(error)),
+        Err(error) => Err(TrainError::at(journal)(error)),
     }
 }

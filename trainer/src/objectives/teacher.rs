@@ -245,7 +245,8 @@ impl Teacher {
 pub fn cached_at(output: &Location, teacher: &Path, identity: &impl serde::Serialize) -> Result<Location, TrainError> {
     let mut parts = Vec::new();
     for name in [load::WEIGHTS, "tokenizer.json", "config.json"] {
-        parts.push(sha256_hex(&std::fs::read(teacher.join(name)).map_err(TrainError::other)?));
+        let path = teacher.join(name);
+        parts.push(sha256_hex(&std::fs::read(&path).map_err(TrainError::at(&path))?));
     }
     let digest = sha256_hex(&serde_json::to_vec(&(parts, identity)).map_err(TrainError::other)?);
     Ok(output.child(&format!("teacher-outputs/{}.safetensors", &digest[..32])))
@@ -286,7 +287,7 @@ async fn read_cached(
         Err(error) => return Err(error.into()),
     };
     let file = work.join("teacher-outputs.safetensors");
-    tokio::fs::write(&file, &bytes).await.map_err(TrainError::other)?;
+    tokio::fs::write(&file, &bytes).await.map_err(TrainError::at(&file))?;
     let shape = [rows as i64, outputs as i64];
     match load::Weights::load(&file, Device::Cpu).and_then(|mut weights| weights.take(LOGITS, &shape)) {
         Ok(logits) => Ok(Some(logits)),
@@ -300,9 +301,11 @@ async fn read_cached(
 /// Keeps answers for later runs.
 pub async fn write_cached(to: &Location, logits: &Tensor, work: &Path) -> Result<(), TrainError> {
     let file = work.join("teacher-outputs.safetensors");
-    load::save(&file, &[(LOGITS.to_owned(), logits.shallow_clone())])?;
-    let bytes = tokio::fs::read(&file).await.map_err(TrainError::other)?;
-    Ok(to.write(bytes.into()).await?)
+    // A local disk's trouble is not the user's error.
+    load::save(&file, &[(LOGITS.to_owned(), logits.shallow_clone())]).map_err(TrainError::other)?;
+    let bytes = tokio::fs::read(&file).await.map_err(TrainError::at(&file))?;
+    to.write(bytes.into()).await?;
+    Ok(())
 }
 
 /// The teacher's output for each of the student's labels; `None`: they are in the same order.

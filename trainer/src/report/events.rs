@@ -106,8 +106,9 @@ fn failed(path: &Path, error: &io::Error) -> File {
 impl Upload {
     /// Sends the whole file, records included that have been written since.
     pub async fn send(&self) -> Result<(), TrainError> {
-        let bytes = tokio::fs::read(&self.file).await.map_err(TrainError::other)?;
-        Ok(self.to.write(bytes.into()).await?)
+        let bytes = tokio::fs::read(&self.file).await.map_err(TrainError::at(&self.file))?;
+        self.to.write(bytes.into()).await?;
+        Ok(())
     }
 }
 

@@ -245,8 +245,11 @@ struct Page<'a> {
 /// Writes both files into a folder.
 pub fn write(folder: &Path, report: &Report) -> Result<(), TrainError> {
     let json = serde_json::to_vec_pretty(report).map_err(TrainError::other)?;
-    std::fs::write(folder.join(JSON), json).map_err(TrainError::other)?;
-    std::fs::write(folder.join(HTML), html(report)?).map_err(TrainError::other)
+    for (name, bytes) in [(JSON, json), (HTML, html(report)?.into_bytes())] {
+        let path = folder.join(name);
+        std::fs::write(&path, bytes).map_err(TrainError::at(&path))?;
+    }
+    Ok(())
 }
 
 fn html(report: &Report) -> Result<String, TrainError> {

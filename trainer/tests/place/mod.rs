@@ -70,11 +70,17 @@ impl Place {
 
     /// Starts a job that writes below the folder `out`.
     pub fn start(&self, out: &str, spec: &Value) -> Child {
+        self.start_by(&[], out, spec)
+    }
+
+    /// The same by another program, such as a shell, that runs what follows its arguments.
+    pub fn start_by(&self, program: &[&str], out: &str, spec: &Value) -> Child {
         let file = self.manifest(out, spec);
         let folder = self.folder.path().join(out);
         let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
-        Command::new(env!("CARGO_BIN_EXE_athanor-trainer"))
-            .args(["run", "-f"])
+        let words: Vec<&str> = [program, &[env!("CARGO_BIN_EXE_athanor-trainer"), "run", "-f"]].concat();
+        Command::new(words[0])
+            .args(&words[1..])
             .arg(&file)
             .env("ATHANOR_LOSS_LOG", folder.join("losses"))
             .env("ATHANOR_TERMINATION_LOG", folder.join("termination"))
