@@ -137,7 +137,9 @@ async fn send_all(
         sent.push(send(from, first, manifest, to).await?);
     }
     let others = names.iter().filter(|name| *name != REFERENCE).map(|name| send(from, name, manifest, to));
-    sent.extend(futures::stream::iter(others).buffer_unordered(PARALLEL).try_collect::<Vec<Sent>>().await?);
+    // All are waited for, also when one fails: none arrives in a folder that has been given up.
+    let others: Vec<Result<Sent, StoreError>> = futures::stream::iter(others).buffer_unordered(PARALLEL).collect().await;
+    sent.extend(others.into_iter().collect::<Result<Vec<Sent>, _>>()?);
     let bytes = serde_json::to_vec_pretty(manifest)
         .map_err(|error| StoreError::Invalid { uri: to.uri.clone(), message: error.to_string() })?;
     let sha256 = sha256_hex(&bytes);

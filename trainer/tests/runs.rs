@@ -191,7 +191,7 @@ fn is_whole(summary: &TrainSummary) {
 #[test]
 fn a_second_run_of_the_same_job_is_refused_while_the_first_one_goes_on() {
     let place = Place::new(0.1);
-    let spec = small(&place, 60);
+    let spec = small(&place, 200);
     let mut first = place.start("out", &spec);
     place.wait_for_step("out", &mut first, 2);
     let second = place.start("out", &spec);
@@ -200,7 +200,7 @@ fn a_second_run_of_the_same_job_is_refused_while_the_first_one_goes_on() {
     assert!(message.contains("/checkpoints: another process runs this job and writes here"), "{message}");
     assert!(first.try_wait().unwrap().is_none(), "the first was over before the second");
     place.finish("out", first, 0);
-    assert_eq!(place.losses("out").len(), 60, "the second took no step");
+    assert_eq!(place.losses("out").len(), 200, "the second took no step");
     is_whole(&place.summary("out"));
     // A run that is over, or was killed, holds nobody back.
     let third = place.start("out", &spec);
