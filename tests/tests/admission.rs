@@ -124,7 +124,10 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             search(json!([{"name": "optimizer", "range": {"min": 1.0, "max": 2.0}}]), json!({})),
         ),
         ("Unsupported value", search(json!([{"name": "luck", "values": [1.0]}]), json!({}))),
-        ("Duplicate value", search(json!([{"name": "l1", "values": [0.0]}, {"name": "l1", "values": [0.1]}]), json!({}))),
+        (
+            "Duplicate value",
+            search(json!([{"name": "l1", "values": [0.0]}, {"name": "l1", "values": [0.1]}]), json!({})),
+        ),
         ("should have at least 1 items", search(json!([]), json!({}))),
         (
             "a Log scale needs min above 0",
@@ -132,7 +135,10 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         ),
         (
             "step is for the Linear scale",
-            search(json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "scale": "Log", "step": 0.01}}]), json!({})),
+            search(
+                json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "scale": "Log", "step": 0.01}}]),
+                json!({}),
+            ),
         ),
         (
             "step must be above 0",
@@ -152,7 +158,10 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         ),
         (
             "greater than or equal to",
-            search(json!([{"name": "l1", "values": [0.0]}]), json!({"algorithm": "ASHA", "asha": {"reductionFactor": 1}})),
+            search(
+                json!([{"name": "l1", "values": [0.0]}]),
+                json!({"algorithm": "ASHA", "asha": {"reductionFactor": 1}}),
+            ),
         ),
         ("less than or equal to", search(json!([{"name": "l1", "values": [0.0]}]), json!({"maxTrials": 1000}))),
         ("exactly one of endpoint and teacher", job(|spec| spec["data"]["annotate"] = json!({}))),

@@ -150,7 +150,9 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
         match (&annotate.endpoint, &annotate.teacher) {
             (Some(endpoint), None) => {
                 if endpoint.labels.is_none() && spec.model.labels.is_none() {
-                    refuse("data.annotate.endpoint.labels, or model.labels, has to name the labels to choose from".into());
+                    refuse(
+                        "data.annotate.endpoint.labels, or model.labels, has to name the labels to choose from".into(),
+                    );
                 }
             }
             (None, Some(teacher)) => {

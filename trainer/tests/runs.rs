@@ -184,7 +184,8 @@ fn failure(place: &Place, out: &str) -> String {
 fn is_whole(summary: &TrainSummary) {
     let to = tempfile::tempdir().unwrap();
     let folder = athanor_store::open(&summary.artifact).unwrap();
-    let fetched = tokio::runtime::Runtime::new().unwrap().block_on(athanor_store::artifact::download(&folder, to.path()));
+    let fetched =
+        tokio::runtime::Runtime::new().unwrap().block_on(athanor_store::artifact::download(&folder, to.path()));
     assert_eq!(fetched.unwrap().model_digest, summary.model_digest);
 }
 

@@ -284,7 +284,10 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
     let number = |value: &Value| value.as_u64().unwrap();
 
     let text = place.check("all", &student("0.5", 1, 0)).unwrap();
-    assert!(text.contains("150 of 300 rows have no label: the teacher labels those it is sure of by 0.5 or more"), "{text}");
+    assert!(
+        text.contains("150 of 300 rows have no label: the teacher labels those it is sure of by 0.5 or more"),
+        "{text}"
+    );
 
     // Whatever the teacher says is taken, and two ranks together find what one finds.
     for (out, ranks) in [("all", 1), ("shared", 2)] {
@@ -295,14 +298,21 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
     assert_eq!(all.rows.train + all.rows.validation + all.rows.test, 300);
     assert_eq!(all.data_digest, shared.data_digest);
     let annotation = &report(&all.artifact)["annotation"];
-    assert_eq!((&annotation["by"], &annotation["labelled"], &annotation["dropped"]), (&json!("Teacher"), &json!(150), &json!(0)));
+    assert_eq!(
+        (&annotation["by"], &annotation["labelled"], &annotation["dropped"]),
+        (&json!("Teacher"), &json!(150), &json!(0))
+    );
     let balance: u64 = annotation["balance"].as_array().unwrap().iter().map(|label| number(&label["rows"])).sum();
     assert_eq!(balance, 150, "{annotation}");
     let comparison = &annotation["comparison"];
     assert!((100..150).contains(&number(&comparison["rows"])), "the labelled rows of the training part: {comparison}");
     // It was trained on them.
     assert!(comparison["disagreement"].as_f64().unwrap() < 0.3, "{comparison}");
-    assert!(std::fs::read_to_string(folder(&all.artifact).join("report.html")).unwrap().contains("Annotated by the teacher"));
+    assert!(
+        std::fs::read_to_string(folder(&all.artifact).join("report.html"))
+            .unwrap()
+            .contains("Annotated by the teacher")
+    );
     assert!(!log("all").contains("Asking the teacher"), "no term learns from it");
 
     // Rows of which it is not sure are left out, and what it said is known from the first run: two files, of the rows and of the
@@ -320,7 +330,11 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
     let child = place.start("all", &student("0.9", 2, 2));
     place.finish("all", child, 0);
     assert_eq!(place.summary("all").data_digest, summary.data_digest);
-    assert_eq!(log("all").matches("the teacher's answers were kept from another run").count(), 1 + 2 * 2, "by each rank");
+    assert_eq!(
+        log("all").matches("the teacher's answers were kept from another run").count(),
+        1 + 2 * 2,
+        "by each rank"
+    );
 
     let mut wrong = student("0", 1, 0);
     wrong["model"]["labels"] = json!(["negative", "great"]);

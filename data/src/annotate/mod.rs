@@ -110,7 +110,9 @@ fn api_key(spec: &EndpointAnnotator) -> Result<Option<String>, DataError> {
     let Some(name) = &spec.api_key_variable else { return Ok(None) };
     match std::env::var(name) {
         Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
-        _ => Err(DataError::User(format!("data.annotate.endpoint.apiKeyVariable: the environment has no {name}, or an empty one"))),
+        _ => Err(DataError::User(format!(
+            "data.annotate.endpoint.apiKeyVariable: the environment has no {name}, or an empty one"
+        ))),
     }
 }
 

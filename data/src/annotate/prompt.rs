@@ -17,7 +17,8 @@ impl<'a> Prompt<'a> {
     /// # Errors
     /// The user's, for a template that does not parse, names something else than `text` and `labels`, or leaves the text out.
     pub(super) fn new(template: &'a str, labels: &'a [String]) -> Result<Self, DataError> {
-        let refused = |error: &dyn std::fmt::Display| DataError::User(format!("data.annotate.endpoint.prompt: {error}"));
+        let refused =
+            |error: &dyn std::fmt::Display| DataError::User(format!("data.annotate.endpoint.prompt: {error}"));
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.add_template(NAME, template).map_err(|error| refused(&error))?;

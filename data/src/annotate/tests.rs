@@ -120,8 +120,7 @@ fn labels() -> Vec<String> {
 
 /// A specification whose prompt is the text, with other fields changed.
 fn spec(endpoint: &str, fields: Value) -> EndpointAnnotator {
-    let mut spec =
-        json!({"url": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
+    let mut spec = json!({"url": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
     spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     serde_json::from_value(spec).unwrap()
 }

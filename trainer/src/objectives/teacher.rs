@@ -275,12 +275,7 @@ pub fn read_kept(
 }
 
 /// Answers that were kept, if they are whole.
-async fn read_cached(
-    from: &Location,
-    rows: usize,
-    outputs: usize,
-    work: &Path,
-) -> Result<Option<Tensor>, TrainError> {
+async fn read_cached(from: &Location, rows: usize, outputs: usize, work: &Path) -> Result<Option<Tensor>, TrainError> {
     let bytes = match from.read().await {
         Ok(bytes) => bytes,
         Err(StoreError::NotFound { .. }) => return Ok(None),
