@@ -80,9 +80,9 @@ pub fn complete(
     let labels = annotator.classifier.labels();
     let balance = balance(labels, &found);
     let labelled = balance.iter().map(|label| label.rows).sum();
-    let stays = kept(&had_label, &open, &found);
+    let had_label = of_rows_that_stay(&had_label, &open, &found);
     apply(dataset, &open, &found, labels)?;
-    let sample = sample(&dataset.split(&context.config.spec.data.split)?.train, &stays);
+    let sample = sample(&dataset.split(&context.config.spec.data.split)?.train, &had_label);
     let comparison = compare(dataset, labels, &sample, &annotator.predict(dataset, &sample)?, minimum);
     context.watchdog.rest();
     let report = TeacherReport {
@@ -202,7 +202,7 @@ fn balance(labels: &[String], found: &[i64]) -> Vec<LabelRows> {
 }
 
 /// Of the rows that stay, in their order: whether they had a label before.
-fn kept(had_label: &[bool], open: &[usize], found: &[i64]) -> Vec<bool> {
+fn of_rows_that_stay(had_label: &[bool], open: &[usize], found: &[i64]) -> Vec<bool> {
     let mut stays = vec![true; had_label.len()];
     open.iter().zip(found).for_each(|(&row, &label)| stays[row] = label >= 0);
     had_label.iter().zip(stays).filter(|(_, stays)| *stays).map(|(&had, _)| had).collect()
@@ -245,7 +245,8 @@ mod tests {
         let counts: Vec<usize> = balance(&labels, &sure).into_iter().map(|label| label.rows).collect();
         assert_eq!(counts, [0, 2], "a label without rows is there too");
         // Rows 1, 2, 4 and 5 had none; rows 2 and 5 go.
-        assert_eq!(kept(&[true, false, false, true, false, false], &[1, 2, 4, 5], &sure), [true, false, true, false]);
+        let had_label = [true, false, false, true, false, false];
+        assert_eq!(of_rows_that_stay(&had_label, &[1, 2, 4, 5], &sure), [true, false, true, false]);
         let again = predictions(&tensor(&found)).unwrap();
         assert_eq!(again, found, "kept answers come back");
     }
