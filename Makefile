@@ -47,7 +47,7 @@ test-chart: ## helm lint, template, schema errors; promtool on rules
 test-cluster: ## kill tests and bad input on the running demo cluster (after `make demo`)
 	@$(CARGO) test --release -p athanor-tests --test cluster -- --ignored --test-threads=1 --nocapture
 
-test-clients: setup ## transformers, tritonclient, ... against our artifact and server, in a Python environment of their own
+test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
 
 bench-quality: setup ## what distillation, selection and eight bits keep, on real rows (an hour and more)

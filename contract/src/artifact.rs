@@ -53,7 +53,7 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Folder of the event files for TensorBoard in an artifact.
+/// Folder of the event files for TensorBoard, in an artifact and beside it.
 pub const EVENTS: &str = "tensorboard";
 
 /// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell times, and

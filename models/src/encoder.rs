@@ -102,9 +102,6 @@ impl Encoder {
     pub fn pack(&mut self, how: Packing, first_token: bool) -> Result<(), LoadError> {
         let layers = self.layers_mut();
         let last = layers.len().saturating_sub(1);
-        layers
-            .iter_mut()
-            .enumerate()
-            .try_for_each(|(index, layer)| layer.pack(how, first_token && index == last))
+        layers.iter_mut().enumerate().try_for_each(|(index, layer)| layer.pack(how, first_token && index == last))
     }
 }

@@ -224,14 +224,7 @@ impl Layer {
     }
 
     /// `x` [B, T, C] to the same shape, or with `first_token` to what that token's would be, [B, 1, C].
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        bias: &Bias,
-        config: &EncoderConfig,
-        train: bool,
-        first_token: bool,
-    ) -> Tensor {
+    pub fn forward(&self, x: &Tensor, bias: &Bias, config: &EncoderConfig, train: bool, first_token: bool) -> Tensor {
         let (b, _, c) = x.size3().expect("hidden states have three dimensions");
         let heads = |projected: Tensor| {
             projected.view([b, -1, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
@@ -254,9 +247,7 @@ impl Layer {
                 };
                 [query, part(2), part(1)]
             }
-            None => {
-                [heads(self.query.forward(asking)), heads(self.key.forward(x)), heads(self.value.forward(x))]
-            }
+            None => [heads(self.query.forward(asking)), heads(self.key.forward(x)), heads(self.value.forward(x))],
         };
         let context =
             attention(&query, &key, &value, bias, if train { config.attention_probs_dropout_prob } else { 0.0 });

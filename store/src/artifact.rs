@@ -1,12 +1,17 @@
 //! Folders with a manifest. Files first, the manifest last: what has no manifest is not there.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use athanor_contract::artifact::{FileEntry, MANIFEST, Manifest, REFERENCE, model_digest, sha256_hex};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::{Location, StoreError};
 
+/// How often a folder is written into which others write at the same time.
+const ATTEMPTS: u32 = 5;
 /// Files fetched or sent at the same time.
 const PARALLEL: usize = 4;
 /// Endings of pickled weights, which run code when loaded.
@@ -75,7 +80,11 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
 
 /// Sends every file below the local folder `from`, then the manifest with their digests. `manifest` brings everything but
 /// `files` and `model_digest`, which are filled in here. A folder that holds this very model already is left as it is; another
-/// manifest there is deleted before the first file changes.
+/// manifest there is deleted before the first file changes. Where another process writes into the folder at the same time, whoever
+/// is last writes it anew, so that files and manifest are of one process.
+///
+/// # Errors
+/// [`StoreError::Conflict`] if another process keeps writing.
 pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Result<Manifest, StoreError> {
     let mut names = Vec::new();
     walk(from, from, &mut names)?;
@@ -93,17 +102,57 @@ pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Resul
         Err(StoreError::NotFound { .. }) => {}
         Err(error) => return Err(error),
     }
-    if let Some(first) = names.first().filter(|name| *name == REFERENCE) {
-        send(from, first, to).await?;
+    for attempt in 1..=ATTEMPTS {
+        if attempt > 1 {
+            tracing::warn!(uri = to.uri, "another process writes into this folder at the same time");
+            tokio::time::sleep(pause(attempt)).await;
+            to.child(MANIFEST).delete().await?;
+        }
+        let sent = send_all(from, &names, &manifest, to).await?;
+        let checks = sent.iter().map(|file| is_there(file, to));
+        let found: Vec<bool> = futures::stream::iter(checks).buffer_unordered(PARALLEL).try_collect().await?;
+        if found.into_iter().all(|is_there| is_there) {
+            return Ok(manifest);
+        }
     }
-    futures::stream::iter(names.iter().filter(|name| *name != REFERENCE).map(|name| send(from, name, to)))
-        .buffer_unordered(PARALLEL)
-        .try_collect::<Vec<()>>()
-        .await?;
-    let bytes = serde_json::to_vec_pretty(&manifest)
+    Err(StoreError::Conflict { uri: to.uri.clone() })
+}
+
+/// A file as it was written.
+struct Sent {
+    name: String,
+    sha256: String,
+    etag: Option<String>,
+}
+
+/// Sends the files, then the manifest.
+async fn send_all(from: &Path, names: &[String], manifest: &Manifest, to: &Location) -> Result<Vec<Sent>, StoreError> {
+    let mut sent = Vec::with_capacity(names.len() + 1);
+    if let Some(first) = names.first().filter(|name| *name == REFERENCE) {
+        sent.push(send(from, first, manifest, to).await?);
+    }
+    let others = names.iter().filter(|name| *name != REFERENCE).map(|name| send(from, name, manifest, to));
+    // All are waited for, also when one fails: none arrives in a folder that has been given up.
+    let others: Vec<Result<Sent, StoreError>> =
+        futures::stream::iter(others).buffer_unordered(PARALLEL).collect().await;
+    sent.extend(others.into_iter().collect::<Result<Vec<Sent>, _>>()?);
+    let bytes = serde_json::to_vec_pretty(manifest)
         .map_err(|error| StoreError::Invalid { uri: to.uri.clone(), message: error.to_string() })?;
-    to.child(MANIFEST).write(bytes.into()).await?;
-    Ok(manifest)
+    let sha256 = sha256_hex(&bytes);
+    let etag = to.child(MANIFEST).write(bytes.into()).await?;
+    sent.push(Sent { name: MANIFEST.into(), sha256, etag });
+    Ok(sent)
+}
+
+/// Whether a file is still what was written. Read again only if its ETag is another: some stores change it by themselves.
+async fn is_there(file: &Sent, to: &Location) -> Result<bool, StoreError> {
+    let Some(etag) = &file.etag else { return Ok(true) };
+    let location = to.child(&file.name);
+    let found = async { Ok(location.version().await? == *etag || sha256_hex(&location.read().await?) == file.sha256) };
+    match found.await {
+        Err(StoreError::NotFound { .. }) => Ok(false),
+        found => found,
+    }
 }
 
 async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileEntry>) -> Result<(), StoreError> {
@@ -147,10 +196,17 @@ async fn digest(path: PathBuf) -> Result<FileEntry, StoreError> {
     .await
 }
 
-async fn send(from: &Path, name: &str, to: &Location) -> Result<(), StoreError> {
+async fn send(from: &Path, name: &str, manifest: &Manifest, to: &Location) -> Result<Sent, StoreError> {
     let path = from.join(name);
     let bytes = blocking(move || std::fs::read(&path).map_err(|error| StoreError::io(&path, error))).await?;
-    to.child(name).write(bytes.into()).await
+    let etag = to.child(name).write(bytes.into()).await?;
+    Ok(Sent { name: name.to_owned(), sha256: manifest.files[name].sha256.clone(), etag })
+}
+
+/// Before writing anew: of two, whoever waits longer writes alone. The clock's last digits are random enough for that.
+fn pause(attempt: u32) -> Duration {
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Duration::from_micros(u64::from(clock.subsec_nanos() % 1000) * 200) * attempt
 }
 
 fn walk(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<(), StoreError> {
@@ -241,6 +297,29 @@ mod tests {
         folder.child(MANIFEST).delete().await.unwrap();
         let error = download_model(&folder, to.path()).await.unwrap_err();
         assert!(error.is_user_error() && error.to_string().contains("cut off"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn two_that_write_at_once_leave_one_whole_artifact() {
+        let store = tempfile::tempdir().unwrap();
+        let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
+        for round in 0..15 {
+            let folders = ["one", "two"].map(|writer| {
+                let from = tempfile::tempdir().unwrap();
+                for name in ["model.safetensors", "config.json", "tokenizer.json", REFERENCE] {
+                    std::fs::write(from.path().join(name), format!("{writer} in round {round}")).unwrap();
+                }
+                from
+            });
+            let [one, two] = folders.each_ref().map(|from| upload(from.path(), &folder, manifest()));
+            let (one, two) = tokio::join!(one, two);
+            // Who loses says so, and no more.
+            for error in [one, two].into_iter().filter_map(Result::err) {
+                assert!(matches!(error, StoreError::Conflict { .. }), "{error}");
+            }
+            let to = tempfile::tempdir().unwrap();
+            download(&folder, to.path()).await.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
     }
 
     #[tokio::test]

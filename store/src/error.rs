@@ -11,6 +11,8 @@ pub enum StoreError {
     Invalid { uri: String, message: String },
     #[error("{uri}: the store does not answer: {message}")]
     Unavailable { uri: String, message: String },
+    #[error("{uri}: another process writes into this folder at the same time")]
+    Conflict { uri: String },
     #[error("{path}: {source}")]
     Io { path: String, source: std::io::Error },
 }
@@ -39,6 +41,8 @@ impl StoreError {
                 Self::Unauthorized { uri, message }
             }
             _ if message.contains("NoSuchBucket") => Self::NotFound { uri },
+            // A disk, which has no more room, or is not there.
+            _ if uri.starts_with("file:") => Self::Io { path: uri, source: std::io::Error::other(message) },
             _ => Self::Unavailable { uri, message },
         }
     }

@@ -1,10 +1,10 @@
 //! One place in a store: a file, or a folder of files.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, local::LocalFileSystem, path::Path};
 
 use crate::StoreError;
 
@@ -60,24 +60,31 @@ impl Location {
         Location { store: self.store.clone(), path, uri: format!("{}/{name}", self.uri.trim_end_matches('/')) }
     }
 
+    /// The path on this machine's disk, of a file:// URI.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        if !self.uri.starts_with("file:") {
+            return None;
+        }
+        LocalFileSystem::new().path_to_filesystem(&self.path).ok()
+    }
+
     /// The whole object.
     pub async fn read(&self) -> Result<Bytes, StoreError> {
         let result = self.store.get(&self.path).await.map_err(|error| self.error(error))?;
         result.bytes().await.map_err(|error| self.error(error))
     }
 
-    /// Writes the whole object; it appears complete or not at all.
-    pub async fn write(&self, bytes: Bytes) -> Result<(), StoreError> {
+    /// Writes the whole object; it appears complete or not at all. Gives its ETag, where the store tells it.
+    pub async fn write(&self, bytes: Bytes) -> Result<Option<String>, StoreError> {
         if bytes.len() > PART && !self.uri.starts_with("http") {
             // In parts, so that a lost connection costs one of them; complete when the last is there.
             let upload = self.store.put_multipart(&self.path).await.map_err(|error| self.error(error))?;
             let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
             parts.put(bytes);
-            parts.finish().await.map_err(|error| self.error(error))?;
-            return Ok(());
+            return Ok(parts.finish().await.map_err(|error| self.error(error))?.e_tag);
         }
-        self.store.put(&self.path, PutPayload::from_bytes(bytes)).await.map_err(|error| self.error(error))?;
-        Ok(())
+        let put = self.store.put(&self.path, PutPayload::from_bytes(bytes)).await;
+        Ok(put.map_err(|error| self.error(error))?.e_tag)
     }
 
     /// Deletes one object; none there is fine.
@@ -133,6 +140,8 @@ mod tests {
         assert!(matches!(file.read().await, Err(StoreError::NotFound { .. })));
         file.write(Bytes::from_static(b"x")).await.unwrap();
         assert_eq!(root.list().await.unwrap(), ["a/b.txt"]);
+        assert_eq!(file.local_path(), Some(folder.path().join("a/b.txt")));
+        assert_eq!(open("https://host/a/b.txt").unwrap().local_path(), None);
         assert_eq!(file.read().await.unwrap(), "x");
         let large: Bytes = (0..PART + 1000).map(|i| i as u8).collect::<Vec<_>>().into();
         file.write(large.clone()).await.unwrap();

@@ -34,10 +34,8 @@ def rows():
     return found[:1200]
 
 
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory, rows):
-    """The folder of a trained model."""
-    folder = tmp_path_factory.mktemp("job")
+def write_job(folder, rows, hyperparameters, **more):
+    """A job's manifest beside its rows; it writes into the folder `out`."""
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for text, label in rows:
             print(json.dumps({"text": text, "label": label}), file=file)
@@ -48,13 +46,21 @@ def artifact(tmp_path_factory, rows):
         "spec": {
             "model": {"from": f"file://{MODELS}/minilm-l6", "task": "TextClassification"},
             "data": {"sources": [{"name": "amazon", "uri": f"file://{folder}/rows.jsonl"}]},
-            "hyperparameters": {"maxSteps": 25},
+            "hyperparameters": hyperparameters,
             "output": {"to": f"file://{folder}/out"},
+            **more,
         },
     }
     # JSON is YAML.
     (folder / "job.yaml").write_text(json.dumps(manifest))
-    subprocess.run([TARGET / "athanor-trainer", "run", "-f", folder / "job.yaml"], check=True, timeout=300, env=OURS)
+    return [TARGET / "athanor-trainer", "run", "-f", folder / "job.yaml"]
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, rows):
+    """The folder of a trained model."""
+    folder = tmp_path_factory.mktemp("job")
+    subprocess.run(write_job(folder, rows, {"maxSteps": 25}), check=True, timeout=300, env=OURS)
     (manifest_path,) = (folder / "out").glob("*/artifact/manifest.json")
     return manifest_path.parent
 

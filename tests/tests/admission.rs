@@ -30,6 +30,14 @@ fn deployment(change: impl Fn(&mut Value)) -> Value {
     json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"generateName": "deployment-"}, "spec": spec})
 }
 
+/// A job that searches; `more` are further fields of the search.
+fn search(parameters: Value, more: Value) -> Value {
+    job(|spec| {
+        spec["hyperparameters"]["search"] = json!({"parameters": parameters});
+        spec["hyperparameters"]["search"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    })
+}
+
 /// Creates as `kubectl` does, with strict validation of fields. The message when refused.
 async fn create(client: &Client, object: &Value) -> Result<DynamicObject, String> {
     let kind = object["kind"].as_str().unwrap();
@@ -57,6 +65,17 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let made = create(client, &job(|_| {})).await.unwrap();
     assert_eq!(made.data["spec"]["hyperparameters"]["batchSize"], 32, "{}", made.data);
     create(client, &deployment(|_| {})).await.unwrap();
+    let parameters = json!([
+        {"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}},
+        {"name": "batchSize", "values": [16.0, 32.0]},
+        {"name": "optimizer", "choices": ["AdamW", "SGD"]},
+    ]);
+    let made_search = create(client, &search(parameters, json!({"algorithm": "ASHA", "asha": {}}))).await.unwrap();
+    let found = &made_search.data["spec"]["hyperparameters"]["search"];
+    assert_eq!((&found["maxTrials"], &found["asha"]["reductionFactor"]), (&json!(20), &json!(3)), "{found}");
+    let annotated = create(client, &job(|spec| spec["data"]["annotate"] = json!({"teacher": {}}))).await.unwrap();
+    let found = &annotated.data["spec"]["data"]["annotate"];
+    assert_eq!(found["teacher"]["minimumConfidence"], "0.9", "{found}");
 
     let refused: Vec<(&str, Value)> = vec![
         ("unknown field", job(|spec| spec["hyperparameters"] = json!({"learningrate": 0.1}))),
@@ -94,6 +113,79 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 1}}))),
         ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 21}}))),
         ("Unsupported value", job(|spec| spec["failurePolicy"] = json!({"onNonFinite": "Ignore"}))),
+        (
+            "exactly one of range, values and choices",
+            search(json!([{"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3}, "values": [1e-4]}]), json!({})),
+        ),
+        ("exactly one of range, values and choices", search(json!([{"name": "learningRate"}]), json!({}))),
+        (
+            "choices is for optimizer, schedule and precision",
+            search(json!([{"name": "batchSize", "choices": ["16", "32"]}]), json!({})),
+        ),
+        (
+            "range and values are for numbers",
+            search(json!([{"name": "optimizer", "range": {"min": 1.0, "max": 2.0}}]), json!({})),
+        ),
+        ("Unsupported value", search(json!([{"name": "luck", "values": [1.0]}]), json!({}))),
+        (
+            "Duplicate value",
+            search(json!([{"name": "l1", "values": [0.0]}, {"name": "l1", "values": [0.1]}]), json!({})),
+        ),
+        ("should have at least 1 items", search(json!([]), json!({}))),
+        (
+            "a Log scale needs min above 0",
+            search(json!([{"name": "l1", "range": {"min": 0.0, "max": 0.1, "scale": "Log"}}]), json!({})),
+        ),
+        (
+            "step is for the Linear scale",
+            search(
+                json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "scale": "Log", "step": 0.01}}]),
+                json!({}),
+            ),
+        ),
+        (
+            "step must be above 0",
+            search(json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "step": 0.0}}]), json!({})),
+        ),
+        ("min must be below max", search(json!([{"name": "l1", "range": {"min": 0.1, "max": 0.1}}]), json!({}))),
+        (
+            "asha is for algorithm ASHA alone",
+            search(json!([{"name": "l1", "values": [0.0]}]), json!({"asha": {"reductionFactor": 3}})),
+        ),
+        (
+            "minimumSteps or minimumEpochs, not both",
+            search(
+                json!([{"name": "l1", "values": [0.0]}]),
+                json!({"algorithm": "ASHA", "asha": {"minimumSteps": 5, "minimumEpochs": 1}}),
+            ),
+        ),
+        (
+            "greater than or equal to",
+            search(
+                json!([{"name": "l1", "values": [0.0]}]),
+                json!({"algorithm": "ASHA", "asha": {"reductionFactor": 1}}),
+            ),
+        ),
+        ("less than or equal to", search(json!([{"name": "l1", "values": [0.0]}]), json!({"maxTrials": 1000}))),
+        ("exactly one of endpoint and teacher", job(|spec| spec["data"]["annotate"] = json!({}))),
+        (
+            "exactly one of endpoint and teacher",
+            job(|spec| {
+                let endpoint = json!({"url": "http://teacher/v1", "model": "m"});
+                spec["data"]["annotate"] = json!({"endpoint": endpoint, "teacher": {}});
+            }),
+        ),
+        (
+            "minimumConfidence must be between 0 and 1",
+            job(|spec| spec["data"]["annotate"] = json!({"teacher": {"minimumConfidence": "1.5"}})),
+        ),
+        (
+            "maximumCost needs inputTokenPrice and outputTokenPrice",
+            job(|spec| {
+                spec["data"]["annotate"] =
+                    json!({"endpoint": {"url": "http://teacher/v1", "model": "m", "maximumCost": "1"}})
+            }),
+        ),
         (
             "leave no rows to train on",
             job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50})),

@@ -150,7 +150,8 @@ mod tests {
     fn equals_the_whole_tables_steps() {
         for (rule, weight_decay) in [(RULE, 0.1), (Rule::Adam { beta1: 0.8, beta2: 0.99, epsilon: 1e-6 }, 0.0)] {
             let whole = table().set_requires_grad(true);
-            let mut optimizer = Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])], Shard::WHOLE).unwrap();
+            let mut optimizer =
+                Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])], Shard::WHOLE).unwrap();
             for (rows, rate) in steps() {
                 zero_grad(&[whole.shallow_clone()], false).unwrap();
                 backward(&loss(&whole.index_select(0, &Tensor::from_slice(&rows)))).unwrap();

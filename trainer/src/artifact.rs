@@ -18,7 +18,7 @@ pub fn write(
     parent: &Path,
     reference: &Reference,
 ) -> Result<(), TrainError> {
-    std::fs::create_dir_all(to).map_err(TrainError::other)?;
+    std::fs::create_dir_all(to).map_err(TrainError::at(to))?;
     match quantized {
         None => model.save(to).map_err(TrainError::other)?,
         Some(activations) => model.save_quantized(to, activations).map_err(TrainError::other)?,
@@ -31,5 +31,6 @@ pub fn write(
         }
     }
     let text = serde_json::to_vec(reference).map_err(TrainError::other)?;
-    std::fs::write(to.join(REFERENCE), text).map_err(TrainError::other)
+    let path = to.join(REFERENCE);
+    std::fs::write(&path, text).map_err(TrainError::at(&path))
 }

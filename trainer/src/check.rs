@@ -7,14 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_contract::train::{DataSpec, Task, TrainConfig};
+use athanor_contract::train::{DataSpec, EndpointAnnotator, Task, TrainConfig, TrainSpec};
+use athanor_data::annotate::Estimate;
 use athanor_models::{EncoderConfig, Model, Tokenizer};
 use athanor_torch::{Optimizer, Shard, backward, clip_grad_norm, zero_grad};
 use tch::Device;
 use tokio::runtime::Handle;
 
 use crate::{
-    TrainError,
+    TrainError, annotate,
     data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
     objectives::{self, Objective, Part, Teacher},
     report::Reading,
@@ -47,9 +48,13 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
         None => None,
     };
     let report = match (dataset, parent) {
-        (Some(dataset), Some(parent)) => {
-            let report = Report { config, device, dataset, parent, folder: &model, teacher: teacher.as_deref() };
-            report.text().map_err(|error| mistakes.push(error.to_string())).ok()
+        // Without a teacher to label them rows have no labels, and its mistake is told.
+        (Some(mut dataset), Some(parent)) if teacher.is_some() || !config.spec.data.teacher_annotates() => {
+            let teacher = teacher.as_deref();
+            let report = plan_annotation(&mut dataset, &config.spec, teacher).and_then(|annotation| {
+                Report { config, device, dataset, annotation, parent, folder: &model, teacher }.text()
+            });
+            report.map_err(|error| mistakes.push(error.to_string())).ok()
         }
         _ => None,
     };
@@ -82,10 +87,58 @@ async fn fetch(uri: &str, to: &Path) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// Who would be asked for labels.
+struct Annotation {
+    /// In words.
+    text: String,
+    /// For each row whether it has none yet.
+    open: Vec<bool>,
+}
+
+/// What annotation would do. Rows without a label get one of the labels here: which one changes nothing that is told.
+fn plan_annotation(
+    dataset: &mut Dataset,
+    spec: &TrainSpec,
+    teacher: Option<&Path>,
+) -> Result<Option<Annotation>, TrainError> {
+    let Some(annotate) = &spec.data.annotate else { return Ok(None) };
+    let rows = annotate::open_rows(dataset);
+    let (who, labels) = match (&annotate.endpoint, teacher) {
+        (Some(endpoint), _) => {
+            let labels = annotate::endpoint_labels(endpoint, spec.model.labels.as_ref())?;
+            let texts: Vec<&str> = rows.iter().map(|&row| dataset.rows.text(row)).collect();
+            let estimate = athanor_data::annotate::estimate(&texts, endpoint, labels)?;
+            (describe_questions(endpoint, estimate), labels.to_vec())
+        }
+        (None, Some(folder)) => {
+            annotate::check_labels(folder, spec.model.labels.as_deref())?;
+            let minimum = annotate.teacher.unwrap_or_default().minimum_confidence;
+            let labels = EncoderConfig::load(folder)?.labels().unwrap_or_default();
+            (format!("the teacher labels those it is sure of by {minimum} or more"), labels)
+        }
+        (None, None) => return Err(TrainError::User("data.annotate: set exactly one of endpoint and teacher".into())),
+    };
+    let mut open = vec![false; dataset.rows.len()];
+    for &row in &rows {
+        open[row] = true;
+        dataset.rows.set_label(row, labels.first().map_or("", String::as_str));
+    }
+    Ok(Some(Annotation { text: format!("{} of {} rows have no label: {who}", rows.len(), open.len()), open }))
+}
+
+fn describe_questions(endpoint: &EndpointAnnotator, estimate: Estimate) -> String {
+    let Estimate { questions, input_tokens } = estimate;
+    let cost = endpoint.input_token_price.map(|price| price.get() * input_tokens as f64 / 1e6);
+    let cost = cost.map(|cost| format!(", whose prompts cost at most {cost:.4}")).unwrap_or_default();
+    let limit = endpoint.maximum_cost.map(|limit| format!(", until {limit} is spent")).unwrap_or_default();
+    format!("at most {questions} questions to {} at {}{cost}{limit}", endpoint.model, endpoint.url)
+}
+
 struct Report<'a> {
     config: &'a TrainConfig,
     device: Device,
     dataset: Dataset,
+    annotation: Option<Annotation>,
     parent: EncoderConfig,
     folder: &'a Path,
     teacher: Option<&'a Path>,
@@ -96,7 +149,7 @@ impl Report<'_> {
         let (spec, dataset) = (&self.config.spec, &self.dataset);
         let h = &spec.hyperparameters;
         let task = spec.model.task;
-        let labels = setup::choose_labels(spec, dataset, self.folder)?;
+        let labels = setup::choose_labels(spec, dataset, self.folder, self.teacher)?;
         let parts = dataset.split(&spec.data.split)?;
         setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let tokenizer = Tokenizer::load(self.folder)?;
@@ -107,13 +160,13 @@ impl Report<'_> {
         // Which rows does not matter here, only how many.
         train.select(&(0..self.kept(train.len())).collect::<Vec<_>>());
         let teacher = match self.teacher {
-            Some(folder) => {
+            Some(folder) if setup::learns_from_teacher(spec) => {
                 let rows = parts.train.iter().take(train.len());
                 let texts: Vec<&str> = rows.map(|&row| dataset.rows.text(row)).collect();
                 let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, &texts, self.device)?;
                 Some(Teacher::Online(Box::new(teacher)))
             }
-            None => None,
+            _ => None,
         };
         let objective = Objective::new(
             objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
@@ -138,6 +191,9 @@ impl Report<'_> {
         }
         let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, objectives::name(term)));
         line("objective", terms.collect::<Vec<_>>().join(" + "));
+        if let Some(annotation) = &self.annotation {
+            line("annotate", annotation.text.clone());
+        }
         if !labels.is_empty() {
             line("labels", self.describe_labels(&labels, &parts));
         }
@@ -210,9 +266,11 @@ impl Report<'_> {
     }
 
     fn describe_labels(&self, labels: &[String], parts: &Parts) -> String {
+        let is_open = |row: usize| self.annotation.as_ref().is_some_and(|annotation| annotation.open[row]);
+        let labelled: Vec<usize> = parts.train.iter().copied().filter(|&row| !is_open(row)).collect();
         let share = |label: &String| {
-            let rows = parts.train.iter().filter(|&&row| self.dataset.rows.label(row) == Some(label)).count();
-            format!("{label} {:.1} %", rows as f64 * 100.0 / parts.train.len() as f64)
+            let rows = labelled.iter().filter(|&&row| self.dataset.rows.label(row) == Some(label)).count();
+            format!("{label} {:.1} %", rows as f64 * 100.0 / labelled.len().max(1) as f64)
         };
         let shown: Vec<String> = labels.iter().take(20).map(share).collect();
         let more = labels.len().saturating_sub(20);

@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use tokio::{runtime::Handle, task::JoinHandle};
 
-use crate::{TrainError, report::History};
+use crate::{
+    TrainError,
+    report::{History, Upload},
+};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -121,7 +124,8 @@ pub async fn newest(folder: &Location, work: &Path) -> Result<Option<Restored>, 
 pub async fn fetch(folder: &Location, step: u64, work: &Path) -> Result<Restored, TrainError> {
     let to = work.join(name(step));
     artifact::download(&folder.child(&name(step)), &to).await?;
-    let text = tokio::fs::read(to.join(STATE)).await.map_err(TrainError::other)?;
+    let path = to.join(STATE);
+    let text = tokio::fs::read(&path).await.map_err(TrainError::at(&path))?;
     let state: State = serde_json::from_slice(&text).map_err(TrainError::other)?;
     Ok(Restored { state, folder: to })
 }
@@ -152,13 +156,21 @@ impl Writer {
         self.writing.as_ref().is_some_and(|writing| !writing.is_finished())
     }
 
-    /// Starts to write in the background, after waiting for the one before.
-    pub fn save(&mut self, snapshot: Snapshot) -> Result<(), TrainError> {
+    /// Starts to write in the background, after waiting for the one before. `events` go first: the curves of a checkpoint are there.
+    pub fn save(&mut self, snapshot: Snapshot, events: Option<Upload>) -> Result<(), TrainError> {
         self.finish()?;
         let manifest = Manifest { step: snapshot.state.step, ..self.template.clone() };
         let (folder, work, runtime) = (self.folder.clone(), self.work.clone(), self.runtime.clone());
-        self.writing =
-            Some(self.runtime.spawn_blocking(move || runtime.block_on(write(folder, manifest, work, snapshot))));
+        self.writing = Some(self.runtime.spawn_blocking(move || {
+            runtime.block_on(async {
+                if let Some(events) = events
+                    && let Err(error) = events.send().await
+                {
+                    tracing::warn!(%error, "the curves could not be uploaded");
+                }
+                write(folder, manifest, work, snapshot).await
+            })
+        }));
         Ok(())
     }
 
@@ -197,7 +209,10 @@ async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Sn
     };
     // Also of a checkpoint that failed: many of them would fill the disk.
     let _ = tokio::fs::remove_dir_all(&from).await;
-    written?;
+    if let Err(error) = written {
+        let _ = delete_half(&folder.child(&name(step))).await;
+        return Err(error);
+    }
     tracing::info!(step, "checkpoint written");
     if let Err(error) = delete_old(&folder, step).await {
         tracing::warn!(%error, "old checkpoints could not be deleted");
@@ -205,8 +220,19 @@ async fn write(folder: Location, manifest: Manifest, work: PathBuf, snapshot: Sn
     Ok(step)
 }
 
+/// Deletes what has arrived of a checkpoint that has no manifest.
+async fn delete_half(folder: &Location) -> Result<(), StoreError> {
+    if folder.child(MANIFEST).exists().await? {
+        return Ok(());
+    }
+    for name in folder.list().await? {
+        folder.child(&name).delete().await?;
+    }
+    Ok(())
+}
+
 fn write_files(to: &Path, snapshot: &Snapshot) -> Result<(), TrainError> {
-    std::fs::create_dir_all(to).map_err(TrainError::other)?;
+    std::fs::create_dir_all(to).map_err(TrainError::at(to))?;
     load::save(&to.join(MODEL), &snapshot.model)?;
     load::save(&to.join(OPTIMIZER), &snapshot.optimizer)?;
     let best_is_newest = snapshot.state.best.is_some_and(|best| best.step == snapshot.state.step);
@@ -214,7 +240,8 @@ fn write_files(to: &Path, snapshot: &Snapshot) -> Result<(), TrainError> {
         load::save(&to.join(BEST), best)?;
     }
     let state = serde_json::to_vec_pretty(&snapshot.state).map_err(TrainError::other)?;
-    std::fs::write(to.join(STATE), state).map_err(TrainError::other)
+    let path = to.join(STATE);
+    std::fs::write(&path, state).map_err(TrainError::at(&path))
 }
 
 /// Deletes this run's checkpoints before the newest [`KEPT`], each manifest first: what is half deleted is not there.
@@ -282,20 +309,19 @@ mod tests {
         for step in [5, 10, 15] {
             let named = |value: i64| vec![("w".to_owned(), Tensor::from_slice(&[value as f32]))];
             let best = Best { step: 10, score: 0.5 };
-            writer
-                .save(Snapshot {
-                    state: State {
-                        step,
-                        fingerprint: "f".into(),
-                        best: (step >= 10).then_some(best),
-                        skipped: [3, step].into(),
-                        history: History::default(),
-                    },
-                    model: named(step as i64),
-                    optimizer: named(-(step as i64)),
-                    best: (step >= 10).then(|| named(10)),
-                })
-                .unwrap();
+            let snapshot = Snapshot {
+                state: State {
+                    step,
+                    fingerprint: "f".into(),
+                    best: (step >= 10).then_some(best),
+                    skipped: [3, step].into(),
+                    history: History::default(),
+                },
+                model: named(step as i64),
+                optimizer: named(-(step as i64)),
+                best: (step >= 10).then(|| named(10)),
+            };
+            writer.save(snapshot, None).unwrap();
         }
         writer.finish().unwrap();
         assert_eq!(writer.newest(), 15);

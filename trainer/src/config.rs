@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use athanor_contract::{
-    artifact::sha256_hex,
+    artifact::{EVENTS, sha256_hex},
     train::{CLUSTER_FIELDS, JobManifest, Task, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
@@ -52,6 +52,7 @@ pub fn of_laptop(name: String, spec: TrainSpec) -> Result<TrainConfig, TrainErro
     Ok(TrainConfig {
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
+        events_to: format!("{folder}/{EVENTS}"),
         progress_to: None,
         name,
         run_id,
@@ -146,8 +147,23 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
         if spec.model.task != Task::TextClassification {
             refuse("data.annotate is for the task TextClassification".into());
         }
-        if annotate.labels.is_none() && spec.model.labels.is_none() {
-            refuse("data.annotate.labels, or model.labels, has to name the labels to choose from".into());
+        match (&annotate.endpoint, &annotate.teacher) {
+            (Some(endpoint), None) => {
+                if endpoint.labels.is_none() && spec.model.labels.is_none() {
+                    refuse(
+                        "data.annotate.endpoint.labels, or model.labels, has to name the labels to choose from".into(),
+                    );
+                }
+            }
+            (None, Some(teacher)) => {
+                if spec.teacher.is_none() {
+                    refuse("data.annotate.teacher needs a teacher".into());
+                }
+                if !(0.0..=1.0).contains(&teacher.minimum_confidence.get()) {
+                    refuse("data.annotate.teacher.minimumConfidence is from \"0\" to \"1\"".into());
+                }
+            }
+            _ => refuse("data.annotate: set exactly one of endpoint and teacher".into()),
         }
     }
     if let Some(select) = &spec.data.select
@@ -267,6 +283,13 @@ spec:
                 "podTemplate: {}",
                 "objective: {terms: [{softLabel: {}}]}",
                 "objective.terms[0].softLabel needs a teacher",
+            ),
+            ("  data:", "  data:\n    annotate: {}", "data.annotate: set exactly one of endpoint and teacher"),
+            ("  data:", "  data:\n    annotate: {teacher: {}}", "data.annotate.teacher needs a teacher"),
+            (
+                "  data:",
+                "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m}}",
+                "has to name the labels to choose from",
             ),
             ("podTemplate: {}", "objective: {terms: [{}]}", "objective.terms[0]: a term is exactly one of"),
             ("podTemplate: {}", "objective: {terms: [{contrastive: {}}]}", "is not for the task TextClassification"),

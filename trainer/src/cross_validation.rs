@@ -120,6 +120,7 @@ fn train_fold(
         fingerprint: String::new(),
         restored: None,
         checkpoints: None,
+        events: None,
         reporter: reporter.as_mut(),
         timeline: around.timeline.clone(),
         watchdog: around.watchdog.clone(),
@@ -219,7 +220,7 @@ fn keep(common: &Common, result: &FoldResult) -> Result<(), TrainError> {
             tracing::warn!(fold = result.fold, %error, "what the fold came to could not be kept");
             Ok(())
         }
-        Ok(()) => Ok(()),
+        Ok(_) => Ok(()),
     }
 }
 

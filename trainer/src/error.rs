@@ -1,5 +1,7 @@
 //! Why a run ended early, and the exit code by which the operator decides.
 
+use std::path::Path;
+
 use athanor_contract::train::exit_code;
 use athanor_data::DataError;
 use athanor_models::LoadError;
@@ -37,6 +39,11 @@ impl TrainError {
             Self::NonFinite { .. } | Self::RolledBackInVain { .. } => exit_code::NON_FINITE,
             Self::Other(_) => 1,
         }
+    }
+
+    /// For `map_err`: a file or folder that cannot be read or written.
+    pub fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |error| Self::Other(format!("{}: {error}", path.display()))
     }
 
     pub fn other(error: impl std::fmt::Display) -> Self {

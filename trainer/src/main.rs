@@ -178,7 +178,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     };
     if let Some(result) = run::run(&config, &topology, &around)? {
         if let Some(path) = termination::path(variable) {
-            termination::write_result(&path, &result).map_err(TrainError::other)?;
+            termination::write_result(&path, &result).map_err(TrainError::at(&path))?;
         }
         announce(&result);
     }

@@ -18,7 +18,7 @@ use crate::{
     evaluate,
     objectives::{
         self, Objective, Teacher,
-        teacher::{MOST_CACHED, Online, cached_at, read_cached, write_cached},
+        teacher::{MOST_CACHED, Online, cached_at, read_kept, write_cached},
     },
     prepare::Prepared,
     report::Reporter,
@@ -100,13 +100,13 @@ impl Material {
         let spec = &common.config.spec;
         let mut train = common.encoder.encode(rows)?;
         let mut teacher = match &common.prepared.teacher {
-            Some(folder) => {
+            Some(folder) if setup::learns_from_teacher(spec) => {
                 let texts: Vec<&str> = rows.iter().map(|&row| common.prepared.dataset.rows.text(row)).collect();
                 let (parent, device) = (&common.prepared.parent, common.device());
                 let RowEncoder { labels, max_length, .. } = &common.encoder;
                 Some(setup::load_teacher(spec, folder, parent, labels, *max_length, &texts, device)?)
             }
-            None => None,
+            _ => None,
         };
         let selection = match &spec.data.select {
             Some(select) => {
@@ -188,16 +188,8 @@ impl Common<'_> {
         let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
         let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
         let place = cached_at(&output, folder, &identity)?;
-        let kept = runtime.block_on(read_cached(&place, train.len(), teacher.outputs(), self.work))?;
-        // Only if every rank found them: the others would wait for sums.
-        let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
-        if let Some(group) = group {
-            group.all_reduce_sum(&found)?;
-        }
-        if let Some(kept) = kept
-            && found.int64_value(&[0]) == self.topology.world() as i64
-        {
-            tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+        let shape = [train.len(), teacher.outputs()];
+        if let Some(kept) = read_kept(&place, shape, runtime, group, device, self.work)? {
             return Ok(Teacher::Cached(kept.to_device(device)));
         }
         let mut last = Instant::now();

@@ -7,11 +7,12 @@ use athanor_contract::{
     artifact::{EVENTS, Kind, Manifest},
     train::{TrainConfig, TrainResult, TrainSummary},
 };
-use athanor_data::annotate::AnnotationReport;
 use athanor_models::Model;
 
 use crate::{
-    TrainError, artifact,
+    TrainError,
+    annotate::Annotation,
+    artifact,
     compress::Compression,
     cross_validation::CrossValidation,
     data::{Dataset, Encoded, Parts},
@@ -32,7 +33,7 @@ pub struct Finished<'a> {
     pub parent: &'a Path,
     pub labels: &'a [String],
     pub dataset: &'a Dataset,
-    pub annotation: Option<&'a AnnotationReport>,
+    pub annotation: Option<&'a Annotation>,
     pub parts: &'a Parts,
     pub train: &'a Encoded,
     pub test: &'a Encoded,
@@ -124,7 +125,8 @@ impl Finished<'_> {
             }),
         };
         page::write(&folder, &report)?;
-        history.write_events(&folder.join(EVENTS)).map_err(TrainError::other)?;
+        let events = folder.join(EVENTS);
+        history.write_events(&events).map_err(TrainError::at(&events))?;
         let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..self.manifest };
         let manifest = around.runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
         if let Some(mut checkpoints) = checkpoints {

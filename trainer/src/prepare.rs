@@ -6,13 +6,14 @@ use std::{
 };
 
 use athanor_contract::{artifact::sha256_hex, train::TrainConfig};
-use athanor_data::annotate::AnnotationReport;
 use athanor_torch::ProcessGroup;
 use tch::Tensor;
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
-    TrainError, annotate, checkpoint,
+    TrainError,
+    annotate::{self, Annotation},
+    checkpoint,
     data::{self, Dataset},
     distributed::{Topology, rendezvous},
     report::Reading,
@@ -25,8 +26,8 @@ const RENDEZVOUS_PATIENCE: Duration = Duration::from_secs(300);
 /// The rows, and the model folders on this machine.
 pub struct Prepared {
     pub dataset: Dataset,
-    /// Rank 0's, where rows were annotated.
-    pub annotation: Option<AnnotationReport>,
+    /// Where rows were annotated.
+    pub annotation: Option<Annotation>,
     pub parent: PathBuf,
     pub teacher: Option<PathBuf>,
     pub baseline: Option<PathBuf>,
@@ -70,7 +71,18 @@ pub fn prepare(
     if group.is_some() {
         around.timeline.mark("rendezvous");
     }
-    let annotation = annotate::complete(&mut dataset, config, runtime, group.as_ref(), topology.device(), work)?;
+    let (annotator, teacher) = if spec.data.teacher_annotates() { (teacher, None) } else { (None, teacher) };
+    let annotator = annotator.map(|download| joined(runtime, download)).transpose()?;
+    let context = annotate::Context {
+        config,
+        runtime,
+        group: group.as_ref(),
+        device: topology.device(),
+        watchdog: &around.watchdog,
+        work,
+        teacher: annotator.as_deref(),
+    };
+    let annotation = annotate::complete(&mut dataset, &context)?;
     // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
     let fingerprint = fingerprint(config, &dataset)?;
     let checkpoints = athanor_store::open(&config.checkpoint_to)?.child(&fingerprint[..16]);
@@ -79,7 +91,7 @@ pub fn prepare(
         async move || checkpoint::newest(&folder, &work).await
     });
     let parent = joined(runtime, parent)?;
-    let teacher = teacher.map(|download| joined(runtime, download)).transpose()?;
+    let teacher = teacher.map(|download| joined(runtime, download)).transpose()?.or(annotator);
     let baseline = baseline.map(|download| joined(runtime, download)).transpose()?;
     let restored = joined(runtime, newest)?;
     let restored = match &group {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::{File, TryLockError},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Instant,
@@ -26,7 +27,7 @@ use crate::{
     material::{Common, Material, RowEncoder},
     outcome::Finished,
     prepare::prepare,
-    report::{Reporter, Sender, Timeline},
+    report::{Events, Reporter, Sender, Timeline},
     setup,
     training::{self, Session, count_steps},
     watchdog::Watchdog,
@@ -53,7 +54,7 @@ const LOCK: &str = "lock";
 fn clear_abandoned() {
     for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(WORK)
-            && let Ok(lock) = std::fs::File::open(entry.path().join(LOCK))
+            && let Ok(lock) = File::open(entry.path().join(LOCK))
             && lock.try_lock().is_ok()
         {
             let _ = std::fs::remove_dir_all(entry.path());
@@ -68,9 +69,10 @@ pub fn run(
     around: &Surroundings,
 ) -> Result<Option<TrainResult>, TrainError> {
     clear_abandoned();
+    let _claim = (topology.rank() == 0).then(|| claim(config)).transpose()?;
     let work = tempfile::Builder::new().prefix(WORK).tempdir().map_err(TrainError::other)?;
     // Held as long as the folder is in use.
-    let lock = std::fs::File::create(work.path().join(LOCK)).map_err(TrainError::other)?;
+    let lock = File::create(work.path().join(LOCK)).map_err(TrainError::other)?;
     lock.lock().map_err(TrainError::other)?;
     let mut reporter = (topology.rank() == 0).then(|| reporter(config, around)).transpose()?;
     if let Some(reporter) = &mut reporter {
@@ -81,6 +83,23 @@ pub fn run(
         around.runtime.block_on(reporter.finish());
     }
     result
+}
+
+/// Keeps a second run out of the same folder until this one ends. An object store has no such lock: there artifacts and checkpoints
+/// are whole, whoever is last.
+fn claim(config: &TrainConfig) -> Result<Option<File>, TrainError> {
+    let Some(folder) = athanor_store::open(&config.checkpoint_to)?.local_path() else { return Ok(None) };
+    std::fs::create_dir_all(&folder).map_err(TrainError::at(&folder))?;
+    let path = folder.join(LOCK);
+    let file = File::options().create(true).append(true).open(&path).map_err(TrainError::at(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(TrainError::Other(format!("{}: another process runs this job and writes here", folder.display())))
+        }
+        Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => Ok(None),
+        Err(TryLockError::Error(error)) => Err(TrainError::at(&path)(error)),
+    }
 }
 
 fn reporter(config: &TrainConfig, around: &Surroundings) -> Result<Reporter, TrainError> {
@@ -107,7 +126,7 @@ impl Run<'_> {
         let (prepared, dataset) = (&prepared, &prepared.dataset);
         let group = prepared.group.as_ref();
 
-        let labels = setup::choose_labels(spec, dataset, &prepared.parent)?;
+        let labels = setup::choose_labels(spec, dataset, &prepared.parent, prepared.teacher.as_deref())?;
         let parts = dataset.split(&spec.data.split)?;
         setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
         let common = Common {
@@ -166,10 +185,16 @@ impl Run<'_> {
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
         };
-        let checkpoints = (self.topology.rank() == 0).then(|| {
+        let (checkpoints, events) = if self.topology.rank() == 0 {
+            let to = athanor_store::open(&self.config.events_to)?;
+            let step = restored.as_ref().map_or(0, |restored| restored.state.step);
+            let events = Events::new(to, self.work, step, &spec.hyperparameters)?;
             let (folder, runtime) = (prepared.checkpoints.clone(), self.around.runtime.clone());
-            checkpoint::Writer::new(folder, manifest.clone(), self.work.to_owned(), runtime)
-        });
+            let writer = checkpoint::Writer::new(folder, manifest.clone(), self.work.to_owned(), runtime);
+            (Some(writer), Some(events))
+        } else {
+            (None, None)
+        };
         let objective = common.objective(&model, teacher.as_ref())?;
         let trained = std::thread::scope(|scope| {
             scope.spawn(encode_held_out);
@@ -187,6 +212,7 @@ impl Run<'_> {
                 fingerprint: prepared.fingerprint.clone(),
                 restored,
                 checkpoints,
+                events,
                 reporter: reporter.as_mut(),
                 timeline: self.around.timeline.clone(),
                 watchdog: self.around.watchdog.clone(),

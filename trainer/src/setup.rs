@@ -12,7 +12,10 @@ use tch::Device;
 use crate::{
     TrainError,
     data::{Dataset, Parts},
-    objectives::teacher::{Online, Student},
+    objectives::{
+        self,
+        teacher::{Online, Student},
+    },
 };
 
 /// A gate over sources without test rows could only fail after all the work.
@@ -30,13 +33,26 @@ pub fn check_gates(gates: &[Gate], dataset: &Dataset, parts: &Parts) -> Result<(
     Ok(())
 }
 
-/// Class names in the order of the outputs; none for tasks without.
-pub fn choose_labels(spec: &TrainSpec, dataset: &Dataset, parent: &Path) -> Result<Vec<String>, TrainError> {
+/// Class names in the order of the outputs; none for tasks without. `teacher` is its folder.
+pub fn choose_labels(
+    spec: &TrainSpec,
+    dataset: &Dataset,
+    parent: &Path,
+    teacher: Option<&Path>,
+) -> Result<Vec<String>, TrainError> {
     if spec.model.task != Task::TextClassification {
         return Ok(Vec::new());
     }
-    let parent = EncoderConfig::load(parent)?.labels();
-    Ok(dataset.choose_labels(spec.model.labels.as_deref(), parent.as_deref())?)
+    // A teacher that labels rows may have given one of its labels to none of them.
+    let inherited = teacher.filter(|_| spec.data.teacher_annotates()).unwrap_or(parent);
+    let inherited = EncoderConfig::load(inherited)?.labels();
+    Ok(dataset.choose_labels(spec.model.labels.as_deref(), inherited.as_deref())?)
+}
+
+/// Whether the teacher is asked while training, or about which rows to train on; else it may be there for annotation alone.
+pub fn learns_from_teacher(spec: &TrainSpec) -> bool {
+    let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
+    spec.data.select.is_some() || terms.iter().any(|term| objectives::needs_teacher(term, spec.model.task))
 }
 
 /// The model that is trained, as it begins.

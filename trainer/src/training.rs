@@ -20,7 +20,7 @@ use crate::{
     },
     evaluate,
     objectives::{self, Objective, Part, Teacher},
-    report::{History, Reporter, Step, Timeline},
+    report::{Events, History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
     words::Words,
@@ -50,6 +50,8 @@ pub struct Session<'a> {
     pub restored: Option<Restored>,
     /// Rank 0's.
     pub checkpoints: Option<Writer>,
+    /// Rank 0's.
+    pub events: Option<Events>,
     pub reporter: Option<&'a mut Reporter>,
     pub timeline: Timeline,
     pub watchdog: Watchdog,
@@ -176,7 +178,7 @@ impl<'a> Loop<'a> {
         let reducer = session.group.map(|group| Reducer::new(&dense, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
-                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::other)?)
+                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
             }
             _ => None,
         };
@@ -342,6 +344,9 @@ impl<'a> Loop<'a> {
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
         self.history.step(&step);
+        if let Some(events) = &mut self.session.events {
+            events.step(&step);
+        }
         if let Some(log) = &mut self.loss_log {
             let terms: serde_json::Map<String, serde_json::Value> =
                 std::iter::zip(self.session.objective.terms(), &self.terms)
@@ -382,6 +387,9 @@ impl<'a> Loop<'a> {
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);
+        if let Some(events) = &mut session.events {
+            events.validated(self.step, (name, score));
+        }
         if let Some(reporter) = &mut session.reporter {
             reporter.validated(self.step, epoch, (name, score), is_best);
         }
@@ -418,7 +426,7 @@ impl<'a> Loop<'a> {
             (None, None) => self.snapshot(self.own_state()),
         };
         match &mut self.session.checkpoints {
-            Some(writer) => writer.save(snapshot),
+            Some(writer) => writer.save(snapshot, self.session.events.as_ref().and_then(Events::upload)),
             None => Ok(()),
         }
     }

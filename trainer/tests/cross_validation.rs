@@ -80,7 +80,7 @@ fn each_fold_is_measured_by_a_model_that_never_saw_it_and_the_job_stays_as_it_wa
     // Killed after its first fold, it goes on with the second.
     let mut child = place.start("killed", &folded);
     let deadline = Instant::now() + Duration::from_secs(120);
-    while place.files("killed", "fold-1.json").is_empty() {
+    while place.find("killed", "fold-1.json").is_empty() {
         assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none(), "{}", log(&place, "killed"));
         std::thread::sleep(Duration::from_millis(2));
     }

@@ -131,6 +131,7 @@ fn run(spec: &TrainSpec, bad: &[usize], special: Special) -> Result<Ended, Train
         fingerprint: String::new(),
         restored: special.restored,
         checkpoints: special.checkpoints,
+        events: None,
         reporter: None,
         timeline: Timeline::new(Instant::now()),
         watchdog: Watchdog::start(Duration::ZERO, |_| ()),
@@ -323,6 +324,6 @@ fn ranks_roll_back_alike_and_a_killed_run_comes_to_the_same_end() {
 /// What the newest checkpoint says is left out.
 fn skipped(place: &Place, out: &str) -> BTreeSet<u64> {
     let read = |path: &Path| serde_json::from_slice::<State>(&std::fs::read(path).unwrap()).unwrap();
-    let states = place.files(out, "state.json").into_iter().map(|path| read(&path));
+    let states = place.find(out, "state.json").into_iter().map(|path| read(&path));
     states.max_by_key(|state| state.step).unwrap().skipped
 }

@@ -83,6 +83,10 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     place.wait_for_step("parts", &mut child, 10);
     child.kill().unwrap();
     child.wait().unwrap();
+    let events = || place.find("parts", "/tensorboard/events.out.tfevents");
+    let [file] = events().try_into().unwrap();
+    // Loss, learning rate and norm of a step are 100 bytes and more.
+    assert!(std::fs::metadata(&file).unwrap().len() > 10 * 100, "curves grow with each step: {}", file.display());
     let killed_at = place.losses("parts").last().unwrap().0;
     assert!(killed_at < 30, "the kill came too late to prove anything");
 
@@ -121,8 +125,7 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     };
     assert_eq!(without_times(first), without_times(second));
     assert!(read(&parts, "report.html").contains("Validation"));
-    let events = Path::new(parts.artifact.trim_start_matches("file://")).join("tensorboard");
-    assert_eq!(std::fs::read_dir(events).unwrap().count(), 1, "curves for TensorBoard");
+    assert_eq!(events().len(), 4, "of three processes, and of the artifact");
 }
 
 #[test]
@@ -162,28 +165,17 @@ fn a_sharded_optimizer_changes_nothing_and_its_checkpoints_fit_any_ranks() {
     let parts = place.losses("parts");
     assert_eq!(parts.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=16).collect::<Vec<_>>());
     for (step, loss) in parts {
-        if step <= done {
-            assert_eq!(loss, whole[&step], "step {step}");
-        } else {
-            // Of three ranks: sums in another order.
-            assert!((loss - whole[&step]).abs() < 2e-4, "step {step}: {loss} is not {}", whole[&step]);
-        }
+        // Word embeddings are updated by another kernel where shards are none, and three ranks sum in another order.
+        let allowed = if step <= done { 1e-5 } else { 2e-4 };
+        assert!((loss - whole[&step]).abs() < allowed, "step {step}: {loss} is not {}", whole[&step]);
     }
 }
 
 #[test]
 fn a_check_says_what_would_happen_and_all_that_is_wrong() {
     let place = Place::new(0.1);
-    let check = |out: &str, spec: &Value| {
-        let file = place.manifest(out, spec);
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_athanor-trainer")).args(["check", "-f"]).arg(&file).output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (output.status.code(), text(&output.stdout), text(&output.stderr))
-    };
-    let (code, text, errors) =
-        check("fine", &json!({"hyperparameters": {"batchSize": 16, "epochs": 2, "crossValidation": {"folds": 4}}}));
-    assert_eq!(code, Some(0), "{errors}");
+    let spec = json!({"hyperparameters": {"batchSize": 16, "epochs": 2, "crossValidation": {"folds": 4}}});
+    let text = place.check("fine", &spec).unwrap();
     for part in
         ["reviews: 2", "negative", "median", "22.7 M parameters", "steps", "4 trainings before", "rows a second", "GiB"]
     {
@@ -195,8 +187,7 @@ fn a_check_says_what_would_happen_and_all_that_is_wrong() {
         "model": {"from": place.uri("nowhere"), "task": "TextClassification"},
         "data": {"sources": [{"name": "a", "uri": place.uri("a.csv")}, {"name": "b", "uri": place.uri("b.csv")}]},
     });
-    let (code, _, errors) = check("wrong", &missing);
-    assert_eq!(code, Some(3), "{errors}");
+    let errors = place.check("wrong", &missing).unwrap_err();
     for part in ["nowhere", "a.csv", "b.csv"] {
         assert!(errors.contains(part), "{part} is not in {errors}");
     }
@@ -223,4 +214,135 @@ fn a_wrong_row_is_the_users_error_and_a_failed_gate_is_not_an_error() {
     let TrainResult::GateFailed(summary) = place.result("gate") else { panic!("{:?}", place.result("gate")) };
     assert!(summary.failed_gates[0].contains("accuracy on the test rows of reviews is"), "{:?}", summary.failed_gates);
     assert_eq!(summary.rows.train + summary.rows.validation + summary.rows.test, 300);
+}
+
+/// One layer: a model of 55 MB, whose optimizer has 110 MB.
+fn small(place: &Place, steps: u32) -> Value {
+    json!({
+        "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+        "hyperparameters": {"maxSteps": steps, "batchSize": 8, "maxSequenceLength": 16},
+    })
+}
+
+fn failure(place: &Place, out: &str) -> String {
+    match place.result(out) {
+        TrainResult::Failed { message } => message,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Fetches an artifact, which checks every file of it.
+fn is_whole(summary: &TrainSummary) {
+    let to = tempfile::tempdir().unwrap();
+    let folder = athanor_store::open(&summary.artifact).unwrap();
+    let fetched =
+        tokio::runtime::Runtime::new().unwrap().block_on(athanor_store::artifact::download(&folder, to.path()));
+    assert_eq!(fetched.unwrap().model_digest, summary.model_digest);
+}
+
+#[test]
+fn a_second_run_of_the_same_job_is_refused_while_the_first_one_goes_on() {
+    let place = Place::new(0.1);
+    let spec = small(&place, 200);
+    let mut first = place.start("out", &spec);
+    place.wait_for_step("out", &mut first, 2);
+    let second = place.start("out", &spec);
+    place.finish("out", second, 1);
+    let message = failure(&place, "out");
+    assert!(message.contains("/checkpoints: another process runs this job and writes here"), "{message}");
+    assert!(first.try_wait().unwrap().is_none(), "the first was over before the second");
+    place.finish("out", first, 0);
+    assert_eq!(place.losses("out").len(), 200, "the second took no step");
+    is_whole(&place.summary("out"));
+    // A run that is over, or was killed, holds nobody back.
+    let third = place.start("out", &spec);
+    place.finish("out", third, 0);
+}
+
+#[test]
+fn files_that_cannot_be_written_are_named_and_no_half_is_a_result() {
+    let place = Place::new(0.1);
+    // In blocks of 512 bytes: 60 MB, less than the model that the run starts from. Without the signal a write fails, as it does
+    // on a full disk.
+    let limited = |blocks: &str| ["sh", "-c", "trap '' XFSZ; ulimit -f $0; exec \"$@\"", blocks].map(str::to_owned);
+    let start = |blocks: &str, out: &str| {
+        let words = limited(blocks);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        place.start_by(&words, out, &small(&place, 3))
+    };
+    let child = start("117000", "parent");
+    place.finish("parent", child, 1);
+    let message = failure(&place, "parent");
+    assert!(message.contains("parent/model.safetensors: ") && message.contains("File too large"), "{message}");
+    assert!(place.find("parent", "manifest.json").is_empty());
+
+    // 95 MB: the artifact can be written, the checkpoint's optimizer cannot.
+    let child = start("185000", "optimizer");
+    place.finish("optimizer", child, 0);
+    let log = std::fs::read_to_string(place.folder.path().join("optimizer/log")).unwrap();
+    assert!(log.contains("a checkpoint could not be written") && log.contains("optimizer.safetensors"), "{log}");
+    assert!(place.checkpoints("optimizer").is_empty());
+    is_whole(&place.summary("optimizer"));
+}
+
+/// A file system in memory of so many megabytes; only root may make one.
+struct Disk(std::path::PathBuf);
+
+impl Disk {
+    fn mount(path: &Path, options: &str) {
+        let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).status().unwrap();
+        assert!(status.success(), "mount -o {options}");
+    }
+
+    fn new(path: &Path, megabytes: u32) -> Self {
+        std::fs::create_dir(path).unwrap();
+        Self::mount(path, &format!("size={megabytes}m"));
+        Self(path.to_owned())
+    }
+
+    fn grow(&self, megabytes: u32) {
+        Self::mount(&self.0, &format!("remount,size={megabytes}m"));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_costs_a_checkpoint_or_the_run_and_leaves_no_half_behind() {
+    if !rustix::process::getuid().is_root() {
+        eprintln!("only root may mount a disk that fills up");
+        return;
+    }
+    let place = Place::new(0.1);
+    let disk = Disk::new(&place.folder.path().join("disk"), 40);
+    let mut spec = small(&place, 4);
+    spec["output"] = json!({"to": place.uri("disk")});
+    spec["checkpoint"] = json!({"everySteps": 2});
+
+    // Too small for the model.
+    let child = place.start("log", &spec);
+    place.finish("log", child, 1);
+    let message = failure(&place, "log");
+    assert!(message.contains("artifact/model.safetensors: ") && message.contains("No space left"), "{message}");
+    assert!(place.find("disk", "manifest.json").is_empty());
+    assert!(place.find("disk", "safetensors").is_empty(), "{:?}", place.find("disk", "safetensors"));
+
+    // For the model alone: halves of checkpoints do not take its place.
+    disk.grow(70);
+    let child = place.start("log", &spec);
+    place.finish("log", child, 0);
+    assert!(place.checkpoints("disk").is_empty());
+    is_whole(&place.summary("log"));
+
+    // For all.
+    disk.grow(1000);
+    spec["hyperparameters"]["maxSteps"] = json!(6);
+    let child = place.start("log", &spec);
+    place.finish("log", child, 0);
+    assert!(!place.checkpoints("disk").is_empty());
+    is_whole(&place.summary("log"));
 }

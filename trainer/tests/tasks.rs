@@ -199,9 +199,7 @@ fn answer(stream: TcpStream, count: &AtomicUsize) {
     }
 }
 
-#[test]
-fn rows_without_labels_get_them_once_for_all_ranks() {
-    let place = Place::new(0.1);
+fn drop_every_other_label(place: &Place) {
     let file = place.folder.path().join("rows.jsonl");
     let rows: String = std::fs::read_to_string(&file)
         .unwrap()
@@ -216,6 +214,12 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
         })
         .collect();
     std::fs::write(&file, rows).unwrap();
+}
+
+#[test]
+fn rows_without_labels_get_them_once_for_all_ranks() {
+    let place = Place::new(0.1);
+    drop_every_other_label(&place);
     let (address, asked) = endpoint();
     let spec = |seed: u32| {
         json!({
@@ -225,12 +229,18 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
             },
             "data": {
                 "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}],
-                "annotate": {"endpoint": address, "model": "judge", "inputTokenPrice": "1"},
+                "annotate": {"endpoint": {"url": address, "model": "judge", "inputTokenPrice": "1"}},
             },
             "hyperparameters": {"maxSteps": 2, "batchSize": 8, "maxSequenceLength": 16, "seed": seed},
             "distributed": {"processesPerNode": 2},
         })
     };
+    // A check says what would be asked, and asks nothing.
+    let text = place.check("annotated", &spec(0)).unwrap();
+    assert!(text.contains("150 of 300 rows have no label: at most 1"), "{text}");
+    assert!(text.contains(&format!("questions to judge at {address}, whose prompts cost at most 0.0")), "{text}");
+    assert_eq!(asked.load(Ordering::Relaxed), 0);
+
     let child = place.start("annotated", &spec(0));
     place.finish("annotated", child, 0);
     let summary = place.summary("annotated");
@@ -245,6 +255,93 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
     place.finish("annotated", child, 0);
     assert_eq!(asked.load(Ordering::Relaxed), first);
     assert_eq!(place.summary("annotated").data_digest, summary.data_digest);
+}
+
+#[test]
+fn a_teacher_labels_the_rows_it_is_sure_of() {
+    let place = Place::new(0.1);
+    let train = json!({"epochs": 3, "batchSize": 16, "maxSequenceLength": 24, "learningRate": 2e-4});
+    let child = place.start("teacher", &json!({"hyperparameters": train}));
+    place.finish("teacher", child, 0);
+    let teacher = place.summary("teacher").artifact;
+    drop_every_other_label(&place);
+    let student = |minimum: &str, ranks: u32, seed: u32| {
+        json!({
+            "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+            "teacher": {"from": teacher},
+            "objective": {"terms": [{"crossEntropy": {}}]},
+            "data": {
+                "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}],
+                "annotate": {"teacher": {"minimumConfidence": minimum}},
+            },
+            "hyperparameters": {
+                "maxSteps": 2, "batchSize": 8, "maxSequenceLength": 24, "seed": seed, "precision": "FP32",
+            },
+            "distributed": {"processesPerNode": ranks, "backend": "Gloo"},
+        })
+    };
+    let log = |out: &str| std::fs::read_to_string(place.folder.path().join(out).join("log")).unwrap();
+    let number = |value: &Value| value.as_u64().unwrap();
+
+    let text = place.check("all", &student("0.5", 1, 0)).unwrap();
+    assert!(
+        text.contains("150 of 300 rows have no label: the teacher labels those it is sure of by 0.5 or more"),
+        "{text}"
+    );
+
+    // Whatever the teacher says is taken, and two ranks together find what one finds.
+    for (out, ranks) in [("all", 1), ("shared", 2)] {
+        let child = place.start(out, &student("0", ranks, 0));
+        place.finish(out, child, 0);
+    }
+    let (all, shared) = (place.summary("all"), place.summary("shared"));
+    assert_eq!(all.rows.train + all.rows.validation + all.rows.test, 300);
+    assert_eq!(all.data_digest, shared.data_digest);
+    let annotation = &report(&all.artifact)["annotation"];
+    assert_eq!(
+        (&annotation["by"], &annotation["labelled"], &annotation["dropped"]),
+        (&json!("Teacher"), &json!(150), &json!(0))
+    );
+    let balance: u64 = annotation["balance"].as_array().unwrap().iter().map(|label| number(&label["rows"])).sum();
+    assert_eq!(balance, 150, "{annotation}");
+    let comparison = &annotation["comparison"];
+    assert!((100..150).contains(&number(&comparison["rows"])), "the labelled rows of the training part: {comparison}");
+    // It was trained on them.
+    assert!(comparison["disagreement"].as_f64().unwrap() < 0.3, "{comparison}");
+    assert!(
+        std::fs::read_to_string(folder(&all.artifact).join("report.html"))
+            .unwrap()
+            .contains("Annotated by the teacher")
+    );
+    assert!(!log("all").contains("Asking the teacher"), "no term learns from it");
+
+    // Rows of which it is not sure are left out, and what it said is known from the first run: two files, of the rows and of the
+    // comparison, which is another for another threshold.
+    let child = place.start("all", &student("0.9", 1, 1));
+    place.finish("all", child, 0);
+    let summary = place.summary("all");
+    let annotation = &report(&summary.artifact)["annotation"];
+    let (labelled, dropped) = (number(&annotation["labelled"]), number(&annotation["dropped"]));
+    assert_eq!(labelled + dropped, 150);
+    assert!(dropped > 0, "{annotation}");
+    assert_eq!(summary.rows.train + summary.rows.validation + summary.rows.test, 150 + labelled);
+    assert_ne!(summary.data_digest, all.data_digest);
+    assert_eq!(log("all").matches("the teacher's answers were kept from another run").count(), 1);
+    let child = place.start("all", &student("0.9", 2, 2));
+    place.finish("all", child, 0);
+    assert_eq!(place.summary("all").data_digest, summary.data_digest);
+    assert_eq!(
+        log("all").matches("the teacher's answers were kept from another run").count(),
+        1 + 2 * 2,
+        "by each rank"
+    );
+
+    let mut wrong = student("0", 1, 0);
+    wrong["model"]["labels"] = json!(["negative", "great"]);
+    let child = place.start("wrong", &wrong);
+    place.finish("wrong", child, 3);
+    let TrainResult::Failed { message } = place.result("wrong") else { panic!("{:?}", place.result("wrong")) };
+    assert!(message.contains("label \"positive\" is not one of model.labels (negative, great)"), "{message}");
 }
 
 #[test]

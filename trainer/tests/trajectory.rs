@@ -110,6 +110,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         fingerprint: String::new(),
         restored: None,
         checkpoints: None,
+        events: None,
         reporter: None,
         timeline: Timeline::new(Instant::now()),
         watchdog: Watchdog::start(std::time::Duration::ZERO, |_| ()),

@@ -1,23 +1,37 @@
-//! Labels from a language model, for rows that have none.
+//! Labels for rows that have none, from a language model or from the job's teacher.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Decimal;
 
-/// Asks a language model for the label of each row that has none. Any endpoint that speaks OpenAI's chat completions will do: a
-/// ModelDeployment with a container of its own, vLLM, or a hosted service. What was answered is kept, so a job that starts again
-/// pays for no row twice. The report says how many rows got a label, what it cost, and how often the model disagreed with itself.
+/// Gives each row without a label one: exactly one of `endpoint` and `teacher` is asked. Rows that get none are left out. What was
+/// answered is kept beside the output, so a job that starts again asks about no row twice, and the report says how many rows were
+/// labelled.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "has(self.endpoint) != has(self.teacher)", "message": "set exactly one of endpoint and teacher"}]))]
+pub struct AnnotateSpec {
+    /// A language model at an address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<EndpointAnnotator>,
+    /// The job's teacher, a trained classifier, asked by the training processes themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherAnnotator>,
+}
+
+/// Any endpoint that speaks OpenAI's chat completions will do: a ModelDeployment with a container of its own, vLLM, or a hosted
+/// service. The report says what it cost, and how often the model disagreed with itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "!has(self.maximumCost) || (has(self.inputTokenPrice) && has(self.outputTokenPrice))",
      "message": "maximumCost needs inputTokenPrice and outputTokenPrice"}]))]
-pub struct AnnotateSpec {
-    /// Base URL of the endpoint, up to and including its version, such as http://teacher.models:8000/v1: requests go to
-    /// {endpoint}/chat/completions.
+pub struct EndpointAnnotator {
+    /// Base URL, up to and including its version, such as http://teacher.models:8000/v1: requests go to {url}/chat/completions.
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^https?://.+"))]
-    pub endpoint: String,
+    pub url: String,
     /// The model's name, as the endpoint knows it.
     #[schemars(length(min = 1, max = 256))]
     pub model: String,
@@ -69,6 +83,23 @@ pub struct AnnotateSpec {
     pub maximum_cost: Option<Decimal>,
 }
 
+/// Labels by `teacher.from`, whose labels have to be among `model.labels`; without those, the job's labels are the teacher's. The
+/// report says how the labels are distributed, and how often the teacher disagrees with rows of the training part that have one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TeacherAnnotator {
+    /// The least probability of the winning label, "0" to "1"; a row of which the teacher is less sure is left out.
+    #[schemars(extend("x-kubernetes-validations" = [
+        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumConfidence must be between 0 and 1"}]))]
+    pub minimum_confidence: Decimal,
+}
+
+impl Default for TeacherAnnotator {
+    fn default() -> Self {
+        Self { minimum_confidence: Decimal::new(0.9).expect("a finite constant") }
+    }
+}
+
 fn default_prompt() -> String {
     "Classify the text into exactly one of these labels: {{ labels | join(\", \") }}.\n\
      Answer with the label alone.\n\nText:\n{{ text }}"
@@ -96,10 +127,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoint_and_model_suffice() {
-        let spec: AnnotateSpec = serde_json::from_str(r#"{"endpoint": "http://teacher/v1", "model": "m"}"#).unwrap();
-        assert_eq!((spec.samples, spec.concurrency, spec.timeout_seconds, spec.max_retries), (1, 8, 60, 5));
-        assert!(spec.prompt.contains("{{ text }}") && spec.prompt.contains("labels"));
+    fn an_address_and_a_model_suffice_and_so_does_a_teacher() {
+        let spec: AnnotateSpec =
+            serde_json::from_str(r#"{"endpoint": {"url": "http://teacher/v1", "model": "m"}}"#).unwrap();
+        let endpoint = spec.endpoint.as_ref().unwrap();
+        assert_eq!(
+            (endpoint.samples, endpoint.concurrency, endpoint.timeout_seconds, endpoint.max_retries),
+            (1, 8, 60, 5)
+        );
+        assert!(endpoint.prompt.contains("{{ text }}") && endpoint.prompt.contains("labels"));
+        assert_eq!(serde_json::from_str::<AnnotateSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+
+        let spec: AnnotateSpec = serde_json::from_str(r#"{"teacher": {}}"#).unwrap();
+        assert_eq!(spec.teacher.unwrap().minimum_confidence.to_string(), "0.9");
         assert_eq!(serde_json::from_str::<AnnotateSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
     }
 }

@@ -26,6 +26,13 @@ pub struct DataSpec {
     pub select: Option<SelectSpec>,
 }
 
+impl DataSpec {
+    /// Whether the job's teacher labels rows.
+    pub fn teacher_annotates(&self) -> bool {
+        self.annotate.as_ref().is_some_and(|annotate| annotate.teacher.is_some())
+    }
+}
+
 /// One source of rows: exactly one of `uri` and `kafka`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -125,6 +125,8 @@ pub struct TrainConfig {
     pub checkpoint_to: String,
     /// Folder of the artifact, `{output.to}/{name}-{run_id[..8]}/artifact`.
     pub artifact_to: String,
+    /// Folder of the event files for TensorBoard, which grow while the run goes on: `{output.to}/{name}-{run_id[..8]}/tensorboard`.
+    pub events_to: String,
     /// gRPC address that takes progress, such as `http://athanor-operator.athanor-system:9443`; absent on a laptop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress_to: Option<String>,

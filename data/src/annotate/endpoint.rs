@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use athanor_contract::train::AnnotateSpec;
+use athanor_contract::train::EndpointAnnotator;
 use backon::{ExponentialBuilder, Retryable};
 use reqwest::{
     Client, ClientBuilder, Response, StatusCode,
@@ -93,7 +93,7 @@ struct Usage {
 impl Endpoint {
     /// `shortest_pause` is the one before the first retry; each later one is twice as long, up to a minute, with jitter.
     pub(super) fn new(
-        spec: &AnnotateSpec,
+        spec: &EndpointAnnotator,
         key: Option<String>,
         builder: ClientBuilder,
         shortest_pause: Duration,
@@ -115,7 +115,7 @@ impl Endpoint {
         let samples_differ = spec.samples > 1;
         Ok(Self {
             http,
-            url: format!("{}/chat/completions", spec.endpoint.trim_end_matches('/')),
+            url: format!("{}/chat/completions", spec.url.trim_end_matches('/')),
             model: spec.model.clone(),
             temperature: spec.temperature.map_or(f64::from(samples_differ), |temperature| temperature.get()),
             timeout: Duration::from_secs(spec.timeout_seconds.into()),
@@ -206,7 +206,7 @@ impl Endpoint {
     fn broken(&self, error: reqwest::Error) -> Failure {
         let error = error.without_url();
         if error.is_builder() {
-            return Failure::Refused(format!("annotate.endpoint: {error}"));
+            return Failure::Refused(format!("data.annotate.endpoint.url: {error}"));
         }
         let reason = if error.is_timeout() {
             "timed out"

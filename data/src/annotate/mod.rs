@@ -10,12 +10,12 @@ mod report;
 mod run;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::Path,
     time::{Duration, Instant},
 };
 
-use athanor_contract::train::AnnotateSpec;
+use athanor_contract::train::EndpointAnnotator;
 use futures::StreamExt;
 
 pub use report::{AnnotationReport, FailureExample, FailureReport};
@@ -67,7 +67,7 @@ pub struct AnnotationProgress {
 /// Others, for a journal that cannot be written and an endpoint that fails every request.
 pub async fn annotate(
     texts: &[(usize, &str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
     progress: &(dyn Fn(AnnotationProgress) + Sync),
@@ -78,26 +78,55 @@ pub async fn annotate(
     annotate_at(endpoint, texts, spec, labels, journal, progress).await
 }
 
+/// What annotation would ask at most; answers that are kept from before are not subtracted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// One for each sample of each different text.
+    pub questions: u64,
+    /// Of all prompts, reckoned from their bytes; endpoints count fewer.
+    pub input_tokens: u64,
+}
+
+/// Reckons what [`annotate`] would ask about these texts, without asking.
+///
+/// # Errors
+/// The user's, for a prompt that does not work.
+pub fn estimate(texts: &[&str], spec: &EndpointAnnotator, labels: &[String]) -> Result<Estimate, DataError> {
+    let prompt = Prompt::new(&spec.prompt, labels)?;
+    let different: HashSet<&str> = texts.iter().copied().collect();
+    let mut bytes = 0;
+    for text in &different {
+        bytes += prompt.render(text)?.len() as u64;
+    }
+    let samples = u64::from(spec.samples.max(1));
+    Ok(Estimate {
+        questions: different.len() as u64 * samples,
+        input_tokens: bytes.div_ceil(run::BYTES_PER_TOKEN) * samples,
+    })
+}
+
 /// The API key, from the environment variable that the specification names.
-fn api_key(spec: &AnnotateSpec) -> Result<Option<String>, DataError> {
+fn api_key(spec: &EndpointAnnotator) -> Result<Option<String>, DataError> {
     let Some(name) = &spec.api_key_variable else { return Ok(None) };
     match std::env::var(name) {
         Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
-        _ => Err(DataError::User(format!("annotate.apiKeyVariable: the environment has no {name}, or an empty one"))),
+        _ => Err(DataError::User(format!(
+            "data.annotate.endpoint.apiKeyVariable: the environment has no {name}, or an empty one"
+        ))),
     }
 }
 
 async fn annotate_at(
     endpoint: Endpoint,
     texts: &[(usize, &str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
     progress: &(dyn Fn(AnnotationProgress) + Sync),
 ) -> Result<Annotations, DataError> {
     let began = Instant::now();
     if labels.len() < 2 {
-        return Err(DataError::User("annotate needs two labels or more to choose from".into()));
+        return Err(DataError::User("data.annotate.endpoint needs two labels or more to choose from".into()));
     }
     let prompt = Prompt::new(&spec.prompt, labels)?;
     let mut questions = questions(texts, spec, labels)?;
@@ -159,7 +188,7 @@ async fn annotate_at(
 /// One question for each different text.
 fn questions<'t>(
     texts: &[(usize, &'t str)],
-    spec: &AnnotateSpec,
+    spec: &EndpointAnnotator,
     labels: &[String],
 ) -> Result<Vec<Question<'t>>, DataError> {
     let mut questions: Vec<Question> = Vec::new();

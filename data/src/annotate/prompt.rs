@@ -7,7 +7,7 @@ use crate::error::DataError;
 
 const NAME: &str = "prompt";
 
-/// The template of `annotate.prompt` with its labels.
+/// The template of `annotate.endpoint.prompt` with its labels.
 pub(super) struct Prompt<'a> {
     environment: Environment<'a>,
     labels: &'a [String],
@@ -17,7 +17,8 @@ impl<'a> Prompt<'a> {
     /// # Errors
     /// The user's, for a template that does not parse, names something else than `text` and `labels`, or leaves the text out.
     pub(super) fn new(template: &'a str, labels: &'a [String]) -> Result<Self, DataError> {
-        let refused = |error: &dyn std::fmt::Display| DataError::User(format!("annotate.prompt: {error}"));
+        let refused =
+            |error: &dyn std::fmt::Display| DataError::User(format!("data.annotate.endpoint.prompt: {error}"));
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.add_template(NAME, template).map_err(|error| refused(&error))?;
@@ -33,7 +34,7 @@ impl<'a> Prompt<'a> {
         self.environment
             .get_template(NAME)
             .and_then(|template| template.render(context! { text, labels => self.labels }))
-            .map_err(|error| DataError::User(format!("annotate.prompt: {error}")))
+            .map_err(|error| DataError::User(format!("data.annotate.endpoint.prompt: {error}")))
     }
 }
 
@@ -99,7 +100,7 @@ mod tests {
         assert_eq!(prompt.render("<a> & {{ b }}").unwrap(), "positive/negative/Ja/ja/1: <a> & {{ b }}");
         for (template, part) in [
             ("{{ labels }}", "has to contain {{ text }}"),
-            ("{{ text", "annotate.prompt: "),
+            ("{{ text", "data.annotate.endpoint.prompt: "),
             ("{{ text }} {{ txt }}", "undefined"),
         ] {
             let error = Prompt::new(template, &labels).map(|_| ()).unwrap_err();

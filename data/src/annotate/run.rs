@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use athanor_contract::train::AnnotateSpec;
+use athanor_contract::train::EndpointAnnotator;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -19,7 +19,7 @@ use crate::error::DataError;
 /// Answers to one question that may be no label before the row is left without one.
 const ATTEMPTS: u32 = 2;
 /// Bytes of a token, for endpoints that do not count them: fewer than tokens have, so that the bound on cost holds.
-const BYTES_PER_TOKEN: u64 = 3;
+pub(super) const BYTES_PER_TOKEN: u64 = 3;
 const UNUSABLE: &str = "the answer is none of the labels";
 const COST_REACHED: &str = "not asked: maximumCost is spent";
 
@@ -99,7 +99,7 @@ impl<'a> Run<'a> {
     pub(super) fn new(
         endpoint: Endpoint,
         prompt: Prompt<'a>,
-        spec: &AnnotateSpec,
+        spec: &EndpointAnnotator,
         labels: &'a [String],
         journal: Journal,
     ) -> Self {
@@ -242,7 +242,7 @@ impl<'a> Run<'a> {
                 if self.failed.fetch_add(1, Ordering::Relaxed) + 1 >= self.patience {
                     let (patience, detail) = (self.patience, if detail.is_empty() { "" } else { &detail });
                     return self.give_up(DataError::Other(format!(
-                        "the last {patience} questions to annotate.endpoint all failed, the last with: {reason}: {detail}"
+                        "the last {patience} questions to data.annotate.endpoint all failed, the last with: {reason}: {detail}"
                     )));
                 }
                 Outcome::failed(reason, detail)

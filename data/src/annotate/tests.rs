@@ -119,9 +119,8 @@ fn labels() -> Vec<String> {
 }
 
 /// A specification whose prompt is the text, with other fields changed.
-fn spec(endpoint: &str, fields: Value) -> AnnotateSpec {
-    let mut spec =
-        json!({"endpoint": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
+fn spec(endpoint: &str, fields: Value) -> EndpointAnnotator {
+    let mut spec = json!({"url": endpoint, "model": "m", "prompt": "{{ text }}", "timeoutSeconds": 5, "maxRetries": 3});
     spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     serde_json::from_value(spec).unwrap()
 }
@@ -137,7 +136,7 @@ fn scratch() -> Scratch {
     Scratch { journal: folder.path().join("journal.jsonl"), _folder: folder }
 }
 
-async fn run(spec: &AnnotateSpec, texts: &[&str], scratch: &Scratch) -> Result<Annotations, DataError> {
+async fn run(spec: &EndpointAnnotator, texts: &[&str], scratch: &Scratch) -> Result<Annotations, DataError> {
     let builder = reqwest::Client::builder().no_proxy();
     let endpoint = Endpoint::new(spec, api_key(spec)?, builder, Duration::from_millis(1))?;
     let texts: Vec<(usize, &str)> = texts.iter().enumerate().map(|(row, &text)| (row + 100, text)).collect();
@@ -151,6 +150,15 @@ fn found(annotations: &Annotations) -> Vec<Option<usize>> {
 /// Reasons and their rows.
 fn reasons(annotations: &Annotations) -> Vec<(&str, u64)> {
     annotations.report.failures.iter().map(|failure| (failure.reason.as_str(), failure.rows)).collect()
+}
+
+#[test]
+fn what_would_be_asked_is_known_beforehand() {
+    let spec = spec("http://e/v1", json!({"samples": 3, "prompt": "12345{{ text }}"}));
+    let found = estimate(&["one", "two", "one"], &spec, &labels()).unwrap();
+    assert_eq!(found, Estimate { questions: 6, input_tokens: 18 }, "16 bytes are 6 tokens, three times");
+    let wrong = EndpointAnnotator { prompt: "{{ labels }}".into(), ..spec };
+    assert!(estimate(&["one"], &wrong, &labels()).unwrap_err().to_string().contains("has to contain {{ text }}"));
 }
 
 #[tokio::test]

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use athanor_contract::train::{TrainConfig, TrainSpec};
+use athanor_contract::{
+    artifact::EVENTS,
+    train::{TrainConfig, TrainSpec},
+};
 use athanor_crds::{FineTuneJob, TRIAL_ANNOTATION, label};
 use k8s_openapi::{
     api::{
@@ -98,6 +101,7 @@ pub fn train_config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -
         spec: spec.clone(),
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
+        events_to: format!("{folder}/{EVENTS}"),
         progress_to: settings.progress_address.clone(),
     }
 }

@@ -254,6 +254,7 @@ fn the_children_are_what_trainers_read() {
     let config: athanor_contract::train::TrainConfig =
         serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
     assert_eq!(config.checkpoint_to, "s3://out/a-01234567/checkpoints");
+    assert_eq!(config.events_to, "s3://out/a-01234567/tensorboard");
     assert_eq!(config.artifact_to, "s3://out/a-01234567/artifact");
     assert_eq!(config.progress_to.as_deref(), Some("http://op:9443"));
     let job = serde_json::to_value(&children.job).unwrap();

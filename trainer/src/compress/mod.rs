@@ -141,11 +141,13 @@ impl Compression<'_> {
     /// Writes the form's weights as its artifact will have them.
     fn written(&self, model: &Model, quantized: Option<bool>) -> Result<PathBuf, TrainError> {
         let folder = self.work.join("form");
-        std::fs::create_dir_all(&folder).map_err(TrainError::other)?;
-        match quantized {
-            None => model.save(&folder)?,
-            Some(activations) => model.save_quantized(&folder, activations)?,
-        }
+        std::fs::create_dir_all(&folder).map_err(TrainError::at(&folder))?;
+        let saved = match quantized {
+            None => model.save(&folder),
+            Some(activations) => model.save_quantized(&folder, activations),
+        };
+        // A local disk's trouble is not the user's error.
+        saved.map_err(TrainError::other)?;
         Ok(folder)
     }
 

@@ -152,7 +152,8 @@ pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_
     mistakes
 }
 
-fn needs_teacher(term: &ObjectiveTerm, task: Task) -> bool {
+/// Whether a term compares the model with a teacher.
+pub fn needs_teacher(term: &ObjectiveTerm, task: Task) -> bool {
     term.soft_label.is_some()
         || term.hidden_state.is_some()
         || term.mean_squared_error.is_some() && task != Task::TextRegression

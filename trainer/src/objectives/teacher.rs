@@ -7,6 +7,7 @@ use athanor_models::{EncoderConfig, Model, Task, Tokenizer, load};
 use athanor_store::{Location, StoreError};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
 
 use super::{Part, masking::Masked};
 use crate::{
@@ -248,26 +249,44 @@ impl Teacher {
 pub fn cached_at(output: &Location, teacher: &Path, identity: &impl serde::Serialize) -> Result<Location, TrainError> {
     let mut parts = Vec::new();
     for name in [load::WEIGHTS, "tokenizer.json", "config.json"] {
-        parts.push(sha256_hex(&std::fs::read(teacher.join(name)).map_err(TrainError::other)?));
+        let path = teacher.join(name);
+        parts.push(sha256_hex(&std::fs::read(&path).map_err(TrainError::at(&path))?));
     }
     let digest = sha256_hex(&serde_json::to_vec(&(parts, identity)).map_err(TrainError::other)?);
     Ok(output.child(&format!("teacher-outputs/{}.safetensors", &digest[..32])))
 }
 
-/// Answers that were kept, if they are whole.
-pub async fn read_cached(
-    from: &Location,
-    rows: usize,
-    outputs: usize,
+/// Answers [rows, outputs] that were kept, if every rank finds them: a rank that computes them waits for the others' sums.
+pub fn read_kept(
+    place: &Location,
+    [rows, outputs]: [usize; 2],
+    runtime: &Handle,
+    group: Option<&ProcessGroup>,
+    device: Device,
     work: &Path,
 ) -> Result<Option<Tensor>, TrainError> {
+    let kept = runtime.block_on(read_cached(place, rows, outputs, work))?;
+    let found = Tensor::from_slice(&[i64::from(kept.is_some())]).to_device(device);
+    if let Some(group) = group {
+        group.all_reduce_sum(&found)?;
+    }
+    let by_all = found.int64_value(&[0]) == group.map_or(1, ProcessGroup::world) as i64;
+    let kept = kept.filter(|_| by_all);
+    if kept.is_some() {
+        tracing::info!(uri = place.uri, "the teacher's answers were kept from another run");
+    }
+    Ok(kept)
+}
+
+/// Answers that were kept, if they are whole.
+async fn read_cached(from: &Location, rows: usize, outputs: usize, work: &Path) -> Result<Option<Tensor>, TrainError> {
     let bytes = match from.read().await {
         Ok(bytes) => bytes,
         Err(StoreError::NotFound { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
     let file = work.join("teacher-outputs.safetensors");
-    tokio::fs::write(&file, &bytes).await.map_err(TrainError::other)?;
+    tokio::fs::write(&file, &bytes).await.map_err(TrainError::at(&file))?;
     let shape = [rows as i64, outputs as i64];
     match load::Weights::load(&file, Device::Cpu).and_then(|mut weights| weights.take(LOGITS, &shape)) {
         Ok(logits) => Ok(Some(logits)),
@@ -281,9 +300,11 @@ pub async fn read_cached(
 /// Keeps answers for later runs.
 pub async fn write_cached(to: &Location, logits: &Tensor, work: &Path) -> Result<(), TrainError> {
     let file = work.join("teacher-outputs.safetensors");
-    load::save(&file, &[(LOGITS.to_owned(), logits.shallow_clone())])?;
-    let bytes = tokio::fs::read(&file).await.map_err(TrainError::other)?;
-    Ok(to.write(bytes.into()).await?)
+    // A local disk's trouble is not the user's error.
+    load::save(&file, &[(LOGITS.to_owned(), logits.shallow_clone())]).map_err(TrainError::other)?;
+    let bytes = tokio::fs::read(&file).await.map_err(TrainError::at(&file))?;
+    to.write(bytes.into()).await?;
+    Ok(())
 }
 
 /// The teacher's output for each of the student's labels; `None`: they are in the same order.

@@ -5,7 +5,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Step, tensorboard::EventWriter};
+use super::{Step, events::TRAINING, tensorboard::EventWriter};
 
 /// More points than this say nothing more in a picture.
 const MOST_POINTS: usize = 1000;
@@ -132,11 +132,8 @@ impl History {
         let started = self.points.first().map_or_else(Timestamp::now, |point| at(point.time));
         let mut writer = EventWriter::create(folder, started)?;
         for point in &self.points {
-            let values = [
-                ("train/loss", point.loss),
-                ("train/learning_rate", point.learning_rate),
-                ("train/gradient_norm", point.gradient_norm),
-            ];
+            let values = [point.loss, point.learning_rate, point.gradient_norm];
+            let values: Vec<_> = TRAINING.into_iter().zip(values).collect();
             writer.scalars(point.step, &values, at(point.time))?;
         }
         let tag = format!("validation/{}", self.score_name);

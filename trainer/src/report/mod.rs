@@ -2,6 +2,7 @@
 //! at the end the termination message and a report to look at.
 
 mod chart;
+mod events;
 mod history;
 pub mod ops;
 pub mod page;
@@ -20,6 +21,7 @@ use athanor_contract::Decimal;
 use indicatif::{ProgressBar, ProgressStyle};
 use metrics::gauge;
 
+pub use events::{Events, Upload};
 pub use history::History;
 pub use progress::{ProgressUpdate, Sender};
 pub use reading::Reading;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary};
-use athanor_data::{annotate::AnnotationReport, clean::CleaningReport};
+use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
 use super::{
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     TrainError,
+    annotate::Annotation,
     compress::Form,
     cross_validation::{CrossValidation, FoldResult},
     data::{Dataset, Encoded, Parts},
@@ -51,7 +52,7 @@ pub struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub annotation: Option<&'a AnnotationReport>,
+    pub annotation: Option<&'a Annotation>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<&'a SelectionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -274,8 +275,11 @@ impl FoldTable {
 /// Writes both files into a folder.
 pub fn write(folder: &Path, report: &Report) -> Result<(), TrainError> {
     let json = serde_json::to_vec_pretty(report).map_err(TrainError::other)?;
-    std::fs::write(folder.join(JSON), json).map_err(TrainError::other)?;
-    std::fs::write(folder.join(HTML), html(report)?).map_err(TrainError::other)
+    for (name, bytes) in [(JSON, json), (HTML, html(report)?.into_bytes())] {
+        let path = folder.join(name);
+        std::fs::write(&path, bytes).map_err(TrainError::at(&path))?;
+    }
+    Ok(())
 }
 
 fn html(report: &Report) -> Result<String, TrainError> {
@@ -353,7 +357,7 @@ fn matrix(labels: &[String], confusion: &[Confusion]) -> Vec<(String, Vec<(usize
 }
 
 /// The fields of a struct as words.
-fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
+pub fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
     let serde_json::Value::Object(object) = serde_json::to_value(value).map_err(TrainError::other)? else {
         return Ok(Vec::new());
     };

@@ -264,7 +264,7 @@ enum HparamKind {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// CRC-32C bit by bit, by another algorithm than the crate's.
@@ -354,7 +354,7 @@ mod tests {
     }
 
     /// Tag, step, value and time of every scalar.
-    fn scalars(file: &Path) -> Vec<(String, u64, f32, f64)> {
+    pub fn scalars(file: &Path) -> Vec<(String, u64, f32, f64)> {
         let mut scalars = Vec::new();
         for record in records(&std::fs::read(file).unwrap()) {
             let event = fields(&record);
@@ -449,28 +449,5 @@ mod tests {
         assert!(log.contains(&(2, Field::Varint(4))) && bytes(&log, 7) == [8, 1], "START at step 4: {log:?}");
         assert_eq!(scalars(second.path())[0].1, 4);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
-    }
-
-    #[test]
-    #[ignore = "writes into $ATHANOR_TENSORBOARD_SAMPLE, for bench/tensorboard_read.py"]
-    fn a_sample_for_the_real_tensorboard() {
-        let folder = PathBuf::from(std::env::var_os("ATHANOR_TENSORBOARD_SAMPLE").unwrap());
-        let mut killed = EventWriter::create(&folder, at(0)).unwrap();
-        killed.hyperparameters(&[("learningRate".into(), "0.00003".into())], at(0)).unwrap();
-        killed.text("report", 0, "**fine**", at(0)).unwrap();
-        let write = |writer: &mut EventWriter, steps: std::ops::RangeInclusive<u64>| {
-            for step in steps {
-                let loss = 1.0 / step as f64;
-                let values = [("train/loss", loss), ("train/learning_rate", 1e-5), ("train/gradient_norm", f64::NAN)];
-                writer.scalars(step, &values, at(step as i64 * 100)).unwrap();
-            }
-        };
-        write(&mut killed, 1..=5);
-        let whole = std::fs::read(killed.path()).unwrap();
-        std::fs::write(killed.path(), &whole[..whole.len() - 7]).unwrap();
-        let mut resumed = EventWriter::create(&folder, at(1000)).unwrap();
-        resumed.resume(4, at(1000)).unwrap();
-        write(&mut resumed, 4..=8);
-        resumed.scalar("validation/accuracy", 8, 0.875, at(2000)).unwrap();
     }
 }

@@ -70,11 +70,17 @@ impl Place {
 
     /// Starts a job that writes below the folder `out`.
     pub fn start(&self, out: &str, spec: &Value) -> Child {
+        self.start_by(&[], out, spec)
+    }
+
+    /// The same by another program, such as a shell, that runs what follows its arguments.
+    pub fn start_by(&self, program: &[&str], out: &str, spec: &Value) -> Child {
         let file = self.manifest(out, spec);
         let folder = self.folder.path().join(out);
         let log = std::fs::File::options().create(true).append(true).open(folder.join("log")).unwrap();
-        Command::new(env!("CARGO_BIN_EXE_athanor-trainer"))
-            .args(["run", "-f"])
+        let words: Vec<&str> = [program, &[env!("CARGO_BIN_EXE_athanor-trainer"), "run", "-f"]].concat();
+        Command::new(words[0])
+            .args(&words[1..])
             .arg(&file)
             .env("ATHANOR_LOSS_LOG", folder.join("losses"))
             .env("ATHANOR_TERMINATION_LOG", folder.join("termination"))
@@ -82,6 +88,21 @@ impl Place {
             .stderr(log)
             .spawn()
             .unwrap()
+    }
+
+    /// What `athanor-trainer check` says; its mistakes, with the exit code of a user's error.
+    pub fn check(&self, out: &str, spec: &Value) -> Result<String, String> {
+        let file = self.manifest(out, spec);
+        let program = Command::new(env!("CARGO_BIN_EXE_athanor-trainer")).args(["check", "-f"]).arg(&file).output();
+        let output = program.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.code() {
+            Some(0) => Ok(text(&output.stdout)),
+            code => {
+                assert_eq!(code, Some(3), "{}", text(&output.stderr));
+                Err(text(&output.stderr))
+            }
+        }
     }
 
     pub fn finish(&self, out: &str, mut child: Child, code: i32) {
@@ -123,15 +144,16 @@ impl Place {
         steps
     }
 
-    /// Files of this name in the folder `out`, wherever they are.
-    pub fn files(&self, out: &str, name: &str) -> Vec<PathBuf> {
-        let mut files = Vec::new();
+    /// Files below the folder `out` whose path has this part, sorted.
+    pub fn find(&self, out: &str, part: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
         find(&self.folder.path().join(out), &mut |path| {
-            if path.ends_with(name) {
-                files.push(path.to_owned());
+            if path.to_string_lossy().contains(part) {
+                found.push(path.to_owned());
             }
         });
-        files
+        found.sort();
+        found
     }
 
     /// Waits until the run has taken this step.
