@@ -139,8 +139,8 @@ impl<'a> Annotator<'a> {
         let Context { config, runtime, group, device, work, .. } = self.context;
         let spec = &config.spec;
         // Precision as it was asked for, not as the hardware has it: a restart elsewhere gets the same labels.
-        let identity =
-            ("annotation", &dataset.digest, spec.hyperparameters.max_sequence_length, spec.hyperparameters.precision);
+        let h = &spec.hyperparameters;
+        let identity = ("annotation", &dataset.digest, rows, h.max_sequence_length, h.precision);
         let place = cached_at(&athanor_store::open(&spec.output.to)?, self.folder, &identity)?;
         if let Some(kept) = read_kept(&place, [rows.len(), 2], runtime, *group, *device, work)? {
             return predictions(&kept);
