@@ -132,9 +132,8 @@ fn train_fold(
         error => error,
     })?;
     let held_out = common.encoder.encode(&fold.held_out)?;
-    // In fp32, as the test rows are measured.
-    let found =
-        evaluate::evaluate(&model, &held_out, common.group(), common.device(), false, || around.watchdog.beat())?;
+    let beat = || around.watchdog.beat();
+    let found = evaluate::evaluate_as_served(&mut model, &held_out, common.group(), common.device(), beat)?;
     around.watchdog.rest();
     let (name, score) = evaluate::score(&held_out, &found);
     if !score.is_finite() {

@@ -10,7 +10,8 @@
 //! - [`compress`]: smaller forms of the result;
 //! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
 //! - `material`: what one training learns from; `cross_validation`: trainings on all folds but one;
-//! - [`training`]: the loop, with `words` for its largest table; [`checkpoint`]: its state, saved and resumed; [`evaluate`]: metrics and gates;
+//! - [`training`]: the loop, with `words` for its largest table; [`checkpoint`]: its state, saved and resumed;
+//! - [`evaluate`]: metrics and gates;
 //! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator makes them jobs;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 

@@ -12,7 +12,7 @@ use athanor_contract::{
     artifact::{Kind, Manifest},
     train::{Task, TrainConfig, TrainResult},
 };
-use athanor_models::{EncoderConfig, Model, Packing, Tokenizer};
+use athanor_models::{EncoderConfig, Model, Tokenizer};
 use athanor_torch::ProcessGroup;
 use tch::Device;
 use tokio::runtime::Handle;
@@ -231,12 +231,7 @@ impl Run<'_> {
             reporter.stage("Evaluating");
         }
         let beat = || self.around.watchdog.beat();
-        // As a server computes.
-        if device == Device::Cpu {
-            model.pack(Packing::Float)?;
-        }
-        let found = evaluate::evaluate(&model, test, group, device, false, beat)?;
-        model.unpack();
+        let found = evaluate::evaluate_as_served(&mut model, test, group, device, beat)?;
         let baseline = match &prepared.baseline {
             Some(folder) => Some(self.evaluate_baseline(folder, dataset, &parts, group)?),
             None => None,

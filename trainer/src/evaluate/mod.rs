@@ -4,7 +4,7 @@ mod gates;
 mod metrics;
 
 use athanor_contract::artifact::Reference;
-use athanor_models::{Model, Task};
+use athanor_models::{Model, Packing, Task};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
@@ -109,6 +109,22 @@ pub fn evaluate(
         Task::MaskedLanguageModel => Evaluation::Tokens(found.chunks(3).map(|row| [row[0], row[1], row[2]]).collect()),
         _ => Evaluation::Numbers(found),
     })
+}
+
+/// The same as a server computes: in FP32, on the CPU with packed matrices.
+pub fn evaluate_as_served(
+    model: &mut Model,
+    rows: &Encoded,
+    group: Option<&ProcessGroup>,
+    device: Device,
+    beat: impl FnMut(),
+) -> Result<Evaluation, TrainError> {
+    if device == Device::Cpu {
+        model.pack(Packing::Float)?;
+    }
+    let found = evaluate(model, rows, group, device, false, beat);
+    model.unpack();
+    found
 }
 
 /// For each row masked tokens, hits and loss, in a row.
