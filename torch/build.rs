@@ -23,6 +23,10 @@ fn main() {
         // GCC 12 sees ghosts in std::optional of libtorch's smart pointers.
         .flag_if_supported("-Wno-maybe-uninitialized");
     if env::var_os("CARGO_FEATURE_NCCL").is_some() {
+        // CUDA's and NCCL's headers, where `scripts/fetch libtorch-cuda` puts them; elsewhere CPATH names them.
+        for folder in ["nvidia/cu13/include", "nvidia/cu13/include/cccl", "nvidia/nccl/include"] {
+            build.flag("-isystem").flag(libtorch.join(folder).to_str().expect("LIBTORCH is valid Unicode"));
+        }
         build.define("USE_C10D_NCCL", None).define("ATHANOR_NCCL", None);
         println!("cargo:rustc-link-lib=dylib=torch_cuda");
         println!("cargo:rustc-link-lib=dylib=c10_cuda");

@@ -20,6 +20,7 @@ use crate::{
     objectives::{self, Objective, Part, Teacher},
     report::Reading,
     setup, training,
+    words::Words,
 };
 
 /// Steps whose time is measured, after as many that warm up.
@@ -289,7 +290,15 @@ impl Report<'_> {
     ) -> Result<Duration, TrainError> {
         let h = &self.config.spec.hyperparameters;
         model.set_trainable();
-        let parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        let mut parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        let mut words = None;
+        if !self.config.spec.distributed.shard_optimizer {
+            words = Words::new(model, self.config.spec.model.task, h, 0.0, self.device, String::new());
+        }
+        if words.is_some() {
+            let table = model.word_embeddings().data_ptr();
+            parameters.retain(|tensor| tensor.data_ptr() != table);
+        }
         let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
         let world = if self.config.spec.distributed.shard_optimizer { ranks } else { 1 };
         let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)], Shard { rank: 0, world })?;
@@ -305,6 +314,9 @@ impl Report<'_> {
             }
             measured += 1;
             zero_grad(&parameters, false)?;
+            if let Some(words) = &mut words {
+                words.begin(model, train, batch)?;
+            }
             for part in batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)) {
                 let seed = step as u64;
                 let part = Part { train, rows: part, batch, weight: 1.0, seed, group: None, device: self.device, bf16 };
@@ -313,9 +325,14 @@ impl Report<'_> {
                 let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
                 backward(&(sum / batch.len() as f64))?;
             }
-            clip_grad_norm(&parameters, h.clip_norm)?;
+            let rows = words.as_ref().map(|words| words.end(model, None)).transpose()?.flatten();
+            let clipped: Vec<_> = parameters.iter().map(tch::Tensor::shallow_clone).chain(rows).collect();
+            clip_grad_norm(&clipped, h.clip_norm)?;
             // Where weights go, and whether other ranks' parts of them go anywhere, does not matter here: nothing is kept.
             optimizer.step(1e-12)?;
+            if let Some(words) = &mut words {
+                words.step(1e-12)?;
+            }
         }
         Ok(begun.elapsed() / measured)
     }

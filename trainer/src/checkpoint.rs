@@ -47,11 +47,14 @@ pub struct State {
 }
 
 /// The best validation so far.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
     pub step: u64,
     /// The more the better; what it is depends on the task.
     pub score: f64,
+    /// What else was measured then, by name.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 /// Copies of everything a checkpoint holds, so that training can go on while they are written.
@@ -308,7 +311,7 @@ mod tests {
         let mut writer = Writer::new(location.clone(), template, work.path().to_owned(), runtime.handle().clone());
         for step in [5, 10, 15] {
             let named = |value: i64| vec![("w".to_owned(), Tensor::from_slice(&[value as f32]))];
-            let best = Best { step: 10, score: 0.5 };
+            let best = Best { step: 10, score: 0.5, metrics: [("macroF1".to_owned(), 0.25)].into() };
             let snapshot = Snapshot {
                 state: State {
                     step,

@@ -74,7 +74,8 @@ impl Finished<'_> {
             metrics.extend(values.into_iter().map(|(name, value)| (format!("baseline/{name}"), value)));
         }
         // For whoever compares trials: they must not be chosen by test rows.
-        metrics.insert(format!("validation/{}", self.trained.history.score_name), self.trained.best.score);
+        let validated = &self.trained.best.metrics;
+        metrics.extend(validated.iter().map(|(name, value)| (format!("validation/{name}"), *value)));
         metrics.extend(self.cross_validation.iter().flat_map(CrossValidation::summary));
         let metrics: BTreeMap<String, Decimal> =
             metrics.into_iter().filter_map(|(name, value)| Some((name, Decimal::new(value)?))).collect();

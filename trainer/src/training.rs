@@ -383,7 +383,11 @@ impl<'a> Loop<'a> {
         let is_best = self.best.as_ref().is_none_or(|(best, _)| score > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
-            self.best = Some((Best { step: self.step, score }, weights));
+            let mut metrics = evaluate::report(&rows, &found, &[]);
+            metrics.insert(name.to_owned(), score);
+            // A checkpoint is JSON, which has no word for the others.
+            metrics.retain(|_, value| value.is_finite());
+            self.best = Some((Best { step: self.step, score, metrics }, weights));
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);
@@ -440,7 +444,7 @@ impl<'a> Loop<'a> {
 
     /// A copy of all else that a checkpoint holds.
     fn snapshot(&self, optimizer: Named) -> Snapshot {
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (*best, share_named(weights))).unzip();
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (best.clone(), share_named(weights))).unzip();
         let mut model = match &self.best {
             Some((best, weights)) if best.step == self.step => share_named(weights),
             _ => Snapshot::copy(self.session.model.parameters()),

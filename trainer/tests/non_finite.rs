@@ -283,30 +283,33 @@ fn numbered_rows(place: &Place) {
 fn ranks_roll_back_alike_and_a_killed_run_comes_to_the_same_end() {
     let place = Place::new(0.0);
     numbered_rows(&place);
-    let spec = |ranks: u32| {
+    let spec = |ranks: u32, shard: bool| {
         json!({
             "model": {"from": place.uri("model"), "task": "TextRegression", "student": {"keepLayers": [0]}},
             "data": {"sources": [{"name": "rows", "uri": place.uri("numbers.jsonl")}]},
             "hyperparameters": {"epochs": 2, "batchSize": 16, "precision": "FP32", "maxSequenceLength": 16},
             "checkpoint": {"everySteps": 50},
             "failurePolicy": {"onNonFinite": "RollBack"},
-            "distributed": {"processesPerNode": ranks, "backend": "Gloo"},
+            "distributed": {"processesPerNode": ranks, "backend": "Gloo", "shardOptimizer": shard},
         })
     };
-    for (out, ranks) in [("one", 1), ("two", 2)] {
-        let child = place.start(out, &spec(ranks));
+    for (out, ranks, shard) in [("one", 1, false), ("two", 2, false), ("shards", 2, true)] {
+        let child = place.start(out, &spec(ranks, shard));
         place.finish(out, child, 0);
     }
     let log = |out: &str| std::fs::read_to_string(place.folder.path().join(out).join("log")).unwrap();
     assert_eq!(log("one").matches("rolled back, the step").count(), 2, "once an epoch: {}", log("one"));
-    assert_eq!(log("two").matches("rolled back, the step").count(), 4, "on both ranks: {}", log("two"));
-    let [one, two] = ["one", "two"].map(|out| place.losses(out));
-    assert_eq!(one.len(), two.len());
-    for ((step, a), (other, b)) in one.iter().zip(&two) {
-        assert!(step == other && (a - b).abs() < 2e-4 * a.abs().max(1.0), "step {step}: {a} is not {b}");
+    let one = place.losses("one");
+    for out in ["two", "shards"] {
+        assert_eq!(log(out).matches("rolled back, the step").count(), 4, "on both ranks: {}", log(out));
+        let other = place.losses(out);
+        assert_eq!(one.len(), other.len());
+        for ((step, a), (same, b)) in one.iter().zip(&other) {
+            assert!(step == same && (a - b).abs() < 2e-4 * a.abs().max(1.0), "{out}, step {step}: {a} is not {b}");
+        }
     }
 
-    let mut child = place.start("killed", &spec(1));
+    let mut child = place.start("killed", &spec(1, false));
     let deadline = Instant::now() + Duration::from_secs(120);
     while !log("killed").contains("rolled back, the step") {
         assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none(), "{}", log("killed"));
@@ -314,7 +317,7 @@ fn ranks_roll_back_alike_and_a_killed_run_comes_to_the_same_end() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    let child = place.start("killed", &spec(1));
+    let child = place.start("killed", &spec(1, false));
     place.finish("killed", child, 0);
     assert_eq!(place.summary("killed").model_digest, place.summary("one").model_digest);
     assert_eq!(skipped(&place, "killed"), skipped(&place, "one"));

@@ -353,6 +353,8 @@ fn a_search_on_a_laptop_trains_with_the_best_and_goes_on_where_it_was() {
             "maxSteps": 3, "batchSize": 8, "maxSequenceLength": 16,
             "search": {
                 "algorithm": "Random", "maxTrials": 3, "parallelism": 2,
+                // Not the score that chooses a trial's weights.
+                "objective": {"metric": "MacroF1"},
                 "parameters": [{"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}}],
             },
         },

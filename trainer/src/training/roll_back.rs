@@ -54,7 +54,7 @@ impl Loop<'_> {
         if let Some(words) = &mut self.words {
             words.load_state(find)?;
         }
-        self.best = to.state.best.zip(to.best.as_ref().map(|weights| share_named(weights)));
+        self.best = to.state.best.clone().zip(to.best.as_ref().map(|weights| share_named(weights)));
         self.history = to.state.history.clone();
         self.step = checkpoint;
         self.skipped.insert(step);
