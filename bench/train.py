@@ -4,10 +4,12 @@ steps, in turns.
 
 Prints a table and writes bench/results/train.json. `make bench-train` installs what it needs and runs it.
 """
-import argparse, csv, json, os, pathlib, resource, statistics, subprocess, sys, tempfile, time
+import argparse, csv, json, os, pathlib, resource, statistics, subprocess, sys, tempfile, threading, time
 
-BATCH, STEPS, WARM_UP = 32, 160, 40
+STEPS, WARM_UP = 160, 40
 RATE = 1e-4
+# Set by the arguments: rows of a step, folder of the base model, whether to train on a GPU, our program.
+BATCH, MODEL, CUDA, TRAINER = 32, "", False, ""
 
 
 def rows(file):
@@ -32,22 +34,21 @@ def ours(file, work, settings):
     if settings["task"] == "Embedding":
         source["columns"] = {"text": "first", "pair": "second"}
     spec = {
-        "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": settings["task"]},
+        "model": {"from": f"file://{MODEL}", "task": settings["task"]},
         "data": {"sources": [source]},
         "hyperparameters": {"maxSteps": STEPS, "batchSize": BATCH, "learningRate": RATE, "precision": settings["precision"]},
         "checkpoint": {"everySteps": 0},
-        "distributed": {"processesPerNode": settings["ranks"], "backend": "Gloo" if settings["ranks"] > 1 else "Auto"},
+        "distributed": {"processesPerNode": settings["ranks"], "backend": "NCCL" if CUDA else "Gloo"},
         "output": {"to": f"file://{work}/out"},
     }
     job = {"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench"}, "spec": spec}
     manifest = pathlib.Path(work) / "job.json"
     manifest.write_text(json.dumps(job))
     losses = pathlib.Path(work) / "losses"
-    binary = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"
     environment = {**os.environ, "ATHANOR_LOSS_LOG": str(losses), "OMP_WAIT_POLICY": "PASSIVE"}
     began = time.monotonic()
     with open(pathlib.Path(work) / "log", "w") as log:
-        process = subprocess.Popen([binary, "run", "-f", manifest], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen([TRAINER, "run", "-f", manifest], stdout=log, stderr=log, env=environment)
         marks = {}
         while process.poll() is None:
             done = losses.read_bytes().count(b"\n") if losses.exists() else 0
@@ -82,7 +83,7 @@ class Clock:
 
 def options(out):
     return dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE, warmup_steps=STEPS // 10,
-                save_strategy="no", report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True)
+                save_strategy="no", report_to=[], logging_strategy="no", use_cpu=not CUDA, disable_tqdm=True)
 
 
 def embedding_peer(file):
@@ -95,7 +96,7 @@ def embedding_peer(file):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     read = list(csv.DictReader(open(file)))
     pairs = Dataset.from_dict({"anchor": [row["first"] for row in read], "positive": [row["second"] for row in read]})
-    model = SentenceTransformer(f"{os.environ['ATHANOR_MODELS']}/minilm-l6", device="cpu")
+    model = SentenceTransformer(MODEL, device="cuda" if CUDA else "cpu")
     model.max_seq_length = 128
     with tempfile.TemporaryDirectory() as out:
         arguments = SentenceTransformerTrainingArguments(**options(out), bf16=True, optim="adamw_torch_fused")
@@ -110,8 +111,7 @@ def peer(file, best):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    folder = f"{os.environ['ATHANOR_MODELS']}/minilm-l6"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     read = list(csv.DictReader(open(file)))
     padding = False if best else "max_length"
     encoded = tokenizer([row["text"] for row in read], truncation=True, max_length=128, padding=padding)
@@ -121,21 +121,34 @@ def peer(file, best):
         chosen = options(out)
         if best:
             chosen |= dict(bf16=True, train_sampling_strategy="group_by_length", optim="adamw_torch_fused")
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
         Trainer(model=model, args=TrainingArguments(**chosen), train_dataset=items,
                 data_collator=DataCollatorWithPadding(tokenizer), callbacks=[clock.callback()]).train()
     clock.print()
 
 
+def watch_gpu(done, most):
+    """Keeps the most memory in use on the GPU, in GiB; nothing else may run there."""
+    while not done.wait(0.1):
+        used = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
+        most[0] = max(most[0], float(used.stdout.split()[0]) / 1024)
+
+
 def in_child(function, *arguments):
-    """Runs a function in a forked child; its dictionary, with the peak memory of the largest process it started, in GiB."""
+    """Runs a function in a forked child; its dictionary, with the peak memory of the largest process it started, or of the GPU, in GiB."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        result = function(*arguments)
+        ended, most = threading.Event(), [0.0]
+        if CUDA:
+            threading.Thread(target=watch_gpu, args=(ended, most)).start()
+        try:
+            result = function(*arguments)
+        finally:
+            ended.set()
         # Ranks of one run are alike.
-        result["memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        result["memory"] = most[0] if CUDA else resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         os.write(writer, json.dumps(result).encode())
         os._exit(0)
     os.close(writer)
@@ -154,7 +167,8 @@ def run_ours(file, settings):
 def run_peer(file, which):
     environment = {**os.environ, "BENCH_BEGAN": str(time.monotonic()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     environment.pop("LD_LIBRARY_PATH", None)
-    done = subprocess.run([sys.executable, __file__, "--peer", which, file], env=environment,
+    command = [sys.executable, __file__, "--peer", which, "--model", MODEL, "--batch", str(BATCH), *["--cuda"] * CUDA, file]
+    done = subprocess.run(command, env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"the peer failed:\n{done.stderr[-3000:]}")
@@ -164,9 +178,15 @@ def run_peer(file, which):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="turns of each (default 3)")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a step (default %(default)s)")
+    parser.add_argument("--model", default=f"{os.environ.get('ATHANOR_MODELS')}/minilm-l6", help="folder of the base model (default MiniLM)")
+    parser.add_argument("--cuda", action="store_true", help="train on the GPU, and measure its memory instead of the process's")
+    parser.add_argument("--trainer", default=f"{os.environ.get('CARGO_TARGET_DIR')}/release/athanor-trainer", help="our program")
     parser.add_argument("--peer", choices=["best", "default", "embedding"], help=argparse.SUPPRESS)
     parser.add_argument("file", nargs="?", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global BATCH, MODEL, CUDA, TRAINER
+    BATCH, MODEL, CUDA, TRAINER = arguments.batch, arguments.model, arguments.cuda, arguments.trainer
     if arguments.peer == "embedding":
         return embedding_peer(arguments.file)
     if arguments.peer:
@@ -183,6 +203,9 @@ def main():
         "Trainer, default (fp32, padded to 128)": (run_peer, "default"),
         "sentence-transformers (bf16, fused AdamW)": (run_peer, "embedding"),
     }
+    if CUDA:
+        # NCCL wants a GPU for each rank.
+        del subjects["ours, 2 ranks"]
     found = {name: [] for name in subjects}
     for turn in range(arguments.runs):
         for name, (function, setting) in subjects.items():
@@ -192,7 +215,7 @@ def main():
                   f"first step {result['first']:5.2f} s", flush=True)
     os.unlink(file)
     median = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
-    best, default, pairs = list(subjects)[4:]
+    best, default, pairs = list(subjects)[-3:]
     lines = []
     for label, mine, other, key, unit, target in [
         ("speed, bf16", "ours", best, "rate", "rows/s", ">= 1.5"),
@@ -204,13 +227,15 @@ def main():
         ("peak memory, pairs", "ours, pairs", pairs, "memory", "GiB", "<= 0.6"),
         ("start, pairs", "ours, pairs", pairs, "first", "s", "<= 0.2"),
     ]:
+        if mine not in median:
+            continue
         a, b = median[mine][key], median[other][key]
         lines.append({"name": label, "ours": a, "peer": b, "peer_name": other, "unit": unit, "ratio": a / b, "target": target,
                       "runs": {"ours": [run[key] for run in found[mine]], "peer": [run[key] for run in found[other]]}})
     print(f"\n{'':<22}{'ours':>9}{'peer':>9}  {'unit':<7}{'ratio':>7}  target    peer")
     for line in lines:
         print(f"{line['name']:<22}{line['ours']:>9.2f}{line['peer']:>9.2f}  {line['unit']:<7}{line['ratio']:>7.2f}  {line['target']:<8}  {line['peer_name']}")
-    results = pathlib.Path(__file__).parent / "results/train.json"
+    results = pathlib.Path(__file__).parent / f"results/train{'-cuda' * CUDA}.json"
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(lines, indent=1) + "\n")
     print(f"\nwritten: {results}")

@@ -38,12 +38,15 @@ fn states_outputs_and_gradients_are_those_of_transformers() {
     let golden = std::fs::read_to_string(folder("forward.json")).unwrap();
     let golden: BTreeMap<String, Golden> = serde_json::from_str(&golden).unwrap();
     assert_eq!(golden.len(), 4);
+    // The CUDA build measures the GPU.
+    let device = Device::cuda_if_available();
     for (name, golden) in golden {
-        let mut model = Model::load_trained(&folder(&name), Device::Cpu).unwrap();
+        let mut model = Model::load_trained(&folder(&name), device).unwrap();
         assert_eq!(model.fresh_layers(), [""; 0], "{name}");
         model.set_trainable();
         let rows: Vec<&[u32]> = golden.rows.iter().map(Vec::as_slice).collect();
         let (ids, mask) = pad(&rows, model.config().pad_token_id);
+        let (ids, mask) = (ids.to_device(device), mask.to_device(device));
         let states = model.hidden_states(&ids, Some(&mask), false, true);
         assert_eq!(states.len(), golden.hidden.len(), "{name}");
         for (layer, (ours, theirs)) in states.iter().zip(&golden.hidden).enumerate() {
@@ -63,13 +66,15 @@ fn states_outputs_and_gradients_are_those_of_transformers() {
             // Of the last layer only what the head reads.
             let logits = model.forward(&ids, Some(&mask), false);
             assert_close(&name, &numbers(&logits), &theirs);
-            model.pack(Packing::Float).unwrap();
+            if device == Device::Cpu {
+                model.pack(Packing::Float).unwrap();
+            }
             let packed = tch::no_grad(|| model.forward(&ids, Some(&mask), false));
             assert_close(&format!("{name}, packed"), &numbers(&packed), &theirs);
             let whole = tch::no_grad(|| model.last_hidden_state(&ids, Some(&mask), false));
             assert_close(&format!("{name}, packed"), &numbers(&whole.select(1, 1)), &numbers(&last.select(1, 1)));
             model.unpack();
-            logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 1]))
+            logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 1]).to_device(device))
         };
         assert_close(&format!("{name}, loss"), &numbers(&loss), &[golden.loss]);
         loss.backward();

@@ -190,3 +190,48 @@ impl Drop for Reducer<'_> {
         unsafe { ffi::athanor_reducer_drop(self.handle.as_ptr()) }
     }
 }
+
+#[cfg(all(test, feature = "nccl"))]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{backward, zero_grad};
+
+    /// On one GPU: collectives of one rank change nothing, and gradients that go through the reducer are the same.
+    #[test]
+    fn one_rank_trains_over_nccl() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
+        let at = Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout };
+        let group = ProcessGroup::new(Backend::Nccl, &at).unwrap();
+        let on_gpu = (Kind::Float, Device::Cuda(0));
+        let values = Tensor::arange(1 << 20, on_gpu).sin();
+        let reduced = values.copy();
+        group.all_reduce_sum(&reduced).unwrap();
+        group.broadcast(&reduced, 0).unwrap();
+        group.broadcast_all(&[reduced.shallow_clone(), values.copy()], 0).unwrap();
+        group.barrier().unwrap();
+        assert_eq!(reduced, values);
+
+        let parameters = || -> Vec<Tensor> {
+            let sizes = [300_i64, 2_000_000, 7_000_000, 5];
+            sizes.map(|size| Tensor::arange(size, on_gpu).cos().set_requires_grad(true)).into()
+        };
+        let loss = |parameters: &[Tensor]| parameters.iter().map(|w| (w * w).sum(Kind::Float)).sum::<Tensor>();
+        let (plain, reduced) = (parameters(), parameters());
+        let mut reducer = Reducer::new(&reduced, &group).unwrap();
+        for _ in 0..3 {
+            zero_grad(&plain, false).unwrap();
+            zero_grad(&reduced, true).unwrap();
+            backward(&loss(&plain)).unwrap();
+            reducer.prepare_for_forward().unwrap();
+            let loss = loss(&reduced);
+            reducer.prepare_for_backward().unwrap();
+            backward(&loss).unwrap();
+            for (one, other) in plain.iter().zip(&reduced) {
+                assert_eq!(one.grad(), other.grad());
+            }
+        }
+    }
+}

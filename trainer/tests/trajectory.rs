@@ -76,6 +76,8 @@ struct Line {
 /// Losses and gradient norms of a run.
 fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value, teacher: Option<&str>) -> Vec<Line> {
     let spec = spec(task, batch_size, accumulate, terms);
+    // The CUDA build measures the GPU.
+    let device = Device::cuda_if_available();
     let folder = golden(family);
     let labels = ["a".to_owned(), "b".to_owned()];
     let head = match task {
@@ -83,7 +85,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         _ => athanor_models::Task::Classification(labels.to_vec()),
     };
     let options = Options { dropout: Some(0.0), head_dropout: Some(0.0), ..Options::default() };
-    let mut model = Model::load(&folder, head, &options, Device::Cpu).unwrap();
+    let mut model = Model::load(&folder, head, &options, device).unwrap();
     assert_eq!(model.fresh_layers(), [""; 0], "the golden model is whole");
     let train = rows();
     let terms: Vec<ObjectiveTerm> = spec.objective.terms.clone();
@@ -91,15 +93,15 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         // The tiny models have no tokenizer: both folders borrow one.
         let folder = golden(name);
         let student = Student { task, labels: &labels, folder: &golden("tiny-bert"), by_token: false, max_length: 32 };
-        Teacher::Online(Box::new(Online::load(&folder, &student, Device::Cpu).unwrap()))
+        Teacher::Online(Box::new(Online::load(&folder, &student, device).unwrap()))
     });
-    let objective = Objective::new(terms, task, &model, teacher.as_ref(), 7, Device::Cpu).unwrap();
+    let objective = Objective::new(terms, task, &model, teacher.as_ref(), 7, device).unwrap();
     let log = tempfile::NamedTempFile::new().unwrap();
     let validation = Arc::new(rows());
     let session = Session {
         spec: &spec,
         stage: "Training".into(),
-        device: Device::Cpu,
+        device,
         bf16: false,
         group: None,
         model: &mut model,
