@@ -4,7 +4,7 @@
 //! state of a step are functions of seed and step, so nothing else is needed to go on exactly as if nothing had happened.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -238,7 +238,7 @@ fn write_files(to: &Path, snapshot: &Snapshot) -> Result<(), TrainError> {
     std::fs::create_dir_all(to).map_err(TrainError::at(to))?;
     load::save(&to.join(MODEL), &snapshot.model)?;
     load::save(&to.join(OPTIMIZER), &snapshot.optimizer)?;
-    let best_is_newest = snapshot.state.best.is_some_and(|best| best.step == snapshot.state.step);
+    let best_is_newest = snapshot.state.best.as_ref().is_some_and(|best| best.step == snapshot.state.step);
     if let Some(best) = snapshot.best.as_ref().filter(|_| !best_is_newest) {
         load::save(&to.join(BEST), best)?;
     }

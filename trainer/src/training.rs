@@ -160,7 +160,7 @@ impl<'a> Loop<'a> {
             if let Some(words) = &mut words {
                 words.load_state(|name| state.take_any(name))?;
             }
-            if let (Some(found), Some(mut weights)) = (restored.state.best, restored.best(device)?) {
+            if let (Some(found), Some(mut weights)) = (restored.state.best.clone(), restored.best(device)?) {
                 best = Some((found, take_all(&mut weights, session.model.parameters())?));
             }
             step = restored.state.step;
