@@ -10,6 +10,7 @@ on where it was stopped; --fresh begins anew.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -55,6 +56,11 @@ class Bench:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder)
+
+    def run_all(self, specs, jobs):
+        """Reports and artifacts' folders by name, `jobs` at a time."""
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            return dict(zip(specs, pool.map(self.run, specs.keys(), specs.values())))
 
     def run(self, name, spec):
         """The report and the artifact's folder of a job."""
@@ -117,6 +123,7 @@ def main():
     parser.add_argument("--trainer", default=str(pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"))
     parser.add_argument("--folder", help="of rows, runs and logs; in the cache without it")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where there is room for more than one (default 1)")
     parser.add_argument("--fresh", action="store_true", help="throws earlier runs away")
     arguments = parser.parse_args()
     bench = Bench(arguments)
@@ -135,21 +142,24 @@ def main():
         "hyperparameters": {"epochs": 1, "learningRate": 3e-5, "maxSequenceLength": 64, "seed": 0},
     })
     eight_bits = [{"quantize": {"method": "Int8Dynamic"}}]
-    distilled, alone, picked, forms = [], [], {method: [] for method in METHODS}, []
+    specs = {}
     for seed in seeds:
-        report, folder = bench.run(f"distilled-{seed}", student(
+        specs[f"distilled-{seed}"] = student(
             seed, teacher={"from": f"file://{teacher_folder}"},
             objective={"terms": [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]},
             compress=eight_bits,
-        ))
-        forms.append(report["forms"])
-        distilled.append(report["forms"][0]["value"])
-        size = parameters(folder)
-        alone.append(accuracy(bench.run(f"alone-{seed}", student(seed))[0]))
+        )
+        specs[f"alone-{seed}"] = student(seed)
     for seed in seeds:
         for method in METHODS:
             select = {"select": {"method": method, "keepPercent": 30, "seed": seed}}
-            picked[method].append(accuracy(bench.run(f"{method.lower()}-{seed}", student(seed, data=select))[0]))
+            specs[f"{method.lower()}-{seed}"] = student(seed, data=select)
+    found = bench.run_all(specs, arguments.jobs)
+    forms = [found[f"distilled-{seed}"][0]["forms"] for seed in seeds]
+    distilled = [form[0]["value"] for form in forms]
+    size = parameters(found["distilled-0"][1])
+    alone = [accuracy(found[f"alone-{seed}"][0]) for seed in seeds]
+    picked = {method: [accuracy(found[f"{method.lower()}-{seed}"][0]) for seed in seeds] for method in METHODS}
 
     whole = parameters(teacher_folder)
     of_teacher = [value / accuracy(teacher) for value in distilled]
