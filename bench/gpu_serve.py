@@ -7,7 +7,7 @@ import asyncio, json, os, pathlib, socket, statistics, subprocess, sys, tempfile
 import aiohttp
 
 MODEL, TRAINER, SERVER = sys.argv[1:4]
-REQUESTS = 6000
+REQUESTS = 1500
 
 
 def texts():
