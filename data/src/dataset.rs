@@ -16,6 +16,8 @@ pub struct Dataset {
     pub cleaning: Option<CleaningReport>,
     /// For each row the number of its cluster of near duplicates, if they were sought: the split keeps a cluster together.
     pub clusters: Option<Vec<u32>>,
+    /// For each row whether its label is a model's word and not the data's; empty where none is.
+    pub annotated: Vec<bool>,
 }
 
 impl Dataset {

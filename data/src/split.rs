@@ -72,7 +72,8 @@ fn hash(seed: i64, purpose: &[u8], key: &str) -> u64 {
 }
 
 impl Dataset {
-    /// The rows of each part. Rows of one group, and those of one cluster of near duplicates, are in one part.
+    /// The rows of each part. Rows of one group, and those of one cluster of near duplicates, are in one part. Held-out rows that a
+    /// model labelled are left out where others have labels of their own: they would measure that model.
     ///
     /// # Errors
     /// A part without rows is the user's error.
@@ -84,6 +85,12 @@ impl Dataset {
             stratified.into_iter().enumerate().for_each(|(row, part)| parts.part(part).push(row));
         } else {
             (0..self.rows.len()).for_each(|row| parts.part(part_of(units.key(row), spec)).push(row));
+        }
+        let is_annotated = |row: usize| self.annotated.get(row).copied().unwrap_or(false);
+        for part in [&mut parts.validation, &mut parts.test] {
+            if part.iter().any(|&row| !is_annotated(row)) {
+                part.retain(|&row| !is_annotated(row));
+            }
         }
         for (name, part) in [("training", &parts.train), ("validation", &parts.validation), ("test", &parts.test)] {
             if part.is_empty() {

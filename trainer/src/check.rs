@@ -124,6 +124,7 @@ fn plan_annotation(
         open[row] = true;
         dataset.rows.set_label(row, labels.first().map_or("", String::as_str));
     }
+    dataset.annotated.clone_from(&open);
     Ok(Some(Annotation { text: format!("{} of {} rows have no label: {who}", rows.len(), open.len()), open }))
 }
 

@@ -7,7 +7,8 @@ use crate::Decimal;
 
 /// Gives each row without a label one: exactly one of `endpoint` and `teacher` is asked. Rows that get none are left out. What was
 /// answered is kept beside the output, so a job that starts again asks about no row twice, and the report says how many rows were
-/// labelled.
+/// labelled. Validation and test rows labelled this way are left out, unless no other of them has a label: results are measured by
+/// the data's own labels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [

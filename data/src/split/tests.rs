@@ -160,6 +160,22 @@ fn folds_hold_each_of_their_rows_out_once() {
 }
 
 #[test]
+fn held_out_rows_have_labels_of_their_own_where_there_are_any() {
+    let texts = texts(1000);
+    let mut data = dataset(texts.iter().map(|text| (text.as_str(), Some("a"), None)));
+    let whole = data.split(&spec()).unwrap();
+    data.annotated = (0..1000).map(|row| row % 3 == 0).collect();
+    let parts = data.split(&spec()).unwrap();
+    assert_eq!(parts.train, whole.train);
+    for (part, whole) in [(parts.validation, whole.validation.clone()), (parts.test, whole.test.clone())] {
+        assert_eq!(part, whole.into_iter().filter(|row| row % 3 != 0).collect::<Vec<_>>());
+    }
+    // Where there are none, a model's word is better than nothing.
+    data.annotated = vec![true; 1000];
+    assert_eq!(data.split(&spec()).unwrap(), whole);
+}
+
+#[test]
 fn an_empty_part_is_named() {
     let error = dataset([("a", None, None)]).split(&spec()).unwrap_err().to_string();
     assert!(error.starts_with("none of the 1 rows falls into the "), "{error}");

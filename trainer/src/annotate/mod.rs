@@ -68,13 +68,16 @@ fn shared(found: Vec<i64>, context: &Context) -> Result<Vec<i64>, TrainError> {
 
 /// Gives each of the `open` rows its label, an index into `labels`; -1 leaves a row out.
 fn apply(dataset: &mut Dataset, open: &[usize], found: &[i64], labels: &[String]) -> Result<(), TrainError> {
+    let mut annotated = vec![false; dataset.rows.len()];
     for (&row, &label) in open.iter().zip(found) {
+        annotated[row] = true;
         if let Ok(label) = usize::try_from(label) {
             dataset.rows.set_label(row, &labels[label]);
         }
     }
     let kept: Vec<bool> = (0..dataset.rows.len()).map(|row| dataset.rows.label(row).is_some()).collect();
     dataset.rows.retain(|row| kept[row]);
+    dataset.annotated = annotated.into_iter().zip(&kept).filter_map(|(one, &kept)| kept.then_some(one)).collect();
     if let Some(clusters) = &mut dataset.clusters {
         let mut kept = kept.iter();
         clusters.retain(|_| kept.next().copied().unwrap_or(false));
