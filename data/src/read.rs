@@ -67,7 +67,7 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     if rows.is_empty() {
         return Err(DataError::User(format!("data.clean removed all of the {} rows", cleaning.rows)));
     }
-    Ok(Dataset { sources, rows, digest, cleaning: Some(cleaning), clusters })
+    Ok(Dataset { sources, rows, digest, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
 }
 
 impl Corpus for Rows {
