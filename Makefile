@@ -20,7 +20,7 @@ images: build ## build the five images from images/*.Dockerfile
 	@scripts/images
 
 generate: setup ## write the CRDs (crds/*.yaml and the chart's copies) from the Rust types
-	@$(CARGO) run --release -q -p athanor-crds --bin crdgen -- crds
+	@$(CARGO) run --release -q --bin crdgen -- crds
 	@cp crds/*.yaml helm/athanor/crds/
 
 fmt: ## format the code
@@ -38,14 +38,14 @@ test-unit: setup ## tests that need no cluster (parity and two-rank training inc
 
 test-apiserver: setup ## admission against a real etcd and kube-apiserver
 	@cluster/tools --only etcd,kubernetes
-	@$(CARGO) test --release -p athanor-tests --test admission -- --ignored
+	@$(CARGO) test --release --workspace --test admission -- --ignored
 
 test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
 	@helm/check
 
 test-cluster: ## kill tests and bad input on the running demo cluster (after `make demo`)
-	@$(CARGO) test --release -p athanor-tests --test cluster -- --ignored --test-threads=1 --nocapture
+	@$(CARGO) test --release --workspace --test cluster -- --ignored --test-threads=1 --nocapture
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
