@@ -94,12 +94,14 @@ def embedding_peer(file):
     import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.models import Pooling, Transformer
     from sentence_transformers.losses import MultipleNegativesRankingLoss
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     read = list(csv.DictReader(open(file)))
     pairs = Dataset.from_dict({"anchor": [row["first"] for row in read], "positive": [row["second"] for row in read]})
-    model = SentenceTransformer(MODEL, device="cuda" if CUDA else "cpu")
-    model.max_seq_length = 128
+    # The folder's own list of modules names a pooling that it does not have.
+    encoder = Transformer(MODEL, max_seq_length=128)
+    model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cuda" if CUDA else "cpu")
     with tempfile.TemporaryDirectory() as out:
         arguments = SentenceTransformerTrainingArguments(**options(out), bf16=True, optim="adamw_torch_fused")
         SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model),
