@@ -14,7 +14,8 @@ pub struct DataSpec {
     /// What is done to texts before they are used. Absent: nothing, but that a text which occurs twice in a source is kept once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clean: Option<CleanSpec>,
-    /// Labels for rows that have none. Absent: a row without a label is an error where the task needs one.
+    /// Labels for rows that have none. Absent: a row without a label is an error where the task needs one. Validation and test
+    /// rows labelled this way are left out, unless no other of them has a label: results are measured by the data's own labels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotate: Option<AnnotateSpec>,
     /// Parts for training, validation and test. A row's part depends on its text and the seed alone, so a row that was held out
