@@ -11,10 +11,9 @@ locate_tools() {
   COREDNS=$(need_tool coredns)/coredns
   if with s3; then VERSITYGW=$(need_tool versitygw)/versitygw; fi
   if with kafka; then KAFKA_LIBS=$(need_tool kafka)/libs; fi
-  if with prometheus; then PROMETHEUS=$(need_tool prometheus)/prometheus; fi
   PAUSE_TAR=$(need_tool pause)/pause.tar
   local command
-  for command in containerd runc iptables kubectl openssl jq curl; do
+  for command in containerd runc iptables kubectl openssl jq curl prometheus; do
     command -v "$command" >/dev/null || die "$command is not installed: run cluster/tools"
   done
 }
@@ -143,7 +142,8 @@ start_s3() {
 }
 
 start_prometheus() {
-  start prometheus "$PROMETHEUS" --config.file="$STATE/config/prometheus.yaml" --storage.tsdb.path="$STATE/prometheus" \
+  start scrape-targets "$CLUSTER_DIR/scrape-targets"
+  start prometheus prometheus --config.file="$STATE/config/prometheus.yaml" --storage.tsdb.path="$STATE/prometheus" \
     --storage.tsdb.retention.time=6h --web.listen-address="$NODE_IP:$PROMETHEUS_PORT" --web.enable-lifecycle
 }
 

@@ -148,7 +148,7 @@ PROPERTIES
 
 # Scrapes the pods that ask for it by annotation, every two seconds so that tests need not wait.
 prometheus_config() {
-  cat <<'YAML' | sed "s|ADMIN_KUBECONFIG|$ADMIN_KUBECONFIG|"
+  cat <<YAML
 global:
   scrape_interval: 2s
   scrape_timeout: 2s
@@ -157,26 +157,7 @@ scrape_configs:
   - job_name: pods
     # The operator names the job and namespace that a metric is about: those labels stay.
     honor_labels: true
-    kubernetes_sd_configs:
-      - role: pod
-        kubeconfig_file: ADMIN_KUBECONFIG
-    relabel_configs:
-      - source_labels: [__meta_kubernetes_pod_annotation_prometheus_io_scrape]
-        regex: "true"
-        action: keep
-      - source_labels: [__meta_kubernetes_pod_phase]
-        regex: Succeeded|Failed
-        action: drop
-      # A target for each port of each container would count a pod twice: its address and the one annotated port.
-      - source_labels: [__meta_kubernetes_pod_ip, __meta_kubernetes_pod_annotation_prometheus_io_port]
-        regex: (.+);(\d+)
-        replacement: $1:$2
-        target_label: __address__
-      - source_labels: [__meta_kubernetes_pod_annotation_prometheus_io_path]
-        regex: (.+)
-        target_label: __metrics_path__
-      - {source_labels: [__meta_kubernetes_namespace], target_label: namespace}
-      - {source_labels: [__meta_kubernetes_pod_name], target_label: pod}
-      - {source_labels: [__meta_kubernetes_pod_label_app_kubernetes_io_name], target_label: app}
+    file_sd_configs:
+      - files: [$STATE/prometheus-targets.json]
 YAML
 }

@@ -174,7 +174,7 @@ healthy() {
     coredns) curl -sf --max-time 2 "http://$NODE_IP:8053/health" ;;
     kafka) kcat -b "$NODE_IP:$KAFKA_PORT" -L -m 2 | grep -q 'broker 1 at' ;;
     s3) curl -s --max-time 2 "http://$NODE_IP:$S3_PORT/" ;;
-    prometheus) curl -sf --max-time 2 "http://$NODE_IP:$PROMETHEUS_PORT/-/ready" ;;
+    prometheus) alive scrape-targets && curl -sf --max-time 2 "http://$NODE_IP:$PROMETHEUS_PORT/-/ready" ;;
   esac
 }
 CORE_COMPONENTS=(etcd kube-apiserver kube-controller-manager kube-scheduler containerd kubelet kube-proxy coredns)

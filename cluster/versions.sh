@@ -3,15 +3,15 @@
 # tools.d/*/go.mod and tools.d/kafka/pom.xml: this file repeats none of them.
 
 KUBERNETES_PROGRAMS=(kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy)
-TOOLS=(etcd "${KUBERNETES_PROGRAMS[@]}" coredns helm versitygw pause kafka prometheus)
+TOOLS=(etcd "${KUBERNETES_PROGRAMS[@]}" coredns helm versitygw pause kafka)
 
 APT_PACKAGES=(
   # the node
   containerd runc containernetworking-plugins iptables conntrack ethtool socat
   # images without an engine or a registry
   buildah mmdebstrap busybox-static
-  # what tests and the cluster's own checks call; of prometheus, promtool
-  kcat prometheus jq unzip curl
+  # metrics, and promtool; what tests and the cluster's own checks call
+  prometheus kcat jq unzip curl
   # headers for the Rust workspace: rdkafka, c10d's Gloo, protobuf
   libcurl4-openssl-dev zlib1g-dev libzstd-dev libgloo-dev protobuf-compiler
 )

@@ -8,4 +8,4 @@ mod error;
 mod location;
 
 pub use error::StoreError;
-pub use location::{Location, open};
+pub use location::{Location, open, settle_tls};

@@ -46,8 +46,15 @@ pub fn open(uri: &str) -> Result<Location, StoreError> {
         .chain([("allow_http".to_owned(), "true".to_owned())])
         // Of one request, body included: the client's default of 30 s is too short for a model on a slow line.
         .chain([("timeout".to_owned(), "15m".to_owned()), ("read_timeout".to_owned(), "60s".to_owned())]);
+    settle_tls();
     let (store, path) = object_store::parse_url_opts(&url, options).map_err(|error| invalid(error.to_string()))?;
     Ok(Location { store: Arc::from(store), path, uri: uri.to_owned() })
+}
+
+/// Tells rustls which cryptography to use: an HTTP client brings none and cannot be made without. Once is enough, again does no harm.
+pub fn settle_tls() {
+    // An error means that it was settled before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 impl Location {

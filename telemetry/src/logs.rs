@@ -25,7 +25,7 @@ impl Drop for Guard {
 
 /// Installs logging and, with `OTEL_EXPORTER_OTLP_ENDPOINT`, tracing for the whole process. Call once, inside a tokio runtime.
 ///
-/// Also settles which cryptography TLS uses: two of the libraries below bring different ones, and rustls then wants to be told.
+/// Also settles which cryptography TLS uses: reqwest brings none and wants to find one.
 pub fn init(service: &'static str) -> Guard {
     // An error means that it was settled before.
     let _ = rustls::crypto::ring::default_provider().install_default();

@@ -13,7 +13,7 @@ pub mod sentiment;
 pub mod storage;
 pub mod traffic;
 
-/// Two of the libraries here bring different cryptography, and rustls wants to be told which to use.
+/// Tells rustls which cryptography to use: an HTTP client brings none and cannot be made without.
 pub(crate) fn settle_tls() {
     // An error means that it was settled before.
     let _ = rustls::crypto::ring::default_provider().install_default();

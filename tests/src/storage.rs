@@ -51,6 +51,7 @@ pub fn create_bucket() -> Result<()> {
 
 /// A client of the bucket.
 pub fn bucket() -> Result<impl ObjectStore> {
+    crate::settle_tls();
     AmazonS3Builder::new()
         .with_endpoint(ENDPOINT)
         .with_access_key_id(ACCESS_KEY)

@@ -45,6 +45,7 @@ pub struct Client {
 
 impl Client {
     pub fn new(base: impl Into<String>) -> Result<Self> {
+        crate::settle_tls();
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(40)).build()?;
         Ok(Self { http, base: base.into(), counts: Arc::default() })
     }

@@ -98,6 +98,7 @@ impl Endpoint {
         builder: ClientBuilder,
         shortest_pause: Duration,
     ) -> Result<Self, DataError> {
+        athanor_store::settle_tls();
         let mut headers = HeaderMap::new();
         if let Some(key) = &key {
             let mut value = HeaderValue::try_from(format!("Bearer {key}"))

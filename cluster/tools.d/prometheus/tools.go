@@ -1,6 +1,0 @@
-//go:build tools
-
-// Package tools names the program that this module pins; nothing here is compiled.
-package tools
-
-import _ "github.com/prometheus/prometheus/cmd/prometheus"
