@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 
-use athanor_torch::{PackedLinear, QuantizedLinear};
+use athanor_torch::{LayerCall, PackedLinear, QuantizedLinear};
 use tch::{Kind, Tensor};
 
 use crate::{
@@ -225,6 +225,9 @@ impl Layer {
 
     /// `x` [B, T, C] to the same shape, or with `first_token` to what that token's would be, [B, 1, C].
     pub fn forward(&self, x: &Tensor, bias: &Bias, config: &EncoderConfig, train: bool, first_token: bool) -> Tensor {
+        if let Some(call) = self.trained_call(x, bias, config, train, first_token) {
+            return computed(call.forward(x));
+        }
         let (b, _, c) = x.size3().expect("hidden states have three dimensions");
         let heads = |projected: Tensor| {
             projected.view([b, -1, config.num_attention_heads, c / config.num_attention_heads]).transpose(1, 2)
@@ -258,6 +261,38 @@ impl Layer {
         let inner = self.intermediate.forward_activated(&x, config.hidden_act);
         let out = drop(&self.output.forward(&inner), dropout);
         self.output_norm.forward(&(out + x))
+    }
+
+    /// What the layer does, as one operation with its gradient, where gradients are wanted and the device has it.
+    fn trained_call<'a>(
+        &'a self,
+        x: &Tensor,
+        bias: &'a Bias,
+        config: &EncoderConfig,
+        train: bool,
+        first_token: bool,
+    ) -> Option<LayerCall<'a>> {
+        let is_plain = |linear: &&Linear| linear.packed.is_none() && linear.observed.borrow().is_none();
+        if !LayerCall::applies(x) || self.packed.is_some() || !self.linears().iter().all(is_plain) {
+            return None;
+        }
+        let [query, key, value, attention_output, intermediate, output] =
+            self.linears().map(|linear| [&linear.weight, &linear.bias]);
+        let [attention_norm, output_norm] =
+            [&self.attention_norm, &self.output_norm].map(|norm| [&norm.weight, &norm.bias]);
+        let parameters = [query, key, value, attention_output, attention_norm, intermediate, output, output_norm];
+        let dropout = |p: f64| if train { p } else { 0.0 };
+        Some(LayerCall {
+            parameters: std::array::from_fn(|place| parameters[place / 2][place % 2]),
+            relative: bias.relative.as_ref(),
+            mask: bias.mask.as_ref(),
+            heads: config.num_attention_heads,
+            first_token,
+            activation: config.hidden_act.into(),
+            attention_dropout: dropout(config.attention_probs_dropout_prob),
+            hidden_dropout: dropout(config.hidden_dropout_prob),
+            eps: self.output_norm.eps,
+        })
     }
 
     /// The matrices, as a checkpoint names them.

@@ -1,4 +1,4 @@
-//! The C ABI of `shim.cpp`, and the translation of its statuses.
+//! The C ABI of `shim.cpp` and `layer.cpp`, and the translation of its statuses.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -140,9 +140,23 @@ unsafe extern "C" {
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_dropout(x: TensorPointer, p: f64, into: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_grad_enabled() -> c_int;
+    pub fn athanor_layer(
+        x: TensorPointer,
+        parameters: *const TensorPointer,
+        relative: TensorPointer,
+        mask: TensorPointer,
+        heads: i64,
+        first_token: c_int,
+        activation: c_int,
+        attention_dropout: f64,
+        hidden_dropout: f64,
+        eps: f64,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;
-    pub fn athanor_keep_freed_memory();
     pub fn athanor_exit_now(code: c_int);
 }
 

@@ -1,5 +1,5 @@
 //! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, gradient clipping, fused
-//! optimizers, one by rows of a table, packed and quantized linear layers, dropout and RNG state. Leaves out everything tch has, and
+//! optimizers, one by rows of a table, a transformer layer with its backward pass, packed and quantized linear layers, dropout and RNG state. Leaves out everything tch has, and
 //! any policy: retries and exit codes are the trainer's.
 //!
 //! This is the only crate with unsafe code. C++ exceptions become [`Error`]s; a peer that went away is [`Error::LostPeer`].
@@ -7,6 +7,7 @@
 mod distributed;
 mod dropout;
 mod ffi;
+mod layer;
 mod linear;
 mod optimizer;
 mod runtime;
@@ -15,9 +16,10 @@ mod table;
 
 pub use distributed::{Backend, ProcessGroup, Reducer, Rendezvous};
 pub use dropout::dropout;
+pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
 pub use optimizer::{Optimizer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
-pub use runtime::{Autocast, exit_now, has_nccl, keep_freed_memory, rng_state, set_num_threads, set_rng_state};
+pub use runtime::{Autocast, exit_now, has_nccl, rng_state, set_num_threads, set_rng_state};
 pub use sharding::Shard;
 pub use table::TableAdam;
 

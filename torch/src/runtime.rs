@@ -49,13 +49,6 @@ pub fn set_num_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
 }
 
-/// Makes malloc keep what a training step frees: the next step needs blocks of the same sizes, and page faults are dear.
-/// The process keeps its peak memory from then on. Call it before the first large allocation.
-pub fn keep_freed_memory() {
-    // SAFETY: mallopt is safe to call at any time.
-    unsafe { ffi::athanor_keep_freed_memory() }
-}
-
 /// Whether this build can talk NCCL.
 pub fn has_nccl() -> bool {
     // SAFETY: returns a constant.

@@ -1,6 +1,5 @@
 // A C ABI over what tch does not have: c10d's process groups and Reducer, autocast, fused optimizers, RNG state.
-// Every function that can throw returns a status (0 ok, 1 error, 2 a peer is lost) and fills `message`, to be freed by the caller
-// with athanor_free. Tensors are `at::Tensor*`, the same pointers that tch holds.
+// shim.hpp says what its functions return. Tensors are `at::Tensor*`, the same pointers that tch holds.
 #include <torch/torch.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -14,134 +13,31 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <malloc.h>
 #include <unistd.h>
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
-#include <string>
+
+#include "kernels.hpp"
+#include "shim.hpp"
 
 namespace {
 
-constexpr int kOk = 0, kError = 1, kLostPeer = 2;
-
-// What Gloo, NCCL and the store say when the other end is gone. The text is looked at besides the type because a failed collective
-// inside a backward pass reaches us as the autograd engine's rethrow.
-bool speaks_of_a_lost_peer(const std::string& text) {
-  for (const char* part : {"Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused",
-                           "gloo/transport", "Timed out waiting", "timed out", "Socket Timeout", "recvValue failed",
-                           "remote process exited", "NCCL communicator was aborted", "sendBytes failed", "recvVector failed"}) {
-    if (text.find(part) != std::string::npos) return true;
-  }
-  return false;
-}
-
-// Only the first line: what follows in c10's messages is a C++ stack trace.
-int fail(char** message, int status, const std::string& text) {
-  auto line = text.substr(0, text.find('\n'));
-  *message = strdup(line.c_str());
-  return status;
-}
-
-template <typename F>
-int guarded(char** message, F&& f) {
-  try {
-    f();
-    return kOk;
-  } catch (const c10::DistError& e) {
-    return fail(message, kLostPeer, e.what_without_backtrace());
-  } catch (const c10::Error& e) {
-    std::string text = e.what_without_backtrace();
-    return fail(message, speaks_of_a_lost_peer(text) ? kLostPeer : kError, text);
-  } catch (const std::exception& e) {
-    std::string text = e.what();
-    return fail(message, speaks_of_a_lost_peer(text) ? kLostPeer : kError, text);
-  } catch (...) {
-    return fail(message, kError, "unknown C++ exception");
-  }
-}
-
-std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
-  std::vector<at::Tensor> out;
-  out.reserve(count);
-  for (size_t i = 0; i < count; i++) out.push_back(*tensors[i]);
-  return out;
-}
-
-#ifdef __x86_64__
-#define ATHANOR_VECTORIZED __attribute__((optimize("O3"), target_clones("avx512f", "avx2", "default")))
-#else
-#define ATHANOR_VECTORIZED __attribute__((optimize("O3")))
-#endif
-
-// Rounds rows to whole numbers from -127 to 127, kept as 1 to 255 with 128 for zero; the largest of a row becomes +-127.
-ATHANOR_VECTORIZED void quantize_rows(const float* x, int64_t rows, int64_t columns, uint8_t* q, float* scales) {
-  for (int64_t row = 0; row < rows; row++) {
-    const float* from = x + row * columns;
-    uint8_t* to = q + row * columns;
-    float largest = 0;
-    for (int64_t i = 0; i < columns; i++) largest = std::max(largest, std::fabs(from[i]));
-    float factor = largest > 0 ? 127 / largest : 0;
-    scales[row] = largest / 127;
-    // The added number puts the sum where a float has no fraction: the addition itself rounds, to even.
-    for (int64_t i = 0; i < columns; i++) to[i] = static_cast<uint8_t>(static_cast<int32_t>(from[i] * factor + 12582912.0f - 12582912.0f) + 128);
-  }
-}
-
-ATHANOR_VECTORIZED void scale_rows(float* y, int64_t rows, int64_t columns, const float* scales, const float* bias) {
-  for (int64_t row = 0; row < rows; row++) {
-    float* at = y + row * columns;
-    float scale = scales[row];
-    for (int64_t i = 0; i < columns; i++) at[i] = at[i] * scale + bias[i];
-  }
-}
-
-// Random 32 bits of a position in a stream: two rounds of lowbias32 (Wellons 2018) with a key in each.
-inline uint32_t mix32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352dU;
-  x ^= x >> 15;
-  x *= 0x846ca68bU;
-  return x ^ (x >> 16);
-}
-
-// y[i] = x[i] * scale where the stream at i is not below the threshold, else 0.
-ATHANOR_VECTORIZED void drop(const float* x, float* y, int64_t begin, int64_t end, uint32_t key0, uint32_t key1, uint32_t threshold,
-                             float scale) {
-  for (int64_t i = begin; i < end; i++) {
-    const uint32_t random = mix32(mix32(static_cast<uint32_t>(i) + key0) ^ key1);
-    y[i] = random >= threshold ? x[i] * scale : 0.0F;
-  }
-}
-
-// bfloat16 as its bits, so that the compiler can vectorize: rounds to nearest even, as libtorch does; NaN stays NaN.
-ATHANOR_VECTORIZED void drop(const uint16_t* x, uint16_t* y, int64_t begin, int64_t end, uint32_t key0, uint32_t key1, uint32_t threshold,
-                             float scale) {
-  for (int64_t i = begin; i < end; i++) {
-    const uint32_t random = mix32(mix32(static_cast<uint32_t>(i) + key0) ^ key1);
-    const float scaled = std::bit_cast<float>(static_cast<uint32_t>(x[i]) << 16) * scale;
-    const uint32_t bits = std::bit_cast<uint32_t>(scaled);
-    const uint32_t rounded = scaled != scaled ? 0x7fc0U : (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    y[i] = static_cast<uint16_t>(random >= threshold ? rounded : 0U);
-  }
-}
+using athanor::AdamStep;
+using athanor::Drop;
 
 at::Tensor drop_with(const at::Tensor& input, uint64_t seed, double p) {
   auto x = input.contiguous();
   auto y = at::empty_like(x);
-  const auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  const auto threshold = static_cast<uint32_t>(p * 4294967296.0);
-  const auto scale = static_cast<float>(1.0 / (1.0 - p));
+  const Drop mask(seed, p);
   at::parallel_for(0, x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     if (x.scalar_type() == at::kBFloat16) {
-      drop(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()), begin, end, key0, key1,
-           threshold, scale);
+      athanor::drop(static_cast<const uint16_t*>(x.const_data_ptr()) + begin, static_cast<uint16_t*>(y.mutable_data_ptr()) + begin,
+                    end - begin, begin, mask);
     } else {
-      drop(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), begin, end, key0, key1, threshold, scale);
+      athanor::drop(x.const_data_ptr<float>() + begin, y.mutable_data_ptr<float>() + begin, end - begin, begin, mask);
     }
   });
   return y;
@@ -161,41 +57,21 @@ struct Dropout : torch::autograd::Function<Dropout> {
   }
 };
 
-// What Adam does to a row at one step.
-struct AdamStep {
-  float keep, beta1_rest, beta2, beta2_rest, size, second_scale, epsilon;
-};
-
-#define ATHANOR_ADAM                                                                   \
-  const float first = m[i] + (gradient - m[i]) * step.beta1_rest;                      \
-  const float second = v[i] * step.beta2 + gradient * gradient * step.beta2_rest;      \
-  m[i] = first;                                                                        \
-  v[i] = second;                                                                       \
-  w[i] = w[i] * step.keep - step.size * first / (__builtin_sqrtf(second) * step.second_scale + step.epsilon);
-
-// A square root vectorizes only where it need not set errno. Other options than the callers' keep inline functions from being inlined:
-// there may be none in here.
-#define ATHANOR_VECTORIZED_ROOT ATHANOR_VECTORIZED __attribute__((optimize("no-math-errno")))
-
-ATHANOR_VECTORIZED_ROOT void adam_row(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict gradients,
-                                 int64_t columns, const AdamStep step) {
-  for (int64_t i = 0; i < columns; i++) {
-    const float gradient = gradients[i];
-    ATHANOR_ADAM
-  }
-}
-
-// The same for gradients of zero.
-ATHANOR_VECTORIZED_ROOT void adam_idle_row(float* __restrict w, float* __restrict m, float* __restrict v, int64_t columns,
-                                      const AdamStep step) {
-  for (int64_t i = 0; i < columns; i++) {
-    const float gradient = 0;
-    ATHANOR_ADAM
-  }
-}
-
-ATHANOR_VECTORIZED void scale_row(float* w, int64_t columns, float keep) {
-  for (int64_t i = 0; i < columns; i++) w[i] *= keep;
+// The 2-norm of all numbers of contiguous tensors of floats on the CPU, where libtorch's takes one thread. Blocks have a fixed size, so
+// that the sum does not depend on the number of threads.
+double norm_of(const std::vector<at::Tensor>& tensors) {
+  constexpr int64_t size = 1 << 14;
+  std::vector<std::pair<const float*, int64_t>> blocks;
+  for (const auto& tensor : tensors)
+    for (int64_t at = 0; at < tensor.numel(); at += size)
+      blocks.emplace_back(tensor.const_data_ptr<float>() + at, std::min(size, tensor.numel() - at));
+  std::vector<double> sums(blocks.size());
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) sums[i] = athanor::sum_of_squares(blocks[i].first, blocks[i].second);
+  });
+  double sum = 0;
+  for (double block : sums) sum += block;
+  return std::sqrt(sum);
 }
 
 struct Group {
@@ -345,8 +221,12 @@ int athanor_clip_grad_norm(at::Tensor* const* parameters, size_t count, double m
     for (size_t i = 0; i < count; i++)
       if (parameters[i]->grad().defined()) grads.push_back(parameters[i]->grad());
     TORCH_CHECK(!grads.empty(), "no parameter has a gradient");
-    auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)), 2);
-    *norm = total.item<double>();
+    const auto is_plain = [](const at::Tensor& g) { return g.is_cpu() && g.scalar_type() == at::kFloat && g.is_contiguous(); };
+    if (std::all_of(grads.begin(), grads.end(), is_plain)) {
+      *norm = norm_of(grads);
+    } else {
+      *norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)), 2).item<double>();
+    }
     if (max_norm > 0 && std::isfinite(*norm) && *norm > max_norm) at::_foreach_mul_(grads, max_norm / (*norm + 1e-6));
   });
 }
@@ -454,10 +334,10 @@ int athanor_table_adam(at::Tensor* table, at::Tensor* first, at::Tensor* second,
         const auto is_zero = [](float x) { return x == 0; };
         if (step < idle && std::all_of(v + place, v + place + columns, is_zero) && std::all_of(m + place, m + place + columns, is_zero)) {
           // Never read: it has no moments, and only decays.
-          for (; step < idle; step++) scale_row(w + place, columns, plan[step].keep);
+          for (; step < idle; step++) athanor::scale_row(w + place, columns, plan[step].keep);
         }
-        for (; step < idle; step++) adam_idle_row(w + place, m + place, v + place, columns, plan[step]);
-        if (g != nullptr && step < end) adam_row(w + place, m + place, v + place, g + i * columns, columns, plan[step]);
+        for (; step < idle; step++) athanor::adam_idle_row(w + place, m + place, v + place, columns, plan[step]);
+        if (g != nullptr && step < end) athanor::adam_row(w + place, m + place, v + place, g + i * columns, columns, plan[step]);
         at[row] = base + end;
       }
     });
@@ -524,7 +404,7 @@ int athanor_linear_int8(at::Tensor* x, at::Tensor* packed, at::Tensor* scales, a
     auto* scale = row_scales.mutable_data_ptr<float>();
     int64_t grain = std::max<int64_t>(1, 16384 / columns);
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      quantize_rows(from + begin * columns, end - begin, columns, to + begin * columns, scale + begin);
+      athanor::quantize_rows(from + begin * columns, end - begin, columns, to + begin * columns, scale + begin);
     });
     const std::optional<at::Tensor> no_bias;
     auto y = linear.call(q, 1.0, 128, *packed, *scales, *zeros, no_bias, 1.0, 0, at::kFloat, "none",
@@ -533,7 +413,7 @@ int athanor_linear_int8(at::Tensor* x, at::Tensor* packed, at::Tensor* scales, a
     auto* out = y.mutable_data_ptr<float>();
     const float* shift = bias->const_data_ptr<float>();
     at::parallel_for(0, count, std::max<int64_t>(1, 16384 / outputs), [&](int64_t begin, int64_t end) {
-      scale_rows(out + begin * outputs, end - begin, outputs, scale + begin, shift);
+      athanor::scale_rows(out + begin * outputs, end - begin, outputs, scale + begin, shift);
     });
     std::string_view kind(activation);
     if (kind == "relu") {
@@ -590,13 +470,6 @@ int athanor_rng_set(at::Tensor* state, char** message) {
     std::lock_guard<std::mutex> lock(generator.mutex());
     generator.set_state(*state);
   });
-}
-
-// glibc gives large blocks back to the kernel at once and faults them in again at the next step; a training loop reuses them.
-void athanor_keep_freed_memory() {
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
-  mallopt(M_TRIM_THRESHOLD, -1);
-  mallopt(M_TOP_PAD, 64 << 20);
 }
 
 void athanor_exit_now(int code) { _exit(code); }

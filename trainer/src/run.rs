@@ -324,9 +324,8 @@ impl Run<'_> {
     }
 }
 
-/// Settings of the whole process, before the first tensor is made.
+/// Settings of the whole process.
 pub fn set_up_process(topology: &Topology) {
-    athanor_torch::keep_freed_memory();
     // Honours affinity and the container's CPU quota.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     athanor_torch::set_num_threads(cores / topology.processes_per_node);
