@@ -47,7 +47,7 @@ def ours(file, work, settings):
     manifest = pathlib.Path(work) / "job.json"
     manifest.write_text(json.dumps(job))
     losses = pathlib.Path(work) / "losses"
-    environment = {**os.environ, "ATHANOR_LOSS_LOG": str(losses), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "ATHANOR_LOSS_LOG": str(losses)}
     began = time.monotonic()
     with open(pathlib.Path(work) / "log", "w") as log:
         process = subprocess.Popen([TRAINER, "run", "-f", manifest], stdout=log, stderr=log, env=environment)

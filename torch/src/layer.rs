@@ -179,9 +179,12 @@ mod tests {
     #[test]
     fn equals_libtorchs_operators_and_their_gradients() {
         let _turn = crate::GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (first_token, activation) in
-            [(false, Activation::Gelu), (true, Activation::Gelu), (false, Activation::Relu), (true, Activation::GeluTanh)]
-        {
+        for (first_token, activation) in [
+            (false, Activation::Gelu),
+            (true, Activation::Gelu),
+            (false, Activation::Relu),
+            (true, Activation::GeluTanh),
+        ] {
             let case = Case::new(1);
             let expected = case.naive(first_token, activation);
             let wanted = case.gradients(&expected);
@@ -201,7 +204,10 @@ mod tests {
                     // A key's bias moves all scores of a row alike: its gradient is rounding.
                     if place != 3 {
                         let difference = difference(found, expected);
-                        assert!(difference < near_gradient, "{activation:?} {first_token} {half} {place}: {difference}");
+                        assert!(
+                            difference < near_gradient,
+                            "{activation:?} {first_token} {half} {place}: {difference}"
+                        );
                     }
                 }
             }
@@ -238,10 +244,12 @@ mod tests {
                 // Along the gradient, where the change is largest.
                 let direction = &gradient / gradient.norm();
                 let step = 3e-3;
-                let shift = |by: f64| tch::no_grad(|| {
-                    let mut leaf = leaf.shallow_clone();
-                    leaf += &direction * by;
-                });
+                let shift = |by: f64| {
+                    tch::no_grad(|| {
+                        let mut leaf = leaf.shallow_clone();
+                        leaf += &direction * by;
+                    })
+                };
                 let moved = |by: f64| {
                     shift(by);
                     let found = f64::try_from(loss(&value()).to_kind(Kind::Double)).unwrap();
@@ -264,7 +272,9 @@ mod tests {
         assert!(case.call(false, Activation::Identity, 0.0).forward(&case.x).is_err());
         assert!(case.call(false, Activation::Gelu, 1.0).forward(&case.x).is_err());
         let other = Tensor::zeros([1, H, T, T - 1], OPTIONS);
-        assert!(LayerCall { relative: Some(&other), ..case.call(false, Activation::Gelu, 0.0) }.forward(&case.x).is_err());
+        assert!(
+            LayerCall { relative: Some(&other), ..case.call(false, Activation::Gelu, 0.0) }.forward(&case.x).is_err()
+        );
         let narrow = Tensor::zeros([C - 1], OPTIONS);
         let mut call = case.call(false, Activation::Gelu, 0.0);
         call.parameters[9] = &narrow;
