@@ -186,6 +186,7 @@ def main():
     parser.add_argument("--model", default=f"{os.environ.get('ATHANOR_MODELS')}/minilm-l6", help="folder of the base model (default MiniLM)")
     parser.add_argument("--cuda", action="store_true", help="train on the GPU, and measure its memory instead of the process's")
     parser.add_argument("--trainer", default=f"{os.environ.get('CARGO_TARGET_DIR')}/release/athanor-trainer", help="our program")
+    parser.add_argument("--quick", action="store_true", help="leave the Trainer's default out, which takes longer than all others together")
     parser.add_argument("--peer", choices=["best", "default", "embedding"], help=argparse.SUPPRESS)
     parser.add_argument("file", nargs="?", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -207,6 +208,8 @@ def main():
         PEERS[1]: (run_peer, "default"),
         PEERS[2]: (run_peer, "embedding"),
     }
+    if arguments.quick:
+        del subjects[PEERS[1]], subjects["ours, fp32"]
     if CUDA:
         # NCCL wants a GPU for each rank.
         del subjects["ours, 2 ranks"]
