@@ -222,8 +222,8 @@ mod tests {
         let (plain, reduced) = (parameters(), parameters());
         let mut reducer = Reducer::new(&reduced, &group).unwrap();
         for _ in 0..3 {
-            zero_grad(&plain, false).unwrap();
-            zero_grad(&reduced, true).unwrap();
+            zero_grad(&plain).unwrap();
+            zero_grad(&reduced).unwrap();
             backward(&loss(&plain)).unwrap();
             reducer.prepare_for_forward().unwrap();
             let loss = loss(&reduced);

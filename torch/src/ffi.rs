@@ -51,12 +51,7 @@ unsafe extern "C" {
     pub fn athanor_reducer_prepare_for_forward(reducer: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_reducer_prepare_for_backward(reducer: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_backward(loss: TensorPointer, message: *mut *mut c_char) -> c_int;
-    pub fn athanor_zero_grad(
-        parameters: *const TensorPointer,
-        count: usize,
-        keep_memory: c_int,
-        message: *mut *mut c_char,
-    ) -> c_int;
+    pub fn athanor_zero_grad(parameters: *const TensorPointer, count: usize, message: *mut *mut c_char) -> c_int;
     pub fn athanor_clip_grad_norm(
         parameters: *const TensorPointer,
         count: usize,

@@ -9,7 +9,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "kernels.hpp"
 #include "shim.hpp"

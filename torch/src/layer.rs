@@ -32,7 +32,7 @@ pub struct LayerCall<'a> {
 }
 
 impl LayerCall<'_> {
-    /// Whether `x` can be computed here and gradients are wanted: without them libtorch's own kernels are as fast.
+    /// Whether `x` can be computed here and gradients are wanted: without them nothing has to be kept.
     pub fn applies(x: &Tensor) -> bool {
         // SAFETY: takes nothing and reads a flag of this thread.
         let wanted = unsafe { ffi::athanor_grad_enabled() } != 0;
@@ -158,7 +158,7 @@ mod tests {
         /// Gradients by all leaves of the sum of the outputs, weighted unevenly.
         fn gradients(&self, y: &Tensor) -> Vec<Tensor> {
             let leaves = self.leaves();
-            crate::zero_grad(&leaves, false).unwrap();
+            crate::zero_grad(&leaves).unwrap();
             backward(&loss(y)).unwrap();
             leaves.iter().map(|leaf| leaf.grad().copy()).collect()
         }

@@ -12,14 +12,11 @@ pub fn backward(loss: &Tensor) -> Result<(), Error> {
     ffi::call(|message| unsafe { ffi::athanor_backward(ffi::pointer(loss), message) })
 }
 
-/// Clears gradients. With `keep_memory` they are zeroed in place, which a [`crate::Reducer`]'s bucket views need; without it
-/// they are dropped, and the next backward pass moves its results in.
-pub fn zero_grad(parameters: &[Tensor], keep_memory: bool) -> Result<(), Error> {
+/// Drops gradients: the next backward pass moves its results in, and a [`crate::Reducer`] copies them into its buckets.
+pub fn zero_grad(parameters: &[Tensor]) -> Result<(), Error> {
     let pointers = ffi::pointers(parameters);
-    ffi::call(|message| {
-        // SAFETY: the pointers are valid for the call.
-        unsafe { ffi::athanor_zero_grad(pointers.as_ptr(), pointers.len(), c_int::from(keep_memory), message) }
-    })
+    // SAFETY: the pointers are valid for the call.
+    ffi::call(|message| unsafe { ffi::athanor_zero_grad(pointers.as_ptr(), pointers.len(), message) })
 }
 
 /// Global 2-norm of the gradients before clipping; they are scaled to `max_norm` if that is above zero and below the norm.
@@ -257,7 +254,7 @@ mod tests {
         let groups = vec![(weight_decay, vec![w.shallow_clone()])];
         let mut optimizer = Optimizer::new(rule, groups, Shard::WHOLE).unwrap();
         for step in 0..3 {
-            zero_grad(&[w.shallow_clone()], false).unwrap();
+            zero_grad(&[w.shallow_clone()]).unwrap();
             let loss = if step == 0 {
                 (&w * Tensor::from_slice(&[0.5_f32, -1.0])).sum(Kind::Float)
             } else {

@@ -146,7 +146,7 @@ mod tests {
         /// Steps down `sum(0.05 w² + 0.3 w)`.
         fn steps(&mut self, count: usize, group: Option<&ProcessGroup>) {
             for _ in 0..count {
-                zero_grad(&self.parameters, true).unwrap();
+                zero_grad(&self.parameters).unwrap();
                 let loss = self.parameters.iter().map(|w| (w * w * 0.05 + w * 0.3).sum(Kind::Float)).sum();
                 backward(&loss).unwrap();
                 self.optimizer.step(0.01).unwrap();

@@ -197,18 +197,9 @@ int athanor_backward(at::Tensor* loss, char** message) {
   return guarded(message, [&] { loss->backward(); });
 }
 
-int athanor_zero_grad(at::Tensor* const* parameters, size_t count, int keep_memory, char** message) {
+int athanor_zero_grad(at::Tensor* const* parameters, size_t count, char** message) {
   return guarded(message, [&] {
-    torch::NoGradGuard no_grad;
-    for (size_t i = 0; i < count; i++) {
-      auto& grad = parameters[i]->mutable_grad();
-      if (!grad.defined()) continue;
-      if (keep_memory) {
-        grad.zero_();
-      } else {
-        grad = at::Tensor();
-      }
-    }
+    for (size_t i = 0; i < count; i++) parameters[i]->mutable_grad() = at::Tensor();
   });
 }
 

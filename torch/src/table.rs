@@ -153,7 +153,7 @@ mod tests {
             let mut optimizer =
                 Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])], Shard::WHOLE).unwrap();
             for (rows, rate) in steps() {
-                zero_grad(&[whole.shallow_clone()], false).unwrap();
+                zero_grad(&[whole.shallow_clone()]).unwrap();
                 backward(&loss(&whole.index_select(0, &Tensor::from_slice(&rows)))).unwrap();
                 optimizer.step(rate).unwrap();
             }

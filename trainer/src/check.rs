@@ -314,7 +314,7 @@ impl Report<'_> {
                 measured = 0;
             }
             measured += 1;
-            zero_grad(&parameters, false)?;
+            zero_grad(&parameters)?;
             if let Some(words) = &mut words {
                 words.begin(model, train, batch)?;
             }

@@ -256,7 +256,7 @@ impl<'a> Loop<'a> {
         let learning_rate = self.learning_rate.at(self.step);
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
-        zero_grad(&self.dense, self.reducer.is_some())?;
+        zero_grad(&self.dense)?;
         if let Some(words) = &mut self.words {
             words.begin(self.session.model, self.session.train, batch)?;
         }
