@@ -13,7 +13,7 @@ locate_tools() {
   if with kafka; then KAFKA_LIBS=$(need_tool kafka)/libs; fi
   PAUSE_TAR=$(need_tool pause)/pause.tar
   local command
-  for command in containerd runc iptables kubectl openssl jq curl prometheus; do
+  for command in containerd runc iptables kubectl openssl jq curl $(if with prometheus; then echo prometheus; fi); do
     command -v "$command" >/dev/null || die "$command is not installed: run cluster/tools"
   done
 }
