@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path};
 use tch::Tensor;
 use tokenizers::PostProcessor;
 
-use crate::load::LoadError;
+use crate::{EncoderConfig, load::LoadError};
 
 /// What masking tokens needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +17,63 @@ pub struct MaskTokens {
     /// Ids that are never predicted.
     pub special: BTreeSet<u32>,
 }
+
+/// Rows of token ids behind each other in one buffer: four bytes a token and eight a row.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenRows {
+    ids: Vec<u32>,
+    /// Where each row ends; it begins where the one before ends.
+    ends: Vec<usize>,
+}
+
+impl TokenRows {
+    pub fn push(&mut self, ids: &[u32]) {
+        self.ids.extend_from_slice(ids);
+        self.ends.push(self.ids.len());
+    }
+
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Tokens of each row.
+    pub fn lengths(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+        (0..self.len()).map(|row| self[row].len())
+    }
+
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        (0..self.len()).map(|row| &self[row])
+    }
+
+    /// These rows, in this order.
+    pub fn select(&self, rows: &[usize]) -> Self {
+        rows.iter().map(|&row| &self[row]).collect()
+    }
+}
+
+impl std::ops::Index<usize> for TokenRows {
+    type Output = [u32];
+
+    fn index(&self, row: usize) -> &[u32] {
+        let begin = if row == 0 { 0 } else { self.ends[row - 1] };
+        &self.ids[begin..self.ends[row]]
+    }
+}
+
+impl<T: AsRef<[u32]>> FromIterator<T> for TokenRows {
+    fn from_iter<I: IntoIterator<Item = T>>(rows: I) -> Self {
+        let mut all = Self::default();
+        rows.into_iter().for_each(|row| all.push(row.as_ref()));
+        all
+    }
+}
+
+/// Texts that are tokenized at a time: while they are, each needs a kilobyte and more.
+const TEXTS_AT_A_TIME: usize = 8192;
 
 /// A Hugging Face fast tokenizer. Shared between threads by reference.
 pub struct Tokenizer {
@@ -34,6 +91,11 @@ impl Tokenizer {
         let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
         let mut inner =
             tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| failed(format!("not a tokenizer: {error}")))?;
+        let size = EncoderConfig::load(folder)?.vocab_size;
+        let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
+        if let Some((token, id)) = last.filter(|(_, id)| i64::from(*id) >= size) {
+            return Err(failed(format!("token {token:?} has the id {id}, but vocab_size in config.json is {size}")));
+        }
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| failed(error.to_string()))?;
         let specials = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
@@ -65,6 +127,23 @@ impl Tokenizer {
                 Ok(encoding.get_ids().to_vec())
             })
             .collect()
+    }
+
+    /// As [`Self::encode_batch`], of many texts with little memory beside the ids.
+    pub fn encode_rows<'t>(
+        &self,
+        texts: impl IntoIterator<Item = &'t str>,
+        max_length: usize,
+    ) -> Result<TokenRows, LoadError> {
+        let mut texts = texts.into_iter();
+        let mut rows = TokenRows::default();
+        loop {
+            let some: Vec<&str> = texts.by_ref().take(TEXTS_AT_A_TIME).collect();
+            if some.is_empty() {
+                return Ok(rows);
+            }
+            self.encode_batch(&some, max_length)?.iter().for_each(|ids| rows.push(ids));
+        }
     }
 }
 

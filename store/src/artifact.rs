@@ -1,6 +1,7 @@
 //! Folders with a manifest. Files first, the manifest last: what has no manifest is not there.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -78,6 +79,13 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
     Ok(None)
 }
 
+/// The model digest that an upload of the local folder will have.
+pub async fn folder_digest(folder: &Path) -> Result<String, StoreError> {
+    let mut names = Vec::new();
+    walk(folder, folder, &mut names)?;
+    Ok(model_digest(&digests(folder, &names).await?))
+}
+
 /// Sends every file below the local folder `from`, then the manifest with their digests. `manifest` brings everything but
 /// `files` and `model_digest`, which are filled in here. A folder that holds this very model already is left as it is; another
 /// manifest there is deleted before the first file changes. Where another process writes into the folder at the same time, whoever
@@ -90,9 +98,7 @@ pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Resul
     walk(from, from, &mut names)?;
     // First what tells an artifact from a plain folder: one that was cut off is then known as such.
     names.sort_by_key(|name| name != REFERENCE);
-    for name in &names {
-        manifest.files.insert(name.clone(), digest(from.join(name)).await?);
-    }
+    manifest.files = digests(from, &names).await?;
     manifest.model_digest = model_digest(&manifest.files);
     match read_manifest(to).await {
         Ok(there) if there.model_digest == manifest.model_digest && there.metrics == manifest.metrics => {
@@ -186,6 +192,14 @@ async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileE
         std::fs::write(&path, &bytes).map_err(|error| StoreError::io(&path, error))
     })
     .await
+}
+
+async fn digests(folder: &Path, names: &[String]) -> Result<BTreeMap<String, FileEntry>, StoreError> {
+    let mut files = BTreeMap::new();
+    for name in names {
+        files.insert(name.clone(), digest(folder.join(name)).await?);
+    }
+    Ok(files)
 }
 
 async fn digest(path: PathBuf) -> Result<FileEntry, StoreError> {
@@ -284,6 +298,7 @@ mod tests {
         }
         let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
         let first = upload(from.path(), &folder, manifest()).await.unwrap();
+        assert_eq!(folder_digest(from.path()).await.unwrap(), first.model_digest);
         // Another report of the same model changes nothing.
         std::fs::write(from.path().join("report.json"), "later").unwrap();
         assert_eq!(upload(from.path(), &folder, manifest()).await.unwrap(), first);

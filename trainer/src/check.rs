@@ -164,8 +164,8 @@ impl Report<'_> {
         let teacher = match self.teacher {
             Some(folder) if setup::learns_from_teacher(spec) => {
                 let rows = parts.train.iter().take(train.len());
-                let texts: Vec<&str> = rows.map(|&row| dataset.rows.text(row)).collect();
-                let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, &texts, self.device)?;
+                let texts = rows.map(|&row| dataset.rows.text(row));
+                let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, texts, self.device)?;
                 Some(Teacher::Online(Box::new(teacher)))
             }
             _ => None,
@@ -308,7 +308,9 @@ impl Report<'_> {
         let batches = epoch_batches(&lengths, rows, h.seed as u64, 0);
         let mut begun = Instant::now();
         let mut measured = 0;
-        for (step, batch) in batches.iter().cycle().take(2 * MEASURED_STEPS).enumerate() {
+        for (step, batch) in
+            (0..batches.len()).cycle().map(|index| batches.get(index)).take(2 * MEASURED_STEPS).enumerate()
+        {
             if step == MEASURED_STEPS {
                 begun = Instant::now();
                 measured = 0;
@@ -316,11 +318,20 @@ impl Report<'_> {
             measured += 1;
             zero_grad(&parameters)?;
             if let Some(words) = &mut words {
-                words.begin(model, train, batch)?;
+                words.begin(model, train, &batch)?;
             }
             for part in batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)) {
                 let seed = step as u64;
-                let part = Part { train, rows: part, batch, weight: 1.0, seed, group: None, device: self.device, bf16 };
+                let part = Part {
+                    train,
+                    rows: part,
+                    batch: &batch,
+                    weight: 1.0,
+                    seed,
+                    group: None,
+                    device: self.device,
+                    bf16,
+                };
                 let values = objective.values(model, teacher, &part)?;
                 let weighted = values.iter().zip(objective.terms()).map(|(value, term)| value * term.weight);
                 let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use athanor_contract::train::{SelectSpec, Task, TeacherOutputs, TrainConfig};
-use athanor_models::{Model, Tokenizer};
+use athanor_models::{Model, Tokenizer, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 
@@ -101,10 +101,10 @@ impl Material {
         let mut train = common.encoder.encode(rows)?;
         let mut teacher = match &common.prepared.teacher {
             Some(folder) if setup::learns_from_teacher(spec) => {
-                let texts: Vec<&str> = rows.iter().map(|&row| common.prepared.dataset.rows.text(row)).collect();
+                let texts = rows.iter().map(|&row| common.prepared.dataset.rows.text(row));
                 let (parent, device) = (&common.prepared.parent, common.device());
                 let RowEncoder { labels, max_length, .. } = &common.encoder;
-                Some(setup::load_teacher(spec, folder, parent, labels, *max_length, &texts, device)?)
+                Some(setup::load_teacher(spec, folder, parent, labels, *max_length, texts, device)?)
             }
             _ => None,
         };
@@ -138,14 +138,15 @@ impl Common<'_> {
         &self,
         spec: &SelectSpec,
         viewer: &Model,
-        rows: &[Vec<u32>],
+        rows: &TokenRows,
         train: &Encoded,
     ) -> Result<Selection, TrainError> {
         let (device, group) = (self.device(), self.group());
         let beat = || self.around.watchdog.beat();
         let vectors = evaluate::embed(viewer, rows, group, device, self.bf16, beat)?.to_device(Device::Cpu);
         self.around.watchdog.rest();
-        let mut selection = select::select(spec, &vectors, &train.labels, &self.encoder.labels)?;
+        let labels: Vec<Option<usize>> = train.labels.iter().map(|label| label.map(usize::from)).collect();
+        let mut selection = select::select(spec, &vectors, &labels, &self.encoder.labels)?;
         if let Some(group) = group {
             // Sums may differ in their last bit from machine to machine.
             let mut marks = vec![0_i64; train.len()];
@@ -205,8 +206,10 @@ impl Common<'_> {
         })?;
         self.around.watchdog.rest();
         self.around.timeline.mark("taught");
-        if self.topology.rank() == 0 {
-            runtime.block_on(write_cached(&place, &logits, self.work))?;
+        if self.topology.rank() == 0
+            && let Err(error) = runtime.block_on(write_cached(&place, &logits, self.work))
+        {
+            tracing::warn!(%error, "the teacher's answers are not kept: another run has to ask again");
         }
         Ok(Teacher::Cached(logits))
     }

@@ -92,7 +92,7 @@ impl Finished<'_> {
         let location = athanor_store::open(&config.artifact_to)?;
         let mut summary = TrainSummary {
             artifact: location.uri.clone(),
-            model_digest: String::new(),
+            model_digest: around.runtime.block_on(athanor_store::artifact::folder_digest(&folder))?,
             data_digest: dataset.digest.clone(),
             steps,
             rows: parts.counts(),

@@ -96,13 +96,13 @@ pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: De
 }
 
 /// The teacher, with the training rows' texts as it reads them. `parent` is the folder with the student's tokenizer.
-pub fn load_teacher(
+pub fn load_teacher<'t>(
     spec: &TrainSpec,
     folder: &Path,
     parent: &Path,
     labels: &[String],
     max_length: usize,
-    texts: &[&str],
+    texts: impl IntoIterator<Item = &'t str>,
     device: Device,
 ) -> Result<Online, TrainError> {
     let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());

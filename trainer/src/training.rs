@@ -16,7 +16,7 @@ use crate::{
     checkpoint::{Best, Named, Restored, Snapshot, State, Writer},
     data::{
         Encoded,
-        batches::{epoch_batches, mix, share},
+        batches::{Batches, epoch_batches, mix, share},
     },
     evaluate,
     objectives::{self, Objective, Part, Teacher},
@@ -106,7 +106,7 @@ struct Loop<'a> {
     /// Steps taken.
     step: u64,
     /// Number and batches of the current epoch.
-    epoch: Option<(u64, Vec<Vec<usize>>)>,
+    epoch: Option<(u64, Batches)>,
     best: Option<(Best, Named)>,
     /// Under the policy RollBack.
     roll_back: Option<RollBack>,
@@ -230,7 +230,7 @@ impl<'a> Loop<'a> {
             self.step += 1;
         } else {
             let place = (self.step % self.steps_per_epoch) as usize;
-            let batch = self.epoch.as_ref().map(|(_, batches)| batches[place].clone()).unwrap_or_default();
+            let batch = self.epoch.as_ref().map(|(_, batches)| batches.get(place)).unwrap_or_default();
             let Some((outcome, stops)) = self.optimize(&batch)? else { return Ok(()) };
             stop = stops;
             self.step += 1;
@@ -380,14 +380,16 @@ impl<'a> Loop<'a> {
         let found =
             evaluate::evaluate(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
         let (name, score) = evaluate::score(&rows, &found);
-        let is_best = self.best.as_ref().is_none_or(|(best, _)| score > best.score);
+        // What is no number is worse than any, and a checkpoint has no word for it.
+        let rank = score.max(f64::MIN);
+        let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
             let mut metrics = evaluate::report(&rows, &found, &[]);
             metrics.insert(name.to_owned(), score);
             // A checkpoint is JSON, which has no word for the others.
             metrics.retain(|_, value| value.is_finite());
-            self.best = Some((Best { step: self.step, score, metrics }, weights));
+            self.best = Some((Best { step: self.step, score: rank, metrics }, weights));
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);

@@ -2,7 +2,7 @@
 //! gradients, travel between ranks and cost the optimizer anything, and the result is that of training the whole table.
 
 use athanor_contract::train::{Hyperparameters, Task};
-use athanor_models::{Excerpt, Model};
+use athanor_models::{Excerpt, Model, tokenizer::TokenRows};
 use athanor_torch::{ProcessGroup, TableAdam};
 use tch::{Device, Kind, Tensor};
 
@@ -46,9 +46,9 @@ impl Words {
 
     /// Lets the model read the rows that a global batch needs; the same on all ranks.
     pub fn begin(&mut self, model: &mut Model, train: &Encoded, batch: &[usize]) -> Result<(), TrainError> {
-        let texts = |ids: &'_ [Vec<u32>]| batch.iter().flat_map(|&row| ids[row].iter().copied()).collect::<Vec<u32>>();
+        let texts = |ids: &TokenRows| batch.iter().flat_map(|&row| ids[row].iter().copied()).collect::<Vec<u32>>();
         let mut ids = texts(&train.ids);
-        ids.extend(train.pairs.as_deref().map(texts).unwrap_or_default());
+        ids.extend(train.pairs.as_ref().map(texts).unwrap_or_default());
         ids.sort_unstable();
         ids.dedup();
         let words = ids.into_iter().map(i64::from).filter(|&id| id != self.pad_token_id);

@@ -46,7 +46,7 @@ fn rows(bad: &[usize]) -> Encoded {
     let ids = (0..ROWS as u32)
         .map(|row| {
             let inner = (0..3 + row % 5).map(|place| 5 + (row * 31 + place * 17) % 115);
-            std::iter::once(0).chain(inner).chain([2]).collect()
+            std::iter::once(0).chain(inner).chain([2]).collect::<Vec<u32>>()
         })
         .collect();
     Encoded {
@@ -67,7 +67,7 @@ fn row_of_step() -> Vec<usize> {
 /// Steps, counted from 1, of the batches with these rows.
 fn steps_with(bad: &[usize]) -> BTreeSet<u64> {
     let lengths = rows(&[]).lengths();
-    let batches = (0..EPOCHS).flat_map(|epoch| epoch_batches(&lengths, BATCH, SEED, epoch));
+    let batches = (0..EPOCHS).flat_map(|epoch| epoch_batches(&lengths, BATCH, SEED, epoch).iter().collect::<Vec<_>>());
     let steps = (1..).zip(batches).filter(|(_, batch)| batch.iter().any(|row| bad.contains(row)));
     steps.map(|(step, _)| step).collect()
 }

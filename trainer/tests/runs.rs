@@ -126,7 +126,8 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
         history
     };
     assert_eq!(without_times(first), without_times(second));
-    assert!(read(&parts, "report.html").contains("Validation"));
+    let page = read(&parts, "report.html");
+    assert!(page.contains("Validation") && page.contains(&parts.model_digest) && page.contains(&parts.data_digest));
     assert_eq!(events().len(), 4, "of three processes, and of the artifact");
 }
 

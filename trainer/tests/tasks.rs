@@ -436,6 +436,17 @@ fn a_teacher_that_does_not_fit_is_the_users_error() {
     });
     let message = failed("narrow", narrow);
     assert!(message.contains("have 32 units, the teacher's 384"), "{message}");
+    richer_rows(&place);
+    let vectors = json!({
+        "model": {
+            "from": place.uri("model"), "task": "Embedding",
+            "student": {"fresh": {"layers": 1, "hiddenSize": 32, "attentionHeads": 2, "intermediateSize": 64}},
+        },
+        "data": {"sources": [{"name": "rows", "uri": place.uri("richer.jsonl"), "columns": {"pair": "pair"}}]},
+        "teacher": {"from": place.uri("model")},
+    });
+    let message = failed("vectors", vectors);
+    assert!(message.contains("vectors have 32 numbers, the teacher's 384"), "{message}");
     let deep = json!({"model": model(json!({"student": {"keepLayers": [6]}}))});
     let message = failed("deep", deep);
     assert!(message.contains("the student keeps layer 6, but the model has 6"), "{message}");
@@ -454,6 +465,13 @@ fn a_teacher_that_does_not_fit_is_the_users_error() {
     });
     let message = failed("vocabulary", vocabulary);
     assert!(message.contains("its vocabulary is not the student's"), "{message}");
+    // A model without rows for the last of its tokenizer's tokens.
+    let config = other.join("config.json");
+    let mut smaller: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    smaller["vocab_size"] = json!(30_000);
+    std::fs::write(&config, smaller.to_string()).unwrap();
+    let message = failed("tokens", json!({"model": {"from": place.uri("other"), "task": "TextClassification"}}));
+    assert!(message.contains("but vocab_size in config.json is 30000"), "{message}");
 }
 
 fn rename_a_token(tokenizer: &Path) {

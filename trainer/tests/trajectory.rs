@@ -39,14 +39,14 @@ fn rows() -> Encoded {
         .map(|row| {
             let length = 4 + (row * 7) % 9;
             let inner = (0..length).map(|place| 5 + (row * 31 + place * 17 + row * place) % 115);
-            std::iter::once(0).chain(inner).chain([2]).collect()
+            std::iter::once(0).chain(inner).chain([2]).collect::<Vec<u32>>()
         })
         .collect();
     Encoded {
         ids,
         pairs: None,
-        labels: (0..ROWS).map(|row| Some((row * 5 / 3) % 2)).collect(),
-        values: vec![0.0; ROWS],
+        labels: (0..ROWS).map(|row| Some((row as u16 * 5 / 3) % 2)).collect(),
+        values: Vec::new(),
         sources: vec![0; ROWS],
         mask_tokens: Some(MaskTokens { mask: MASK_TOKENS.0, vocabulary: MASK_TOKENS.1, special: MASK_TOKENS.2.into() }),
     }
@@ -180,7 +180,7 @@ fn write_batches() {
     let steps: Vec<Value> = (0..STEPS)
         .map(|step| {
             let batches = epoch_batches(&train.lengths(), 8, 7, step / per_epoch);
-            let rows = batches[(step % per_epoch) as usize].clone();
+            let rows = batches.get((step % per_epoch) as usize);
             let masked: Vec<_> = rows
                 .iter()
                 .map(|&row| mask_row(&train.ids[row], &tokens, 0.15, mix(mix(7, step), row as u64)))
@@ -189,6 +189,6 @@ fn write_batches() {
         })
         .collect();
     let labels: Vec<_> = train.labels.iter().flatten().collect();
-    let file = json!({"ids": train.ids, "labels": labels, "steps": steps});
+    let file = json!({"ids": train.ids.iter().collect::<Vec<_>>(), "labels": labels, "steps": steps});
     std::fs::write(golden("batches.json"), file.to_string()).unwrap();
 }

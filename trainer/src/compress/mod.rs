@@ -132,7 +132,7 @@ impl Compression<'_> {
         let batches = evaluation_batches(&lengths, BATCH, 0, 1);
         model.input_norms(batches.iter().map(|batch| {
             (self.beat)();
-            let texts: Vec<&[u32]> = batch.iter().map(|&row| self.train.ids[row].as_slice()).collect();
+            let texts: Vec<&[u32]> = batch.iter().map(|&row| &self.train.ids[row]).collect();
             let device = model.parameters().first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
             inputs(&texts, model.config().pad_token_id, device)
         }))
@@ -170,7 +170,7 @@ impl Compression<'_> {
     fn latency(&self, model: &Model) -> f64 {
         let mut times: Vec<f64> = (0..2 * TIMED)
             .filter_map(|index| {
-                let ids = self.test.ids[index % self.test.len()].as_slice();
+                let ids = &self.test.ids[index % self.test.len()];
                 (self.beat)();
                 let begun = Instant::now();
                 let (ids, mask) = inputs(&[ids], model.config().pad_token_id, Device::Cpu);

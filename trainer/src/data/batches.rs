@@ -8,18 +8,45 @@ use tch::{Device, Tensor};
 /// Batches whose rows are sorted by length together: small enough to keep the order of an epoch random.
 const GROUPED: usize = 32;
 
-/// The batches of one epoch, as indices into `lengths`; each row once, the last batch may be smaller.
-pub fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: u64) -> Vec<Vec<usize>> {
-    let mut random = StdRng::seed_from_u64(mix(seed, epoch));
-    let mut order: Vec<usize> = (0..lengths.len()).collect();
-    order.shuffle(&mut random);
-    let mut batches: Vec<Vec<usize>> = Vec::with_capacity(lengths.len() / batch_size + 1);
-    for group in order.chunks_mut(batch_size * GROUPED) {
-        group.sort_by_key(|&row| lengths[row]);
-        batches.extend(group.chunks(batch_size).map(<[usize]>::to_vec));
+/// The batches of an epoch: four bytes a row.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Batches {
+    rows: Vec<u32>,
+    /// Where batches begin, in the order of the epoch.
+    starts: Vec<u32>,
+    size: usize,
+}
+
+impl Batches {
+    pub fn len(&self) -> usize {
+        self.starts.len()
     }
-    batches.shuffle(&mut random);
-    batches
+
+    pub fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+
+    /// The rows of a batch; none behind the last.
+    pub fn get(&self, index: usize) -> Vec<usize> {
+        let rows = self.starts.get(index).map_or(&[][..], |&start| &self.rows[start as usize..]);
+        rows.iter().take(self.size).map(|&row| row as usize).collect()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Vec<usize>> {
+        (0..self.len()).map(|index| self.get(index))
+    }
+}
+
+/// The batches of one epoch, as indices into `lengths`; each row once, one batch may be smaller.
+pub fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: u64) -> Batches {
+    let mut random = StdRng::seed_from_u64(mix(seed, epoch));
+    // A dataset numbers its rows in 32 bits.
+    let mut rows: Vec<u32> = (0..lengths.len() as u32).collect();
+    rows.shuffle(&mut random);
+    rows.chunks_mut(batch_size * GROUPED).for_each(|group| group.sort_by_key(|&row| lengths[row as usize]));
+    let mut starts: Vec<u32> = (0..rows.len() as u32).step_by(batch_size).collect();
+    starts.shuffle(&mut random);
+    Batches { rows, starts, size: batch_size }
 }
 
 /// The rows of a batch that this rank computes. Rows are dealt from the longest, to and fro, so that the ranks have about the same
@@ -68,7 +95,7 @@ mod tests {
     fn an_epoch_has_each_row_once_and_little_padding() {
         let lengths = lengths();
         let batches = epoch_batches(&lengths, 16, 1, 0);
-        let mut rows: Vec<usize> = batches.concat();
+        let mut rows: Vec<usize> = batches.iter().flatten().collect();
         rows.sort_unstable();
         assert!(rows.into_iter().eq(0..1000));
         let padded: usize = batches.iter().map(|b| b.len() * b.iter().map(|&row| lengths[row]).max().unwrap()).sum();

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use athanor_contract::train::Task;
-use athanor_models::{Tokenizer, tokenizer::MaskTokens};
+use athanor_models::{
+    Tokenizer,
+    tokenizer::{MaskTokens, TokenRows},
+};
 
 use super::Dataset;
 use crate::TrainError;
@@ -11,15 +14,15 @@ use crate::TrainError;
 /// Rows of one part of the dataset, in order.
 #[derive(Debug, Default)]
 pub struct Encoded {
-    pub ids: Vec<Vec<u32>>,
+    pub ids: TokenRows,
     /// Second texts, for embeddings.
-    pub pairs: Option<Vec<Vec<u32>>>,
+    pub pairs: Option<TokenRows>,
     /// Index of the label; `None` for a label the model does not know (a baseline of other classes), and for other tasks.
-    pub labels: Vec<Option<usize>>,
-    /// The label as a number, for regression; 0 for other tasks.
+    pub labels: Vec<Option<u16>>,
+    /// The label as a number, for regression; empty for other tasks.
     pub values: Vec<f32>,
     /// Index of the source.
-    pub sources: Vec<usize>,
+    pub sources: Vec<u32>,
     /// Of the tokenizer, for masked language models.
     pub mask_tokens: Option<MaskTokens>,
 }
@@ -37,26 +40,26 @@ impl Encoded {
         tokenizer: &Tokenizer,
         max_length: usize,
     ) -> Result<Self, TrainError> {
-        let index: HashMap<&str, usize> = labels.iter().enumerate().map(|(i, label)| (label.as_str(), i)).collect();
+        // At most 1,024 labels are found; a model that knows 65,536 has none for the rest.
+        let index: HashMap<&str, u16> = labels.iter().map(String::as_str).zip(0..).collect();
         let rows = &dataset.rows;
         let values = match task {
             Task::TextRegression => part.iter().map(|&row| number(dataset, row)).collect::<Result<_, _>>()?,
-            _ => vec![0.0; part.len()],
+            _ => Vec::new(),
         };
-        let texts: Vec<&str> = part.iter().map(|&row| rows.text(row)).collect();
         let pairs = match task {
             Task::Embedding => {
                 let pairs = part.iter().map(|&row| pair(dataset, row)).collect::<Result<Vec<_>, _>>()?;
-                Some(tokenizer.encode_batch(&pairs, max_length)?)
+                Some(tokenizer.encode_rows(pairs, max_length)?)
             }
             _ => None,
         };
         Ok(Self {
-            ids: tokenizer.encode_batch(&texts, max_length)?,
+            ids: tokenizer.encode_rows(part.iter().map(|&row| rows.text(row)), max_length)?,
             pairs,
             labels: part.iter().map(|&row| index.get(rows.label(row)?).copied()).collect(),
             values,
-            sources: part.iter().map(|&row| rows.source(row)).collect(),
+            sources: part.iter().map(|&row| rows.source(row) as u32).collect(),
             mask_tokens: tokenizer.mask_tokens().filter(|_| task == Task::MaskedLanguageModel),
         })
     }
@@ -72,18 +75,17 @@ impl Encoded {
     /// Tokens of each row, of its pair too.
     pub fn lengths(&self) -> Vec<usize> {
         match &self.pairs {
-            None => self.ids.iter().map(Vec::len).collect(),
-            Some(pairs) => self.ids.iter().zip(pairs).map(|(ids, pair)| ids.len() + pair.len()).collect(),
+            None => self.ids.lengths().collect(),
+            Some(pairs) => self.ids.lengths().zip(pairs.lengths()).map(|(text, pair)| text + pair).collect(),
         }
     }
 
     /// Only these rows, in this order.
     pub fn select(&mut self, rows: &[usize]) {
-        self.ids = rows.iter().map(|&row| std::mem::take(&mut self.ids[row])).collect();
-        self.pairs =
-            self.pairs.take().map(|mut pairs| rows.iter().map(|&row| std::mem::take(&mut pairs[row])).collect());
+        self.ids = self.ids.select(rows);
+        self.pairs = self.pairs.take().map(|pairs| pairs.select(rows));
         self.labels = rows.iter().map(|&row| self.labels[row]).collect();
-        self.values = rows.iter().map(|&row| self.values[row]).collect();
+        self.values = rows.iter().filter_map(|&row| self.values.get(row).copied()).collect();
         self.sources = rows.iter().map(|&row| self.sources[row]).collect();
     }
 
@@ -91,9 +93,8 @@ impl Encoded {
     #[cfg(test)]
     pub fn blank(count: usize) -> Self {
         Self {
-            ids: vec![Vec::new(); count],
+            ids: (0..count).map(|_| []).collect(),
             labels: vec![None; count],
-            values: vec![0.0; count],
             sources: vec![0; count],
             ..Self::default()
         }

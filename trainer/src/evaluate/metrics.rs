@@ -9,8 +9,9 @@ use crate::data::Encoded;
 
 /// A metric over the rows of some sources (`None`: all). `None` if there are no such rows, or the metric is not of this task.
 pub fn metric(metric: Metric, rows: &Encoded, found: &Evaluation, sources: Option<&[usize]>) -> Option<f64> {
-    let chosen: Vec<usize> =
-        (0..rows.len()).filter(|&row| sources.is_none_or(|sources| sources.contains(&rows.sources[row]))).collect();
+    let chosen: Vec<usize> = (0..rows.len())
+        .filter(|&row| sources.is_none_or(|sources| sources.contains(&(rows.sources[row] as usize))))
+        .collect();
     if chosen.is_empty() {
         return None;
     }
@@ -77,7 +78,7 @@ pub fn report(rows: &Encoded, found: &Evaluation, sources: &[String]) -> BTreeMa
 
 /// Truth and prediction of some rows.
 fn pairs(rows: &Encoded, predictions: &Predictions, chosen: &[usize]) -> Vec<(Option<usize>, usize)> {
-    chosen.iter().map(|&row| (rows.labels[row], predictions.labels[row])).collect()
+    chosen.iter().map(|&row| (rows.labels[row].map(usize::from), predictions.labels[row])).collect()
 }
 
 fn sums(tokens: &[[f32; 3]], chosen: &[usize]) -> [f64; 3] {

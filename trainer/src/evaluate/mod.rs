@@ -4,7 +4,7 @@ mod gates;
 mod metrics;
 
 use athanor_contract::artifact::Reference;
-use athanor_models::{Model, Packing, Task};
+use athanor_models::{Model, Packing, Task, tokenizer::TokenRows};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
@@ -178,7 +178,7 @@ fn ranks(
     let Some(pairs) = &rows.pairs else {
         return Err(TrainError::User("data.sources[].columns.pair: an embedding is measured by pairs of texts".into()));
     };
-    let mut all = |texts: &[Vec<u32>]| embed(model, texts, group, device, bf16, &mut beat);
+    let mut all = |texts: &TokenRows| embed(model, texts, group, device, bf16, &mut beat);
     let (texts, pairs) = (all(&rows.ids)?, all(pairs)?);
     let mut found = Vec::with_capacity(rows.len());
     let count = rows.len() as i64;
@@ -196,19 +196,19 @@ fn ranks(
 /// Unit vectors [texts, C] by mean pooling, shared among the ranks.
 pub fn embed(
     model: &Model,
-    texts: &[Vec<u32>],
+    texts: &TokenRows,
     group: Option<&ProcessGroup>,
     device: Device,
     bf16: bool,
     mut beat: impl FnMut(),
 ) -> Result<Tensor, TrainError> {
     let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
-    let lengths: Vec<usize> = texts.iter().map(Vec::len).collect();
+    let lengths: Vec<usize> = texts.lengths().collect();
     let mut all = Tensor::zeros([texts.len() as i64, model.config().hidden_size], (Kind::Float, device));
     for batch in evaluation_batches(&lengths, BATCH, rank, world) {
         tch::no_grad(|| {
             let _autocast = bf16.then(|| Autocast::bf16(device));
-            let texts: Vec<&[u32]> = batch.iter().map(|&row| texts[row].as_slice()).collect();
+            let texts: Vec<&[u32]> = batch.iter().map(|&row| &texts[row]).collect();
             let (ids, mask) = inputs(&texts, model.config().pad_token_id, device);
             let last = model.last_hidden_state(&ids, mask.as_ref(), false);
             let vectors = model.embedding(&last, mask.as_ref());
@@ -226,7 +226,7 @@ pub fn embed(
 
 /// Outputs [B, L] for the given rows.
 pub fn forward(model: &Model, rows: &Encoded, batch: &[usize], device: Device, train: bool) -> Tensor {
-    let texts: Vec<&[u32]> = batch.iter().map(|&row| rows.ids[row].as_slice()).collect();
+    let texts: Vec<&[u32]> = batch.iter().map(|&row| &rows.ids[row]).collect();
     let (ids, mask) = inputs(&texts, model.config().pad_token_id, device);
     model.forward(&ids, mask.as_ref(), train)
 }
@@ -239,8 +239,9 @@ pub fn reference(labels: &[String], rows: &Encoded, predictions: Option<&Predict
     for &label in &predictions.labels {
         predicted[label] += 1;
     }
-    let correct =
-        std::iter::zip(&rows.labels, &predictions.labels).filter(|(truth, label)| **truth == Some(**label)).count();
+    let correct = std::iter::zip(&rows.labels, &predictions.labels)
+        .filter(|(truth, label)| truth.map(usize::from) == Some(**label))
+        .count();
     let mut sorted = predictions.confidences.clone();
     sorted.sort_by(f32::total_cmp);
     // Evenly spaced ranks keep the distribution's shape, both ends included.

@@ -175,6 +175,18 @@ impl Objective {
         let mut projections = Vec::new();
         let user = |index: usize, message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
         for (index, term) in terms.iter().enumerate() {
+            let compares_vectors = task == Task::Embedding && term.mean_squared_error.is_some();
+            if let Some(teacher) = teacher.and_then(Teacher::config).filter(|_| compares_vectors) {
+                let (own, wanted) = (model.config().hidden_size, teacher.hidden_size);
+                if own != wanted {
+                    return Err(user(
+                        index,
+                        format!(
+                            "the student's vectors have {own} numbers, the teacher's {wanted}: meanSquaredError compares them one by one"
+                        ),
+                    ));
+                }
+            }
             let Some(hidden) = &term.hidden_state else { continue };
             let Some(teacher) = teacher.and_then(Teacher::config) else {
                 return Err(user(index, "hiddenState needs a teacher whose outputs are Online".into()));
@@ -230,7 +242,7 @@ impl Objective {
         };
         let texts: Vec<&[u32]> = match &masked {
             Some(masked) => masked.ids.iter().map(Vec::as_slice).collect(),
-            None => part.rows.iter().map(|&row| part.train.ids[row].as_slice()).collect(),
+            None => part.rows.iter().map(|&row| &part.train.ids[row]).collect(),
         };
         let (ids, mask) = inputs(&texts, pad_id, part.device);
         let states = match every {
@@ -304,8 +316,7 @@ impl Context<'_> {
 
     fn labels(&self) -> Tensor {
         let Part { train, rows, device, .. } = self.part;
-        let labels: Vec<i64> =
-            rows.iter().map(|&row| train.labels[row].map_or(terms::IGNORED, |label| label as i64)).collect();
+        let labels: Vec<i64> = rows.iter().map(|&row| train.labels[row].map_or(terms::IGNORED, i64::from)).collect();
         Tensor::from_slice(&labels).to_device(*device)
     }
 
@@ -326,7 +337,7 @@ impl Context<'_> {
         let Some(pairs) = &train.pairs else {
             return Err(TrainError::User("data.sources[].columns.pair: contrastive terms need pairs of texts".into()));
         };
-        let texts: Vec<&[u32]> = rows.iter().map(|&row| pairs[row].as_slice()).collect();
+        let texts: Vec<&[u32]> = rows.iter().map(|&row| &pairs[row]).collect();
         let (ids, mask) = inputs(&texts, self.model.config().pad_token_id, *device);
         let last = self.model.last_hidden_state(&ids, mask.as_ref(), true);
         let positives = self.model.embedding(&last, mask.as_ref());

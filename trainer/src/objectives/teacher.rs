@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use athanor_contract::{artifact::sha256_hex, train};
-use athanor_models::{EncoderConfig, Model, Task, Tokenizer, load};
+use athanor_models::{EncoderConfig, Model, Task, Tokenizer, load, tokenizer::TokenRows};
 use athanor_store::{Location, StoreError};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
@@ -35,7 +35,7 @@ pub struct Online {
     /// The teacher's output for each of the student's labels; absent: the same order.
     columns: Option<Tensor>,
     /// The training rows in the teacher's tokens; absent: both read the same tokens.
-    ids: Option<Vec<Vec<u32>>>,
+    ids: Option<TokenRows>,
     max_length: usize,
 }
 
@@ -95,20 +95,26 @@ impl Online {
         if !same_tokens && (student.by_token || student.task == train::Task::MaskedLanguageModel) {
             return Err(refused("its vocabulary is not the student's, so that tokens cannot be compared".into()));
         }
+        let (own, wanted) = (model.config().vocab_size, EncoderConfig::load(student.folder)?.vocab_size);
+        if student.task == train::Task::MaskedLanguageModel && own != wanted {
+            return Err(refused(format!(
+                "it tells {own} tokens apart, the student {wanted} (vocab_size in config.json), though their words are the same"
+            )));
+        }
         let max_length = student.max_length.min(model.config().max_length());
         if same_tokens && max_length < student.max_length {
             return Err(refused(format!(
                 "it reads at most {max_length} tokens: set hyperparameters.maxSequenceLength to that"
             )));
         }
-        let ids = if same_tokens { None } else { Some(Vec::new()) };
+        let ids = if same_tokens { None } else { Some(TokenRows::default()) };
         Ok(Self { model, columns, ids, max_length })
     }
 
     /// Tokenizes the training rows, where the student's tokens are of no use.
-    pub fn read_rows(&mut self, folder: &Path, texts: &[&str]) -> Result<(), TrainError> {
+    pub fn read_rows<'t>(&mut self, folder: &Path, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
         if let Some(ids) = &mut self.ids {
-            *ids = Tokenizer::load(folder)?.encode_batch(texts, self.max_length)?;
+            *ids = Tokenizer::load(folder)?.encode_rows(texts, self.max_length)?;
         }
         Ok(())
     }
@@ -116,13 +122,13 @@ impl Online {
     /// Goes on with these of the training rows alone.
     pub fn keep_rows(&mut self, rows: &[usize]) {
         if let Some(ids) = &mut self.ids {
-            *ids = rows.iter().map(|&row| std::mem::take(&mut ids[row])).collect();
+            *ids = ids.select(rows);
         }
     }
 
     /// The training rows in the teacher's tokens, where they are not the student's.
-    pub fn own_rows(&self) -> Option<&[Vec<u32>]> {
-        self.ids.as_deref()
+    pub fn own_rows(&self) -> Option<&TokenRows> {
+        self.ids.as_ref()
     }
 
     pub fn model(&self) -> &Model {
@@ -151,7 +157,7 @@ impl Online {
     fn answer(&self, part: &Part, ids: &Tensor, mask: Option<&Tensor>, every: bool, masked: Option<&Masked>) -> Answer {
         tch::no_grad(|| {
             let own = self.ids.as_ref().map(|own| {
-                let texts: Vec<&[u32]> = part.rows.iter().map(|&row| own[row].as_slice()).collect();
+                let texts: Vec<&[u32]> = part.rows.iter().map(|&row| &own[row]).collect();
                 inputs(&texts, self.model.config().pad_token_id, part.device)
             });
             let (ids, mask) = match &own {
@@ -185,21 +191,21 @@ impl Online {
     /// tokens; `beat` is called after each batch with the rows done.
     pub fn all_logits(
         &self,
-        student_ids: &[Vec<u32>],
+        student_ids: &TokenRows,
         group: Option<&ProcessGroup>,
         device: Device,
         bf16: bool,
         mut beat: impl FnMut(usize),
     ) -> Result<Tensor, TrainError> {
         let rows = self.own_rows().unwrap_or(student_ids);
-        let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
+        let lengths: Vec<usize> = rows.lengths().collect();
         let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
         let all = Tensor::zeros([rows.len() as i64, self.outputs() as i64], (Kind::Float, device));
         let mut done = 0;
         for batch in evaluation_batches(&lengths, BATCH, rank, world) {
             tch::no_grad(|| {
                 let _autocast = bf16.then(|| Autocast::bf16(device));
-                let texts: Vec<&[u32]> = batch.iter().map(|&row| rows[row].as_slice()).collect();
+                let texts: Vec<&[u32]> = batch.iter().map(|&row| &rows[row]).collect();
                 let (ids, mask) = inputs(&texts, self.model.config().pad_token_id, device);
                 let logits = self.in_order(self.model.forward(&ids, mask.as_ref(), false));
                 let places: Vec<i64> = batch.iter().map(|&row| row as i64).collect();

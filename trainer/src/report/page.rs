@@ -162,7 +162,7 @@ pub fn confusion(labels: &[String], rows: &Encoded, predictions: &Predictions) -
     let mut cells: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     for (label, &predicted) in std::iter::zip(&rows.labels, &predictions.labels) {
         if let Some(label) = *label {
-            *cells.entry((label, predicted)).or_default() += 1;
+            *cells.entry((usize::from(label), predicted)).or_default() += 1;
         }
     }
     let cell = |((label, predicted), rows): ((usize, usize), usize)| Confusion {
@@ -183,7 +183,7 @@ pub fn calibration(labels: usize, rows: &Encoded, predictions: &Predictions) -> 
         let index = (((confidence - lowest) / width.max(1e-9)) as usize).min(BINS - 1);
         let (count, right, sum) = &mut bins[index];
         *count += 1;
-        *right += usize::from(*label == Some(*predicted));
+        *right += usize::from(label.map(usize::from) == Some(*predicted));
         *sum += confidence;
     }
     let bins: Vec<Bin> = (0..)
@@ -210,7 +210,7 @@ pub fn mistakes(
     predictions: &Predictions,
 ) -> Vec<Mistake> {
     let mut wrong: Vec<usize> =
-        (0..rows.len()).filter(|&row| rows.labels[row] != Some(predictions.labels[row])).collect();
+        (0..rows.len()).filter(|&row| rows.labels[row].map(usize::from) != Some(predictions.labels[row])).collect();
     wrong.sort_by(|&a, &b| predictions.confidences[b].total_cmp(&predictions.confidences[a]));
     let mistake = |row: usize| {
         let (rows, at) = (&dataset.rows, part[row]);
@@ -378,7 +378,7 @@ mod tests {
     use super::*;
 
     fn encoded(labels: &[usize]) -> Encoded {
-        Encoded { labels: labels.iter().map(|&label| Some(label)).collect(), ..Encoded::blank(labels.len()) }
+        Encoded { labels: labels.iter().map(|&label| Some(label as u16)).collect(), ..Encoded::blank(labels.len()) }
     }
 
     #[test]
