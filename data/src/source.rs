@@ -164,6 +164,7 @@ async fn read_files(
         inputs.iter().map(|input| format::of_name(input.uri(), source.format)).collect::<Result<_, _>>()?;
     let mut position = Position {
         source: &source.name,
+        is_one_file: inputs.len() == 1,
         read: 0,
         total: inputs.iter().map(Input::size).sum(),
         rows: Arc::default(),
@@ -187,6 +188,8 @@ async fn read_files(
 /// How far the reading of a source has come.
 struct Position<'a> {
     source: &'a str,
+    /// Whose size, once it is open, is that of the source.
+    is_one_file: bool,
     read: u64,
     total: Option<u64>,
     rows: Arc<AtomicU64>,
@@ -214,7 +217,7 @@ async fn read_file(
 ) -> Result<(String, Reading), DataError> {
     let uri = input.uri();
     let Opened { size, mut bytes } = input.open().await?;
-    if position.total.is_none() && position.read == 0 {
+    if position.is_one_file {
         position.total = Some(size);
     }
     let (sender, pipe) = pipe::pipe();

@@ -58,7 +58,7 @@ pub struct AnnotationProgress {
     pub cost: Option<f64>,
 }
 
-/// Labels texts. Each comes with a number of the caller's, by which it is named in the result and the report.
+/// Labels texts. Each comes with a number of the caller's, by which it is named in the result; the report names its `place`.
 ///
 /// Dropping the future ends it at once; whatever had been answered is in the journal, and the next call goes on from there.
 ///
@@ -70,12 +70,13 @@ pub async fn annotate(
     spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
+    place: &(dyn Fn(usize) -> String + Sync),
     progress: &(dyn Fn(AnnotationProgress) + Sync),
 ) -> Result<Annotations, DataError> {
     let agent = concat!("athanor/", env!("CARGO_PKG_VERSION"));
     let builder = reqwest::Client::builder().user_agent(agent);
     let endpoint = Endpoint::new(spec, api_key(spec)?, builder, SHORTEST_PAUSE)?;
-    annotate_at(endpoint, texts, spec, labels, journal, progress).await
+    annotate_at(endpoint, texts, spec, labels, journal, place, progress).await
 }
 
 /// What annotation would ask at most; answers that are kept from before are not subtracted.
@@ -122,6 +123,7 @@ async fn annotate_at(
     spec: &EndpointAnnotator,
     labels: &[String],
     journal: &Path,
+    place: &(dyn Fn(usize) -> String + Sync),
     progress: &(dyn Fn(AnnotationProgress) + Sync),
 ) -> Result<Annotations, DataError> {
     let began = Instant::now();
@@ -180,7 +182,7 @@ async fn annotate_at(
     report.model = spec.model.clone();
     report.rows = texts.len() as u64;
     report.resumed = resumed as u64;
-    let rows = conclude(texts, &questions, labels.len(), &mut report);
+    let rows = conclude(texts, &questions, labels.len(), place, &mut report);
     report.seconds = began.elapsed().as_secs_f64();
     Ok(Annotations { rows, report })
 }
@@ -211,6 +213,7 @@ fn conclude(
     texts: &[(usize, &str)],
     questions: &[Question],
     labels: usize,
+    place: &(dyn Fn(usize) -> String + Sync),
     report: &mut AnnotationReport,
 ) -> Vec<Annotation> {
     let mut rows: Vec<Annotation> =
@@ -244,7 +247,7 @@ fn conclude(
                     None => ("not asked", ""),
                 };
                 for &position in &question.rows {
-                    failures.count(reason, detail, texts[position].0, question.text);
+                    failures.count(reason, detail, || place(texts[position].0), question.text);
                 }
             }
         }

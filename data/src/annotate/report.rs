@@ -52,8 +52,8 @@ pub struct FailureReport {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FailureExample {
-    /// The row's number, as it was given.
-    pub row: usize,
+    /// Where the row came from, such as `reviews.csv row 3`.
+    pub place: String,
     pub text: String,
     /// What the endpoint said, where it said something.
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -65,12 +65,12 @@ pub struct FailureExample {
 pub(super) struct Failures(BTreeMap<String, (u64, Vec<FailureExample>)>);
 
 impl Failures {
-    pub(super) fn count(&mut self, reason: &str, detail: &str, row: usize, text: &str) {
+    pub(super) fn count(&mut self, reason: &str, detail: &str, place: impl FnOnce() -> String, text: &str) {
         let (rows, examples) = self.0.entry(reason.to_owned()).or_default();
         *rows += 1;
         if examples.len() < EXAMPLES {
             let text = text.chars().take(EXCERPT).collect();
-            examples.push(FailureExample { row, text, detail: detail.to_owned() });
+            examples.push(FailureExample { place: place(), text, detail: detail.to_owned() });
         }
     }
 

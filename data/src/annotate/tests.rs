@@ -136,11 +136,15 @@ fn scratch() -> Scratch {
     Scratch { journal: folder.path().join("journal.jsonl"), _folder: folder }
 }
 
+fn place(row: usize) -> String {
+    format!("rows.csv row {row}")
+}
+
 async fn run(spec: &EndpointAnnotator, texts: &[&str], scratch: &Scratch) -> Result<Annotations, DataError> {
     let builder = reqwest::Client::builder().no_proxy();
     let endpoint = Endpoint::new(spec, api_key(spec)?, builder, Duration::from_millis(1))?;
     let texts: Vec<(usize, &str)> = texts.iter().enumerate().map(|(row, &text)| (row + 100, text)).collect();
-    annotate_at(endpoint, &texts, spec, &labels(), &scratch.journal, &|_| ()).await
+    annotate_at(endpoint, &texts, spec, &labels(), &scratch.journal, &place, &|_| ()).await
 }
 
 fn found(annotations: &Annotations) -> Vec<Option<usize>> {
@@ -208,7 +212,8 @@ async fn server_errors_are_tried_again_so_many_times() {
     let annotations = run(&spec(&url, json!({})), &["a"], &scratch()).await.unwrap();
     assert_eq!((found(&annotations), reasons(&annotations)), (vec![None], vec![("status 503", 1)]));
     let example = &annotations.report.failures[0].examples[0];
-    assert_eq!((example.row, example.text.as_str(), example.detail.as_str()), (100, "a", "loading"));
+    let shown = (example.place.as_str(), example.text.as_str(), example.detail.as_str());
+    assert_eq!(shown, ("rows.csv row 100", "a", "loading"));
     assert_eq!(log.prompts().len(), 4);
 }
 
@@ -464,7 +469,7 @@ async fn progress_counts_to_the_end() {
     let texts: Vec<(usize, &str)> = vec![(0, "a"), (1, "b"), (2, "a")];
     let builder = reqwest::Client::builder().no_proxy();
     let endpoint = Endpoint::new(&spec, None, builder, Duration::from_millis(1)).unwrap();
-    annotate_at(endpoint, &texts, &spec, &labels(), &scratch.journal, &|progress| {
+    annotate_at(endpoint, &texts, &spec, &labels(), &scratch.journal, &place, &|progress| {
         seen.lock().unwrap().push((progress.done, progress.total));
     })
     .await

@@ -139,6 +139,12 @@ fn address(uri: &str) -> Result<Address<'_>, DataError> {
 }
 
 fn explain(uri: &str, error: &ApiError) -> DataError {
+    if let ApiError::TooManyRetries(last) = error {
+        return explain(uri, last);
+    }
+    if let ApiError::IoError(error) = error {
+        return DataError::Other(format!("{uri}: the copy on disk: {error}"));
+    }
     match status(error) {
         Some(401 | 403) => DataError::User(format!(
             "{uri}: access refused: the dataset is gated, private or not there; set HF_TOKEN to a token that may read it"
@@ -151,7 +157,6 @@ fn explain(uri: &str, error: &ApiError) -> DataError {
 fn status(error: &ApiError) -> Option<u16> {
     match error {
         ApiError::RequestError(error) => error.status().map(|status| status.as_u16()),
-        ApiError::TooManyRetries(error) => status(error),
         _ => None,
     }
 }
@@ -159,6 +164,15 @@ fn status(error: &ApiError) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_not_the_hubs_fault() {
+        let full = || ApiError::IoError(std::io::Error::from(std::io::ErrorKind::StorageFull));
+        for error in [full(), ApiError::TooManyRetries(Box::new(full()))] {
+            let DataError::Other(message) = explain("hf://datasets/a/b/c.csv", &error) else { panic!("{error}") };
+            assert_eq!(message, "hf://datasets/a/b/c.csv: the copy on disk: no storage space");
+        }
+    }
 
     #[test]
     fn an_address_has_its_parts() {

@@ -232,6 +232,15 @@ async fn files_come_from_the_hub() {
     let data = read("team/rows/data/*.csv").await.unwrap();
     assert_eq!(texts(&data), ["alpha", "beta", "gamma"]);
     assert_eq!(data.rows.place(2), "hf://datasets/team/rows/data/b.csv row 2");
+    for (path, total) in [("data/a.csv", Some(ROWS.len() as u64)), ("data/*.csv", None)] {
+        let totals = Mutex::new(Vec::new());
+        let report = |progress: Progress<'_>| totals.lock().unwrap().push(progress.bytes_total);
+        let uri = Some(format!("hf://datasets/team/rows/{path}"));
+        let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
+        read_with(&spec(source), Context { needs_labels: true, report: &report, hub: &hub }).await.unwrap();
+        let totals = totals.into_inner().unwrap();
+        assert!(!totals.is_empty() && totals.iter().all(|told| *told == total), "{path}: {totals:?}");
+    }
 
     assert_eq!(
         user(read("team/rows/data/*.tsv").await.unwrap_err()),

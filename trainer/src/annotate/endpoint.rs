@@ -30,7 +30,7 @@ pub fn complete(
     let mut report = None;
     if context.group.is_none_or(|group| group.rank() == 0) {
         let texts: Vec<(usize, &str)> = open.iter().map(|&row| (row, dataset.rows.text(row))).collect();
-        let annotations = ask(&texts, spec, labels, context)?;
+        let annotations = ask(&texts, &|row| dataset.rows.place(row), spec, labels, context)?;
         for (place, row) in annotations.rows.iter().enumerate() {
             found[place] = row.label.map_or(-1, |label| label as i64);
         }
@@ -58,6 +58,7 @@ fn told(group: &ProcessGroup, done: bool, device: Device) -> Result<bool, TrainE
 
 fn ask(
     texts: &[(usize, &str)],
+    place_of: &(dyn Fn(usize) -> String + Sync),
     spec: &EndpointAnnotator,
     labels: &[String],
     context: &Context,
@@ -76,7 +77,7 @@ fn ask(
         let progress = |progress: athanor_data::annotate::AnnotationProgress| {
             tracing::debug!(done = progress.done, total = progress.total, cost = progress.cost, "annotating");
         };
-        let asking = annotate(texts, spec, labels, &journal, &progress);
+        let asking = annotate(texts, spec, labels, &journal, place_of, &progress);
         tokio::pin!(asking);
         let mut clock = tokio::time::interval(EVERY);
         loop {
