@@ -7,7 +7,7 @@ use std::{
 
 use athanor_contract::{artifact::sha256_hex, train::TrainConfig};
 use athanor_torch::ProcessGroup;
-use tch::Tensor;
+use tch::{Device, Tensor};
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
@@ -82,6 +82,10 @@ pub fn prepare(
         work,
         teacher: annotator.as_deref(),
     };
+    // Labels are shared row by row.
+    if let Some(group) = &group {
+        same_data(group, topology.device(), &dataset.digest)?;
+    }
     let annotation = annotate::complete(&mut dataset, &context)?;
     // Checkpoints of other data lie in another folder: they neither hide nor displace those of this run.
     let fingerprint = fingerprint(config, &dataset)?;
@@ -115,6 +119,18 @@ fn fingerprint(config: &TrainConfig, dataset: &Dataset) -> Result<String, TrainE
     Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
 }
 
+/// Whether this rank's rows are those of rank 0, by their digest; all ranks have to call it alike.
+fn same_data(group: &ProcessGroup, device: Device, digest: &str) -> Result<(), TrainError> {
+    let digest = i64::from_str_radix(&digest[..15], 16).map_err(TrainError::other)?;
+    let of_0 = Tensor::from_slice(&[digest]).to_device(device);
+    group.broadcast(&of_0, 0)?;
+    if of_0.int64_value(&[0]) == digest {
+        Ok(())
+    } else {
+        Err(TrainError::Other("the data changed while the ranks read it".into()))
+    }
+}
+
 /// All ranks train on rank 0's data from rank 0's checkpoint, or not at all.
 fn agree(
     group: &ProcessGroup,
@@ -123,14 +139,11 @@ fn agree(
     restored: Option<checkpoint::Restored>,
     fetch: impl FnOnce(u64) -> Result<checkpoint::Restored, TrainError>,
 ) -> Result<Option<checkpoint::Restored>, TrainError> {
+    same_data(group, topology.device(), &dataset.digest)?;
     let step = restored.as_ref().map_or(-1, |restored| restored.state.step as i64);
-    let digest = i64::from_str_radix(&dataset.digest[..15], 16).map_err(TrainError::other)?;
-    let shared = Tensor::from_slice(&[step, digest]).to_device(topology.device());
+    let shared = Tensor::from_slice(&[step]).to_device(topology.device());
     group.broadcast(&shared, 0)?;
-    let (step_of_0, digest_of_0) = (shared.int64_value(&[0]), shared.int64_value(&[1]));
-    if digest != digest_of_0 {
-        return Err(TrainError::Other("the data changed while the ranks read it".into()));
-    }
+    let step_of_0 = shared.int64_value(&[0]);
     match u64::try_from(step_of_0) {
         Err(_) => Ok(None),
         Ok(_) if step == step_of_0 => Ok(restored),
@@ -149,4 +162,31 @@ fn in_background<T: Send + 'static>(
 
 fn joined<T>(runtime: &Handle, task: JoinHandle<Result<T, TrainError>>) -> Result<T, TrainError> {
     runtime.block_on(task).map_err(TrainError::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use athanor_torch::{Backend, Rendezvous};
+
+    use super::*;
+
+    #[test]
+    fn a_rank_with_other_rows_is_told() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let of_rank = |rank: usize| {
+            let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
+            let at = Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout };
+            let group = ProcessGroup::new(Backend::Gloo, &at).unwrap();
+            let same = same_data(&group, Device::Cpu, &"5".repeat(64));
+            let other = same_data(&group, Device::Cpu, &rank.to_string().repeat(64));
+            // Rank 0 has the store that the other is still using.
+            group.barrier().unwrap();
+            (same, other)
+        };
+        let [first, second] = std::thread::scope(|scope| {
+            [0, 1].map(|rank| scope.spawn(move || of_rank(rank))).map(|rank| rank.join().unwrap())
+        });
+        assert!(first.0.is_ok() && second.0.is_ok() && first.1.is_ok());
+        assert!(second.1.unwrap_err().to_string().contains("the data changed while the ranks read it"));
+    }
 }
