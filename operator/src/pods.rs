@@ -6,8 +6,9 @@ use athanor_crds::{PodOverrides, label};
 use k8s_openapi::{
     api::core::v1::{
         Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
-        EnvVarSource, HTTPGetAction, ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-        SeccompProfile, SecretEnvSource, SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
+        EnvVarSource, HTTPGetAction, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext,
+        PodSpec, PodTemplateSpec, Probe, SeccompProfile, SecretEnvSource, SecurityContext, TopologySpreadConstraint,
+        Volume, VolumeMount,
     },
     apimachinery::pkg::{
         apis::meta::v1::{LabelSelector, ObjectMeta},
@@ -57,7 +58,8 @@ pub struct PodPlan<'a> {
     pub credentials: Option<&'a str>,
     pub ports: Vec<(&'static str, i32)>,
     pub metrics_port: i32,
-    pub volumes: Vec<(Volume, &'static str)>,
+    /// With the place that each is mounted at.
+    pub volumes: Vec<(Volume, String)>,
     pub overrides: Option<&'a PodOverrides>,
     /// Absent: the namespace's default, without a token.
     pub service_account: Option<String>,
@@ -82,11 +84,12 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
     let (volumes, mounts): (Vec<Volume>, Vec<VolumeMount>) = plan
         .volumes
         .into_iter()
-        .chain([(scratch("tmp", None), "/tmp")])
+        .chain([(scratch("tmp", None), "/tmp".into())])
         .map(|(volume, path)| {
-            let read_only = volume.config_map.is_some().then_some(true);
+            let is_read = volume.config_map.is_some() || volume.persistent_volume_claim.is_some();
+            let read_only = is_read.then_some(true);
             let mount =
-                VolumeMount { name: volume.name.clone(), mount_path: path.into(), read_only, ..VolumeMount::default() };
+                VolumeMount { name: volume.name.clone(), mount_path: path, read_only, ..VolumeMount::default() };
             (volume, mount)
         })
         .unzip();
@@ -193,6 +196,18 @@ pub fn config(config_map: &str) -> Volume {
     Volume {
         name: "config".into(),
         config_map: Some(ConfigMapVolumeSource { name: config_map.into(), ..ConfigMapVolumeSource::default() }),
+        ..Volume::default()
+    }
+}
+
+/// What a PersistentVolumeClaim holds, to be read.
+pub fn claim(name: &str, claim: &str) -> Volume {
+    Volume {
+        name: name.into(),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: claim.into(),
+            read_only: Some(true),
+        }),
         ..Volume::default()
     }
 }

@@ -44,7 +44,8 @@ pub struct Source {
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub name: String,
     /// A file, or the files that a pattern with `*`, `**`, `?`, `[...]` or `{a,b}` matches: s3://, gs://, az://, file://, and
-    /// hf://datasets/OWNER/NAME[@REVISION]/PATH; one file by http:// and https://. The format follows the name: .jsonl, .csv,
+    /// hf://datasets/OWNER/NAME[@REVISION]/PATH; in a cluster pvc://CLAIM/PATH, on a PersistentVolumeClaim of the job's namespace,
+    /// mounted read-only in each pod; one file by http:// and https://. The format follows the name: .jsonl, .csv,
     /// .tsv, .parquet, .txt (a row a line), .pdf (a row a page), .html (a row a file), each also with .gz or .zst behind it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file|hf)://.+"))]

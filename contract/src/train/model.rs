@@ -7,9 +7,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
-    /// A folder with config.json, model.safetensors and tokenizer.json: s3://, gs://, az://, file:// (a plain model folder or an
-    /// Athanor artifact). BERT and MPNet encoders. Pickled weights are refused.
-    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
+    /// A folder with config.json, model.safetensors and tokenizer.json: s3://, gs://, az://, file://, in a cluster pvc://CLAIM/PATH
+    /// (a plain model folder or an Athanor artifact). BERT and MPNet encoders. Pickled weights are refused.
+    #[schemars(
+        length(min = 1, max = 2048),
+        regex(pattern = r"^((s3|gs|az|http|https|file)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
+    )]
     pub from: String,
     /// What the model learns to do.
     pub task: Task,

@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 pub struct TeacherSpec {
     /// A folder of a model trained for the same task and labels, such as another job's artifact.
-    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
+    #[schemars(
+        length(min = 1, max = 2048),
+        regex(pattern = r"^((s3|gs|az|http|https|file)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
+    )]
     pub from: String,
     /// Absent: computed once where they are small and kept beside the output, for later epochs, restarts and trials.
     #[serde(default, skip_serializing_if = "Option::is_none")]

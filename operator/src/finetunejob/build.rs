@@ -16,6 +16,7 @@ use k8s_openapi::{
 };
 
 use super::{
+    claims,
     decide::{Decision, job_name},
     search::NewTrial,
     validate::ValidatedJob,
@@ -98,7 +99,7 @@ pub fn train_config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -
     TrainConfig {
         name: job.name.clone(),
         run_id: job.uid.clone(),
-        spec: spec.clone(),
+        spec: claims::as_files(spec.clone()),
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
         events_to: format!("{folder}/{EVENTS}"),
@@ -174,6 +175,18 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
         image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
+    let mut volumes = vec![
+        (pods::config(&config_name(job)), "/etc/athanor".to_owned()),
+        // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
+        (pods::scratch("shm", Some("Memory")), "/dev/shm".into()),
+    ];
+    // A claim's name may be too long for a volume's.
+    volumes.extend(
+        claims::of(&job.spec.train)
+            .iter()
+            .enumerate()
+            .map(|(index, claim)| (pods::claim(&format!("claim-{index}"), claim), claims::folder(claim))),
+    );
         command: ["athanor-trainer", "run", "--config", "/etc/athanor/train.json"].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),
@@ -181,11 +194,7 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
         credentials: job.spec.credentials_secret_name.as_deref(),
         ports: vec![("metrics", METRICS_PORT)],
         metrics_port: METRICS_PORT,
-        volumes: vec![
-            (pods::config(&config_name(job)), "/etc/athanor"),
-            // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
-            (pods::scratch("shm", Some("Memory")), "/dev/shm"),
-        ],
+        volumes,
         overrides: job.spec.pod_template.as_ref(),
         service_account: None,
         grace_seconds: GRACE.as_secs() as i64,

@@ -8,6 +8,7 @@
 
 mod apply;
 mod build;
+mod claims;
 mod decide;
 mod dereference;
 mod search;

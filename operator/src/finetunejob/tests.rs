@@ -1,6 +1,6 @@
 //! Table tests of decisions, children and status.
 
-use athanor_contract::train::{TrainResult, TrainSummary};
+use athanor_contract::train::{TrainConfig, TrainResult, TrainSummary};
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, condition as types};
 use clap::Parser;
 use jiff::Timestamp;
@@ -251,8 +251,7 @@ fn the_children_are_what_trainers_read() {
     };
     let validated = validate(&job).unwrap();
     let children = build::build(&validated, &settings, &decision).attempt.unwrap();
-    let config: athanor_contract::train::TrainConfig =
-        serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
+    let config: TrainConfig = serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
     assert_eq!(config.checkpoint_to, "s3://out/a-01234567/checkpoints");
     assert_eq!(config.events_to, "s3://out/a-01234567/tensorboard");
     assert_eq!(config.artifact_to, "s3://out/a-01234567/artifact");
@@ -281,6 +280,34 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(container["envFrom"][0]["secretRef"]["name"], "s3");
     assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
     assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).attempt.is_none());
+}
+
+#[test]
+fn claims_are_mounted_read_only_and_read_as_files() {
+    let mut job = job("a", "0123456789abcdef");
+    let train = &mut job.spec.train;
+    train.data.sources[0].uri = Some("pvc://reviews/2026/*.jsonl".into());
+    train.data.sources.push(train.data.sources[0].clone());
+    train.model.from = "pvc://models.shared/minilm".into();
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let decision = decide(&observed(job.clone(), vec![]), at(0));
+    let children = build::build(&validate(&job).unwrap(), &settings, &Decision { create: true, ..decision });
+    let attempt = children.attempt.unwrap();
+    let config: TrainConfig = serde_json::from_str(&attempt.config.data.unwrap()["train.json"]).unwrap();
+    let uris: Vec<_> = config.spec.data.sources.iter().map(|source| source.uri.as_deref().unwrap()).collect();
+    assert_eq!(uris, ["file:///mnt/claims/reviews/2026/*.jsonl"; 2]);
+    assert_eq!(config.spec.model.from, "file:///mnt/claims/models.shared/minilm");
+    let pod = serde_json::to_value(attempt.job.spec.unwrap().template.spec.unwrap()).unwrap();
+    let named = |list: &Value, name: &str| {
+        list.as_array().unwrap().iter().find(|entry| entry["name"] == name).cloned().unwrap_or_default()
+    };
+    for (name, claim) in [("claim-0", "models.shared"), ("claim-1", "reviews")] {
+        let source = json!({"claimName": claim, "readOnly": true});
+        assert_eq!(named(&pod["volumes"], name)["persistentVolumeClaim"], source);
+        let mount = named(&pod["containers"][0]["volumeMounts"], name);
+        assert_eq!((&mount["mountPath"], &mount["readOnly"]), (&json!(format!("/mnt/claims/{claim}")), &json!(true)));
+    }
+    assert_eq!(named(&pod["volumes"], "claim-2"), Value::Null, "once a claim");
 }
 
 #[test]

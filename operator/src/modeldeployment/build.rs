@@ -114,7 +114,10 @@ fn revision_children(
         credentials: deployment.spec.credentials_secret_name.as_deref(),
         ports: vec![("http", http), ("grpc", grpc)],
         metrics_port: http,
-        volumes: vec![(pods::config(name), "/etc/athanor"), (pods::scratch("cache", None), "/var/cache/athanor")],
+        volumes: vec![
+            (pods::config(name), "/etc/athanor".into()),
+            (pods::scratch("cache", None), "/var/cache/athanor".into()),
+        ],
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
         grace_seconds: drain + 15,
