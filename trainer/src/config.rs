@@ -4,17 +4,17 @@ use std::{collections::BTreeSet, path::Path};
 
 use athanor_contract::{
     artifact::{EVENTS, sha256_hex},
-    train::{CLUSTER_FIELDS, JobManifest, Task, TrainConfig, TrainSpec},
+    train::{CLUSTER_FIELDS, JobManifest, Task, TeacherOutputs, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
 
-use crate::{TrainError, objectives};
+use crate::{TrainError, bounds, objectives, setup};
 
 /// Reads the configuration that the operator mounted.
 pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
     let text = read(path)?;
     let config: TrainConfig = located(path, &mut serde_json::Deserializer::from_str(&text))?;
-    refuse(path, mistakes(&config.spec))?;
+    refuse(path, mistakes(&config.spec)?)?;
     Ok(config)
 }
 
@@ -39,7 +39,7 @@ pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
     unknown.retain(|field| !is_of_a_cluster(field));
     refuse(path, unknown.into_iter().map(|field| format!("field {field} is not known")).collect())?;
     let mut spec = manifest.spec;
-    refuse(path, mistakes(&spec))?;
+    refuse(path, mistakes(&spec)?)?;
     spec.distributed.num_nodes = 1;
     of_laptop(manifest.metadata.name, spec)
 }
@@ -88,13 +88,11 @@ fn refuse(path: &Path, mistakes: Vec<String>) -> Result<(), TrainError> {
 }
 
 /// The rules that the API server checks in a cluster and nobody on a laptop, and those between fields.
-fn mistakes(spec: &TrainSpec) -> Vec<String> {
-    let mut mistakes = Vec::new();
+fn mistakes(spec: &TrainSpec) -> Result<Vec<String>, TrainError> {
+    let mut mistakes = bounds::mistakes(spec)?;
+    mistakes.extend(spec.mistakes_of_task());
     let mut refuse = |message: String| mistakes.push(message);
     let names: BTreeSet<&str> = spec.data.sources.iter().map(|source| source.name.as_str()).collect();
-    if spec.data.sources.is_empty() {
-        refuse("data.sources is empty".into());
-    }
     if names.len() < spec.data.sources.len() {
         refuse("data.sources: two sources have the same name".into());
     }
@@ -102,37 +100,53 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
         if source.uri.is_some() == source.kafka.is_some() {
             refuse(format!("data.sources[{index}] ({}): set exactly one of uri and kafka", source.name));
         }
+        if source.columns.pair.is_some() && spec.model.task != Task::Embedding {
+            let task = spec.model.task;
+            refuse(format!(
+                "data.sources[{index}] ({}).columns.pair is for the task Embedding: {task:?} reads one text a row",
+                source.name
+            ));
+        }
+        for (place, range) in source.kafka.iter().flat_map(|kafka| &kafka.ranges).enumerate() {
+            if range.begin > range.end {
+                refuse(format!(
+                    "data.sources[{index}] ({}).kafka.ranges[{place}]: begin must not be after end",
+                    source.name
+                ));
+            }
+        }
+    }
+    let uris = spec.data.sources.iter().enumerate();
+    let uris = uris.filter_map(|(index, source)| Some((format!("data.sources[{index}].uri"), source.uri.as_ref()?)));
+    let models = [
+        ("model.from", Some(&spec.model.from)),
+        ("teacher.from", spec.teacher.as_ref().map(|teacher| &teacher.from)),
+        ("evaluate.baseline", spec.evaluate.baseline.as_ref()),
+    ];
+    let models = models.into_iter().filter_map(|(field, uri)| Some((field.to_owned(), uri?)));
+    for (field, uri) in uris.chain(models).filter(|(_, uri)| uri.starts_with("pvc://")) {
+        refuse(format!("{field}: {uri} is on a volume of a cluster: name what is on this machine by file://"));
+    }
+    if let Some(clean) = &spec.data.clean {
+        if clean.minimum_length.zip(clean.maximum_length).is_some_and(|(least, most)| least > most) {
+            refuse("data.clean: minimumLength must not be above maximumLength".into());
+        }
+        if clean.near_duplicates.is_some_and(|near| !(0.5..=1.0).contains(&near.threshold.get())) {
+            refuse("data.clean.nearDuplicates.threshold is from \"0.5\" to \"1\"".into());
+        }
     }
     if let Some(labels) = &spec.model.labels {
         let distinct: BTreeSet<_> = labels.iter().collect();
-        if labels.len() < 2 || distinct.len() < labels.len() {
-            refuse("model.labels: at least two labels, each once".into());
+        if distinct.len() < labels.len() {
+            refuse("model.labels: each label once".into());
         }
-    }
-    let head = spec.model.head.clone().unwrap_or_default();
-    for (field, dropout) in [("model.head", head.dropout), ("hyperparameters", spec.hyperparameters.dropout)] {
-        if dropout.is_some_and(|dropout| !(0.0..1.0).contains(&dropout)) {
-            refuse(format!("{field}.dropout has to be at least 0 and below 1"));
-        }
-    }
-    if head.hidden_units == Some(0) {
-        refuse("model.head.hiddenUnits is at least 1".into());
     }
     if let Some(student) = &spec.model.student {
         if student.keep_layers.is_some() == student.fresh.is_some() {
             refuse("model.student: set exactly one of keepLayers and fresh".into());
         }
-        if student.keep_layers.as_ref().is_some_and(Vec::is_empty) {
-            refuse("model.student.keepLayers is empty".into());
-        }
-        if let Some(fresh) = student.fresh
-            && (fresh.layers == 0
-                || fresh.attention_heads == 0
-                || fresh.hidden_size == 0
-                || fresh.intermediate_size == 0
-                || fresh.hidden_size % fresh.attention_heads != 0)
-        {
-            refuse("model.student.fresh: all sizes are at least 1, and attentionHeads divides hiddenSize".into());
+        if student.fresh.is_some_and(|fresh| !fresh.hidden_size.is_multiple_of(fresh.attention_heads)) {
+            refuse("model.student.fresh: attentionHeads has to divide hiddenSize".into());
         }
     }
     for mistake in objectives::mistakes(
@@ -154,6 +168,13 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
                         "data.annotate.endpoint.labels, or model.labels, has to name the labels to choose from".into(),
                     );
                 }
+                if endpoint.temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature.get())) {
+                    refuse("data.annotate.endpoint.temperature is from \"0\" to \"2\"".into());
+                }
+                let prices = endpoint.input_token_price.zip(endpoint.output_token_price);
+                if endpoint.maximum_cost.is_some() && prices.is_none() {
+                    refuse("data.annotate.endpoint.maximumCost needs inputTokenPrice and outputTokenPrice".into());
+                }
             }
             (None, Some(teacher)) => {
                 if spec.teacher.is_none() {
@@ -166,20 +187,29 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
             _ => refuse("data.annotate: set exactly one of endpoint and teacher".into()),
         }
     }
-    if let Some(select) = &spec.data.select
-        && !(1..100).contains(&select.keep_percent)
-    {
-        refuse("data.select.keepPercent is from 1 to 99".into());
+    if let Some(teacher) = &spec.teacher {
+        let terms = objectives::terms(&spec.objective, spec.model.task, Some(teacher));
+        if !setup::learns_from_teacher(spec) && !spec.data.teacher_annotates() {
+            let names: Vec<&str> = terms.iter().map(objectives::name).collect();
+            refuse(format!(
+                "teacher: nothing uses it: objective.terms ({}) do not, and neither data.select nor data.annotate.teacher is set",
+                names.join(", ")
+            ));
+        }
+        let by_token = terms.iter().any(|term| term.hidden_state.is_some());
+        if teacher.outputs == Some(TeacherOutputs::Cached) && (by_token || spec.model.task != Task::TextClassification)
+        {
+            refuse("teacher.outputs: Cached is for the task TextClassification without hiddenState terms".into());
+        }
     }
     for (index, step) in spec.compress.iter().enumerate() {
         if step.prune.is_some() == step.quantize.is_some() {
             refuse(format!("compress[{index}]: set exactly one of prune and quantize"));
         }
         if let Some(prune) = &step.prune
-            && (prune.sparsity_percent.is_some() == prune.two_of_four
-                || prune.sparsity_percent.is_some_and(|percent| !(1..100).contains(&percent)))
+            && prune.sparsity_percent.is_some() == prune.two_of_four
         {
-            refuse(format!("compress[{index}].prune: set exactly one of sparsityPercent, from 1 to 99, and twoOfFour"));
+            refuse(format!("compress[{index}].prune: set exactly one of sparsityPercent and twoOfFour"));
         }
         if step.prune.is_some() && spec.compress[..index].iter().any(|before| before.quantize.is_some()) {
             refuse(format!("compress[{index}]: prune before quantize, which fixes the weights"));
@@ -187,8 +217,8 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
     }
     let split = &spec.data.split;
     let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
-    if split.validation_percent == 0 || split.test_percent == 0 || held_out >= 100 {
-        refuse("data.split: validationPercent and testPercent are at least 1 each and leave rows to train on".into());
+    if held_out >= 100 {
+        refuse("data.split: validationPercent and testPercent leave no rows to train on".into());
     }
     let h = &spec.hyperparameters;
     if let Some(search) = &h.search
@@ -196,30 +226,8 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
     {
         refuse(format!("hyperparameters.search: {mistake}"));
     }
-    if h.cross_validation.is_some_and(|spec| !(2..=20).contains(&spec.folds)) {
-        refuse("hyperparameters.crossValidation.folds is from 2 to 20".into());
-    }
-    for (field, fine) in [
-        ("epochs or maxSteps, not both,", !(h.epochs.is_some() && h.max_steps.is_some())),
-        ("epochs", h.epochs != Some(0)),
-        ("maxSteps", h.max_steps != Some(0)),
-        ("batchSize", h.batch_size > 0),
-        ("learningRate", h.learning_rate > 0.0 && h.learning_rate.is_finite()),
-        ("warmupRatio", (0.0..=1.0).contains(&h.warmup_ratio)),
-        ("accumulateSteps", h.accumulate_steps > 0),
-        ("momentum", (0.0..1.0).contains(&h.momentum)),
-        ("beta1", (0.0..1.0).contains(&h.beta1)),
-        ("beta2", (0.0..1.0).contains(&h.beta2)),
-        ("epsilon", h.epsilon > 0.0 && h.epsilon.is_finite()),
-        ("l1", (0.0..=1.0).contains(&h.l1)),
-        ("l2", (0.0..=1.0).contains(&h.l2)),
-        ("weightDecay", (0.0..=1.0).contains(&h.weight_decay)),
-        ("clipNorm", h.clip_norm >= 0.0 && h.clip_norm.is_finite()),
-        ("maxSequenceLength", h.max_sequence_length >= 8),
-    ] {
-        if !fine {
-            refuse(format!("hyperparameters: {field} has no usable value"));
-        }
+    if h.epochs.is_some() && h.max_steps.is_some() {
+        refuse("hyperparameters: set epochs or maxSteps, not both".into());
     }
     for (index, gate) in spec.evaluate.gates.iter().enumerate() {
         if gate.minimum.is_some() == gate.minimum_gain.is_some() {
@@ -232,10 +240,7 @@ fn mistakes(spec: &TrainSpec) -> Vec<String> {
             refuse(format!("evaluate.gates[{index}].sources: no source is named {unknown:?}"));
         }
     }
-    if spec.distributed.num_nodes == 0 || spec.distributed.processes_per_node == 0 {
-        refuse("distributed: numNodes and processesPerNode are at least 1".into());
-    }
-    mistakes
+    Ok(mistakes)
 }
 
 #[cfg(test)]
@@ -306,15 +311,102 @@ spec:
                 "no source is named \"x\"",
             ),
             ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimumGain: '0'}]}", "needs evaluate.baseline"),
+            ("name: reviews, uri", "name: Reviews, uri", "data.sources[0].name: \"Reviews\" does not match"),
+            (
+                "file:///data/reviews.jsonl",
+                "/data/reviews.jsonl",
+                "data.sources[0].uri: \"/data/reviews.jsonl\" does not",
+            ),
+            (
+                "uri: file:///data/reviews.jsonl",
+                "kafka: {bootstrapServers: k, topic: t, ranges: [{partition: 0, begin: -1, end: 2}]}",
+                "data.sources[0].kafka.ranges[0].begin: -1 is less than 0",
+            ),
+            (
+                "uri: file:///data/reviews.jsonl",
+                "kafka: {bootstrapServers: k, topic: t, ranges: [{partition: 0, begin: 3, end: 2}]}",
+                "data.sources[0] (reviews).kafka.ranges[0]: begin must not be after end",
+            ),
+            (
+                "uri: file:///data/reviews.jsonl",
+                "uri: file:///data/reviews.jsonl, columns: {pair: answer}",
+                "data.sources[0] (reviews).columns.pair is for the task Embedding",
+            ),
+            (
+                "file:///data/",
+                "pvc://reviews/data/",
+                "data.sources[0].uri: pvc://reviews/data/reviews.jsonl is on a volume of",
+            ),
+            ("file:///models/", "pvc://models/", "model.from: pvc://models/minilm is on a volume of a cluster"),
+            ("  data:", "  data:\n    clean: {minimumLength: 3, maximumLength: 2}", "minimumLength must not be above"),
+            (
+                "  data:",
+                "  data:\n    clean: {nearDuplicates: {threshold: '0.4'}}",
+                "data.clean.nearDuplicates.threshold is from",
+            ),
+            (
+                "  data:",
+                "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m, labels: [a, b], maximumCost: '1'}}",
+                "data.annotate.endpoint.maximumCost needs inputTokenPrice and outputTokenPrice",
+            ),
+            (
+                "  data:",
+                "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m, labels: [a, b], temperature: '3'}}",
+                "data.annotate.endpoint.temperature is from",
+            ),
+            (
+                "  data:",
+                "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m, labels: [a, b], samples: 17}}",
+                "data.annotate.endpoint.samples: 17 is more than 16",
+            ),
+            (
+                "podTemplate: {}",
+                "teacher: {from: 'file:///t'}\n  objective: {terms: [{hiddenState: {layers: []}}]}",
+                "objective.terms[0].hiddenState.layers: 0 items is less than 1",
+            ),
+            (
+                "podTemplate: {}",
+                "teacher: {from: 'file:///t'}\n  objective: {terms: [{crossEntropy: {}}]}",
+                "teacher: nothing uses it: objective.terms (crossEntropy) do not",
+            ),
+            (
+                "task: TextClassification}",
+                "task: TextRegression}\n  teacher: {from: 'file:///t'}",
+                "teacher: nothing uses it: objective.terms (meanSquaredError) do not",
+            ),
+            (
+                "podTemplate: {}",
+                "teacher: {from: 'file:///t', outputs: Cached}\n  objective: {terms: [{hiddenState: {layers: [{student: 0, teacher: 0}]}}]}",
+                "teacher.outputs: Cached is for the task TextClassification without hiddenState terms",
+            ),
+            (
+                "task: TextClassification}",
+                "task: MaskedLanguageModel}\n  teacher: {from: 'file:///t', outputs: Cached}",
+                "teacher.outputs: Cached is for the task TextClassification",
+            ),
+            (
+                "podTemplate: {}",
+                "evaluate: {gates: [{metric: PearsonCorrelation, minimum: '0.5'}]}",
+                "evaluate.gates[0].metric: TextClassification has no PearsonCorrelation, but Accuracy or MacroF1",
+            ),
         ];
         for (from, to, part) in cases {
             let error = manifest(&MANIFEST.replace(from, to)).unwrap_err();
             assert!(matches!(error, TrainError::User(_)) && error.to_string().contains(part), "{error}");
         }
+        for fine in [
+            "teacher: {from: 'file:///t', outputs: Cached}",
+            "teacher: {from: 'file:///t'}\n  objective: {terms: [{crossEntropy: {}}, {softLabel: {}}]}",
+        ] {
+            manifest(&MANIFEST.replace("podTemplate: {}", fine)).unwrap();
+        }
+        let annotates = MANIFEST.replace("  data:", "  data:\n    annotate: {teacher: {}}");
+        let only = "teacher: {from: 'file:///t'}\n  objective: {terms: [{crossEntropy: {}}]}";
+        manifest(&annotates.replace("podTemplate: {}", only)).unwrap();
         let three = MANIFEST
             .replace("podTemplate: {}", "hyperparameters: {batchSize: 0, beta1: 1, crossValidation: {folds: 21}}");
         let error = manifest(&three).unwrap_err().to_string();
-        let all = ["batchSize", "beta1", "crossValidation.folds is from 2 to 20"];
+        let all = ["batchSize", "beta1", "crossValidation.folds: 21 is more than 20"];
         assert!(all.iter().all(|part| error.contains(part)), "all at once: {error}");
     }
 }

@@ -4,7 +4,7 @@
 //! process group and a gradient reducer, and the same code runs with one rank, with Gloo and with NCCL. The Kubernetes API is
 //! never called: configuration comes as a file, the result leaves as a termination message and an exit code.
 //!
-//! - [`config`]: `train.json` of the operator, or the user's manifest on a laptop;
+//! - [`config`]: `train.json` of the operator, or the user's manifest on a laptop, whose fields `bounds` checks;
 //! - [`data`]: rows to tokens and batches; [`select`]: which of them matter most;
 //! - [`objectives`]: what is minimised, with or without a teacher;
 //! - [`compress`]: smaller forms of the result;
@@ -17,6 +17,7 @@
 
 mod annotate;
 pub mod artifact;
+mod bounds;
 pub mod check;
 pub mod checkpoint;
 pub mod compress;

@@ -32,6 +32,11 @@ impl DataSpec {
     pub fn teacher_annotates(&self) -> bool {
         self.annotate.as_ref().is_some_and(|annotate| annotate.teacher.is_some())
     }
+
+    /// Whether an endpoint labels rows, which may want to be paid for each.
+    pub fn endpoint_annotates(&self) -> bool {
+        self.annotate.as_ref().is_some_and(|annotate| annotate.endpoint.is_some())
+    }
 }
 
 /// One source of rows: exactly one of `uri` and `kafka`.
@@ -48,7 +53,10 @@ pub struct Source {
     /// mounted read-only in each pod; one file by http:// and https://. The format follows the name: .jsonl, .csv,
     /// .tsv, .parquet, .txt (a row a line), .pdf (a row a page), .html (a row a file), each also with .gz or .zst behind it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file|hf)://.+"))]
+    #[schemars(
+        length(min = 1, max = 2048),
+        regex(pattern = r"^((s3|gs|az|http|https|file|hf)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
+    )]
     pub uri: Option<String>,
     /// The format, where the name does not tell it. A compression is told by the name alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]

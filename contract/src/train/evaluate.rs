@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Task;
 use crate::Decimal;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -52,4 +53,15 @@ pub enum Metric {
     MacroF1,
     /// Of numbers alone.
     PearsonCorrelation,
+}
+
+impl Metric {
+    /// Those that a task's results have.
+    pub fn of(task: Task) -> &'static [Self] {
+        match task {
+            Task::TextClassification => &[Self::Accuracy, Self::MacroF1],
+            Task::TextRegression => &[Self::PearsonCorrelation],
+            Task::MaskedLanguageModel | Task::Embedding => &[Self::Accuracy],
+        }
+    }
 }

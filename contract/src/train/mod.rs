@@ -103,6 +103,29 @@ pub struct TrainSpec {
     pub failure_policy: FailurePolicy,
 }
 
+impl TrainSpec {
+    /// What is asked of the results or the rows that the task has not: it could only fail after the work.
+    pub fn mistakes_of_task(&self) -> Vec<String> {
+        let (task, metrics) = (self.model.task, Metric::of(self.model.task));
+        let gates = self.evaluate.gates.iter().enumerate();
+        let gates = gates.map(|(index, gate)| (format!("evaluate.gates[{index}].metric"), gate.metric));
+        let search = self.hyperparameters.search.as_ref();
+        let search =
+            search.map(|search| ("hyperparameters.search.objective.metric".to_owned(), search.objective.metric));
+        let wrong = search.into_iter().chain(gates).filter(|(_, metric)| !metrics.contains(metric));
+        let names = metrics.iter().map(|metric| format!("{metric:?}")).collect::<Vec<_>>().join(" or ");
+        let mut mistakes: Vec<String> =
+            wrong.map(|(field, metric)| format!("{field}: {task:?} has no {metric:?}, but {names}")).collect();
+        if let Some(select) = &self.data.select
+            && matches!(select.method, SelectMethod::Uncertainty | SelectMethod::GradientMatching)
+            && task != Task::TextClassification
+        {
+            mistakes.push(format!("data.select.method: {:?} needs labels, which {task:?} has not", select.method));
+        }
+        mistakes
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct OutputSpec {
@@ -182,4 +205,42 @@ pub struct RowCounts {
     pub validation: u64,
     /// Rows of the final metrics and gates.
     pub test: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn metrics_and_selections_are_of_the_task() {
+        let spec = |task: Task, metric: Option<Metric>, method: &str| -> TrainSpec {
+            let mut search = json!({"parameters": [{"name": "learningRate", "values": [1e-5, 1e-4]}]});
+            if let Some(metric) = metric {
+                search["objective"] = json!({"metric": metric});
+            }
+            serde_json::from_value(json!({
+                "model": {"from": "s3://m/a", "task": task},
+                "data": {"sources": [], "select": {"method": method, "keepPercent": 50}},
+                "hyperparameters": {"search": search},
+                "evaluate": {"gates": [{"metric": "Accuracy", "minimum": "0"}, {"metric": "MacroF1", "minimum": "0"}]},
+                "output": {"to": "s3://o"},
+            }))
+            .unwrap()
+        };
+        let classes = spec(Task::TextClassification, None, "Uncertainty");
+        assert_eq!(classes.mistakes_of_task(), Vec::<String>::new());
+        let expected = [
+            "hyperparameters.search.objective.metric: TextRegression has no Accuracy, but PearsonCorrelation",
+            "evaluate.gates[0].metric: TextRegression has no Accuracy, but PearsonCorrelation",
+            "evaluate.gates[1].metric: TextRegression has no MacroF1, but PearsonCorrelation",
+            "data.select.method: GradientMatching needs labels, which TextRegression has not",
+        ];
+        assert_eq!(spec(Task::TextRegression, None, "GradientMatching").mistakes_of_task(), expected);
+        let named = spec(Task::TextRegression, Some(Metric::PearsonCorrelation), "Random").mistakes_of_task();
+        assert_eq!(named, expected[1..3], "{named:?}");
+        let vectors = spec(Task::Embedding, None, "ClusterCenter").mistakes_of_task();
+        assert_eq!(vectors, ["evaluate.gates[1].metric: Embedding has no MacroF1, but Accuracy"]);
+    }
 }

@@ -65,7 +65,8 @@ pub enum SearchAlgorithm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SearchObjective {
-    /// Measured on the validation rows; where the job has crossValidation, the mean over its folds.
+    /// Measured on the validation rows; where the job has crossValidation, the mean over its folds. It has to be one of the task's:
+    /// TextRegression has no Accuracy, and is refused until PearsonCorrelation is named here.
     pub metric: Metric,
     /// Which way is better.
     pub goal: SearchGoal,

@@ -317,6 +317,13 @@ fn names_of_services_are_checked() {
     {
         assert_eq!(is_service_name(name, 52), fine, "{name}");
     }
+    let mut numbers = job("a", "u");
+    numbers.spec.train.model.task = athanor_contract::train::Task::TextRegression;
+    assert!(validate(&numbers).is_ok());
+    let gates = json!({"gates": [{"metric": "MacroF1", "minimum": "0.8"}]});
+    numbers.spec.train.evaluate = serde_json::from_value(gates).unwrap();
+    let message = validate(&numbers).err().unwrap().to_string();
+    assert!(message.starts_with("spec.evaluate.gates[0].metric: TextRegression has no MacroF1"), "{message}");
     let long = "a".repeat(53);
     assert_eq!(validate(&job(&long, "u")).err(), Some(InvalidJob::Name(long)));
 }

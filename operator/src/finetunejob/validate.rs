@@ -1,6 +1,6 @@
 //! From a FineTuneJob to one that children can be built from. What the API server's rules already refuse is not checked again.
 
-use athanor_crds::{FineTuneJob, FineTuneJobSpec, schema::LONGEST_JOB_NAME};
+use athanor_crds::{FineTuneJob, FineTuneJobSpec, TRIAL_ANNOTATION, schema::LONGEST_JOB_NAME};
 use athanor_search::Search;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
@@ -13,6 +13,8 @@ pub struct ValidatedJob {
     pub namespace: String,
     pub uid: String,
     pub owner: Vec<OwnerReference>,
+    /// The job whose search has this one as a trial.
+    pub trial_of: Option<OwnerReference>,
     /// Labels of the job that its Job gets too.
     pub queue_labels: Vec<(String, String)>,
     pub spec: FineTuneJobSpec,
@@ -26,6 +28,8 @@ pub enum InvalidJob {
     Name(String),
     #[error("spec.hyperparameters.{0}")]
     Search(String),
+    #[error("spec.{0}")]
+    Task(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -39,11 +43,18 @@ pub fn validate(job: &FineTuneJob) -> Result<ValidatedJob, InvalidJob> {
     if let Some(search) = &hyperparameters.search {
         Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
+    let of_task = job.spec.train.mistakes_of_task();
+    if !of_task.is_empty() {
+        return Err(InvalidJob::Task(of_task.join("; spec.")));
+    }
+    let is_trial = job.annotations().contains_key(TRIAL_ANNOTATION);
+    let parent = job.owner_references().iter().find(|owner| owner.kind == "FineTuneJob");
     let queue_labels = job.labels().iter().filter(|(key, _)| key.starts_with("kueue.x-k8s.io/"));
     Ok(ValidatedJob {
         namespace: job.namespace().ok_or(InvalidJob::Incomplete("namespace"))?,
         uid: job.uid().ok_or(InvalidJob::Incomplete("uid"))?,
         owner: cluster::owner(job),
+        trial_of: parent.filter(|_| is_trial).cloned(),
         queue_labels: queue_labels.map(|(key, value)| (key.clone(), value.clone())).collect(),
         spec: job.spec.clone(),
         name,

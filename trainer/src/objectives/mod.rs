@@ -95,7 +95,7 @@ pub fn name(term: &ObjectiveTerm) -> &'static str {
     }
 }
 
-/// What is wrong with an objective, whatever the models are.
+/// What is wrong with an objective, whatever the models are, besides numbers outside their bounds.
 pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_steps: u32) -> Vec<String> {
     let mut mistakes = Vec::new();
     for (index, term) in spec.terms.iter().enumerate() {
@@ -124,20 +124,6 @@ pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_
         };
         if !fits.contains(&name) {
             mistakes.push(format!("{place}.{name} is not for the task {task:?}: {} are", fits.join(", ")));
-        }
-        if !(term.weight >= 0.0 && term.weight.is_finite()) {
-            mistakes.push(format!("{place}.weight has no usable value"));
-        }
-        if term.soft_label.is_some_and(|term| !(term.temperature > 0.0 && term.temperature.is_finite()))
-            || term.contrastive.is_some_and(|term| !(term.temperature > 0.0 && term.temperature.is_finite()))
-        {
-            mistakes.push(format!("{place}.{name}.temperature has to be above 0"));
-        }
-        if term.masked_language_model.is_some_and(|term| !(term.probability > 0.0 && term.probability < 1.0)) {
-            mistakes.push(format!("{place}.{name}.probability has to be between 0 and 1"));
-        }
-        if term.cross_entropy.is_some_and(|term| !(0.0..1.0).contains(&term.label_smoothing)) {
-            mistakes.push(format!("{place}.{name}.labelSmoothing has to be at least 0 and below 1"));
         }
         if needs_teacher(term, task) && !has_teacher {
             mistakes.push(format!("{place}.{name} needs a teacher"));
