@@ -49,6 +49,7 @@ pub struct Search {
     /// Budgets of ASHA's rungs, smallest first; without ASHA there is one, the job's own.
     budgets: Vec<u64>,
     unit: Unit,
+    first_alone: bool,
 }
 
 impl Search {
@@ -91,13 +92,20 @@ impl Search {
             }
         };
         match Space::new(&spec.parameters) {
-            Ok(space) if mistakes.is_empty() => Ok(Self { spec: spec.clone(), space, budgets, unit }),
+            Ok(space) if mistakes.is_empty() => {
+                Ok(Self { spec: spec.clone(), space, budgets, unit, first_alone: false })
+            }
             Ok(_) => Err(mistakes),
             Err(more) => Err(mistakes.into_iter().chain(more).collect()),
         }
         .map_err(|mistakes| {
             mistakes.into_iter().map(|mistake| format!("search: {mistake}")).collect::<Vec<_>>().join("; ")
         })
+    }
+
+    /// Runs one trial at a time until one has a result: the others find what it paid for.
+    pub fn first_alone(self, first_alone: bool) -> Self {
+        Self { first_alone, ..self }
     }
 
     /// Budget of each rung, smallest first; the last is the job's own length.
@@ -128,7 +136,9 @@ impl Search {
     /// What happens next. The order of the trials is that of their start.
     pub fn next(&self, trials: &[Trial]) -> Next {
         let running = trials.iter().filter(|trial| trial.is_running()).count();
-        let free = (self.spec.parallelism as usize).saturating_sub(running);
+        let alone = self.first_alone && trials.iter().all(|trial| trial.results.is_empty());
+        let parallelism = if alone { 1 } else { self.spec.parallelism as usize };
+        let free = parallelism.saturating_sub(running);
         if free == 0 {
             return Next::Wait;
         }

@@ -19,7 +19,7 @@ use crate::{
     data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
     objectives::{self, Objective, Part, Teacher},
     report::Reading,
-    setup, training,
+    search, setup, training,
     words::Words,
 };
 
@@ -48,6 +48,10 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
         }
         None => None,
     };
+    if let Some(baseline) = &config.spec.evaluate.baseline {
+        let fetched = runtime.block_on(fetch(baseline, &work.path().join("baseline")));
+        mistakes.extend(fetched.err().map(|error| format!("evaluate.baseline: {error}")));
+    }
     let report = match (dataset, parent) {
         // Without a teacher to label them rows have no labels, and its mistake is told.
         (Some(mut dataset), Some(parent)) if teacher.is_some() || !config.spec.data.teacher_annotates() => {
@@ -211,6 +215,10 @@ impl Report<'_> {
             let count = folds.len();
             line("folds", format!("{count} trainings before, of {least} to {most} rows, {of_folds} steps together"));
         }
+        let of_search = search::steps(h, train.len(), &folds)?;
+        if let Some(search) = &h.search {
+            line("search", format!("{} trials before, {of_search} steps together", search.max_trials));
+        }
         line("precision", if bf16 { "BF16" } else { "FP32" }.to_owned());
         for gate in &spec.evaluate.gates {
             let place = gate.sources.as_ref().map_or("all test rows".to_owned(), |names| names.join(", "));
@@ -233,7 +241,7 @@ impl Report<'_> {
             "time",
             format!(
                 "about {} of training: {rate:.0} rows a second with {ranks} {}, measured on this machine",
-                in_words(seconds * (total_steps + of_folds) as f64),
+                in_words(seconds * (total_steps + of_folds + of_search) as f64),
                 if ranks == 1 { "process" } else { "processes that share nothing" }
             ),
         );

@@ -87,7 +87,7 @@ pub fn run(
 
 /// Keeps a second run out of the same folder until this one ends. An object store has no such lock: there artifacts and checkpoints
 /// are whole, whoever is last.
-fn claim(config: &TrainConfig) -> Result<Option<File>, TrainError> {
+pub(crate) fn claim(config: &TrainConfig) -> Result<Option<File>, TrainError> {
     let Some(folder) = athanor_store::open(&config.checkpoint_to)?.local_path() else { return Ok(None) };
     std::fs::create_dir_all(&folder).map_err(TrainError::at(&folder))?;
     let path = folder.join(LOCK);

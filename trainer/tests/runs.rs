@@ -185,13 +185,19 @@ fn a_check_says_what_would_happen_and_all_that_is_wrong() {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     assert!(place.checkpoints("fine").is_empty(), "nothing was trained");
+    let mut searched = spec.clone();
+    let parameters = json!([{"name": "learningRate", "values": [1e-5, 5e-5]}]);
+    searched["hyperparameters"]["search"] = json!({"maxTrials": 2, "parameters": parameters});
+    let text = place.check("searched", &searched).unwrap();
+    assert!(text.contains("2 trials before, "), "{text}");
 
     let missing = json!({
+        "evaluate": {"baseline": place.uri("champion")},
         "model": {"from": place.uri("nowhere"), "task": "TextClassification"},
         "data": {"sources": [{"name": "a", "uri": place.uri("a.csv")}, {"name": "b", "uri": place.uri("b.csv")}]},
     });
     let errors = place.check("wrong", &missing).unwrap_err();
-    for part in ["nowhere", "a.csv", "b.csv"] {
+    for part in ["nowhere", "a.csv", "b.csv", "evaluate.baseline: "] {
         assert!(errors.contains(part), "{part} is not in {errors}");
     }
 }

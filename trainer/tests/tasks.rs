@@ -400,6 +400,13 @@ fn a_search_on_a_laptop_trains_with_the_best_and_goes_on_where_it_was() {
     wrong["hyperparameters"]["search"]["parameters"][0]["range"]["min"] = json!(2.0);
     let child = place.start("wrong", &wrong);
     place.finish("wrong", child, 3);
+
+    let mut missing = spec.clone();
+    missing["model"]["from"] = json!(place.uri("nowhere"));
+    let child = place.start("missing", &missing);
+    place.finish("missing", child, 3);
+    let TrainResult::Failed { message } = place.result("missing") else { panic!("{:?}", place.result("missing")) };
+    assert!(message.starts_with("hyperparameters.search: trial ") && message.contains("nowhere"), "{message}");
 }
 
 #[test]

@@ -58,19 +58,22 @@ pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Ch
     Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
 }
 
-/// Folder of all that the job makes.
+/// Folder of all that the job makes; a trial's is inside its parent's.
 fn folder(job: &ValidatedJob) -> String {
-    let short = job.uid.get(..8).unwrap_or(&job.uid);
-    format!("{}/{}-{short}", job.spec.train.output.to.trim_end_matches('/'), job.name)
+    let named = |name: &str, uid: &str| format!("{name}-{}", uid.get(..8).unwrap_or(uid));
+    let parent = job.trial_of.as_ref().map(|parent| format!("{}/trials/", named(&parent.name, &parent.uid)));
+    let to = job.spec.train.output.to.trim_end_matches('/');
+    format!("{to}/{}{}", parent.unwrap_or_default(), named(&job.name, &job.uid))
 }
 
-/// A trial: the job with other hyperparameters, judged by its validation rows alone.
+/// A trial: the job with other hyperparameters, judged by its validation rows alone. Its output is the job's, where annotations and
+/// a teacher's answers are kept: what one trial asked, the others and the job itself find there.
 fn trial(job: &ValidatedJob, new: &NewTrial) -> FineTuneJob {
     let mut spec = job.spec.clone();
     spec.train = new.train.clone();
     spec.train.evaluate.gates.clear();
     spec.train.evaluate.baseline = None;
-    spec.train.output.to = format!("{}/trials", folder(job));
+    spec.train.compress.clear();
     // Suspending, limits of time and deletion are the parent's business.
     spec.suspend = false;
     spec.active_deadline_seconds = None;
@@ -172,9 +175,6 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
         pods::variable("ATHANOR_METRICS_PORT", METRICS_PORT.to_string()),
         pods::variable("ATHANOR_ATTEMPT", attempt.to_string()),
     ]);
-    let mut template = pods::template(PodPlan {
-        component: COMPONENT,
-        image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
     let mut volumes = vec![
         (pods::config(&config_name(job)), "/etc/athanor".to_owned()),
         // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
@@ -187,6 +187,9 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
             .enumerate()
             .map(|(index, claim)| (pods::claim(&format!("claim-{index}"), claim), claims::folder(claim))),
     );
+    let mut template = pods::template(PodPlan {
+        component: COMPONENT,
+        image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
         command: ["athanor-trainer", "run", "--config", "/etc/athanor/train.json"].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),

@@ -25,6 +25,8 @@ const SETTLE: Duration = Duration::from_secs(3);
 const LOST_NODE: Duration = Duration::from_secs(15);
 /// A trial that somebody deleted is noticed after this; one that ends, at once.
 const TRIALS_SEEN: Duration = Duration::from_secs(60);
+/// Why a job failed that its user has to change.
+pub const USER_ERROR: &str = "UserError";
 /// Label with a pod's index.
 const INDEX: &str = "batch.kubernetes.io/job-completion-index";
 
@@ -169,7 +171,9 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
                 let message = format!("{nodes} pods were asked for");
                 let begin = Decision { create: true, requeue: deadline, ..decision(Phase::Pending { message }) };
                 match &spec.train.hyperparameters.search {
-                    Some(search) => searched(begin, search::plan(&observed.job, search, &observed.trials)),
+                    Some(search) => {
+                        searched(begin, search::plan(&observed.job, search, &observed.trials), &observed.trials)
+                    }
                     None => begin,
                 }
             } else {
@@ -183,16 +187,24 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
 }
 
 /// A job with a search begins once that is over, with what was found.
-fn searched(begin: Decision, plan: Result<search::Plan, String>) -> Decision {
-    let failed = |message| Phase::Failed { reason: "SearchFailed", message, summary: None };
+fn searched(begin: Decision, plan: Result<search::Plan, String>, trials: &[FineTuneJob]) -> Decision {
+    let failed = |reason, message| Phase::Failed { reason, message, summary: None };
     let plan = match plan {
         Ok(plan) => plan,
-        Err(message) => return Decision { phase: failed(message), create: false, requeue: None, ..begin },
+        Err(message) => {
+            return Decision { phase: failed("SearchFailed", message), create: false, requeue: None, ..begin };
+        }
     };
     let found = Decision { search: Some(plan.status), trials: plan.start, ..begin };
     match plan.outcome {
         Outcome::Chosen(train) => Decision { train: Some(*train), ..found },
-        Outcome::Failed { message } => Decision { phase: failed(message), create: false, requeue: None, ..found },
+        Outcome::Failed { reason, message } => Decision {
+            phase: failed(reason, message),
+            create: false,
+            remove_trials: unfinished(trials),
+            requeue: None,
+            ..found
+        },
         Outcome::Searching { message } => {
             let requeue = found.requeue.map_or(TRIALS_SEEN, |deadline| deadline.min(TRIALS_SEEN));
             Decision { phase: Phase::Searching { message }, create: false, requeue: Some(requeue), ..found }
@@ -242,7 +254,7 @@ fn verdict(job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Verd
                 Ok(TrainResult::Failed { message }) => message,
                 _ => message.to_owned(),
             };
-            return Verdict::Phase(Phase::Failed { reason: "UserError", message, summary: None });
+            return Verdict::Phase(Phase::Failed { reason: USER_ERROR, message, summary: None });
         }
         if end.exit_code == exit_code::DONE {
             if index(pod) == Some(0) {

@@ -17,7 +17,7 @@ use athanor_search::{Assignment, Next, Search, Trial, TrialState, apply};
 use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
-use super::decide::is_over;
+use super::decide::{USER_ERROR, is_over};
 use crate::condition;
 
 /// `-`, ten digits, `-` and the rung.
@@ -60,7 +60,9 @@ pub enum Outcome {
     },
     /// The job trains with the best trial's values.
     Chosen(Box<TrainSpec>),
+    /// All trials failed, or one by the user's error, which the others have too.
     Failed {
+        reason: &'static str,
         message: String,
     },
 }
@@ -77,15 +79,27 @@ struct Record {
 /// A status that says something else than this operator writes.
 pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> Result<Plan, String> {
     let train = &job.spec.train;
-    let search = Search::new(spec, &train.hyperparameters)?;
+    let search = Search::new(spec, &train.hyperparameters)?.first_alone(train.data.endpoint_annotates());
     let recorded = job.status.as_ref().and_then(|status| status.search.clone()).unwrap_or_default();
     let mut records = recall(&recorded)?;
     let key = spec.objective.key(&train.hyperparameters);
+    let mut refused = None;
     if !recorded.done {
         adopt(&mut records, children);
         for record in records.iter_mut().filter(|record| record.trial.is_running()) {
-            settle(record, &job.name_any(), &key, children);
+            if let Some(message) = settle(record, &job.name_any(), &key, children) {
+                let Trial { assignment, .. } = &record.trial;
+                refused.get_or_insert_with(|| format!("trial {} ({assignment}): {message}", record.trial.name()));
+            }
         }
+    }
+    if let Some(message) = refused {
+        let search = status(job, spec, &search, &records, false);
+        return Ok(Plan {
+            status: search,
+            start: Vec::new(),
+            outcome: Outcome::Failed { reason: USER_ERROR, message },
+        });
     }
     let mut trials: Vec<Trial> = records.iter().map(|record| record.trial.clone()).collect();
     let best = loop {
@@ -118,7 +132,8 @@ pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> R
         Some(Some(best)) => Outcome::Chosen(Box::new(apply(&trials[best].assignment, train)?)),
         Some(None) => {
             let last = records.last().and_then(|record| record.message.as_deref()).unwrap_or("for an unknown reason");
-            Outcome::Failed { message: format!("all {} trials failed, the last one: {last}", trials.len()) }
+            let message = format!("all {} trials failed, the last one: {last}", trials.len());
+            Outcome::Failed { reason: "SearchFailed", message }
         }
     };
     Ok(Plan { status, start, outcome })
@@ -158,22 +173,24 @@ fn mark(child: &FineTuneJob) -> Option<Mark> {
     serde_json::from_str(child.annotations().get(TRIAL_ANNOTATION)?).ok()
 }
 
-/// Notes how the child of a running trial has ended, if it has.
-fn settle(record: &mut Record, parent: &str, key: &str, children: &[FineTuneJob]) {
+/// Notes how the child of a running trial has ended, if it has; the message of a user's error, which other trials would have too.
+fn settle(record: &mut Record, parent: &str, key: &str, children: &[FineTuneJob]) -> Option<String> {
     let name = child_name(parent, &record.trial.name(), record.trial.rung());
-    let Some(child) = children.iter().find(|child| child.name_any() == name) else { return };
-    let Some(status) = child.status.as_ref().filter(|status| is_over(status)) else { return };
+    let child = children.iter().find(|child| child.name_any() == name)?;
+    let status = child.status.as_ref().filter(|status| is_over(status))?;
     let metric = status.summary.as_ref().and_then(|summary| summary.metrics.get(key));
-    let failure = match condition::get(&status.conditions, types::SUCCEEDED) {
-        Some(condition) if condition.status == "True" => match metric {
-            Some(metric) => return record.trial.report(metric.get()),
-            None => format!("FineTuneJob {name} tells no {key}"),
-        },
-        Some(condition) => format!("{}: {}", condition.reason, condition.message),
-        None => return,
+    let condition = condition::get(&status.conditions, types::SUCCEEDED)?;
+    let failure = match metric {
+        Some(metric) if condition.status == "True" => {
+            record.trial.report(metric.get());
+            return None;
+        }
+        _ if condition.status == "True" => format!("FineTuneJob {name} tells no {key}"),
+        _ => format!("{}: {}", condition.reason, condition.message),
     };
     record.message = Some(failure.chars().take(MESSAGE).collect());
     record.trial.fail();
+    (condition.reason == USER_ERROR).then(|| condition.message.clone())
 }
 
 fn status(job: &FineTuneJob, spec: &SearchSpec, search: &Search, records: &[Record], done: bool) -> SearchStatus {

@@ -36,6 +36,7 @@ fn searching(search: Value) -> FineTuneJob {
     ]);
     job.spec.train.hyperparameters.search = Some(serde_json::from_value(search).unwrap());
     job.spec.train.hyperparameters.max_steps = Some(90);
+    job.spec.train.compress = vec![serde_json::from_value(json!({"quantize": {}})).unwrap()];
     job.spec.train.evaluate = serde_json::from_value(
         json!({"gates": [{"metric": "Accuracy", "minimum": "0.8"}], "baseline": "s3://models/champion"}),
     )
@@ -156,7 +157,15 @@ fn the_job_trains_with_the_best_of_its_trials() {
         let first = &cluster.trials[0];
         assert_eq!(first.labels()[label::SEARCH], "reviews");
         assert!(first.spec.train.evaluate.gates.is_empty() && first.spec.train.evaluate.baseline.is_none());
-        assert_eq!(first.spec.train.output.to, "s3://out/reviews-01234567/trials");
+        assert_eq!(
+            (first.spec.train.compress.len(), config.spec.compress.len()),
+            (0, 1),
+            "the result alone is compressed"
+        );
+        assert_eq!(first.spec.train.output.to, "s3://out/", "where the job finds what its trials asked");
+        let of_trial = build::train_config(&validate(first).unwrap(), &cluster.settings, &first.spec.train);
+        let folder = format!("s3://out/reviews-01234567/trials/{}-0-0/artifact", first.name_any());
+        assert_eq!(of_trial.artifact_to, folder);
         assert!(first.spec.train.hyperparameters.search.is_none() && first.owner_references().len() == 1);
         let steps = |child: &FineTuneJob| child.spec.train.hyperparameters.max_steps.unwrap();
         let asha = search["algorithm"] == "ASHA";
@@ -228,6 +237,42 @@ fn a_search_without_any_result_fails() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_users_error_in_a_trial_ends_the_search() {
+    let mut cluster = Cluster::new(searching(json!({"algorithm": "Random", "maxTrials": 20, "parallelism": 3})));
+    cluster.reconcile(usize::MAX);
+    let mut conditions = Vec::new();
+    let message = "data.sources[0]: no column 'text'";
+    condition::set(&mut conditions, types::SUCCEEDED, condition::State::False, "UserError", message, None, now());
+    cluster.trials[1].status = Some(FineTuneJobStatus { conditions, ..FineTuneJobStatus::default() });
+    let decision = decide(&cluster.observed(), now());
+    let Phase::Failed { reason: "UserError", message, .. } = &decision.phase else { panic!("{:?}", decision.phase) };
+    assert!(message.starts_with("trial ") && message.ends_with("): data.sources[0]: no column 'text'"), "{message}");
+    assert!(!decision.create && decision.trials.is_empty(), "no trial follows");
+    let running: Vec<String> = decision.remove_trials.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(running, [cluster.trials[0].name_any(), cluster.trials[2].name_any()], "the others stop");
+    let search = decision.search.unwrap();
+    assert_eq!((search.trials.len(), search.trials[1].state), (3, TrialState::Failed));
+}
+
+#[test]
+fn trials_that_pay_for_labels_wait_for_the_first() {
+    let mut job = searching(json!({"algorithm": "Random", "maxTrials": 6, "parallelism": 3}));
+    let annotate = json!({"endpoint": {"url": "http://teacher/v1", "model": "m", "labels": ["a", "b"]}});
+    job.spec.train.data.annotate = Some(serde_json::from_value(annotate).unwrap());
+    let mut cluster = Cluster::new(job);
+    for _ in 0..3 {
+        cluster.reconcile(usize::MAX);
+        assert_eq!(cluster.trials.len(), 1, "the others would ask about the same rows");
+    }
+    end(&mut cluster.trials[0]);
+    cluster.reconcile(usize::MAX);
+    let running = if cluster.trials[0].spec.train.hyperparameters.learning_rate > 1e-3 { 1 } else { 3 };
+    assert_eq!(cluster.running(), running);
+    cluster.run(|_| usize::MAX);
+    assert_eq!(cluster.trials.len(), 6);
 }
 
 #[test]
