@@ -191,7 +191,7 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50})),
         ),
         (
-            "exactly one of minimum and minimumGain",
+            "exactly one of minimum, minimumGain and minimumOfTeacher",
             job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy"}]})),
         ),
         (

@@ -222,9 +222,10 @@ impl Report<'_> {
         line("precision", if bf16 { "BF16" } else { "FP32" }.to_owned());
         for gate in &spec.evaluate.gates {
             let place = gate.sources.as_ref().map_or("all test rows".to_owned(), |names| names.join(", "));
-            let limit = match (&gate.minimum, &gate.minimum_gain) {
-                (Some(minimum), _) => format!("at least {minimum}"),
-                (_, Some(gain)) => format!("at least the baseline's plus {gain}"),
+            let limit = match (&gate.minimum, &gate.minimum_gain, &gate.minimum_of_teacher) {
+                (Some(minimum), ..) => format!("at least {minimum}"),
+                (_, Some(gain), _) => format!("at least the baseline's plus {gain}"),
+                (.., Some(share)) => format!("at least {share} of the teacher's"),
                 _ => String::new(),
             };
             line("gate", format!("{:?} on {place}: {limit}", gate.metric));

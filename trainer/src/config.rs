@@ -230,8 +230,9 @@ fn mistakes(spec: &TrainSpec) -> Result<Vec<String>, TrainError> {
         refuse("hyperparameters: set epochs or maxSteps, not both".into());
     }
     for (index, gate) in spec.evaluate.gates.iter().enumerate() {
-        if gate.minimum.is_some() == gate.minimum_gain.is_some() {
-            refuse(format!("evaluate.gates[{index}]: set exactly one of minimum and minimumGain"));
+        let limits = [&gate.minimum, &gate.minimum_gain, &gate.minimum_of_teacher];
+        if limits.into_iter().flatten().count() != 1 {
+            refuse(format!("evaluate.gates[{index}]: set exactly one of minimum, minimumGain and minimumOfTeacher"));
         }
         if gate.minimum_gain.is_some() && spec.evaluate.baseline.is_none() {
             refuse(format!("evaluate.gates[{index}].minimumGain needs evaluate.baseline"));

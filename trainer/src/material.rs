@@ -9,13 +9,13 @@ use std::{
 use athanor_contract::train::{SelectSpec, Task, TeacherOutputs, TrainConfig};
 use athanor_models::{Model, Tokenizer, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     TrainError,
     data::{Dataset, Encoded},
     distributed::Topology,
-    evaluate,
+    evaluate::{self, Evaluation, Predictions},
     objectives::{
         self, Objective, Teacher,
         teacher::{MOST_CACHED, Online, cached_at, read_kept, write_cached},
@@ -169,7 +169,7 @@ impl Common<'_> {
         train: &Encoded,
         reporter: &mut Option<Reporter>,
     ) -> Result<Teacher, TrainError> {
-        let (spec, runtime, device) = (&self.config.spec, &self.around.runtime, self.device());
+        let (spec, device) = (&self.config.spec, self.device());
         let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
         let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
         let online = by_token
@@ -182,35 +182,73 @@ impl Common<'_> {
         if let Some(reporter) = reporter.as_mut() {
             reporter.stage("Asking the teacher");
         }
+        let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
+        let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
+        let shape = [train.len(), teacher.outputs()];
+        let logits = self.kept_or_asked(&identity, shape, || Ok(teacher), &train.ids, reporter)?;
+        self.around.timeline.mark("taught");
+        Ok(Teacher::Cached(logits.to_device(device)))
+    }
+
+    /// What the teacher says of the test rows, for the report and the gates; `None` without a teacher that is learned from, and for
+    /// other tasks than classification.
+    ///
+    /// # Errors
+    /// As [`Online::load`].
+    pub fn teacher_on(&self, rows: &[usize], test: &Encoded) -> Result<Option<Evaluation>, TrainError> {
+        let spec = &self.config.spec;
+        let RowEncoder { labels, max_length, dataset, .. } = &self.encoder;
+        let Some(folder) = self.prepared.teacher.as_ref().filter(|_| {
+            setup::learns_from_teacher(spec) && spec.model.task == Task::TextClassification
+        }) else {
+            return Ok(None);
+        };
+        let identity = ("test", &dataset.digest, rows, labels, spec.hyperparameters.max_sequence_length, self.bf16);
+        let load = || {
+            let texts = rows.iter().map(|&row| dataset.rows.text(row));
+            setup::load_teacher(spec, folder, &self.prepared.parent, labels, *max_length, texts, self.device())
+        };
+        let logits = self.kept_or_asked(&identity, [rows.len(), labels.len()], load, &test.ids, &mut None)?;
+        let (confidences, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);
+        let labels = Vec::<i64>::try_from(labels)?.into_iter().map(|label| label as usize).collect();
+        Ok(Some(Evaluation::Classes(Predictions { labels, confidences: Vec::try_from(confidences)? })))
+    }
+
+    /// The teacher's logits [rows, L], kept beside the output under `identity` and all that the teacher is.
+    fn kept_or_asked(
+        &self,
+        identity: &impl serde::Serialize,
+        shape: [usize; 2],
+        teacher: impl FnOnce() -> Result<Online, TrainError>,
+        student_ids: &TokenRows,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Tensor, TrainError> {
+        let (runtime, device) = (&self.around.runtime, self.device());
         let (Some(folder), group) = (&self.prepared.teacher, self.group()) else {
             return Err(TrainError::Other("the teacher's folder is not there".into()));
         };
-        let output = athanor_store::open(&spec.output.to)?;
-        let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
-        let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
-        let place = cached_at(&output, folder, &identity)?;
-        let shape = [train.len(), teacher.outputs()];
+        let output = athanor_store::open(&self.config.spec.output.to)?;
+        let place = cached_at(&output, folder, identity)?;
         if let Some(kept) = read_kept(&place, shape, runtime, group, device, self.work)? {
-            return Ok(Teacher::Cached(kept.to_device(device)));
+            return Ok(kept);
         }
         let mut last = Instant::now();
-        let logits = teacher.all_logits(&train.ids, group, device, self.bf16, |done| {
+        let logits = teacher()?.all_logits(student_ids, group, device, self.bf16, |done| {
             self.around.watchdog.beat();
             if let Some(reporter) = reporter.as_mut() {
-                reporter.asked(done, train.len());
+                reporter.asked(done, student_ids.len());
             }
             if last.elapsed() > Duration::from_secs(10) {
                 last = Instant::now();
-                tracing::info!(rows = done, of = train.len(), "asking the teacher");
+                tracing::info!(rows = done, of = student_ids.len(), "asking the teacher");
             }
         })?;
         self.around.watchdog.rest();
-        self.around.timeline.mark("taught");
         if self.topology.rank() == 0
             && let Err(error) = runtime.block_on(write_cached(&place, &logits, self.work))
         {
             tracing::warn!(%error, "the teacher's answers are not kept: another run has to ask again");
         }
-        Ok(Teacher::Cached(logits))
+        Ok(logits)
     }
 }

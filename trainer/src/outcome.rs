@@ -16,7 +16,7 @@ use crate::{
     compress::Compression,
     cross_validation::CrossValidation,
     data::{Dataset, Encoded, Parts},
-    evaluate::{self, Evaluation},
+    evaluate::{self, Evaluation, Others},
     report::page,
     run::Surroundings,
     select::SelectionReport,
@@ -39,6 +39,8 @@ pub struct Finished<'a> {
     pub test: &'a Encoded,
     pub found: Evaluation,
     pub baseline: Option<(Encoded, Evaluation)>,
+    /// What the teacher says of the test rows.
+    pub teacher: Option<Evaluation>,
     pub trained: Trained,
     pub cross_validation: Option<CrossValidation>,
     pub selection: Option<SelectionReport>,
@@ -52,13 +54,17 @@ impl Finished<'_> {
     pub fn write(self) -> Result<TrainResult, TrainError> {
         let Self { config, around, work, model, dataset, parts, test, .. } = self;
         let spec = &config.spec;
+        let others = Others {
+            baseline: self.baseline.as_ref().map(|(rows, found)| (rows, found)),
+            teacher: self.teacher.as_ref(),
+        };
         let compressed = Compression {
             steps: &spec.compress,
             gates: &spec.evaluate.gates,
             sources: &dataset.sources,
             train: self.train,
             test,
-            baseline: self.baseline.as_ref().map(|(rows, found)| (rows, found)),
+            others,
             work,
             beat: &|| around.watchdog.beat(),
         }
@@ -73,18 +79,19 @@ impl Finished<'_> {
             let values = evaluate::report(rows, baseline, &dataset.sources);
             metrics.extend(values.into_iter().map(|(name, value)| (format!("baseline/{name}"), value)));
         }
+        if let Some(teacher) = &self.teacher {
+            let values = evaluate::report(test, teacher, &dataset.sources);
+            warn_of_loss(&metrics, &values);
+            metrics.extend(values.into_iter().map(|(name, value)| (format!("teacher/{name}"), value)));
+        }
         // For whoever compares trials: they must not be chosen by test rows.
         let validated = &self.trained.best.metrics;
         metrics.extend(validated.iter().map(|(name, value)| (format!("validation/{name}"), *value)));
         metrics.extend(self.cross_validation.iter().flat_map(CrossValidation::summary));
         let metrics: BTreeMap<String, Decimal> =
             metrics.into_iter().filter_map(|(name, value)| Some((name, Decimal::new(value)?))).collect();
-        let failed_gates = evaluate::failed_gates(
-            &spec.evaluate.gates,
-            &dataset.sources,
-            (test, &found),
-            self.baseline.as_ref().map(|(rows, found)| (rows, found)),
-        );
+        let failed_gates =
+            evaluate::failed_gates(&spec.evaluate.gates, &dataset.sources, (test, &found), others);
         let Trained { steps, best, history, checkpoints } = self.trained;
         let folder = work.join("artifact");
         let reference = evaluate::reference(self.labels, test, found.classes());
@@ -141,5 +148,16 @@ impl Finished<'_> {
         } else {
             TrainResult::GateFailed(summary)
         })
+    }
+}
+
+/// A student whose teacher answers so much better has lost what it was to learn.
+pub const SHARE_OF_TEACHER: f64 = 0.95;
+
+fn warn_of_loss(student: &BTreeMap<String, f64>, teacher: &BTreeMap<String, f64>) {
+    if let (Some(student), Some(teacher)) = (student.get("accuracy"), teacher.get("accuracy"))
+        && *student < teacher * SHARE_OF_TEACHER
+    {
+        tracing::warn!(student, teacher, "the student answers much worse than its teacher: accuracy on the test rows");
     }
 }

@@ -232,6 +232,7 @@ impl Run<'_> {
         }
         let beat = || self.around.watchdog.beat();
         let found = evaluate::evaluate_as_served(&mut model, test, group, device, beat)?;
+        let teacher = common.teacher_on(&parts.test, test)?;
         let baseline = match &prepared.baseline {
             Some(folder) => Some(self.evaluate_baseline(folder, dataset, &parts, group)?),
             None => None,
@@ -259,6 +260,7 @@ impl Run<'_> {
             test,
             found,
             baseline,
+            teacher,
             trained,
             cross_validation,
             selection,

@@ -150,7 +150,7 @@ fn each_fold_selects_its_own_rows_and_has_its_own_answers_of_the_teacher() {
     let child = place.start("student", &student);
     place.finish("student", child, 0);
     let kept = std::fs::read_dir(place.folder.path().join("student/teacher-outputs")).unwrap();
-    assert_eq!(kept.count(), 3, "of two folds and of the job");
+    assert_eq!(kept.count(), 4, "of two folds, of the job and of its test rows");
     let rows = place.summary("student").rows.train;
     let found = report(&place, "student")["crossValidation"].take();
     for fold in found["folds"].as_array().unwrap() {

@@ -118,9 +118,21 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
         place.finish("cached", child, 0);
     }
     let log = std::fs::read_to_string(place.folder.path().join("cached/log")).unwrap();
-    assert_eq!(log.matches("the teacher's answers were kept from another run").count(), 1);
-    assert_eq!(std::fs::read_dir(place.folder.path().join("cached/teacher-outputs")).unwrap().count(), 1);
+    // Those about the training rows and those about the test rows.
+    assert_eq!(log.matches("the teacher's answers were kept from another run").count(), 2);
+    assert_eq!(std::fs::read_dir(place.folder.path().join("cached/teacher-outputs")).unwrap().count(), 2);
     let summary = place.summary("cached");
+    let of_teacher = [&summary.metrics["teacher/accuracy"], &place.summary("teacher").metrics["accuracy"]];
+    let [here, there] = of_teacher.map(|accuracy| accuracy.get());
+    // Here in the precision of the training.
+    assert!((here - there).abs() < 0.05, "{here} is not {there}");
+    let child = place.start(
+        "fallen",
+        &student(json!({"evaluate": {"gates": [{"metric": "Accuracy", "minimumOfTeacher": "1.5"}]}})),
+    );
+    place.finish("fallen", child, 0);
+    let TrainResult::GateFailed(fallen) = place.result("fallen") else { panic!("{:?}", place.result("fallen")) };
+    assert!(fallen.failed_gates[0].ends_with("1.5 of it is asked for"), "{:?}", fallen.failed_gates);
     let rows = summary.chosen["trainedRows"].parse::<u64>().unwrap();
     assert!(rows * 10 <= summary.rows.train * 4 + 20 && rows > 0, "{rows} of {:?}", summary.rows);
     let report = report(&summary.artifact);

@@ -25,11 +25,12 @@ pub struct EvaluateSpec {
     pub baseline: Option<String>,
 }
 
-/// One condition on the test rows: exactly one of `minimum` and `minimumGain`.
+/// One condition on the test rows: exactly one of `minimum`, `minimumGain` and `minimumOfTeacher`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.minimum) != has(self.minimumGain)", "message": "set exactly one of minimum and minimumGain"}]))]
+    {"rule": "(has(self.minimum) ? 1 : 0) + (has(self.minimumGain) ? 1 : 0) + (has(self.minimumOfTeacher) ? 1 : 0) == 1",
+     "message": "set exactly one of minimum, minimumGain and minimumOfTeacher"}]))]
 pub struct Gate {
     /// What is measured.
     pub metric: Metric,
@@ -43,6 +44,9 @@ pub struct Gate {
     /// The metric must be at least the baseline's plus this; negative allows a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_gain: Option<Decimal>,
+    /// The metric must be at least this share of what the job's teacher has on the same rows, such as "0.97".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minimum_of_teacher: Option<Decimal>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]

@@ -116,6 +116,14 @@ impl TrainSpec {
         let names = metrics.iter().map(|metric| format!("{metric:?}")).collect::<Vec<_>>().join(" or ");
         let mut mistakes: Vec<String> =
             wrong.map(|(field, metric)| format!("{field}: {task:?} has no {metric:?}, but {names}")).collect();
+        for (index, _) in self.evaluate.gates.iter().enumerate().filter(|(_, gate)| gate.minimum_of_teacher.is_some()) {
+            let field = format!("evaluate.gates[{index}].minimumOfTeacher");
+            if task != Task::TextClassification {
+                mistakes.push(format!("{field} is for the task TextClassification"));
+            } else if self.teacher.is_none() {
+                mistakes.push(format!("{field} needs a teacher"));
+            }
+        }
         if let Some(select) = &self.data.select
             && matches!(select.method, SelectMethod::Uncertainty | SelectMethod::GradientMatching)
             && task != Task::TextClassification
@@ -240,6 +248,11 @@ mod tests {
         assert_eq!(spec(Task::TextRegression, None, "GradientMatching").mistakes_of_task(), expected);
         let named = spec(Task::TextRegression, Some(Metric::PearsonCorrelation), "Random").mistakes_of_task();
         assert_eq!(named, expected[1..3], "{named:?}");
+        let mut student = spec(Task::TextClassification, None, "Random");
+        student.evaluate.gates[0].minimum_of_teacher = "0.97".parse().ok();
+        assert_eq!(student.mistakes_of_task(), ["evaluate.gates[0].minimumOfTeacher needs a teacher"]);
+        student.teacher = serde_json::from_value(json!({"from": "s3://m/teacher"})).ok();
+        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
         let vectors = spec(Task::Embedding, None, "ClusterCenter").mistakes_of_task();
         assert_eq!(vectors, ["evaluate.gates[1].metric: Embedding has no MacroF1, but Accuracy"]);
     }

@@ -19,7 +19,7 @@ use crate::{
         Encoded,
         batches::{evaluation_batches, inputs},
     },
-    evaluate::{self, Evaluation},
+    evaluate::{self, Evaluation, Others},
 };
 
 /// Training rows whose inputs Wanda looks at, and rows of one pass.
@@ -55,8 +55,8 @@ pub struct Compression<'a> {
     pub sources: &'a [String],
     pub train: &'a Encoded,
     pub test: &'a Encoded,
-    /// The baseline on the same rows, for gates.
-    pub baseline: Option<(&'a Encoded, &'a Evaluation)>,
+    /// For gates.
+    pub others: Others<'a>,
     /// Scratch folder.
     pub work: &'a Path,
     pub beat: &'a dyn Fn(),
@@ -183,7 +183,7 @@ impl Compression<'_> {
     }
 
     fn too_much(&self, step: &CompressStep, before: &Form, after: &Form, found: &Evaluation) -> Option<String> {
-        let failed = evaluate::failed_gates(self.gates, self.sources, (self.test, found), self.baseline);
+        let failed = evaluate::failed_gates(self.gates, self.sources, (self.test, found), self.others);
         if let Some(gate) = failed.into_iter().next() {
             return Some(gate);
         }

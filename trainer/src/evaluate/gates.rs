@@ -5,22 +5,29 @@ use athanor_contract::train::{Gate, Metric};
 use super::{Evaluation, metric};
 use crate::data::Encoded;
 
-/// The gates that do not hold, each in words with its numbers. `baseline` are the baseline's predictions on the same rows, with
-/// the labels as it knows them.
+/// What others say of the test rows.
+#[derive(Clone, Copy, Default)]
+pub struct Others<'a> {
+    /// With the rows' labels as the baseline knows them.
+    pub baseline: Option<(&'a Encoded, &'a Evaluation)>,
+    pub teacher: Option<&'a Evaluation>,
+}
+
+/// The gates that do not hold, each in words with its numbers.
 pub fn failed_gates(
     gates: &[Gate],
     sources: &[String],
     result: (&Encoded, &Evaluation),
-    baseline: Option<(&Encoded, &Evaluation)>,
+    others: Others,
 ) -> Vec<String> {
-    gates.iter().filter_map(|gate| failure(gate, sources, result, baseline)).collect()
+    gates.iter().filter_map(|gate| failure(gate, sources, result, others)).collect()
 }
 
 fn failure(
     gate: &Gate,
     sources: &[String],
     (rows, predictions): (&Encoded, &Evaluation),
-    baseline: Option<(&Encoded, &Evaluation)>,
+    others: Others,
 ) -> Option<String> {
     let slice: Option<Vec<usize>> = gate.sources.as_ref().map(|names| {
         sources.iter().enumerate().filter(|(_, source)| names.contains(source)).map(|(index, _)| index).collect()
@@ -40,8 +47,17 @@ fn failure(
     if let Some(minimum) = gate.minimum {
         return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
     }
+    if let Some(share) = gate.minimum_of_teacher {
+        let of_teacher = others.teacher.and_then(|found| metric(gate.metric, rows, found, slice.as_deref()));
+        let Some(of_teacher) = of_teacher else {
+            return Some(format!("{name} on {place}: there is no teacher to compare with"));
+        };
+        return (value < of_teacher * share.get() - 1e-9).then(|| {
+            format!("{name} on {place} is {value:.4}, the teacher's is {of_teacher:.4}: {share} of it is asked for")
+        });
+    }
     let gain = gate.minimum_gain?;
-    let before = baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
+    let before = others.baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
     let Some(before) = before else {
         return Some(format!("{name} on {place}: there is no baseline to compare with"));
     };
@@ -75,8 +91,13 @@ mod tests {
             sources: (!sources.is_empty()).then(|| sources.iter().map(|&name| name.to_owned()).collect()),
             minimum: minimum.and_then(Decimal::new),
             minimum_gain: gain.and_then(Decimal::new),
+            minimum_of_teacher: None,
         };
-        // Result: a 2/2, b 2/3, c 0/1. Baseline: a 2/2, b 1/3, c 1/1.
+        let of_teacher = |sources: &[&str], share: &str| Gate {
+            minimum_of_teacher: share.parse().ok(),
+            ..gate(sources, None, None)
+        };
+        // Result: a 2/2, b 2/3, c 0/1. Baseline, and teacher: a 2/2, b 1/3, c 1/1.
         let cases = [
             (gate(&[], Some(0.66), None), None),
             (gate(&[], Some(0.67), None), Some("accuracy on all test rows is 0.6667, less than 0.67")),
@@ -88,12 +109,20 @@ mod tests {
                 gate(&["c"], None, Some(-0.5)),
                 Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for"),
             ),
+            (of_teacher(&[], "1"), None),
+            (
+                of_teacher(&["c"], "0.9"),
+                Some("accuracy on the test rows of c is 0.0000, the teacher's is 1.0000: 0.9 of it is asked for"),
+            ),
             (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: it cannot be measured there")),
         ];
         for (gate, expected) in cases {
-            let failed = failed_gates(&[gate], &names, (&rows, &result), Some((&rows, &before)));
+            let others = Others { baseline: Some((&rows, &before)), teacher: Some(&before) };
+            let failed = failed_gates(&[gate], &names, (&rows, &result), others);
             assert_eq!(failed.first().map(String::as_str), expected);
         }
-        assert_eq!(failed_gates(&[gate(&[], None, Some(0.0))], &names, (&rows, &result), None).len(), 1);
+        for gate in [gate(&[], None, Some(0.0)), of_teacher(&[], "0.5")] {
+            assert_eq!(failed_gates(&[gate], &names, (&rows, &result), Others::default()).len(), 1);
+        }
     }
 }

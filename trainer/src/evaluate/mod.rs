@@ -8,7 +8,7 @@ use athanor_models::{Model, Packing, Task, tokenizer::TokenRows};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
-pub use gates::failed_gates;
+pub use gates::{Others, failed_gates};
 pub use metrics::{metric, report, score};
 
 use crate::{

@@ -18,6 +18,7 @@ use crate::{
     data::{Dataset, Encoded, Parts},
     evaluate::Predictions,
     objectives,
+    outcome::SHARE_OF_TEACHER,
     select::SelectionReport,
 };
 
@@ -234,8 +235,10 @@ struct Page<'a> {
     failed_gates: &'a [String],
     /// (title, SVG).
     pictures: Vec<(&'static str, String)>,
-    /// Metrics of the result beside the baseline's.
-    metrics: Vec<(String, String, String)>,
+    /// Metrics of the result beside the baseline's, and the teacher's.
+    metrics: Vec<(String, String, String, String)>,
+    /// For metrics that the teacher has too: the share of it in percent that the result reaches, and whether that is little.
+    of_teacher: BTreeMap<String, (String, bool)>,
     hyperparameters: Vec<(String, String)>,
     chosen: Vec<(String, String)>,
     timeline: Vec<(String, String)>,
@@ -306,7 +309,7 @@ fn html(report: &Report) -> Result<String, TrainError> {
         ("Size against quality", chart::forms(&of_forms, report.forms.first().map_or("", |form| form.metric.as_str()))),
     ];
     let metrics = &report.summary.metrics;
-    let own = metrics.iter().filter(|(name, _)| !name.starts_with("baseline/"));
+    let own = || metrics.iter().filter(|(name, _)| !name.starts_with("baseline/") && !name.starts_with("teacher/"));
     let rounded = |value: &athanor_contract::Decimal| format!("{:.4}", value.get());
     let confused = || {
         let mut wrong: Vec<&Confusion> = classes.confusion.iter().filter(|cell| cell.label != cell.predicted).collect();
@@ -319,10 +322,16 @@ fn html(report: &Report) -> Result<String, TrainError> {
         report,
         failed_gates: &report.summary.failed_gates,
         pictures,
-        metrics: own
+        metrics: own()
             .map(|(name, value)| {
-                let before = metrics.get(&format!("baseline/{name}")).map(rounded).unwrap_or_default();
-                (name.clone(), rounded(value), before)
+                let other = |whose: &str| metrics.get(&format!("{whose}/{name}")).map(rounded).unwrap_or_default();
+                (name.clone(), rounded(value), other("baseline"), other("teacher"))
+            })
+            .collect(),
+        of_teacher: own()
+            .filter_map(|(name, value)| {
+                let share = value.get() / metrics.get(&format!("teacher/{name}"))?.get();
+                Some((name.clone(), (format!("{:.1}", share * 100.0), share < SHARE_OF_TEACHER)))
             })
             .collect(),
         hyperparameters: pairs(report.hyperparameters)?,
@@ -408,7 +417,7 @@ mod tests {
         let (rows, part) = (encoded(&[1, 0]), [0, 1]);
         let predictions = Predictions { labels: vec![1, 1], confidences: vec![0.9, 0.8] };
         let mut summary = TrainSummary { artifact: "s3://b/out".into(), ..TrainSummary::default() };
-        for (name, value) in [("accuracy", 0.5), ("baseline/accuracy", 0.25)] {
+        for (name, value) in [("accuracy", 0.5), ("baseline/accuracy", 0.25), ("teacher/accuracy", 0.75)] {
             summary.metrics.insert(name.into(), Decimal::new(value).unwrap());
         }
         let mut history = History::default();
@@ -464,6 +473,7 @@ mod tests {
             "first",
             "0.5000",
             "0.2500",
+            "teacher 0.7500: <span class=\"bad\">66.7 % of it",
             "reviews",
             "learningRate",
             "f.csv row 3",

@@ -57,7 +57,7 @@ fn shorten(summary: &mut TrainSummary, attempt: usize) {
         0 => drop(summary.chosen.remove("labels")),
         1 => summary.metrics.retain(|name, _| {
             !name.contains('/')
-                || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1")
+                || matches!(name.as_str(), "baseline/accuracy" | "baseline/macroF1" | "teacher/accuracy")
                 || name.starts_with("validation/")
                 || name.starts_with("crossValidation/")
         }),
