@@ -198,9 +198,12 @@ impl Common<'_> {
     pub fn teacher_on(&self, rows: &[usize], test: &Encoded) -> Result<Option<Evaluation>, TrainError> {
         let spec = &self.config.spec;
         let RowEncoder { labels, max_length, dataset, .. } = &self.encoder;
-        let Some(folder) = self.prepared.teacher.as_ref().filter(|_| {
-            setup::learns_from_teacher(spec) && spec.model.task == Task::TextClassification
-        }) else {
+        let Some(folder) = self
+            .prepared
+            .teacher
+            .as_ref()
+            .filter(|_| setup::learns_from_teacher(spec) && spec.model.task == Task::TextClassification)
+        else {
             return Ok(None);
         };
         let identity = ("test", &dataset.digest, rows, labels, spec.hyperparameters.max_sequence_length, self.bf16);

@@ -90,8 +90,7 @@ impl Finished<'_> {
         metrics.extend(self.cross_validation.iter().flat_map(CrossValidation::summary));
         let metrics: BTreeMap<String, Decimal> =
             metrics.into_iter().filter_map(|(name, value)| Some((name, Decimal::new(value)?))).collect();
-        let failed_gates =
-            evaluate::failed_gates(&spec.evaluate.gates, &dataset.sources, (test, &found), others);
+        let failed_gates = evaluate::failed_gates(&spec.evaluate.gates, &dataset.sources, (test, &found), others);
         let Trained { steps, best, history, checkpoints } = self.trained;
         let folder = work.join("artifact");
         let reference = evaluate::reference(self.labels, test, found.classes());

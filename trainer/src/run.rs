@@ -326,11 +326,12 @@ impl Run<'_> {
     }
 }
 
-/// Settings of the whole process.
+/// Settings of the whole process: its share of the machine's cores as threads, or what `OMP_NUM_THREADS` asks for.
 pub fn set_up_process(topology: &Topology) {
+    let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
     // Honours affinity and the container's CPU quota.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    athanor_torch::set_num_threads(cores / topology.processes_per_node);
+    athanor_torch::set_num_threads(asked.unwrap_or(cores / topology.processes_per_node));
 }
 
 /// The clock of a process that has just begun.

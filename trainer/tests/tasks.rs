@@ -126,10 +126,8 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
     let [here, there] = of_teacher.map(|accuracy| accuracy.get());
     // Here in the precision of the training.
     assert!((here - there).abs() < 0.05, "{here} is not {there}");
-    let child = place.start(
-        "fallen",
-        &student(json!({"evaluate": {"gates": [{"metric": "Accuracy", "minimumOfTeacher": "1.5"}]}})),
-    );
+    let child = place
+        .start("fallen", &student(json!({"evaluate": {"gates": [{"metric": "Accuracy", "minimumOfTeacher": "1.5"}]}})));
     place.finish("fallen", child, 0);
     let TrainResult::GateFailed(fallen) = place.result("fallen") else { panic!("{:?}", place.result("fallen")) };
     assert!(fallen.failed_gates[0].ends_with("1.5 of it is asked for"), "{:?}", fallen.failed_gates);

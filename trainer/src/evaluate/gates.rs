@@ -57,7 +57,8 @@ fn failure(
         });
     }
     let gain = gate.minimum_gain?;
-    let before = others.baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
+    let before =
+        others.baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
     let Some(before) = before else {
         return Some(format!("{name} on {place}: there is no baseline to compare with"));
     };
