@@ -1,64 +1,139 @@
 //! Prepares a file as the trainer does, and says how long it took and how much memory at most.
 //!
 //! ```sh
-//! cargo run --release -p athanor-data --example prepare -- FILE [ROWS]
+//! cargo run --release -p athanor-data --example prepare -- FILE [--rows N [--copies PERCENT]] [--clean] [--near THRESHOLD] [--json]
 //! ```
-//! FILE is a path or a URI. With ROWS, the file is made first if it is not there: JSON lines of about 50 characters of text.
+//! FILE is a path or a URI. With `--rows`, the file is made first if it is not there: JSON lines of 20 to 50 characters of text, of
+//! which `--copies` percent (at most 50) are another row but for its last letter. `--clean` turns on all steps but near duplicates,
+//! `--near` these too. `--json` prints one object, for `make bench-data`.
 
 use std::{
     io::{BufWriter, Write},
     path::Path,
+    sync::OnceLock,
     time::Instant,
 };
 
 use athanor_contract::train::{DataSpec, SplitSpec};
 use athanor_data::Progress;
+use serde_json::json;
+
+type Error = Box<dyn std::error::Error>;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> Result<(), Error> {
+    let (mut file, mut rows, mut copies, mut clean, mut near, mut as_json) = (None, None, 0, false, None, false);
     let mut arguments = std::env::args().skip(1);
-    let file = arguments.next().ok_or("usage: prepare FILE [ROWS]")?;
-    if let Some(rows) = arguments.next()
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--rows" => rows = Some(value()?.parse()?),
+            "--copies" => copies = value()?.parse()?,
+            "--clean" => clean = true,
+            "--near" => near = Some(value()?),
+            "--json" => as_json = true,
+            _ => file = Some(argument),
+        }
+    }
+    let file = file.ok_or("which FILE?")?;
+    if let Some(rows) = rows
         && !Path::new(&file).exists()
     {
-        generate(&file, rows.parse()?)?;
+        generate(&file, rows, copies)?;
     }
     let uri = if file.contains("://") { file } else { format!("file://{}", std::path::absolute(file)?.display()) };
-    let spec: DataSpec = serde_json::from_value(serde_json::json!({"sources": [{"name": "file", "uri": uri}]}))?;
+    let mut spec = json!({"sources": [{"name": "file", "uri": uri}]});
+    if clean || near.is_some() {
+        spec["clean"] = json!({
+            "removeControlCharacters": true, "normalizeUnicode": true, "collapseWhitespace": true,
+            "redact": ["Email", "Phone", "Secret"], "minimumLength": 3, "maximumLength": 1000,
+        });
+    }
+    if let Some(threshold) = near {
+        spec["clean"]["nearDuplicates"] = json!({"threshold": threshold});
+    }
+    let spec: DataSpec = serde_json::from_value(spec)?;
+
     let start = Instant::now();
+    let seconds = || start.elapsed().as_secs_f64();
+    let last_byte = OnceLock::new();
     let report = |progress: Progress<'_>| {
         if progress.bytes_total == Some(progress.bytes_read) {
-            println!("{}: {} bytes, {} rows read", progress.file, progress.bytes_read, progress.rows);
+            last_byte.get_or_init(|| (seconds(), peak_memory()));
         }
     };
     let dataset = athanor_data::read(&spec, false, &report).await?;
-    let read = start.elapsed().as_secs_f64();
-    let after_reading = peak_memory();
+    let (read, peak_read) = *last_byte.get().ok_or("an empty file")?;
+    let (cleaned, peak_cleaned) = (seconds(), peak_memory());
     let parts = dataset.split(&spec.split)?.counts();
-    let split = start.elapsed().as_secs_f64() - read;
-    let stratified = dataset.split(&SplitSpec { stratify: true, ..spec.split })?.counts();
-    let rows = dataset.rows.len();
-    println!("rows            {rows} ({} labels)", dataset.rows.label_names().len());
-    println!("read            {read:.2} s, {:.0} rows/s", rows as f64 / read);
-    println!("split           {split:.2} s: {parts:?}");
-    println!("stratified      {:.2} s: {stratified:?}", start.elapsed().as_secs_f64() - read - split);
-    println!("peak memory     {after_reading} after reading, {} after splitting", peak_memory());
+    let split = seconds();
+    dataset.split(&SplitSpec { stratify: true, ..spec.split })?;
+    let (stratified, peak) = (seconds(), peak_memory());
+    let near = dataset.clusters.as_ref().map(|clusters| {
+        // A row's cluster has the number of its first row, counted before rows went.
+        let mut numbers = clusters.clone();
+        numbers.sort_unstable();
+        numbers.dedup();
+        clusters.len() - numbers.len()
+    });
+    let result = json!({
+        "rows": dataset.rows.len(), "near": near, "parts": parts,
+        "seconds": {"read": read, "clean": cleaned - read, "split": split - cleaned, "stratified": stratified - split},
+        "mebibytes": {"read": peak_read, "clean": peak_cleaned, "split": peak},
+    });
+    if as_json {
+        println!("{result}");
+    } else {
+        println!("{result:#}");
+    }
     Ok(())
 }
 
-/// VmHWM: the most memory that this process has had at once.
-fn peak_memory() -> String {
+/// VmHWM: the most memory that this process has had at once, in MiB.
+fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.map_or_else(|| "unknown".into(), |value| value.trim().to_owned())
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or_default() / 1024
 }
 
-fn generate(file: &str, rows: u64) -> std::io::Result<()> {
+fn generate(file: &str, rows: u64, copies: u64) -> std::io::Result<()> {
     let mut writer = BufWriter::new(std::fs::File::create(file)?);
     for row in 0..rows {
-        // Digits and letters that differ, so that no two rows are equal.
-        let text = format!("row {row:08} says something about {:016x} ok", row.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut text = sentence(row);
+        if row % 100 >= 100 - copies {
+            text = sentence(row - copies);
+            text.pop();
+            text.push('Z');
+        }
         writeln!(writer, "{{\"text\": \"{text}\", \"label\": \"class {}\"}}", row % 7)?;
     }
     writer.flush()
+}
+
+/// Words of a vocabulary of 4,096, each of two to nine letters, to a length of 20 to 50 characters.
+fn sentence(row: u64) -> String {
+    let mut state = row;
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(state)
+    };
+    let length = 20 + (next() % 31) as usize;
+    let mut text = String::new();
+    while text.len() < length {
+        let word = mix(next() % 4096);
+        text.extend((0..2 + word % 8).map(|letter| char::from(b'a' + (mix(word ^ letter) % 26) as u8)));
+        text.push(' ');
+    }
+    text.truncate(length);
+    // Not a space, which cleaning takes away.
+    text.pop();
+    text.push(char::from(b'a' + (next() % 26) as u8));
+    text
+}
+
+/// The finaliser of SplitMix64.
+fn mix(mut state: u64) -> u64 {
+    state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    state ^ (state >> 31)
 }

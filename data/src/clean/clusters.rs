@@ -1,111 +1,208 @@
-//! Rows that are near duplicates of each other: MinHash signatures sorted band by band (Leskovec, Rajaraman, Ullman, "Mining of
-//! Massive Datasets", chapter 3) find candidates, the shingles of the texts themselves decide, and what is joined forms a cluster.
+//! Rows that are near duplicates of each other: the places of MinHash signatures band by band (Leskovec, Rajaraman, Ullman, "Mining
+//! of Massive Datasets", chapter 3) find candidates, the shingles of the texts themselves decide, and what is joined forms a
+//! cluster.
 //!
 //! Clusters depend on the texts alone, not on the order of the rows. A pair at the threshold is found with probability 0.99 or
-//! more; a pair below it is never joined directly, though both may be near duplicates of a third. Memory: 264 bytes a row for
-//! the signatures, and while [`NearDuplicateIndex::clusters`] runs 20 to 36 more.
+//! more; a pair below it is never joined directly, though both may be near duplicates of a third.
+//!
+//! Signatures are not kept. Of each row stay 24 bytes ([`Sketch`]), and a key of four bytes for each of some bands; as many bands as
+//! fit into [`KEYS`] are gone through at once, and for the next ones the texts are hashed again. Millions of rows so take time
+//! instead of memory: 37 bytes a row beside the keys, 0.8 GB for ten million rows. Keys of 32 bits bring rows together that have
+//! nothing in common, some thousand pairs a band of ten million rows, which their sketches then tell apart.
 
 use std::borrow::Cow;
 
 use athanor_contract::train::NearDuplicates;
 
-use super::minhash::{MinHasher, PERMUTATIONS, estimate, jaccard, mix};
+use super::minhash::{MinHasher, PERMUTATIONS, jaccard, mix};
 
 /// Chance with which a pair at the threshold has to become a candidate.
 const RECALL: f64 = 0.99;
 
-/// Rows that share a band are compared with so many that follow in the order of their signatures: with all others, unless the
-/// band is as common as boilerplate. The order is that of the content, so the rows' own does not matter.
+/// Rows that share a band are compared with so many that follow in the order of their sketches: with all others, unless the band
+/// is as common as boilerplate. The order is that of the content, so the rows' own does not matter.
 const NEIGHBOURS: usize = 64;
 
-/// Estimates this far below the threshold (four standard deviations) are not worth a look at the texts.
-const MARGIN: f64 = 0.18;
+/// Sketches this many standard deviations below what the threshold lets expect are not worth a look at the texts.
+const MARGIN: f64 = 4.0;
 
-/// Takes the texts one by one; at most `u32::MAX` of them.
-#[derive(Clone, Debug)]
-pub struct NearDuplicateIndex {
-    hasher: MinHasher,
-    threshold: f64,
-    /// [rows, PERMUTATIONS]
-    signatures: Vec<u16>,
-    /// A hash of each row's shingles; 0 for a row without any.
-    sets: Vec<u64>,
+/// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for six million.
+const KEYS: usize = 448 << 20;
+
+/// What stays of a signature and its shingles. The order is that of the first places, so that similar texts are neighbours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Sketch {
+    /// Four bits of each of the first eight places.
+    first: u32,
+    /// A bit of each place: equal in all places that are equal, and in half of the others (Li, König, "b-Bit Minwise Hashing", 2010).
+    bits: [u64; PERMUTATIONS / 64],
+    /// A hash of all shingles; 0 for a row without any.
+    set: u32,
 }
 
-impl NearDuplicateIndex {
-    pub fn new(spec: &NearDuplicates) -> Self {
-        Self {
-            hasher: MinHasher::new(spec.shingles),
-            threshold: spec.threshold.get(),
-            signatures: Vec::new(),
-            sets: Vec::new(),
-        }
-    }
-
-    /// Adds the text of the next row.
-    pub fn push(&mut self, text: &str) {
-        let set = self.hasher.shingle_set(text);
-        self.signatures.extend(self.hasher.signature(&set));
+impl Sketch {
+    fn new(signature: &[u32; PERMUTATIONS], set: &[u32]) -> Self {
         let hash = set.iter().fold(1, |state: u64, &shingle| mix(state.rotate_left(7) ^ u64::from(shingle)));
-        self.sets.push(if set.is_empty() { 0 } else { hash.max(1) });
+        let mut bits = [0; PERMUTATIONS / 64];
+        for (at, place) in signature.iter().enumerate() {
+            bits[at / 64] |= u64::from(place & 1) << (at % 64);
+        }
+        let first = signature[..8].iter().fold(0, |first, place| first << 4 | place & 15);
+        Self { first, bits, set: ((hash >> 32) as u32).max(1) }
     }
 
-    pub fn len(&self) -> usize {
-        self.sets.len()
+    fn equal_bits(&self, other: &Self) -> u32 {
+        std::iter::zip(self.bits, other.bits).map(|(one, other)| (one ^ other).count_zeros()).sum()
     }
+}
 
-    pub fn is_empty(&self) -> bool {
-        self.sets.is_empty()
-    }
+/// The clusters of `count` texts, at most `u32::MAX`; `text` is asked for each more than once.
+pub fn near_duplicates<'a>(
+    spec: &NearDuplicates,
+    count: usize,
+    text: impl Fn(usize) -> Cow<'a, str> + Sync,
+) -> Clusters {
+    find(spec, count, text, KEYS)
+}
 
-    /// The clusters of the rows, whose texts `text` gives once more, the same as were pushed.
-    pub fn clusters<'a>(&self, text: impl Fn(usize) -> Cow<'a, str>) -> Clusters {
-        let mut clusters = Clusters { parents: (0..self.len() as u32).collect() };
-        let distinct = self.join_equal_sets(&mut clusters);
-        let rows = band_rows(self.threshold);
-        let mut keyed: Vec<(u64, u32)> = Vec::with_capacity(distinct.len());
-        for band in 0..PERMUTATIONS / rows {
+fn find<'a>(
+    spec: &NearDuplicates,
+    count: usize,
+    text: impl Fn(usize) -> Cow<'a, str> + Sync,
+    memory: usize,
+) -> Clusters {
+    let threshold = spec.threshold.get();
+    let rows = band_rows(threshold);
+    let bands = PERMUTATIONS / rows;
+    let at_once = at_once(bands, count, memory);
+    let mut search = Search {
+        hasher: MinHasher::new(spec.shingles),
+        threshold,
+        text,
+        sketches: vec![Sketch::default(); count],
+        clusters: Clusters { parents: (0..count as u32).collect() },
+    };
+    let mut keys = vec![0; count * at_once];
+    let mut distinct = Vec::new();
+    let mut keyed: Vec<u64> = Vec::with_capacity(count);
+    for first in (0..bands).step_by(at_once) {
+        search.hash(first, rows, at_once, &mut keys);
+        if first == 0 {
+            distinct = search.join_equal_sets(&mut keyed);
+        }
+        for band in 0..at_once.min(bands - first) {
             keyed.clear();
-            keyed.extend(distinct.iter().map(|&row| (self.band_key(row, band * rows, rows), row)));
+            let key = |row: usize| pack(keys[row * at_once + band], row);
+            keyed.extend((0..count).filter(|&row| distinct[row]).map(key));
             keyed.sort_unstable();
-            for same in keyed.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
-                self.join_candidates(same, &text, &mut clusters);
+            for same in same_key(&keyed) {
+                search.join_candidates(same);
             }
         }
-        clusters.flatten();
-        clusters
+    }
+    search.clusters.flatten();
+    search.clusters
+}
+
+/// Bands whose keys are kept at a time: as even a share for each round as there is room for.
+fn at_once(bands: usize, count: usize, memory: usize) -> usize {
+    let room = memory / (size_of::<u32>() * count.max(1));
+    let rounds = bands.div_ceil(room.max(1));
+    bands.div_ceil(rounds)
+}
+
+/// A key and its row in one number, so that rows are sorted by key.
+fn pack(key: u32, row: usize) -> u64 {
+    u64::from(key) << 32 | row as u64
+}
+
+/// The rows of each key that more than one has.
+fn same_key(keyed: &[u64]) -> impl Iterator<Item = &[u64]> {
+    keyed.chunk_by(|a, b| a >> 32 == b >> 32).filter(|same| same.len() > 1)
+}
+
+struct Search<T> {
+    hasher: MinHasher,
+    threshold: f64,
+    text: T,
+    sketches: Vec<Sketch>,
+    clusters: Clusters,
+}
+
+impl<'a, T: Fn(usize) -> Cow<'a, str> + Sync> Search<T> {
+    /// The keys of `at_once` bands from band `first`, on all threads; with the first, the sketches.
+    fn hash(&mut self, first: usize, rows: usize, at_once: usize, keys: &mut [u32]) {
+        let Self { hasher, text, sketches, .. } = self;
+        let (hasher, text) = (&*hasher, &*text);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = sketches.len().div_ceil(threads).max(1);
+        let places = first * rows..((first + at_once) * rows).min(PERMUTATIONS);
+        std::thread::scope(|scope| {
+            let shares = std::iter::zip(sketches.chunks_mut(share), keys.chunks_mut(share * at_once));
+            for (number, (sketches, keys)) in shares.enumerate() {
+                let places = places.clone();
+                scope.spawn(move || {
+                    let mut least = [0; PERMUTATIONS];
+                    for (at, (sketch, keys)) in std::iter::zip(sketches, keys.chunks_mut(at_once)).enumerate() {
+                        let text = text(number * share + at);
+                        if first == 0 {
+                            let set = hasher.shingle_set(&text);
+                            if set.is_empty() {
+                                continue;
+                            }
+                            least = hasher.signature(&set);
+                            *sketch = Sketch::new(&least, &set);
+                        } else {
+                            hasher.least(&hasher.shingles(&text), places.clone(), &mut least);
+                        }
+                        for (key, band) in std::iter::zip(keys, least[places.clone()].chunks_exact(rows)) {
+                            let fold = |key: u64, &place: &u32| mix(key.rotate_left(16) ^ u64::from(place));
+                            *key = (band.iter().fold(0, fold) >> 32) as u32;
+                        }
+                    }
+                });
+            }
+        });
     }
 
-    /// Joins rows with the same shingles and gives one of each, so that a text that occurs a thousand times is compared once.
-    fn join_equal_sets(&self, clusters: &mut Clusters) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..self.len() as u32).filter(|&row| self.sets[row as usize] != 0).collect();
-        order.sort_unstable_by_key(|&row| self.content(row));
-        let mut distinct = Vec::new();
-        for same in order.chunk_by(|&a, &b| self.content(a) == self.content(b)) {
-            distinct.push(same[0]);
-            for &row in &same[1..] {
-                clusters.join(same[0], row);
+    /// Joins rows with the same shingles, so that a text that occurs a thousand times is compared once: says of each row whether it
+    /// is the one that is.
+    fn join_equal_sets(&mut self, keyed: &mut Vec<u64>) -> Vec<bool> {
+        let Self { sketches, clusters, .. } = self;
+        let mut distinct: Vec<bool> = sketches.iter().map(|sketch| sketch.set != 0).collect();
+        keyed.clear();
+        keyed.extend((0..distinct.len()).filter(|&row| distinct[row]).map(|row| pack(sketches[row].set, row)));
+        keyed.sort_unstable();
+        for same in same_key(keyed) {
+            let rows = in_order(sketches, same);
+            for equal in rows.chunk_by(|&a, &b| sketches[a as usize] == sketches[b as usize]) {
+                for &row in &equal[1..] {
+                    clusters.join(equal[0], row);
+                    distinct[row as usize] = false;
+                }
             }
         }
         distinct
     }
 
     /// Compares the rows of one band's key, each with its next neighbours.
-    fn join_candidates<'a>(&self, same: &[(u64, u32)], text: &impl Fn(usize) -> Cow<'a, str>, clusters: &mut Clusters) {
-        let mut rows: Vec<u32> = same.iter().map(|&(_, row)| row).collect();
-        rows.sort_unstable_by_key(|&row| self.content(row));
+    fn join_candidates(&mut self, same: &[u64]) {
+        let Self { hasher, threshold, text, sketches, clusters } = self;
+        let expected = (1.0 + *threshold) / 2.0;
+        let deviation = (expected * (1.0 - expected) / PERMUTATIONS as f64).sqrt();
+        let least = ((expected - MARGIN * deviation) * PERMUTATIONS as f64) as u32;
+        let rows = in_order(sketches, same);
         let mut sets: Vec<Option<Vec<u32>>> = vec![None; rows.len()];
-        let shingles = |row: u32| self.hasher.shingle_set(&text(row as usize));
+        let shingles = |row: u32| hasher.shingle_set(&text(row as usize));
         for (i, &row) in rows.iter().enumerate() {
+            let sketch = &sketches[row as usize];
             for (j, &other) in rows.iter().enumerate().skip(i + 1).take(NEIGHBOURS) {
-                if clusters.root(row) == clusters.root(other)
-                    || estimate(self.signature(row), self.signature(other)) < self.threshold - MARGIN
-                {
+                if sketch.equal_bits(&sketches[other as usize]) < least || clusters.root(row) == clusters.root(other) {
                     continue;
                 }
                 let one = sets[i].take().unwrap_or_else(|| shingles(row));
                 let two = sets[j].take().unwrap_or_else(|| shingles(other));
-                if jaccard(&one, &two) >= self.threshold {
+                if jaccard(&one, &two) >= *threshold {
                     clusters.join(row, other);
                 }
                 (sets[i], sets[j]) = (Some(one), Some(two));
@@ -114,21 +211,13 @@ impl NearDuplicateIndex {
             sets[i] = None;
         }
     }
+}
 
-    fn signature(&self, row: u32) -> &[u16] {
-        &self.signatures[row as usize * PERMUTATIONS..][..PERMUTATIONS]
-    }
-
-    /// What rows are ordered by: equal for equal shingles alone, up to collisions of 64 and 2,048 bits at once.
-    fn content(&self, row: u32) -> (&[u16], u64) {
-        (self.signature(row), self.sets[row as usize])
-    }
-
-    fn band_key(&self, row: u32, first: usize, rows: usize) -> u64 {
-        self.signature(row)[first..first + rows]
-            .iter()
-            .fold(0, |key: u64, &place| mix(key.rotate_left(16) ^ u64::from(place)))
-    }
+/// The rows of one key in the order of their content.
+fn in_order(sketches: &[Sketch], same: &[u64]) -> Vec<u32> {
+    let mut rows: Vec<u32> = same.iter().map(|&keyed| keyed as u32).collect();
+    rows.sort_unstable_by_key(|&row| (sketches[row as usize], row));
+    rows
 }
 
 /// Places of a band: as many as leave a pair at the threshold its chance, for the fewest false candidates.

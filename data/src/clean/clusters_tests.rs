@@ -15,9 +15,7 @@ fn spec(threshold: f64, shingles: Shingles) -> NearDuplicates {
 }
 
 fn clusters(texts: &[String], spec: &NearDuplicates) -> Clusters {
-    let mut index = NearDuplicateIndex::new(spec);
-    texts.iter().for_each(|text| index.push(text));
-    index.clusters(|row| Cow::Borrowed(&texts[row]))
+    near_duplicates(spec, texts.len(), |row| Cow::Borrowed(&texts[row]))
 }
 
 /// Clusters of more than one row, as sets of texts.
@@ -115,7 +113,7 @@ fn texts_that_differ_in_case_and_spacing_alone_are_one_and_empty_ones_are_not() 
     let texts = ["", "A b c d e f", " ", "a  B c D e f ", "x", "", "X"].map(str::to_owned);
     let clusters = clusters(&texts, &spec(1.0, Shingles::Characters));
     assert_eq!((0..7).map(|row| clusters.id(row)).collect::<Vec<_>>(), [0, 1, 2, 1, 4, 5, 4]);
-    assert!(NearDuplicateIndex::new(&spec(0.8, Shingles::Words)).clusters(|_| Cow::Borrowed("")).is_empty());
+    assert!(near_duplicates(&spec(0.8, Shingles::Words), 0, |_| Cow::Borrowed("")).is_empty());
 }
 
 #[test]
@@ -133,6 +131,28 @@ fn bands_give_a_pair_at_the_threshold_its_chance() {
     for (threshold, rows) in [(0.5, 3), (0.8, 6), (1.0, 16)] {
         assert_eq!(band_rows(threshold), rows);
     }
+}
+
+#[test]
+fn rows_take_few_bytes_however_many_they_are() {
+    assert_eq!(size_of::<Sketch>(), 24);
+    assert_eq!([1, 6_000_000, 10_000_000, 100_000_000].map(|count| at_once(21, count, KEYS)), [21, 11, 11, 1]);
+    for bands in 1..=PERMUTATIONS {
+        assert!(at_once(bands, 10_000_000, KEYS) * 10_000_000 * 4 <= KEYS);
+    }
+}
+
+#[test]
+fn near_duplicates_are_found_among_thousands_of_one_template() {
+    // All share nine tenths of their bands' keys with hundreds of others.
+    let mut numbers = Numbers(11);
+    let shared = numbers.words(20).join(" ");
+    let originals: Vec<String> = (0..3000).map(|_| format!("{} {shared}", numbers.words(15).join(" "))).collect();
+    let copies: Vec<String> = originals.iter().map(|text| format!("{text} x")).collect();
+    let texts = [originals, copies].concat();
+    let clusters = clusters(&texts, &spec(0.8, Shingles::Characters));
+    let found = (0..3000).filter(|row| clusters.id(row + 3000) == *row).count();
+    assert!(found >= 2970, "{found}");
 }
 
 proptest! {
@@ -158,6 +178,7 @@ proptest! {
         let shuffled: Vec<String> = order.iter().map(|&row| texts[row].clone()).collect();
         let spec = spec(0.7, Shingles::Characters);
         let (one, other) = (clusters(&texts, &spec), clusters(&shuffled, &spec));
+        prop_assert_eq!(&one, &find(&spec, 60, |row| Cow::Borrowed(&texts[row]), 4 * 60 * 5), "in rounds of some bands");
         prop_assert_eq!(groups(&texts, &one), groups(&shuffled, &other));
         for row in 0..60 {
             prop_assert!(one.id(row) <= row && one.is_first(one.id(row)));

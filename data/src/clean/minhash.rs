@@ -2,6 +2,8 @@
 //! similarity of the sets (Broder, "On the resemblance and containment of documents", 1997). The same text gives the same
 //! signature on every machine and in every release.
 
+use std::ops::Range;
+
 use athanor_contract::train::Shingles;
 
 /// Places of a signature. The estimate's standard deviation is at most 0.5 / sqrt(128), 0.044.
@@ -32,25 +34,37 @@ impl MinHasher {
     /// Hashes of the text's shingles, sorted, each once. A text shorter than a shingle is one; one without anything to compare
     /// has none.
     pub fn shingle_set(&self, text: &str) -> Vec<u32> {
-        let mut set = match self.shingles {
-            Shingles::Characters => character_shingles(text),
-            Shingles::Words => word_shingles(text),
-        };
+        let mut set = self.shingles(text);
         set.sort_unstable();
         set.dedup();
         set
     }
 
-    /// The least hash of each permutation, its lower 16 bits. For a set with at least one shingle.
-    pub fn signature(&self, set: &[u32]) -> [u16; PERMUTATIONS] {
-        let mut least = [u32::MAX; PERMUTATIONS];
-        for &shingle in set {
-            for (least, (factor, summand)) in std::iter::zip(&mut least, &self.permutations) {
+    /// Hashes of the text's shingles, as they come.
+    pub fn shingles(&self, text: &str) -> Vec<u32> {
+        match self.shingles {
+            Shingles::Characters => character_shingles(text),
+            Shingles::Words => word_shingles(text),
+        }
+    }
+
+    /// The least hash of each permutation. For a set with at least one shingle.
+    pub fn signature(&self, set: &[u32]) -> [u32; PERMUTATIONS] {
+        let mut least = [0; PERMUTATIONS];
+        self.least(set, 0..PERMUTATIONS, &mut least);
+        least
+    }
+
+    /// Those places of the signature alone; shingles may come more than once.
+    pub fn least(&self, shingles: &[u32], places: Range<usize>, least: &mut [u32; PERMUTATIONS]) {
+        let (least, permutations) = (&mut least[places.clone()], &self.permutations[places]);
+        least.fill(u32::MAX);
+        for &shingle in shingles {
+            for (least, (factor, summand)) in std::iter::zip(&mut *least, permutations) {
                 let hash = (factor.wrapping_mul(u64::from(shingle)).wrapping_add(*summand) >> 32) as u32;
                 *least = hash.min(*least);
             }
         }
-        least.map(|hash| hash as u16)
     }
 }
 
@@ -64,11 +78,6 @@ pub fn jaccard(one: &[u32], other: &[u32]) -> f64 {
     }
     let union = one.len() + other.len() - common;
     if union == 0 { 0.0 } else { common as f64 / union as f64 }
-}
-
-/// Share of equal places of two signatures.
-pub fn estimate(one: &[u16], other: &[u16]) -> f64 {
-    std::iter::zip(one, other).filter(|(a, b)| a == b).count() as f64 / PERMUTATIONS as f64
 }
 
 fn character_shingles(text: &str) -> Vec<u32> {
@@ -142,7 +151,7 @@ mod tests {
         let hasher = MinHasher::new(Shingles::Characters);
         let set = hasher.shingle_set("the quick brown fox");
         assert_eq!(set.len(), 15);
-        let signature = hasher.signature(&set);
+        let signature = hasher.signature(&set).map(|place| place as u16);
         assert_eq!(hash(format!("{signature:?}").as_bytes()), SIGNATURE);
     }
 
@@ -170,7 +179,9 @@ mod tests {
                         set
                     };
                     let (one, other) = (set(), set());
-                    let error = estimate(&hasher.signature(&one), &hasher.signature(&other)) - jaccard(&one, &other);
+                    let equal =
+                        std::iter::zip(hasher.signature(&one), hasher.signature(&other)).filter(|(a, b)| a == b);
+                    let error = equal.count() as f64 / PERMUTATIONS as f64 - jaccard(&one, &other);
                     assert!(error.abs() < 0.2, "{error} at {size} shingles, {tenth} tenths in common");
                     signed += error;
                     pairs += 1;

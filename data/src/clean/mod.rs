@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use athanor_contract::train::{CleanSpec, Redaction};
 use serde::Serialize;
 
-pub use clusters::{Clusters, NearDuplicateIndex};
+pub use clusters::{Clusters, near_duplicates};
 pub use report::{CleaningReport, EXAMPLES, Example, StepReport};
 pub use resolve::{Corpus, Resolved, resolve};
 

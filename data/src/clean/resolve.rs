@@ -1,20 +1,21 @@
 //! What can be said of rows only once all are there: texts that occur twice, texts with different labels, near duplicates.
 //!
-//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates about 300.
+//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates 37 and at most 448 MiB in all.
 
 use std::borrow::Cow;
 
 use athanor_contract::train::{CleanSpec, ConflictingLabels, ExactDuplicates, NearDuplicateAction};
 
 use super::{
-    CleaningReport, Clusters, Example, NearDuplicateIndex, Step,
+    CleaningReport, Clusters, Example, Step,
+    clusters::near_duplicates,
     minhash::{hash, mix},
     report::{EXAMPLES, Effect, excerpt},
 };
 use crate::error::DataError;
 
 /// Cleaned rows by index, at most `u32::MAX` of them.
-pub trait Corpus {
+pub trait Corpus: Sync {
     fn len(&self) -> usize;
     fn text(&self, row: usize) -> &str;
     /// The second text of a row of pairs.
@@ -69,13 +70,9 @@ pub fn resolve(
     }
     let mut clusters = None;
     if let Some(near) = &spec.near_duplicates {
-        let mut index = NearDuplicateIndex::new(near);
-        for (row, &stays) in keep.iter().enumerate() {
-            // An empty text is near nothing.
-            let text = if stays { joined(corpus, row) } else { Cow::Borrowed("") };
-            index.push(&text);
-        }
-        let found = index.clusters(|row| joined(corpus, row));
+        // An empty text is near nothing.
+        let text = |row: usize| if keep[row] { joined(corpus, row) } else { Cow::Borrowed("") };
+        let found = near_duplicates(near, keep.len(), text);
         count_clusters(corpus, &found, near.action, &mut keep, report);
         clusters = (near.action == NearDuplicateAction::Group).then_some(found);
     }
