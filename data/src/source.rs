@@ -53,7 +53,8 @@ enum Input {
 
 /// A file's bytes.
 struct Opened {
-    size: u64,
+    /// Where the store tells it.
+    size: Option<u64>,
     bytes: BoxStream<'static, Result<Bytes, DataError>>,
 }
 
@@ -218,7 +219,7 @@ async fn read_file(
     let uri = input.uri();
     let Opened { size, mut bytes } = input.open().await?;
     if position.is_one_file {
-        position.total = Some(size);
+        position.total = size;
     }
     let (sender, pipe) = pipe::pipe();
     let parsing =
@@ -241,7 +242,9 @@ async fn read_file(
         }
     }
     if !has_ended {
-        if received != size {
+        if let Some(size) = size
+            && received != size
+        {
             return Err(DataError::Other(format!("{uri}: ended after {received} of {size} bytes")));
         }
         position.read += chunk.len() as u64;

@@ -111,7 +111,7 @@ impl HubFile {
                 Ok((read > 0).then(|| (Bytes::from(chunk), (file, folder))))
             }
         });
-        Ok(Opened { size, bytes: bytes.boxed() })
+        Ok(Opened { size: Some(size), bytes: bytes.boxed() })
     }
 }
 

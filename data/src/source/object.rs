@@ -1,10 +1,16 @@
 //! Files in object stores, by HTTP and in folders: everything that `athanor_store` opens.
 
+use std::time::Duration;
+
 use athanor_store::Location;
 use futures::{StreamExt, TryStreamExt};
+use reqwest::{Client, Response};
 
 use super::{Opened, divide, matcher, nothing_matches};
 use crate::DataError;
+
+/// How the store's client refuses an answer whose length is not told.
+const NO_LENGTH: &str = "Content-Length Header missing";
 
 pub(super) struct Object {
     location: Location,
@@ -29,11 +35,14 @@ impl Object {
         let location = &self.location;
         let found = match location.store.get_opts(&location.path, Default::default()).await {
             Ok(found) => found,
+            Err(error) if location.uri.starts_with("http") && error.to_string().contains(NO_LENGTH) => {
+                return open_without_length(&location.uri).await;
+            }
             Err(error) => return Err(explain(location, &error.to_string()).await),
         };
         let uri = location.uri.clone();
         Ok(Opened {
-            size: found.meta.size,
+            size: Some(found.meta.size),
             bytes: found.into_stream().map_err(move |error| broken(&uri, &error)).boxed(),
         })
     }
@@ -77,6 +86,22 @@ pub(super) async fn matching(uri: &str) -> Result<Vec<Object>, DataError> {
     }
     objects.sort_by(|a, b| a.uri().cmp(b.uri()));
     Ok(objects)
+}
+
+/// A body that comes in chunks, as servers send what they make on the way. Its end tells that it is whole.
+async fn open_without_length(uri: &str) -> Result<Opened, DataError> {
+    let failed = |error: reqwest::Error| broken(uri, &error.without_url());
+    let client = Client::builder()
+        .connect_timeout(Duration::from_secs(10))
+        .read_timeout(Duration::from_secs(60))
+        .build()
+        .map_err(failed)?;
+    let answer = client.get(uri).send().await.and_then(Response::error_for_status).map_err(failed)?;
+    let uri = uri.to_owned();
+    Ok(Opened {
+        size: None,
+        bytes: answer.bytes_stream().map_err(move |error| broken(&uri, &error.without_url())).boxed(),
+    })
 }
 
 /// The store's own word for why an object is not to be had: whether the user or time can mend it. It is asked once more, unless

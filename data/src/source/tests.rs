@@ -178,6 +178,31 @@ async fn a_body_that_is_too_short_is_no_file() {
     assert!(error.starts_with(&format!("http://{address}/rows.csv: ")), "{error}");
 }
 
+#[tokio::test]
+async fn a_body_that_comes_in_chunks_is_read_to_its_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4096];
+            let read = stream.read(&mut request).await.unwrap();
+            let is_whole = request[..read].starts_with(b"GET /whole.csv");
+            let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n";
+            let (one, two) = ROWS.split_at(13);
+            let end = if is_whole { "0\r\n\r\n" } else { "" };
+            let body = format!("{:x}\r\n{one}\r\n{:x}\r\n{two}\r\n{end}", one.len(), two.len());
+            let _ = stream.write_all(&[head, &body].concat().into_bytes()).await;
+        }
+    });
+    let hub = Hub::default();
+    let read = |name: &str| read_uri(format!("http://{address}/{name}"), &hub);
+    let data = read("whole.csv").await.unwrap();
+    assert_eq!(texts(&data), ["alpha", "beta"]);
+    let error = other(read("cut.csv").await.unwrap_err());
+    assert!(error.starts_with(&format!("http://{address}/cut.csv: the store does not answer: ")), "{error}");
+}
+
 /// Answers as the Hub does: a listing of a revision, and files by range with digest and commit in the headers.
 async fn serve_hub() -> String {
     serve(|request: Request| {
