@@ -60,8 +60,18 @@ pub(crate) fn of_name(uri: &str, given: Option<DataFormat>) -> Result<(DataForma
     }
 }
 
-/// Reads all rows of a file.
+/// Reads all rows of a file, or tells its first mistakes.
 pub(crate) fn parse(
+    format: DataFormat,
+    compression: Compression,
+    bytes: impl Read + Send,
+    reading: &mut Reading,
+) -> Result<(), DataError> {
+    let result = parse_compressed(format, compression, bytes, reading);
+    reading.end(result)
+}
+
+fn parse_compressed(
     format: DataFormat,
     compression: Compression,
     bytes: impl Read + Send,

@@ -190,12 +190,17 @@ pub(crate) struct Reading {
     /// Rows of the source so far, for those who watch.
     count: Arc<AtomicU64>,
     builder: Builder,
+    /// What is wrong with rows, so that a file is mended once and not row by row.
+    mistakes: Vec<String>,
 }
+
+/// Mistakes of a file that are told at once.
+const MISTAKES: usize = 10;
 
 impl Reading {
     pub fn new(uri: &str, columns: &Columns, needs_labels: bool, count: Arc<AtomicU64>, mut builder: Builder) -> Self {
         builder.begin_file(Origin::File { uri: uri.to_owned() });
-        Self { uri: uri.to_owned(), columns: columns.clone(), needs_labels, count, builder }
+        Self { uri: uri.to_owned(), columns: columns.clone(), needs_labels, count, builder, mistakes: Vec::new() }
     }
 
     pub fn into_builder(self) -> Builder {
@@ -235,6 +240,25 @@ impl Reading {
         self.count.fetch_add(1, Ordering::Relaxed);
         self.builder.row(number, Fields { label: label_of_row, ..fields });
         Ok(())
+    }
+
+    /// Goes on behind a row that is the user's error, unless there are many; [`Self::end`] tells them.
+    pub fn go_on(&mut self, row: Result<(), DataError>) -> Result<(), DataError> {
+        match row {
+            Err(DataError::User(mistake)) if self.mistakes.len() + 1 < MISTAKES => self.mistakes.push(mistake),
+            row => return row,
+        }
+        Ok(())
+    }
+
+    /// How the file ended, with all its mistakes.
+    pub fn end(&mut self, result: Result<(), DataError>) -> Result<(), DataError> {
+        if let Err(DataError::User(mistake)) = result {
+            self.mistakes.push(mistake);
+        } else {
+            result?;
+        }
+        if self.mistakes.is_empty() { Ok(()) } else { Err(DataError::User(self.mistakes.join("\n"))) }
     }
 
     /// Refuses columns that a format without columns cannot have.

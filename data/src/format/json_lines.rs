@@ -15,29 +15,31 @@ pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), Da
     let mut is_empty = true;
     while let Some((number, line)) = lines.next(reading)? {
         is_empty = false;
-        let not_json = |error| reading.user_at(number, format!("not JSON: {error}"));
-        if !line.trim_start().starts_with('{') {
-            serde_json::from_str::<IgnoredAny>(line).map_err(not_json)?;
-            return Err(reading.user_at(number, "not a JSON object"));
-        }
-        let mut deserializer = serde_json::Deserializer::from_str(line);
-        let object = Object(&columns).deserialize(&mut deserializer).map_err(not_json)?;
-        deserializer.end().map_err(not_json)?;
-        let field = |field, name: &str| text_of(field, name, number, reading);
-        let text = field(object.text, &columns.text)?;
-        let label = match object.label {
-            Field::Text(label) => Some(label),
-            missing if reading.needs_labels() => Some(field(missing, &columns.label)?),
-            _ => None,
-        };
-        let pair = columns.pair.as_deref().map(|name| field(object.pair, name)).transpose()?;
-        let group = columns.group.as_deref().map(|name| field(object.group, name)).transpose()?;
-        reading.row(
-            number,
-            Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: group.as_deref() },
-        )?;
+        let row = read_row(line, number, &columns, reading);
+        reading.go_on(row)?;
     }
     if is_empty { Err(reading.user("the file is empty")) } else { Ok(()) }
+}
+
+fn read_row(line: &str, number: u64, columns: &Columns, reading: &mut Reading) -> Result<(), DataError> {
+    let not_json = |error| reading.user_at(number, format!("not JSON: {error}"));
+    if !line.trim_start().starts_with('{') {
+        serde_json::from_str::<IgnoredAny>(line).map_err(not_json)?;
+        return Err(reading.user_at(number, "not a JSON object"));
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(line);
+    let object = Object(columns).deserialize(&mut deserializer).map_err(not_json)?;
+    deserializer.end().map_err(not_json)?;
+    let field = |field, name: &str| text_of(field, name, number, reading);
+    let text = field(object.text, &columns.text)?;
+    let label = match object.label {
+        Field::Text(label) => Some(label),
+        missing if reading.needs_labels() => Some(field(missing, &columns.label)?),
+        _ => None,
+    };
+    let pair = columns.pair.as_deref().map(|name| field(object.pair, name)).transpose()?;
+    let group = columns.group.as_deref().map(|name| field(object.group, name)).transpose()?;
+    reading.row(number, Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: group.as_deref() })
 }
 
 fn text_of<'a>(field: Field<'a>, name: &str, number: u64, reading: &Reading) -> Result<Cow<'a, str>, DataError> {

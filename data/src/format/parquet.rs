@@ -139,19 +139,24 @@ fn read_group(
         let keys = key.as_mut().map(&mut cells).transpose()?;
         for row in 0..wanted {
             number += 1;
-            let names = reading.columns();
-            let cell = |cells: &Option<Vec<Option<Cell>>>| -> Option<Cell> { cells.as_ref()?.get(row)?.clone() };
-            let value = |cell: Option<Cell>, name: &str, required: bool| match cell {
-                Some(cell) => reading_text(cell, name, number, reading).map(Some),
-                None if required => Err(reading.user_at(number, format!("field {name:?} is missing"))),
-                None => Ok(None),
+            let mut read_row = || {
+                let names = reading.columns();
+                let cell = |cells: &Option<Vec<Option<Cell>>>| -> Option<Cell> { cells.as_ref()?.get(row)?.clone() };
+                let value = |cell: Option<Cell>, name: &str, required: bool| match cell {
+                    Some(cell) => reading_text(cell, name, number, reading).map(Some),
+                    None if required => Err(reading.user_at(number, format!("field {name:?} is missing"))),
+                    None => Ok(None),
+                };
+                let text = value(texts.get(row).cloned().flatten(), &names.text, true)?.unwrap_or_default();
+                let label = value(cell(&labels), &names.label, reading.needs_labels())?;
+                let pair = names.pair.as_deref().map(|name| value(cell(&pairs), name, true)).transpose()?.flatten();
+                let key = names.group.as_deref().map(|name| value(cell(&keys), name, true)).transpose()?.flatten();
+                let fields =
+                    Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: key.as_deref() };
+                reading.row(number, fields)
             };
-            let text = value(texts.get(row).cloned().flatten(), &names.text, true)?.unwrap_or_default();
-            let label = value(cell(&labels), &names.label, reading.needs_labels())?;
-            let pair = names.pair.as_deref().map(|name| value(cell(&pairs), name, true)).transpose()?.flatten();
-            let key = names.group.as_deref().map(|name| value(cell(&keys), name, true)).transpose()?.flatten();
-            let fields = Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: key.as_deref() };
-            reading.row(number, fields)?;
+            let row = read_row();
+            reading.go_on(row)?;
         }
         left -= wanted;
     }

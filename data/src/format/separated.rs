@@ -52,7 +52,8 @@ pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> R
             pair: field(pair),
             group: field(group),
         };
-        reading.row(line, fields)?;
+        let row = reading.row(line, fields);
+        reading.go_on(row)?;
         since_row.set(0);
         more = reader.read_record(&mut record).map_err(|error| refused(&error, line, &header, reading))?;
     }

@@ -225,13 +225,14 @@ fn parquet_columns_are_text_numbers_or_booleans() {
     for compressed in [("x.parquet.gz", gzip(&file)), ("x.parquet.zst", zstandard(&file))] {
         assert_eq!(parse_all(compressed.0, &compressed.1, &columns("text", "score"), true).unwrap().len(), 4);
     }
-    assert_eq!(read("text", "label", true).unwrap_err(), "x.parquet row 2: field \"label\" is missing");
+    let twice = |mistake: &str| format!("x.parquet row 2: {mistake}\nx.parquet row 4: {mistake}");
+    assert_eq!(read("text", "label", true).unwrap_err(), twice("field \"label\" is missing"));
     let absent = read("text", "absent", true).unwrap_err();
     let names = "text, label, score, flag, small, tags, day, raw";
     assert_eq!(absent, format!("x.parquet: no column is named \"absent\", the file has: {names}"));
     assert_eq!(read("tags", "label", true).unwrap_err(), "x.parquet: column \"tags\" is not text");
     assert_eq!(read("text", "day", true).unwrap_err(), "x.parquet: column \"day\" is not text");
-    assert_eq!(read("raw", "score", true).unwrap_err(), "x.parquet row 2: field \"raw\" is not UTF-8");
+    assert_eq!(read("raw", "score", true).unwrap_err(), twice("field \"raw\" is not UTF-8"));
     let mut cut = file.clone();
     cut.truncate(file.len() - 9);
     for (bytes, part) in [
@@ -329,6 +330,24 @@ fn errors_name_file_row_and_field() {
         let error = texts(name, content).unwrap_err();
         assert!(error.contains(part), "{error}");
     }
+}
+
+#[test]
+fn the_first_ten_mistakes_of_a_file_are_told_at_once() {
+    let row = "{\"text\": \"a\", \"label\": \"b\"}\n";
+    let error = texts("x.jsonl", format!("[]\n{row}{{}}\n{row}{{\n").as_bytes()).unwrap_err();
+    let lines: Vec<&str> = error.lines().collect();
+    assert_eq!(lines[..2], ["x.jsonl row 1: not a JSON object", "x.jsonl row 3: field \"text\" is missing"]);
+    assert!(lines.len() == 3 && lines[2].starts_with("x.jsonl row 5: not JSON: "), "{error}");
+    let error = texts("x.csv", b"text,label\n ,b\na,b\na, \na,b,c\n").unwrap_err();
+    let lines: Vec<&str> = error.lines().collect();
+    assert_eq!(lines[..2], ["x.csv row 2: field \"text\" is empty", "x.csv row 4: field \"label\" is empty"]);
+    assert!(lines.len() == 3 && lines[2].starts_with("x.csv row 5: "), "{error}");
+    let error = texts("x.jsonl", "{}\n".repeat(12).as_bytes()).unwrap_err();
+    assert_eq!(
+        (error.lines().count(), error.lines().last().unwrap()),
+        (10, "x.jsonl row 10: field \"text\" is missing")
+    );
 }
 
 #[test]
