@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-quality bench-train build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-data bench-quality bench-train build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -53,6 +53,8 @@ test-clients: setup ## transformers, tritonclient, tensorboard, ... against our 
 bench-quality: setup ## what distillation, selection and eight bits keep, on real rows (an hour and more)
 	@scripts/fetch teacher
 	@scripts/bench quality
+bench-data: setup ## memory and time of preparing ten million rows
+	@scripts/bench data
 bench-train: setup ## training speed, memory and start side by side with transformers' Trainer
 	@scripts/bench train
 

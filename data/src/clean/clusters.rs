@@ -26,7 +26,7 @@ const NEIGHBOURS: usize = 64;
 /// Sketches this many standard deviations below what the threshold lets expect are not worth a look at the texts.
 const MARGIN: f64 = 4.0;
 
-/// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for six million.
+/// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for five million.
 const KEYS: usize = 448 << 20;
 
 /// What stays of a signature and its shingles. The order is that of the first places, so that similar texts are neighbours.

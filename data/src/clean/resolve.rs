@@ -1,6 +1,6 @@
 //! What can be said of rows only once all are there: texts that occur twice, texts with different labels, near duplicates.
 //!
-//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates 37 and at most 448 MiB in all.
+//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates 37 and up to 448 MiB beside them.
 
 use std::borrow::Cow;
 
