@@ -98,7 +98,7 @@ pub(crate) async fn read(
         }
         (Some(uri), None) => {
             let (digest, builder) = read_files(source, uri, builder, context).await?;
-            (digest, uri.clone(), builder)
+            (digest, object::without_query(uri).to_owned(), builder)
         }
         _ => return Err(DataError::User(format!("source {name}: set exactly one of uri and kafka"))),
     };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use athanor_store::Location;
 use futures::{StreamExt, TryStreamExt};
-use reqwest::{Client, Response};
+use reqwest::Client;
 
 use super::{Opened, divide, matcher, nothing_matches};
 use crate::DataError;
@@ -16,11 +16,15 @@ pub(super) struct Object {
     location: Location,
     /// As the listing gave it.
     size: Option<u64>,
+    /// A web address with a query, which the store's client would leave out. The query may be a secret: no message has it.
+    url: Option<String>,
 }
 
 impl Object {
     pub fn at(uri: &str) -> Result<Self, DataError> {
-        Ok(Self { location: athanor_store::open(uri)?, size: None })
+        let shown = without_query(uri);
+        let url = (shown != uri).then(|| uri.to_owned());
+        Ok(Self { location: athanor_store::open(shown)?, size: None, url })
     }
 
     pub fn uri(&self) -> &str {
@@ -33,10 +37,13 @@ impl Object {
 
     pub async fn open(&self) -> Result<Opened, DataError> {
         let location = &self.location;
+        if let Some(url) = &self.url {
+            return open_url(url, &location.uri).await;
+        }
         let found = match location.store.get_opts(&location.path, Default::default()).await {
             Ok(found) => found,
             Err(error) if location.uri.starts_with("http") && error.to_string().contains(NO_LENGTH) => {
-                return open_without_length(&location.uri).await;
+                return open_url(&location.uri, &location.uri).await;
             }
             Err(error) => return Err(explain(location, &error.to_string()).await),
         };
@@ -78,7 +85,7 @@ pub(super) async fn matching(uri: &str) -> Result<Vec<Object>, DataError> {
             let name = if base.path.as_ref().is_empty() { &path } else { path.strip_prefix(&prefix)? };
             let uri = format!("{}/{name}", folder.trim_end_matches('/'));
             let location = Location { store: base.store.clone(), path: object.location.clone(), uri };
-            matcher.is_match(name).then_some(Object { location, size: Some(object.size) })
+            matcher.is_match(name).then_some(Object { location, size: Some(object.size), url: None })
         })
         .collect();
     if objects.is_empty() {
@@ -88,18 +95,28 @@ pub(super) async fn matching(uri: &str) -> Result<Vec<Object>, DataError> {
     Ok(objects)
 }
 
-/// A body that comes in chunks, as servers send what they make on the way. Its end tells that it is whole.
-async fn open_without_length(uri: &str) -> Result<Opened, DataError> {
+/// A web address without its query.
+pub(super) fn without_query(uri: &str) -> &str {
+    uri.split_once('?').filter(|_| uri.starts_with("http")).map_or(uri, |(place, _)| place)
+}
+
+/// A body that may come in chunks, as servers send what they make on the way: its end tells then that it is whole. `uri` is for
+/// messages.
+async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
     let failed = |error: reqwest::Error| broken(uri, &error.without_url());
     let client = Client::builder()
         .connect_timeout(Duration::from_secs(10))
         .read_timeout(Duration::from_secs(60))
         .build()
         .map_err(failed)?;
-    let answer = client.get(uri).send().await.and_then(Response::error_for_status).map_err(failed)?;
+    let answer = client.get(url).send().await.map_err(failed)?;
+    if answer.status().is_client_error() {
+        return Err(DataError::User(format!("{uri}: the server answers {}", answer.status())));
+    }
+    let answer = answer.error_for_status().map_err(failed)?;
     let uri = uri.to_owned();
     Ok(Opened {
-        size: None,
+        size: answer.content_length(),
         bytes: answer.bytes_stream().map_err(move |error| broken(&uri, &error.without_url())).boxed(),
     })
 }

@@ -146,6 +146,8 @@ async fn serve<R: IntoResponse>(answer: impl Fn(Request) -> R + Clone + Send + S
 async fn files_come_by_http() {
     let address = serve(|request: Request| match request.uri().path() {
         "/rows.csv" => (StatusCode::OK, ROWS),
+        "/signed.csv" if request.uri().query() == Some("signature=s3cret&part=1") => (StatusCode::OK, ROWS),
+        "/signed.csv" => (StatusCode::FORBIDDEN, "no"),
         "/broken.csv" => (StatusCode::INTERNAL_SERVER_ERROR, "out of order"),
         "/secret.csv" => (StatusCode::FORBIDDEN, "no"),
         _ => (StatusCode::NOT_FOUND, "no such thing"),
@@ -154,6 +156,11 @@ async fn files_come_by_http() {
     let hub = Hub::default();
     let read = |path: &str| read_uri(format!("{address}/{path}"), &hub);
     assert_eq!(texts(&read("rows.csv?key=*").await.unwrap()), ["alpha", "beta"]);
+    // A query may be the key to a file: it is sent, and not told.
+    let signed = read("signed.csv?signature=s3cret&part=1").await.unwrap();
+    assert_eq!((texts(&signed), signed.rows.place(0)), (vec!["alpha", "beta"], format!("{address}/signed.csv row 2")));
+    let error = user(read("signed.csv?signature=wr0ng").await.unwrap_err());
+    assert_eq!(error, format!("{address}/signed.csv: the server answers 403 Forbidden"));
     assert_eq!(user(read("absent.csv").await.unwrap_err()), format!("{address}/absent.csv: nothing there"));
     let error = user(read("secret.csv").await.unwrap_err());
     assert!(error.starts_with(&format!("{address}/secret.csv: access refused")), "{error}");
