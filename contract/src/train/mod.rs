@@ -249,7 +249,7 @@ mod tests {
         let named = spec(Task::TextRegression, Some(Metric::PearsonCorrelation), "Random").mistakes_of_task();
         assert_eq!(named, expected[1..3], "{named:?}");
         let mut student = spec(Task::TextClassification, None, "Random");
-        student.evaluate.gates[0].minimum_of_teacher = "0.97".parse().ok();
+        student.evaluate.gates[0].minimum_of_teacher = Decimal::new(0.97);
         assert_eq!(student.mistakes_of_task(), ["evaluate.gates[0].minimumOfTeacher needs a teacher"]);
         student.teacher = serde_json::from_value(json!({"from": "s3://m/teacher"})).ok();
         assert_eq!(student.mistakes_of_task(), Vec::<String>::new());

@@ -94,8 +94,8 @@ mod tests {
             minimum_gain: gain.and_then(Decimal::new),
             minimum_of_teacher: None,
         };
-        let of_teacher = |sources: &[&str], share: &str| Gate {
-            minimum_of_teacher: share.parse().ok(),
+        let of_teacher = |sources: &[&str], share: f64| Gate {
+            minimum_of_teacher: Decimal::new(share),
             ..gate(sources, None, None)
         };
         // Result: a 2/2, b 2/3, c 0/1. Baseline, and teacher: a 2/2, b 1/3, c 1/1.
@@ -110,9 +110,9 @@ mod tests {
                 gate(&["c"], None, Some(-0.5)),
                 Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for"),
             ),
-            (of_teacher(&[], "1"), None),
+            (of_teacher(&[], 1.0), None),
             (
-                of_teacher(&["c"], "0.9"),
+                of_teacher(&["c"], 0.9),
                 Some("accuracy on the test rows of c is 0.0000, the teacher's is 1.0000: 0.9 of it is asked for"),
             ),
             (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: it cannot be measured there")),
@@ -122,7 +122,7 @@ mod tests {
             let failed = failed_gates(&[gate], &names, (&rows, &result), others);
             assert_eq!(failed.first().map(String::as_str), expected);
         }
-        for gate in [gate(&[], None, Some(0.0)), of_teacher(&[], "0.5")] {
+        for gate in [gate(&[], None, Some(0.0)), of_teacher(&[], 0.5)] {
             assert_eq!(failed_gates(&[gate], &names, (&rows, &result), Others::default()).len(), 1);
         }
     }
