@@ -3,7 +3,11 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use athanor_models::{Model, Options, Packing, Shape, Task, tokenizer::pad};
+use athanor_models::{
+    Initializer, Model, Options, Packing, Shape, Task,
+    config::{HeadActivation, HiddenHead},
+    tokenizer::pad,
+};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -140,6 +144,123 @@ fn eight_bits_are_close_and_read_back() {
             let found = classifier.forward(&ids, &ids.ones_like());
             assert!(found.allclose(&exact, 0.1, 0.15, false), "{name} {activations}: {found} {exact}");
             assert!(!found.equal(&exact));
+        }
+    }
+}
+
+/// A parameter of a head by its whole name.
+fn parameter(model: &Model, name: &str) -> Tensor {
+    let found = model.parameters().iter().find(|(other, _)| other == name);
+    found.unwrap_or_else(|| panic!("no {name}")).1.shallow_clone()
+}
+
+fn labels() -> Task {
+    Task::Classification(vec!["x".to_owned(), "y".to_owned(), "z".to_owned()])
+}
+
+#[test]
+fn a_hidden_head_computes_what_it_says_and_reads_back() {
+    let ids = Tensor::from_slice(&[0_i64, 9, 8, 33, 2]).unsqueeze(0);
+    for name in ["tiny-bert", "tiny-mpnet"] {
+        for activation in [HeadActivation::Tanh, HeadActivation::Gelu, HeadActivation::Relu] {
+            // Weights large enough for the activations to differ.
+            let options = Options {
+                hidden_head: Some(HiddenHead { units: 12, activation }),
+                initializer: Initializer::KaimingUniform,
+                head_dropout: Some(0.5),
+                ..Options::default()
+            };
+            let model = Model::load(&folder(name), labels(), &options, Device::Cpu).unwrap();
+            let layer = |x: &Tensor, name: &str| {
+                let part = |part: &str| parameter(&model, &format!("{name}.{part}"));
+                x.matmul(&part("weight").tr()) + part("bias")
+            };
+            let mut x = model.last_hidden_state(&ids, None, false).select(1, 0);
+            if name == "tiny-bert" {
+                x = layer(&x, "bert.pooler.dense").tanh();
+            }
+            let x = layer(&x, "classifier.hidden");
+            let x = match activation {
+                HeadActivation::Tanh => x.tanh(),
+                HeadActivation::Gelu => &x * 0.5 * ((&x / 2_f64.sqrt()).erf() + 1.0),
+                HeadActivation::Relu => x.clamp_min(0.0),
+            };
+            let expected = numbers(&layer(&x, "classifier.output"));
+            let what = format!("{name} {activation:?}");
+            let exact = model.forward(&ids, None, false);
+            assert_close(&what, &numbers(&exact), &expected);
+
+            let to = tempfile::tempdir().unwrap();
+            model.save(to.path()).unwrap();
+            let again = Model::load_trained(to.path(), Device::Cpu).unwrap();
+            assert_eq!(again.forward(&ids, None, false), exact, "{what}");
+            assert_eq!(again.config().head_dropout(), 0.5, "{what}");
+            // The same head is kept, another begins anew.
+            let kept = Model::load(to.path(), labels(), &options, Device::Cpu).unwrap();
+            assert_eq!(kept.forward(&ids, None, false), exact, "{what}");
+            let other = Options { hidden_head: Some(HiddenHead { units: 13, activation }), seed: 1, ..options };
+            let other = Model::load(to.path(), labels(), &other, Device::Cpu).unwrap();
+            assert_eq!(parameter(&other, "classifier.hidden.weight").size(), [13, 32], "{what}");
+        }
+    }
+}
+
+#[test]
+fn dropout_of_the_head_is_its_own() {
+    let ids = Tensor::from_slice(&[0_i64, 9, 8, 33, 2]).unsqueeze(0);
+    for name in ["tiny-bert", "tiny-mpnet"] {
+        let outputs = |head: Option<f64>, encoder: Option<f64>, train: bool| {
+            let options = Options {
+                hidden_head: Some(HiddenHead { units: 64, activation: HeadActivation::Tanh }),
+                head_dropout: head,
+                dropout: encoder,
+                ..Options::default()
+            };
+            let model = Model::load(&folder(name), labels(), &options, Device::Cpu).unwrap();
+            let states = model.last_hidden_state(&ids, None, false);
+            numbers(&model.outputs(&states, train))
+        };
+        let exact = outputs(None, None, false);
+        assert_eq!(outputs(Some(0.5), None, false), exact, "{name}: none of it in inference");
+        assert_ne!(outputs(Some(0.5), None, true), exact, "{name}");
+        assert_close(name, &outputs(Some(0.0), Some(0.5), true), &exact);
+        assert_ne!(outputs(None, Some(0.5), true), exact, "{name}: the encoder's where the head has none");
+    }
+}
+
+#[test]
+fn heads_begin_within_their_bounds() {
+    for name in ["tiny-bert", "tiny-mpnet"] {
+        for initializer in [Initializer::XavierUniform, Initializer::KaimingUniform, Initializer::Normal] {
+            let options = Options {
+                hidden_head: Some(HiddenHead { units: 256, activation: HeadActivation::Relu }),
+                initializer,
+                ..Options::default()
+            };
+            let model = Model::load(&folder(name), labels(), &options, Device::Cpu).unwrap();
+            for (layer, inputs, outputs) in [("classifier.hidden", 32.0, 256.0), ("classifier.output", 256.0, 3.0)] {
+                let what = format!("{name} {initializer:?} {layer}");
+                let weight = numbers(&parameter(&model, &format!("{layer}.weight")));
+                assert_eq!(weight.len() as f64, inputs * outputs, "{what}");
+                let count = weight.len() as f64;
+                let mean = weight.iter().sum::<f64>() / count;
+                let deviation = (weight.iter().map(|value| value * value).sum::<f64>() / count).sqrt();
+                let largest = weight.iter().fold(0.0_f64, |most, value| most.max(value.abs()));
+                let expected = match initializer {
+                    Initializer::XavierUniform => (6.0 / (inputs + outputs)).sqrt() / 3_f64.sqrt(),
+                    Initializer::KaimingUniform => (6.0 / inputs).sqrt() / 3_f64.sqrt(),
+                    // As config.json has it.
+                    _ => 0.2,
+                };
+                assert!((deviation / expected - 1.0).abs() < 0.1, "{what}: {deviation} is not {expected}");
+                assert!(mean.abs() < 4.0 * expected / count.sqrt(), "{what}: the mean is {mean}");
+                let reach = largest / expected;
+                match initializer {
+                    Initializer::Normal => assert!((2.5..6.0).contains(&reach), "{what}: {reach}"),
+                    _ => assert!((0.97 * 3_f64.sqrt()..1.000_01 * 3_f64.sqrt()).contains(&reach), "{what}: {reach}"),
+                }
+                assert!(numbers(&parameter(&model, &format!("{layer}.bias"))).iter().all(|bias| *bias == 0.0));
+            }
         }
     }
 }
