@@ -1,10 +1,10 @@
-use std::sync::Mutex;
+use std::{collections::BTreeMap, process::Stdio, sync::Mutex};
 
 use athanor_contract::train::{Columns, DataSpec};
 use axum::{
     Router,
     body::Body,
-    extract::Request,
+    extract::{Query, Request},
     http::{Response, StatusCode, header},
     response::IntoResponse,
 };
@@ -304,4 +304,123 @@ async fn a_gated_dataset_needs_the_right_token() {
     let hub = Hub { endpoint: Some("http://127.0.0.1:1".into()), token: None };
     let error = other(read_uri("hf://datasets/team/rows/a.csv".into(), &hub).await.unwrap_err());
     assert!(error.starts_with("hf://datasets/team/rows/a.csv: the hub does not answer: "), "{error}");
+}
+
+/// Which part of the protocols of object stores the three have in common, and where they differ.
+#[derive(Clone, Copy, PartialEq)]
+enum Store {
+    /// And Google's, whose XML is the same.
+    S3,
+    Azure,
+}
+
+/// Answers as a bucket (or container) `fruit` with some files does, two of them a page; the bucket `secret` refuses everything.
+fn answer_as(store: Store, request: &Request) -> Response<Body> {
+    let files: BTreeMap<&str, String> = ["a", "b", "c", "d"]
+        .into_iter()
+        .zip(["rows/a.csv", "rows/b.csv", "rows/deep/c.csv", "top.csv"])
+        .map(|(text, name)| (name, format!("text,label\n{text},x\n")))
+        .chain([("rows/b.txt", "no".to_owned()), ("rows/z.csv", "text,label\nz,y\n".to_owned())])
+        .collect();
+    let refused = |status: StatusCode| Response::builder().status(status).body(Body::empty()).unwrap();
+    let path = request.uri().path().replace("%2F", "/").replace("%2E", ".");
+    let (bucket, name) = path[1..].split_once('/').unwrap_or((&path[1..], ""));
+    match bucket {
+        "fruit" => {}
+        "secret" => return refused(StatusCode::FORBIDDEN),
+        _ => return refused(StatusCode::NOT_FOUND),
+    }
+    let query: BTreeMap<String, String> = Query::try_from_uri(request.uri()).unwrap().0;
+    if !query.contains_key("list-type") && query.get("comp").is_none_or(|what| what != "list") {
+        let Some(content) = files.get(name) else { return refused(StatusCode::NOT_FOUND) };
+        return Response::builder()
+            .header(header::LAST_MODIFIED, "Thu, 01 Jan 2026 00:00:00 GMT")
+            .header(header::ETAG, "\"1\"")
+            .body(Body::from(content.clone()))
+            .unwrap();
+    }
+    let prefix = query.get("prefix").map_or("", String::as_str);
+    let after = query.get("continuation-token").or(query.get("marker")).map_or("", String::as_str);
+    let is_flat = query.contains_key("delimiter");
+    let mut listed = files.iter().filter(|(name, _)| {
+        **name > after && name.strip_prefix(prefix).is_some_and(|rest| !is_flat || !rest.contains('/'))
+    });
+    let page: Vec<_> = listed.by_ref().take(2).collect();
+    let next = listed.next().and(page.last()).map_or("", |(name, _)| *name);
+    let entries = page.iter().map(|(name, content)| {
+        let size = content.len();
+        match store {
+            Store::S3 => format!(
+                "<Contents><Key>{name}</Key><Size>{size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            ),
+            Store::Azure => format!(
+                "<Blob><Name>{name}</Name><Properties><Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT</Last-Modified>\
+                 <Content-Length>{size}</Content-Length><Content-Type>text/csv</Content-Type></Properties></Blob>"
+            ),
+        }
+    });
+    let entries: String = entries.collect();
+    let text = match store {
+        Store::S3 if next.is_empty() => format!("<ListBucketResult>{entries}</ListBucketResult>"),
+        Store::S3 => format!(
+            "<ListBucketResult>{entries}<NextContinuationToken>{next}</NextContinuationToken></ListBucketResult>"
+        ),
+        Store::Azure => {
+            format!("<EnumerationResults><Blobs>{entries}</Blobs><NextMarker>{next}</NextMarker></EnumerationResults>")
+        }
+    };
+    Response::new(Body::from(text))
+}
+
+/// Tells this program that it is the one that reads.
+const READER: &str = "ATHANOR_TEST_READER";
+
+/// Endpoints and keys come from the environment, which belongs to a process: another one reads from the servers of this one.
+#[tokio::test]
+async fn files_come_from_object_stores() {
+    if std::env::var_os(READER).is_some() {
+        return read_object_stores().await;
+    }
+    let s3 = serve(|request: Request| answer_as(Store::S3, &request)).await;
+    let azure = serve(|request: Request| answer_as(Store::Azure, &request)).await;
+    let output = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "source::tests::files_come_from_object_stores", "--nocapture"])
+        .env(READER, "1")
+        .envs([("AWS_ENDPOINT_URL", &s3), ("GOOGLE_BASE_URL", &s3), ("AZURE_STORAGE_ENDPOINT", &azure)])
+        .envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_REGION", "here")])
+        .envs([("GOOGLE_SKIP_SIGNATURE", "true")])
+        .envs([("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")])
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+async fn read_object_stores() {
+    let hub = Hub::default();
+    for scheme in ["s3", "gs", "az"] {
+        let read = |path: &str| read_uri(format!("{scheme}://{path}"), &hub);
+        let data = read("fruit/rows/a.csv").await.unwrap();
+        assert_eq!(texts(&data), ["a"], "{scheme}");
+        assert_eq!(data.rows.place(0), format!("{scheme}://fruit/rows/a.csv row 2"));
+        for (pattern, expected) in [
+            ("rows/*.csv", ["a", "b", "z"].as_slice()),
+            ("**/*.csv", &["a", "b", "c", "z", "d"]),
+            ("rows/{a,deep/c}.csv", &["a", "c"]),
+            ("*.csv", &["d"]),
+        ] {
+            let data = read(&format!("fruit/{pattern}")).await.unwrap();
+            assert_eq!(texts(&data), expected, "{scheme}, {pattern}");
+        }
+        let missing = user(read("fruit/rows/absent.csv").await.unwrap_err());
+        assert_eq!(missing, format!("{scheme}://fruit/rows/absent.csv: nothing there"));
+        let missing = user(read("fruit/rows/*.tsv").await.unwrap_err());
+        assert_eq!(missing, format!("{scheme}://fruit/rows/*.tsv: no file matches"));
+        for path in ["a.csv", "*.csv"] {
+            let error = user(read(&format!("secret/{path}")).await.unwrap_err());
+            assert!(error.starts_with(&format!("{scheme}://secret")) && error.contains("access refused"), "{error}");
+        }
+    }
 }
