@@ -379,3 +379,112 @@ fn projection(outputs: i64, inputs: i64, seed: u64, index: usize, device: Device
     let values: Vec<f32> = (0..outputs * inputs).map(|_| random.random_range(-bound..bound) as f32).collect();
     Tensor::from_slice(&values).view([outputs, inputs]).to_device(device).set_requires_grad(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use athanor_contract::train::HiddenStateLoss;
+    use athanor_models::{Options, Shape};
+
+    use super::{
+        teacher::{Online, Student},
+        *,
+    };
+
+    type Numbers = Vec<Vec<f64>>;
+
+    fn numbers(matrix: &Tensor) -> Numbers {
+        Vec::<Vec<f64>>::try_from(matrix.to_kind(Kind::Double)).unwrap()
+    }
+
+    /// The distance of some tokens' states in the student, projected, and in the teacher.
+    fn naive(student: &Numbers, teacher: &Numbers, projection: &Numbers, loss: HiddenStateLoss) -> f64 {
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let of_token = |own: &Vec<f64>, wanted: &Vec<f64>| {
+            let projected: Vec<f64> = projection.iter().map(|row| dot(row, own)).collect();
+            match loss {
+                HiddenStateLoss::MSE => {
+                    let squares = projected.iter().zip(wanted).map(|(a, b)| (a - b).powi(2));
+                    squares.sum::<f64>() / wanted.len() as f64
+                }
+                HiddenStateLoss::Cosine => {
+                    1.0 - dot(&projected, wanted) / (dot(&projected, &projected) * dot(wanted, wanted)).sqrt()
+                }
+            }
+        };
+        student.iter().zip(teacher).map(|(own, wanted)| of_token(own, wanted)).sum::<f64>() / student.len() as f64
+    }
+
+    #[test]
+    fn projected_states_are_compared_as_by_hand_and_the_projections_learn() {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-bert");
+        let labels = ["a".to_owned(), "b".to_owned()];
+        let task = Task::TextClassification;
+        let shape = Shape { layers: 1, hidden_size: 16, heads: 2, intermediate_size: 24 };
+        let options = Options { fresh: Some(shape), seed: 3, ..Options::default() };
+        let kind = athanor_models::Task::Classification(labels.to_vec());
+        let model = Model::load(&folder, kind, &options, Device::Cpu).unwrap();
+        let student = Student { task, labels: &labels, folder: &folder, by_token: true, max_length: 8 };
+        let teacher = Teacher::Online(Box::new(Online::load(&folder, &student, Device::Cpu).unwrap()));
+        let teacher_model = Model::load_trained(&folder, Device::Cpu).unwrap();
+        let rows: [&[u32]; 3] = [&[2, 9, 8, 33, 3], &[2, 40, 3], &[2, 7, 90, 3]];
+        let train = Encoded { ids: rows.iter().collect(), ..Encoded::blank(3) };
+        let all = [0, 1, 2];
+        let part = Part {
+            train: &train,
+            rows: &all,
+            batch: &all,
+            weight: 1.0,
+            seed: 0,
+            group: None,
+            device: Device::Cpu,
+            bf16: false,
+        };
+        // Of each row alone, so that nothing is padding: the states of every layer.
+        let states = |model: &Model| -> Vec<Vec<Numbers>> {
+            let of_row = |ids: &&[u32]| {
+                let (ids, _) = inputs(&[ids], 0, Device::Cpu);
+                let states = tch::no_grad(|| model.hidden_states(&ids, None, false, true));
+                states.iter().map(|states| numbers(&states.squeeze_dim(0))).collect()
+            };
+            rows.iter().map(of_row).collect()
+        };
+        let (own, wanted) = (states(&model), states(&teacher_model));
+        let pairs = [(1, 2), (0, 1)];
+        for loss in [HiddenStateLoss::MSE, HiddenStateLoss::Cosine] {
+            let term = serde_json::json!({"weight": 3.0, "hiddenState": {
+                "layers": [{"student": 1, "teacher": 2}, {"student": 0, "teacher": 1}],
+                "loss": format!("{loss:?}"), "projection": true,
+            }});
+            let terms = vec![serde_json::from_value(term).unwrap()];
+            let objective = Objective::new(terms, task, &model, Some(&teacher), 5, Device::Cpu).unwrap();
+            let mut projections: Vec<Numbers> =
+                objective.parameters().iter().map(|(_, tensor)| numbers(&tensor.detach())).collect();
+            assert_eq!((projections.len(), projections[0].len(), projections[0][0].len()), (2, 32, 16));
+            assert_ne!(projections[0], projections[1]);
+            let by_hand = |projections: &[Numbers]| {
+                let of_pair = |(&(student, teacher), projection): (&(usize, usize), &Numbers)| {
+                    let of_row = |row: usize| naive(&own[row][student], &wanted[row][teacher], projection, loss);
+                    (0..rows.len()).map(of_row).sum::<f64>()
+                };
+                pairs.iter().zip(projections).map(of_pair).sum::<f64>() / 2.0
+            };
+            let values = objective.values(&model, Some(&teacher), &part).unwrap();
+            let (found, expected) = (values[0].double_value(&[]), by_hand(&projections));
+            assert!((found - expected).abs() < 1e-4 * expected, "{loss:?}: {found} is not {expected}");
+            values[0].backward();
+            for (index, i, j) in [(0, 0, 0), (0, 31, 7), (1, 12, 15)] {
+                let mut at = |change: f64| {
+                    projections[index][i][j] += change;
+                    let value = by_hand(&projections);
+                    projections[index][i][j] -= change;
+                    value
+                };
+                let expected = (at(1e-5) - at(-1e-5)) / 2e-5;
+                let found = objective.parameters()[index].1.grad().double_value(&[i as i64, j as i64]);
+                assert!((found - expected).abs() < 1e-4 + 1e-3 * expected.abs(), "{loss:?}: {found} is not {expected}");
+            }
+        }
+    }
+}
