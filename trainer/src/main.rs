@@ -75,9 +75,12 @@ fn main() -> ExitCode {
         Command::Run(arguments) => arguments,
         Command::Check(arguments) => return check_only(&arguments.file),
     };
-    if std::env::var_os(environment::LOCAL_RANK).is_some() {
-        // A launcher that is killed takes its ranks along.
+    if let Some(parent) = variable(environment::PARENT) {
         let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+        // It may have been killed before.
+        if rustix::process::getppid().is_none_or(|id| id.as_raw_nonzero().to_string() != parent) {
+            return ExitCode::FAILURE;
+        }
     }
     let runtime = match Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,

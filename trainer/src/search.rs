@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     TrainError, config,
+    distributed::environment,
     report::termination,
     run,
     training::{LOSS_LOG, count_steps},
@@ -127,6 +128,7 @@ async fn train(config: &TrainConfig, key: &str) -> Result<f64, TrainError> {
     let mut command = Command::new(program);
     command.args(["run", "-f"]).arg(file.path()).kill_on_drop(true);
     command.env(termination::PATH, told.path()).env(LOSS_LOG, "");
+    command.env(environment::PARENT, std::process::id().to_string());
     let status: ExitStatus = command.status().await.map_err(TrainError::other)?;
     if !status.success() {
         return Err(failure(status, &std::fs::read_to_string(told.path()).unwrap_or_default()));

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use athanor_contract::train::{TrainResult, TrainSummary};
@@ -354,4 +355,137 @@ fn a_full_disk_costs_a_checkpoint_or_the_run_and_leaves_no_half_behind() {
     place.finish("log", child, 0);
     assert!(!place.checkpoints("disk").is_empty());
     is_whole(&place.summary("log"));
+}
+
+#[test]
+fn bf16_learns_what_fp32_learns() {
+    let place = Place::new(0.0);
+    for precision in ["FP32", "BF16"] {
+        let mut spec = small(&place, 20);
+        spec["hyperparameters"]["precision"] = json!(precision);
+        spec["hyperparameters"]["learningRate"] = json!(2e-4);
+        let child = place.start(precision, &spec);
+        place.finish(precision, child, 0);
+        assert_eq!(place.summary(precision).chosen["precision"], precision);
+    }
+    let [exact, rounded] = ["FP32", "BF16"].map(|out| place.losses(out));
+    assert_eq!((exact.len(), rounded.len()), (20, 20));
+    for ((step, a), (_, b)) in std::iter::zip(&exact, &rounded) {
+        assert!((a - b).abs() < 0.03 * a, "step {step}: {b} is not {a}");
+    }
+    assert_ne!(exact, rounded, "nothing was rounded");
+    let mean = |losses: &[(u64, f64)]| losses.iter().map(|(_, loss)| loss).sum::<f64>() / losses.len() as f64;
+    assert!(mean(&rounded[15..]) < mean(&rounded[..5]), "{rounded:?}");
+}
+
+/// Processes that a process started, by the rank in their environment.
+fn ranks(launcher: u32) -> BTreeMap<String, Pid> {
+    let children = std::fs::read_dir(format!("/proc/{launcher}/task")).unwrap().flatten();
+    let children = children.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
+    let children: Vec<i32> = children
+        .flat_map(|ids| ids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .map(|id| id.parse().unwrap())
+        .collect();
+    let rank = |id: i32| {
+        let environment = std::fs::read(format!("/proc/{id}/environ")).unwrap();
+        let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+        let mut found = variables.filter_map(|one| one.strip_prefix("ATHANOR_LOCAL_RANK=").map(str::to_owned));
+        found.next().unwrap()
+    };
+    children.into_iter().map(|id| (rank(id), Pid::from_raw(id).unwrap())).collect()
+}
+
+#[test]
+fn a_rank_that_waits_for_one_that_stands_still_says_that_it_hangs() {
+    let place = Place::new(0.1);
+    let mut spec = small(&place, 100_000);
+    spec["hyperparameters"]["batchSize"] = json!(2);
+    spec["distributed"] = json!({"processesPerNode": 2, "backend": "Gloo"});
+    spec["failurePolicy"] = json!({"hangSeconds": 2});
+    let mut child = place.start("out", &spec);
+    place.wait_for_step("out", &mut child, 3);
+    let ranks = ranks(child.id());
+    assert_eq!(ranks.len(), 2);
+    kill_process(ranks["1"], Signal::STOP).unwrap();
+    let log = || std::fs::read_to_string(place.folder.path().join("out/log")).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !log().contains("a rank ended") {
+        assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none(), "{}", log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(log().contains("\"rank\":0,\"code\":43"), "{}", log());
+    // What the launcher would do some seconds later.
+    kill_process(ranks["1"], Signal::KILL).unwrap();
+    place.finish("out", child, 43);
+    let message = failure(&place, "out");
+    assert!(message.contains("no step ended for 2 s (failurePolicy.hangSeconds)"), "{message}");
+}
+
+fn artifact(summary: &TrainSummary, name: &str) -> String {
+    std::fs::read_to_string(Path::new(summary.artifact.trim_start_matches("file://")).join(name)).unwrap()
+}
+
+#[test]
+fn cleaning_groups_and_exact_shares_are_in_the_report() {
+    let place = Place::new(0.1);
+    let text = std::fs::read_to_string(place.folder.path().join("rows.jsonl")).unwrap();
+    // Thirty authors of ten rows each.
+    let mut rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    rows.iter_mut().enumerate().for_each(|(index, row)| row["author"] = json!(format!("author {}", index % 30)));
+    let row = |text: &str| json!({"text": text, "label": "positive", "author": "author 0"});
+    rows.extend([row("write to someone@example.com, a very good seller"), row("x"), rows[0].clone()]);
+    let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(place.folder.path().join("authors.jsonl"), lines).unwrap();
+
+    let mut spec = small(&place, 2);
+    let source = |columns: Value| json!([{"name": "reviews", "uri": place.uri("authors.jsonl"), "columns": columns}]);
+    spec["data"] = json!({
+        "sources": source(json!({"group": "author"})),
+        "clean": {"collapseWhitespace": true, "redact": ["Email"], "minimumLength": 5},
+    });
+    let child = place.start("clean", &spec);
+    place.finish("clean", child, 0);
+    let summary = place.summary("clean");
+    let page = artifact(&summary, "report.html");
+    let report: Value = serde_json::from_str(&artifact(&summary, "report.json")).unwrap();
+    let cleaning = &report["cleaning"];
+    assert_eq!(cleaning["rows"], 303);
+    let kept = cleaning["kept"].as_u64().unwrap();
+    let counts = summary.rows;
+    assert_eq!(counts.train + counts.validation + counts.test, kept);
+    assert!(page.contains(&format!("Cleaning: {kept} of 303 rows stay")), "{page}");
+    let steps = cleaning["steps"].as_array().unwrap();
+    for (step, field) in [("redactEmail", "changed"), ("minimumLength", "removed"), ("exactDuplicates", "removed")] {
+        let found = steps.iter().find(|one| one["step"] == step).unwrap_or_else(|| panic!("no {step} in {cleaning}"));
+        assert!(found[field].as_u64().unwrap() >= 1, "{found}");
+        assert!(page.contains(&format!("<td>{step}</td>")), "{step} is not in {page}");
+    }
+    assert!(page.contains("write to [EMAIL], a very good seller") && !page.contains("someone@example.com"), "{page}");
+
+    // An author is in one part: parts are of whole authors.
+    let unclean = |out: &str, columns: Value, split: Value| {
+        std::fs::write(place.folder.path().join("authors.jsonl"), {
+            rows.iter().take(300).map(|row| format!("{row}\n")).collect::<String>()
+        })
+        .unwrap();
+        let mut spec = spec.clone();
+        spec["data"] = json!({
+            "sources": source(columns), "split": split, "clean": {"exactDuplicates": "Keep"},
+        });
+        let child = place.start(out, &spec);
+        place.finish(out, child, 0);
+        place.summary(out)
+    };
+    let counts = unclean("grouped", json!({"group": "author"}), json!({})).rows;
+    assert_eq!([counts.train % 10, counts.validation % 10, counts.test % 10], [0; 3], "{counts:?}");
+
+    // Each label has its exact share of the test rows.
+    let summary = unclean("stratified", json!({}), json!({"stratify": true, "testPercent": 20}));
+    let report: Value = serde_json::from_str(&artifact(&summary, "report.json")).unwrap();
+    for label in ["negative", "positive"] {
+        let all = rows.iter().take(300).filter(|row| row["label"] == label).count() as u64;
+        let cells = report["confusion"].as_array().unwrap().iter().filter(|cell| cell["label"] == label);
+        let tested: u64 = cells.map(|cell| cell["rows"].as_u64().unwrap()).sum();
+        assert_eq!(tested, (all * 20 + 50) / 100, "{label}: of {all}");
+    }
 }

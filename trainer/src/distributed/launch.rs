@@ -31,6 +31,7 @@ pub async fn launch(
             .arg(config)
             .envs(extra.iter().map(|(name, value)| (name, value)))
             .env(environment::LOCAL_RANK, rank.to_string())
+            .env(environment::PARENT, std::process::id().to_string())
             // A group of its own: Ctrl-C reaches this process, which passes it on once.
             .process_group(0)
             .kill_on_drop(true)

@@ -21,6 +21,8 @@ pub mod environment {
     pub const POD_IP: &str = "ATHANOR_POD_IP";
     /// Set by the launcher: which of the pod's processes this is.
     pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
+    /// The process that started this one (a launcher its ranks, a search its trials), which this one does not outlive.
+    pub const PARENT: &str = "ATHANOR_PARENT";
 }
 
 pub const DEFAULT_PORT: u16 = 29500;
