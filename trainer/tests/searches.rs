@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 fn spec(place: &Place, algorithm: &str, steps: u32) -> Value {
     let mut spec = json!({
-        "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+        "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"fresh": {"layers": 1, "hiddenSize": 32, "attentionHeads": 2, "intermediateSize": 64}}},
         "hyperparameters": {
             "maxSteps": steps, "batchSize": 8, "maxSequenceLength": 16,
             "search": {

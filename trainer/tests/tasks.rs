@@ -22,6 +22,10 @@ fn folder(artifact: &str) -> PathBuf {
     PathBuf::from(artifact.trim_start_matches("file://"))
 }
 
+fn page(artifact: &str) -> String {
+    std::fs::read_to_string(folder(artifact).join("report.html")).unwrap()
+}
+
 fn report(artifact: &str) -> Value {
     serde_json::from_slice(&std::fs::read(folder(artifact).join("report.json")).unwrap()).unwrap()
 }
@@ -136,6 +140,11 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
     let report = report(&summary.artifact);
     assert_eq!(report["objective"][1]["name"], "softLabel");
     assert_eq!(report["selection"]["rows"], rows);
+    let html = page(&summary.artifact);
+    let title = format!("Selected rows: {rows} of {} by GradientMatching", summary.rows.train);
+    for part in [&title[..], "clusters covered", "as many random rows", "share of the selection"] {
+        assert!(html.contains(part), "{part} is not in {html}");
+    }
     let forms = report["forms"].as_array().unwrap();
     assert_eq!(forms.len(), 4);
     assert!((forms[1]["sparsity"].as_f64().unwrap() - 0.2).abs() < 0.01, "{forms:?}");
@@ -273,6 +282,10 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
     assert!((100..=150).contains(&first), "each text once: {first}");
     let found = report(&summary.artifact);
     assert_eq!(found["annotation"]["labelled"], 150, "{}", found["annotation"]);
+    let html = page(&summary.artifact);
+    for part in ["Annotated by judge: 150 of 150 rows", "tokens of prompts, of answers"] {
+        assert!(html.contains(part), "{part} is not in {html}");
+    }
 
     // Another job of the same folder: everything was answered before.
     let child = place.start("annotated", &spec(1));
@@ -327,6 +340,10 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
         (&annotation["by"], &annotation["labelled"], &annotation["dropped"]),
         (&json!("Teacher"), &json!(150), &json!(0))
     );
+    let html = page(&all.artifact);
+    for part in ["Annotated by the teacher: 150 of 150 rows", "confidence below 0", "<td>positive</td>"] {
+        assert!(html.contains(part), "{part} is not in {html}");
+    }
     let balance: u64 = annotation["balance"].as_array().unwrap().iter().map(|label| number(&label["rows"])).sum();
     assert_eq!(balance, 150, "{annotation}");
     let comparison = &annotation["comparison"];
@@ -372,6 +389,115 @@ fn a_teacher_labels_the_rows_it_is_sure_of() {
     place.finish("wrong", child, 3);
     let TrainResult::Failed { message } = place.result("wrong") else { panic!("{:?}", place.result("wrong")) };
     assert!(message.contains("label \"positive\" is not one of model.labels (negative, great)"), "{message}");
+}
+
+/// Of each step the loss and the value of each term.
+fn terms(place: &Place, out: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(place.folder.path().join(out).join("losses")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Means of a term over the first and the last quarter of the steps.
+fn falls(steps: &[Value], value: impl Fn(&Value) -> f64) -> [f64; 2] {
+    let quarter = steps.len() / 4;
+    [&steps[..quarter], &steps[steps.len() - quarter..]]
+        .map(|steps| steps.iter().map(&value).sum::<f64>() / quarter as f64)
+}
+
+#[test]
+fn a_student_learns_the_words_and_the_vectors_of_a_teacher() {
+    let place = Place::new(0.0);
+    richer_rows(&place);
+    let spec = |task: &str, steps: u32, more: Value| {
+        let columns = if task == "Embedding" { json!({"pair": "pair"}) } else { json!({}) };
+        let mut spec = json!({
+            "model": {"from": place.uri("model"), "task": task, "student": {"keepLayers": [0]}},
+            "data": {"sources": [{"name": "rows", "uri": place.uri("richer.jsonl"), "columns": columns}]},
+            "hyperparameters": {
+                "maxSteps": steps, "batchSize": 8, "precision": "FP32", "maxSequenceLength": 16, "learningRate": 5e-4,
+            },
+        });
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        spec
+    };
+    let whole = json!({"model": {"from": place.uri("model"), "task": "MaskedLanguageModel"}});
+    let child = place.start("words-teacher", &spec("MaskedLanguageModel", 4, whole));
+    place.finish("words-teacher", child, 0);
+    let teacher = place.summary("words-teacher").artifact;
+    for (task, teacher, names) in [
+        ("MaskedLanguageModel", teacher, ["maskedLanguageModel", "softLabel"]),
+        ("Embedding", place.uri("model"), ["contrastive", "meanSquaredError"]),
+    ] {
+        let child = place.start(task, &spec(task, 24, json!({"teacher": {"from": teacher}})));
+        place.finish(task, child, 0);
+        let steps = terms(&place, task);
+        assert_eq!(steps.len(), 24);
+        let [first, last] = falls(&steps, |step| step["loss"].as_f64().unwrap());
+        assert!(last < first, "{task}: {first} to {last}");
+        let [first, last] = falls(&steps, |step| step["terms"][names[1]].as_f64().unwrap());
+        assert!(0.0 < last && last < 0.95 * first, "{task}, {}: {first} to {last}", names[1]);
+        let found = report(&place.summary(task).artifact);
+        let told: Vec<&Value> = found["objective"].as_array().unwrap().iter().map(|term| &term["name"]).collect();
+        assert_eq!(told, names);
+    }
+}
+
+#[test]
+fn what_a_task_lacks_is_named_by_file_and_row_or_field() {
+    let place = Place::new(0.0);
+    richer_rows(&place);
+    let failed = |task: &str, model: &str, file: &str, columns: Value| {
+        let spec = json!({
+            "model": {"from": place.uri(model), "task": task, "student": {"keepLayers": [0]}},
+            "data": {"sources": [{"name": "rows", "uri": place.uri(file), "columns": columns}]},
+            "hyperparameters": {"maxSteps": 2, "batchSize": 8, "maxSequenceLength": 16},
+        });
+        let out = format!("{task}-{file}");
+        let told = place.check(&out, &spec).unwrap_err();
+        let child = place.start(&out, &spec);
+        place.finish(&out, child, 3);
+        let TrainResult::Failed { message } = place.result(&out) else { panic!("{:?}", place.result(&out)) };
+        assert_eq!(told.trim_end(), message, "a check says what a run says");
+        assert!(place.losses(&out).is_empty(), "before the first step");
+        message
+    };
+    // A row of the training part, wherever it is.
+    let rows = std::fs::read_to_string(place.folder.path().join("richer.jsonl")).unwrap();
+    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let is_trained =
+        |row: &Value| part_of(row["text"].as_str().unwrap(), &SplitSpec::default()) == athanor_data::Part::Train;
+    let place_of = rows.iter().skip(100).position(is_trained).unwrap() + 100;
+    let changed = |name: &str, change: &dyn Fn(&mut Value)| {
+        let mut rows = rows.clone();
+        change(&mut rows[place_of]);
+        let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        std::fs::write(place.folder.path().join(name), lines).unwrap();
+    };
+    let row = |file: &str| format!("{} row {}: ", place.uri(file), place_of + 1);
+
+    changed("words.jsonl", &|row| row["label"] = json!("four"));
+    let message = failed("TextRegression", "model", "words.jsonl", json!({}));
+    assert_eq!(message, row("words.jsonl") + "label \"four\" is not a number, which TextRegression needs");
+    changed("infinite.jsonl", &|row| row["label"] = json!("inf"));
+    let message = failed("TextRegression", "model", "infinite.jsonl", json!({}));
+    assert!(message.starts_with(&row("infinite.jsonl")), "{message}");
+
+    changed("single.jsonl", &|row| drop(row.as_object_mut().unwrap().remove("pair")));
+    let message = failed("Embedding", "model", "single.jsonl", json!({"pair": "pair"}));
+    assert!(message.starts_with(&row("single.jsonl")) && message.contains("\"pair\""), "{message}");
+    let message = failed("Embedding", "model", "richer.jsonl", json!({}));
+    assert!(message.contains("richer.jsonl row ") && message.contains("data.sources[].columns.pair"), "{message}");
+
+    // A tokenizer that knows no mask.
+    let to = place.folder.path().join("maskless");
+    std::fs::create_dir(&to).unwrap();
+    for entry in std::fs::read_dir(place.folder.path().join("model")).unwrap().flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+    let text = std::fs::read_to_string(to.join("tokenizer.json")).unwrap();
+    std::fs::write(to.join("tokenizer.json"), text.replace("[MASK]", "[NONE]")).unwrap();
+    let message = failed("MaskedLanguageModel", "maskless", "richer.jsonl", json!({}));
+    assert_eq!(message, "model.from: its tokenizer has no mask token, which the task needs");
 }
 
 #[test]
