@@ -72,3 +72,60 @@ impl Tokenize for TextTokenizer {
         self.0.encode_batch(texts, max_length).map_err(|error| error.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use athanor_models::Model;
+    use tch::{Kind, Tensor};
+
+    use super::*;
+
+    fn golden(name: &str) -> PathBuf {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden").join(name)
+    }
+
+    fn probabilities(logits: Vec<Vec<f32>>) -> Vec<f64> {
+        let logits: Vec<Tensor> = logits.iter().map(|row| Tensor::from_slice(row)).collect();
+        Vec::<f64>::try_from(Tensor::stack(&logits, 0).softmax(-1, Kind::Double).reshape([-1])).unwrap()
+    }
+
+    /// Sets two of each four neighbours of the encoder's matrices to zero.
+    fn prune(model: &Model) {
+        tch::no_grad(|| {
+            for (_, weight) in model.matrices() {
+                let mut groups = weight.view([-1, 4]);
+                let (_, smallest) = groups.abs().topk(2, 1, false, false);
+                let _ = groups.scatter_value_(1, &smallest, 0.0);
+            }
+        });
+    }
+
+    #[test]
+    fn pruned_and_eight_bit_folders_answer_as_the_model_they_were_written_from() {
+        for name in ["tiny-bert", "tiny-mpnet"] {
+            let model = Model::load_trained(&golden(name), Device::Cpu).unwrap();
+            let rows: [&[u32]; 2] = [&[2, 9, 8, 33, 3], &[2, 40, 3]];
+            for (form, tolerance) in [("pruned", 1e-5), ("weights", 0.05), ("weights and inputs", 0.1)] {
+                prune(&model);
+                let to = tempfile::tempdir().unwrap();
+                match form {
+                    "pruned" => model.save(to.path()),
+                    form => model.save_quantized(to.path(), form == "weights and inputs"),
+                }
+                .unwrap();
+                std::fs::copy(golden(name).join("tokenizer.json"), to.path().join("tokenizer.json")).unwrap();
+                let (mut backend, labels, _) = load(to.path()).unwrap();
+                assert_eq!(labels, ["a", "b"], "{name}, {form}");
+                let found = probabilities(backend.forward(&rows).unwrap());
+                let (ids, mask) = pad(&rows, model.config().pad_token_id);
+                let exact = tch::no_grad(|| model.forward(&ids, Some(&mask), false));
+                let exact = probabilities(Vec::<Vec<f32>>::try_from(exact).unwrap());
+                for (a, b) in found.iter().zip(&exact) {
+                    assert!((a - b).abs() < tolerance, "{name}, {form}: {found:?} is not {exact:?}");
+                }
+            }
+        }
+    }
+}
