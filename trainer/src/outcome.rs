@@ -134,11 +134,12 @@ impl Finished<'_> {
         page::write(&folder, &report)?;
         let events = folder.join(EVENTS);
         history.write_events(&events).map_err(TrainError::at(&events))?;
-        let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..self.manifest };
-        let manifest = around.runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
+        // A checkpoint that finds no room gives back what it took: the artifact may need it.
         if let Some(mut checkpoints) = checkpoints {
             checkpoints.finish()?;
         }
+        let manifest = Manifest { kind: Kind::Model, step: best.step, metrics, ..self.manifest };
+        let manifest = around.runtime.block_on(athanor_store::artifact::upload(&folder, &location, manifest))?;
         around.timeline.mark("written");
         summary.model_digest = manifest.model_digest;
         summary.timeline = around.timeline.decimals();
