@@ -14,15 +14,18 @@ pub fn gradients(vectors: &Tensor, probabilities: &Tensor, class: usize) -> Tens
 }
 
 /// Places of `count` rows by orthogonal matching pursuit of the mean gradient, in rounds: each round begins with the whole mean
-/// again and takes from the rows that are left.
+/// again and takes from the rows that are left. Rows are matched by the direction of their gradient alone, as a pursuit's atoms are:
+/// nothing weights them in training, and by its length the rows would win that are wrong or mislabelled.
 pub fn pursue(gradients: &Tensor, count: usize) -> Vec<usize> {
+    let units =
+        gradients / gradients.square().sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt().clamp_min(1e-12);
     let rows = gradients.size()[0] as usize;
     let mut taken = vec![false; rows];
     let mut chosen = Vec::with_capacity(count);
     let target = gradients.mean_dim([0_i64].as_slice(), false, Kind::Float);
     while chosen.len() < count.min(rows) {
         let size = MOST_A_ROUND.min(count - chosen.len());
-        let round = round(gradients, &target, size, &mut taken);
+        let round = round(&units, &target, size, &mut taken);
         if round.is_empty() {
             break;
         }
@@ -34,13 +37,13 @@ pub fn pursue(gradients: &Tensor, count: usize) -> Vec<usize> {
     chosen
 }
 
-fn round(gradients: &Tensor, target: &Tensor, size: usize, taken: &mut [bool]) -> Vec<usize> {
+fn round(units: &Tensor, target: &Tensor, size: usize, taken: &mut [bool]) -> Vec<usize> {
     let mut chosen: Vec<usize> = Vec::with_capacity(size);
     let blocked: Vec<f32> = taken.iter().map(|&taken| if taken { f32::NEG_INFINITY } else { 0.0 }).collect();
     let blocked = Tensor::from_slice(&blocked);
     let mut residual = target.shallow_clone();
     for _ in 0..size {
-        let fit = gradients.mv(&residual) + &blocked;
+        let fit = units.mv(&residual) + &blocked;
         let best = fit.argmax(0, false).int64_value(&[]);
         if !fit.double_value(&[best]).is_finite() {
             break;
@@ -49,7 +52,7 @@ fn round(gradients: &Tensor, target: &Tensor, size: usize, taken: &mut [bool]) -
         let _ = blocked.get(best).fill_(f64::NEG_INFINITY);
         chosen.push(best as usize);
         let index: Vec<i64> = chosen.iter().map(|&row| row as i64).collect();
-        let atoms = gradients.index_select(0, &Tensor::from_slice(&index));
+        let atoms = units.index_select(0, &Tensor::from_slice(&index));
         // The weights that bring the chosen rows' sum nearest to the target.
         let gram = atoms.matmul(&atoms.tr());
         let ridge = Tensor::eye(chosen.len() as i64, (Kind::Float, gram.device()))
@@ -83,6 +86,17 @@ mod tests {
         assert!(direction(&chosen) > direction(&all[..12]), "{} {}", direction(&chosen), direction(&all[..12]));
         assert_eq!(pursue(&x, 500).len(), 500, "all rows, in rounds");
         assert_eq!(pursue(&x.zeros_like(), 7).len(), 7);
+    }
+
+    #[test]
+    fn long_gradients_do_not_crowd_out_the_others() {
+        let _turn = crate::GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        tch::manual_seed(6);
+        let x = Tensor::randn([400, 16], (Kind::Float, Device::Cpu)) + 0.3;
+        // Every other row is as a mislabelled one, far from its label.
+        let lengths = (Tensor::arange(400, (Kind::Float, Device::Cpu)).remainder(2.0) * 0.95 + 0.05).unsqueeze(1);
+        let long = pursue(&(x * lengths), 120).into_iter().filter(|row| row % 2 == 1).count();
+        assert!((30..=90).contains(&long), "{long} of 120");
     }
 
     #[test]
