@@ -28,6 +28,8 @@ STUDENT = {"keepLayers": [1, 3, 5]}
 # Of (b): learning rate and steps by model, those of one or two epochs of all rows in batches of 32. Fewer rows are read more often.
 SELECTING = {"minilm-l6": (5e-5, 848), "mpnet-base": (3e-5, 424)}
 METHODS = ["Random", "Uncertainty", "ClusterCenter", "GradientMatching"]
+# The methods but Random go by the model's view of the rows, and leave out those whose label the teacher does not find probable.
+CHOOSING = {"minimumAgreement": "0.5", "viewer": "Model"}
 
 
 def write_rows(folder):
@@ -132,16 +134,17 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where there is room for more than one (default 1)")
     parser.add_argument("--select-for", choices=SELECTING, default="minilm-l6", help="the model of (b)")
     parser.add_argument("--threads", type=int, help="of each run (default: all)")
+    parser.add_argument("--only", help="does the runs whose names begin so, such as all or random, and makes no table")
     parser.add_argument("--fresh", action="store_true", help="throws earlier runs away")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     models = pathlib.Path(os.environ["ATHANOR_MODELS"])
     seeds = range(arguments.seeds)
 
-    def student(seed, **more):
+    def student(seed, epochs, **more):
         return {
             "model": {"from": f"file://{models}/minilm-l6", "task": "TextClassification", "student": STUDENT},
-            "hyperparameters": {"epochs": 8, "learningRate": 1e-4, "maxSequenceLength": 64, "seed": seed},
+            "hyperparameters": {"epochs": epochs, "learningRate": 1e-4, "maxSequenceLength": 64, "seed": seed},
             **more,
         }
 
@@ -159,18 +162,27 @@ def main():
     })
     specs = {}
     for seed in seeds:
+        terms = [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]
         specs[f"distilled-{seed}"] = student(
-            seed, teacher={"from": f"file://{teacher_folder}"},
-            objective={"terms": [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]},
-            compress=[{"quantize": {"method": "Int8Dynamic"}}],
+            seed, 3, teacher={"from": f"file://{teacher_folder}"}, objective={"terms": terms},
+            data={"augment": {"copies": 6}}, compress=[{"quantize": {"method": "Int8Dynamic"}}],
         )
-        specs[f"alone-{seed}"] = student(seed)
+        # As many rows of its own as it has use for: more epochs than these make it no better.
+        specs[f"alone-{seed}"] = student(seed, 8)
     for seed in seeds:
         specs[f"all-{seed}"] = chosen(seed)
         for method in METHODS:
-            select = {"select": {"method": method, "keepPercent": 30, "seed": seed}}
-            specs[f"{method.lower()}-{seed}"] = chosen(seed, data=select)
+            select = {"method": method, "keepPercent": 30, "seed": seed}
+            more = {}
+            if method != "Random":
+                select |= CHOOSING
+                more = {"teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": [{"crossEntropy": {}}]}}
+            specs[f"{method.lower()}-{seed}"] = chosen(seed, data={"select": select}, **more)
+    if arguments.only:
+        specs = {name: spec for name, spec in specs.items() if name.startswith(tuple(arguments.only.split(",")))}
     found = bench.run_all(specs, arguments.jobs)
+    if arguments.only:
+        return
 
     def accuracies(name):
         return [accuracy(found[f"{name}-{seed}"][0]) for seed in seeds]

@@ -110,6 +110,27 @@ impl Tokenizer {
         Some(MaskTokens { mask, vocabulary: u32::try_from(self.inner.get_vocab_size(true)).ok()?, special })
     }
 
+    /// Words that are a token of their own wherever they stand after a space, in lower case, with their ids, in order of the ids.
+    pub fn words(&self) -> Vec<(String, u32)> {
+        let all = self.inner.get_vocab(false).into_iter();
+        let word = |token: String| {
+            let word = token.trim_start_matches(['Ġ', '▁']);
+            let is_word = word.chars().all(char::is_lowercase) && !word.is_empty();
+            is_word.then(|| word.to_owned())
+        };
+        let words: BTreeSet<String> = all.filter_map(|(token, _)| word(token)).collect();
+        let alone = |word: &str| {
+            // Byte-level vocabularies have words with the space before them.
+            let encoding = self.inner.encode_fast(format!("a {word}"), false).ok()?;
+            let before = self.inner.encode_fast("a", false).ok()?.len();
+            (encoding.len() == before + 1).then(|| encoding.get_ids()[before])
+        };
+        let mut words: Vec<(String, u32)> =
+            words.into_iter().filter_map(|word| Some((alone(&word)?, word))).map(|(id, word)| (word, id)).collect();
+        words.sort_by_key(|(_, id)| *id);
+        words
+    }
+
     /// Ids of each text with the special tokens around them, at most `max_length` of them: longer texts lose their end.
     pub fn encode_batch<T: AsRef<str>>(&self, texts: &[T], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
         let failed = |error: tokenizers::Error| LoadError::File {

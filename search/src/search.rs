@@ -1,6 +1,9 @@
 //! What happens next in a search, from its specification and its trials alone.
 
-use athanor_contract::train::{Hyperparameters, ParameterName, SearchAlgorithm, SearchGoal, SearchSpec, TrainSpec};
+use athanor_contract::{
+    Decimal,
+    train::{Hyperparameters, ParameterName, SearchAlgorithm, SearchGoal, SearchSpec, TrainSpec, TrialOutcome},
+};
 
 use crate::{
     Assignment, Setting, Trial, apply, asha,
@@ -160,6 +163,18 @@ impl Search {
         let results = trials.iter().enumerate().filter_map(|(index, trial)| Some((index, trial.result(rung)?)));
         let best = results.reduce(|best, other| if self.is_better(other.1, best.1) { other } else { best });
         best.map(|(index, _)| index)
+    }
+
+    /// The trials for the report of the job that trains with the best one's values.
+    pub fn outcomes(trials: &[Trial], best: usize) -> Vec<TrialOutcome> {
+        let outcome = |(index, trial): (usize, &Trial)| TrialOutcome {
+            name: trial.name(),
+            parameters: trial.assignment.to_strings(),
+            results: trial.results.iter().filter_map(|result| Decimal::new(*result)).collect(),
+            failed: trial.state == crate::TrialState::Failed,
+            best: index == best,
+        };
+        trials.iter().enumerate().map(outcome).collect()
     }
 
     fn is_better(&self, one: f64, other: f64) -> bool {

@@ -182,7 +182,8 @@ impl Report<'_> {
             h.seed as u64,
             self.device,
         )?;
-        let (steps_per_epoch, total_steps) = training::count_steps(train.len(), h);
+        let rows = self.with_new(train.len());
+        let (steps_per_epoch, total_steps) = training::count_steps(rows, h);
         let bf16 = setup::uses_bf16(h.precision, self.device);
 
         let mut text = String::new();
@@ -215,7 +216,7 @@ impl Report<'_> {
             let count = folds.len();
             line("folds", format!("{count} trainings before, of {least} to {most} rows, {of_folds} steps together"));
         }
-        let of_search = search::steps(h, train.len(), &folds)?;
+        let of_search = search::steps(h, rows, &folds)?;
         if let Some(search) = &h.search {
             line("search", format!("{} trials before, {of_search} steps together", search.max_trials));
         }
@@ -233,6 +234,10 @@ impl Report<'_> {
         let ranks = (spec.distributed.num_nodes * spec.distributed.processes_per_node).max(1) as usize;
         if let Some(select) = &spec.data.select {
             line("selected", format!("{} of {} training rows by {:?}", train.len(), parts.train.len(), select.method));
+        }
+        if let Some(augment) = &spec.data.augment {
+            let new = rows - train.len();
+            line("augmented", format!("{new} new texts for the teacher, {} of each training row", augment.copies));
         }
         let per_step = self.measure(&mut model, &objective, teacher.as_ref(), &train, ranks, bf16)?;
         line("memory", format!("{:.1} GiB a process at the peak of {MEASURED_STEPS} steps", peak_memory_gib()));
@@ -256,12 +261,17 @@ impl Report<'_> {
         (rows * percent).div_ceil(100)
     }
 
+    /// Training rows with the new texts that are made from them.
+    fn with_new(&self, rows: usize) -> usize {
+        rows * (1 + self.config.spec.data.augment.as_ref().map_or(0, |augment| usize::from(augment.copies)))
+    }
+
     /// Rows that the training of each fold of a cross-validation learns from; empty without one.
     fn fold_rows(&self, parts: &Parts) -> Result<Vec<usize>, TrainError> {
         let spec = &self.config.spec;
         let Some(wanted) = spec.hyperparameters.cross_validation else { return Ok(Vec::new()) };
         let folds = self.dataset.folds(&spec.data.split, &parts.train, wanted.folds as usize)?;
-        Ok(folds.iter().map(|fold| self.kept(fold.train.len())).collect())
+        Ok(folds.iter().map(|fold| self.with_new(self.kept(fold.train.len()))).collect())
     }
 
     fn describe_model(&self, model: &Model) -> String {

@@ -53,6 +53,7 @@ pub fn of_laptop(name: String, spec: TrainSpec) -> Result<TrainConfig, TrainErro
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
         events_to: format!("{folder}/{EVENTS}"),
+        trials: Vec::new(),
         progress_to: None,
         name,
         run_id,
@@ -195,6 +196,12 @@ fn mistakes(spec: &TrainSpec) -> Result<Vec<String>, TrainError> {
                 "teacher: nothing uses it: objective.terms ({}) do not, and neither data.select nor data.annotate.teacher is set",
                 names.join(", ")
             ));
+        }
+        if spec.data.augment.is_some() && !setup::objective_asks(spec) {
+            refuse(
+                "data.augment: no term of the objective asks the teacher, so that the new texts would teach nothing"
+                    .into(),
+            );
         }
         let by_token = terms.iter().any(|term| term.hidden_state.is_some());
         if teacher.outputs == Some(TeacherOutputs::Cached) && (by_token || spec.model.task != Task::TextClassification)

@@ -17,6 +17,7 @@
 
 mod annotate;
 pub mod artifact;
+mod augment;
 mod bounds;
 pub mod check;
 pub mod checkpoint;

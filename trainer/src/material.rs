@@ -2,17 +2,22 @@
 //! teacher's answers.
 
 use std::{
+    borrow::{Borrow, Cow},
     path::Path,
     time::{Duration, Instant},
 };
 
-use athanor_contract::train::{SelectSpec, Task, TeacherOutputs, TrainConfig};
+use athanor_contract::{
+    artifact::sha256_hex,
+    train::{AugmentSpec, SelectSpec, SelectViewer, Task, TeacherOutputs, TrainConfig},
+};
 use athanor_models::{Model, Tokenizer, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
     TrainError,
+    augment::{self, AugmentReport, Neighbours},
     data::{Dataset, Encoded},
     distributed::Topology,
     evaluate::{self, Evaluation, Predictions},
@@ -83,10 +88,11 @@ impl Common<'_> {
 
 /// What one training learns from.
 pub struct Material {
-    /// Selected rows, if a selection was asked for.
+    /// Selected rows, if a selection was asked for; behind them the new texts, if any.
     pub train: Encoded,
     pub teacher: Option<Teacher>,
     pub selection: Option<SelectionReport>,
+    pub augmented: Option<AugmentReport>,
 }
 
 impl Material {
@@ -108,15 +114,16 @@ impl Material {
             }
             _ => None,
         };
+        let mut kept = Cow::Borrowed(rows);
         let selection = match &spec.data.select {
             Some(select) => {
                 if let Some(reporter) = reporter.as_mut() {
                     reporter.stage("Selecting");
                 }
-                let viewer = teacher.as_ref().map_or(model, Online::model);
-                let texts = teacher.as_ref().and_then(Online::own_rows).unwrap_or(&train.ids);
-                let selection = common.select(select, viewer, texts, &train)?;
+                let viewer = teacher.as_ref().filter(|_| select.viewer == SelectViewer::Teacher);
+                let selection = common.select(select, viewer, model, rows, &train, teacher.as_ref())?;
                 train.select(&selection.rows);
+                kept = selection.rows.iter().map(|&place| rows[place]).collect();
                 if let Some(teacher) = &mut teacher {
                     teacher.keep_rows(&selection.rows);
                 }
@@ -124,29 +131,45 @@ impl Material {
             }
             None => None,
         };
-        let teacher = match teacher {
-            Some(teacher) => Some(common.teacher_outputs(teacher, rows, &train, reporter)?),
+        let new = match (&spec.data.augment, &mut teacher) {
+            (Some(augment), Some(teacher)) => Some(common.augment(augment, &kept, teacher, &mut train, reporter)?),
+            _ => None,
+        };
+        let (augmented, digest_of_new) = new.unzip();
+        let teacher = match teacher.filter(|_| setup::objective_asks(spec)) {
+            Some(teacher) => Some(common.teacher_outputs(teacher, &kept, digest_of_new, &train, reporter)?),
             None => None,
         };
-        Ok(Self { train, teacher, selection })
+        Ok(Self { train, teacher, selection, augmented })
     }
 }
 
 impl Common<'_> {
-    /// Chooses training rows on rank 0, for all ranks.
+    /// Chooses training rows on rank 0, for all ranks. `viewer` is the teacher if the rows are told by its view, else they are by the
+    /// model's; `rows` are their places in the dataset.
     fn select(
         &self,
         spec: &SelectSpec,
-        viewer: &Model,
-        rows: &TokenRows,
+        viewer: Option<&Online>,
+        model: &Model,
+        rows: &[usize],
         train: &Encoded,
+        teacher: Option<&Online>,
     ) -> Result<Selection, TrainError> {
         let (device, group) = (self.device(), self.group());
         let beat = || self.around.watchdog.beat();
-        let vectors = evaluate::embed(viewer, rows, group, device, self.bf16, beat)?.to_device(Device::Cpu);
+        let (looks, texts) = match viewer {
+            Some(teacher) => (teacher.model(), teacher.own_rows().unwrap_or(&train.ids)),
+            None => (model, &train.ids),
+        };
+        let vectors = evaluate::embed(looks, texts, group, device, self.bf16, beat)?.to_device(Device::Cpu);
         self.around.watchdog.rest();
         let labels: Vec<Option<usize>> = train.labels.iter().map(|label| label.map(usize::from)).collect();
-        let mut selection = select::select(spec, &vectors, &labels, &self.encoder.labels)?;
+        let agreement = match teacher.filter(|_| spec.minimum_agreement.is_some()) {
+            Some(teacher) => Some(self.agreement(teacher, rows, train, &labels)?),
+            None => None,
+        };
+        let mut selection = select::select(spec, &vectors, &labels, &self.encoder.labels, agreement.as_deref())?;
         if let Some(group) = group {
             // Sums may differ in their last bit from machine to machine.
             let mut marks = vec![0_i64; train.len()];
@@ -160,12 +183,59 @@ impl Common<'_> {
         Ok(selection)
     }
 
+    /// The probability that the teacher gives each row's label; 0 for a row without one.
+    fn agreement(
+        &self,
+        teacher: &Online,
+        rows: &[usize],
+        train: &Encoded,
+        labels: &[Option<usize>],
+    ) -> Result<Vec<f32>, TrainError> {
+        let length = self.config.spec.hyperparameters.max_sequence_length;
+        let identity = (&self.prepared.dataset.digest, rows, &None::<String>, &self.encoder.labels, length, self.bf16);
+        let shape = [train.len(), teacher.outputs()];
+        let logits = self.kept_or_asked(&identity, shape, || Ok(teacher), &train.ids, &mut None)?;
+        let rows = Vec::<Vec<f32>>::try_from(logits.softmax(-1, Kind::Float).to_device(Device::Cpu))?;
+        Ok(rows.iter().zip(labels).map(|(row, label)| label.map_or(0.0, |label| row[label])).collect())
+    }
+
+    /// Puts new texts behind the training rows, which are `rows` of the dataset; what was made, with the digest of the texts.
+    fn augment(
+        &self,
+        spec: &AugmentSpec,
+        rows: &[usize],
+        teacher: &mut Online,
+        train: &mut Encoded,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<(AugmentReport, String), TrainError> {
+        let Some(folder) = &self.prepared.teacher else {
+            return Err(TrainError::Other("the teacher's folder is not there".into()));
+        };
+        if let Some(reporter) = reporter.as_mut() {
+            reporter.stage("Augmenting");
+        }
+        let texts: Vec<&str> = rows.iter().map(|&row| self.prepared.dataset.rows.text(row)).collect();
+        let embeddings = teacher.model().word_embeddings();
+        let near = Neighbours::find(texts.iter().copied(), Online::words(folder)?, &embeddings, self.group())?;
+        let new: Vec<String> = augment::texts(spec, &texts, &near).collect();
+        let RowEncoder { tokenizer, max_length, .. } = &self.encoder;
+        let ids = tokenizer.encode_rows(new.iter().map(String::as_str), *max_length)?;
+        let copies = usize::from(spec.copies);
+        let sources: Vec<u32> = train.sources.iter().flat_map(|&source| std::iter::repeat_n(source, copies)).collect();
+        train.extend(&ids, sources);
+        teacher.add_rows(folder, new.iter().map(String::as_str))?;
+        let report = AugmentReport::new(rows.len(), &near, &new);
+        tracing::info!(rows = report.rows, words = report.words, "made new texts for the teacher");
+        Ok((report, sha256_hex(new.join("\n").as_bytes())))
+    }
+
     /// The teacher's answers, computed once and kept beside the output where they are small and the objective needs no more.
-    /// `rows` are those that `train` was selected from.
+    /// `rows` of the dataset are the training rows, `digest_of_new` that of the texts behind them.
     fn teacher_outputs(
         &self,
         teacher: Online,
         rows: &[usize],
+        digest_of_new: Option<String>,
         train: &Encoded,
         reporter: &mut Option<Reporter>,
     ) -> Result<Teacher, TrainError> {
@@ -183,7 +253,7 @@ impl Common<'_> {
             reporter.stage("Asking the teacher");
         }
         let (digest, length) = (&self.prepared.dataset.digest, spec.hyperparameters.max_sequence_length);
-        let identity = (digest, rows, &spec.data.select, &self.encoder.labels, length, self.bf16);
+        let identity = (digest, rows, digest_of_new, &self.encoder.labels, length, self.bf16);
         let shape = [train.len(), teacher.outputs()];
         let logits = self.kept_or_asked(&identity, shape, || Ok(teacher), &train.ids, reporter)?;
         self.around.timeline.mark("taught");
@@ -218,11 +288,11 @@ impl Common<'_> {
     }
 
     /// The teacher's logits [rows, L], kept beside the output under `identity` and all that the teacher is.
-    fn kept_or_asked(
+    fn kept_or_asked<T: Borrow<Online>>(
         &self,
         identity: &impl serde::Serialize,
         shape: [usize; 2],
-        teacher: impl FnOnce() -> Result<Online, TrainError>,
+        teacher: impl FnOnce() -> Result<T, TrainError>,
         student_ids: &TokenRows,
         reporter: &mut Option<Reporter>,
     ) -> Result<Tensor, TrainError> {
@@ -236,7 +306,7 @@ impl Common<'_> {
             return Ok(kept);
         }
         let mut last = Instant::now();
-        let logits = teacher()?.all_logits(student_ids, group, device, self.bf16, |done| {
+        let logits = teacher()?.borrow().all_logits(student_ids, group, device, self.bf16, |done| {
             self.around.watchdog.beat();
             if let Some(reporter) = reporter.as_mut() {
                 reporter.asked(done, student_ids.len());

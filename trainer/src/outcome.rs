@@ -13,6 +13,7 @@ use crate::{
     TrainError,
     annotate::Annotation,
     artifact,
+    augment::AugmentReport,
     compress::Compression,
     cross_validation::CrossValidation,
     data::{Dataset, Encoded, Parts},
@@ -44,6 +45,7 @@ pub struct Finished<'a> {
     pub trained: Trained,
     pub cross_validation: Option<CrossValidation>,
     pub selection: Option<SelectionReport>,
+    pub augmented: Option<AugmentReport>,
     pub chosen: BTreeMap<String, String>,
     /// Everything of a manifest but its files.
     pub manifest: Manifest,
@@ -123,6 +125,8 @@ impl Finished<'_> {
             cleaning: dataset.cleaning.as_ref(),
             annotation: self.annotation,
             selection: self.selection.as_ref(),
+            augmented: self.augmented.as_ref(),
+            trials: &config.trials,
             cross_validation: self.cross_validation.as_ref(),
             forms: &compressed.forms,
             classes: found.classes().map(|predictions| page::Classes {

@@ -114,7 +114,8 @@ const FORMAT: u32 = 2;
 /// What a checkpoint must have been made for to be of use here. Ranks and output may differ.
 fn fingerprint(config: &TrainConfig, dataset: &Dataset) -> Result<String, TrainError> {
     let spec = &config.spec;
-    let asked = (&spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select);
+    let asked =
+        (&spec.model, &spec.hyperparameters, &spec.teacher, &spec.objective, &spec.data.select, &spec.data.augment);
     let identity = (FORMAT, &dataset.digest, asked);
     Ok(sha256_hex(&serde_json::to_vec(&identity).map_err(TrainError::other)?))
 }

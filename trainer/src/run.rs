@@ -162,7 +162,7 @@ impl Run<'_> {
         let cross_validation = cross_validate(&common, &parts, &validation, reporter)?;
 
         let mut model = common.load_model()?;
-        let Material { train, teacher, selection } = Material::new(&common, &parts.train, &model, reporter)?;
+        let Material { train, teacher, selection, augmented } = Material::new(&common, &parts.train, &model, reporter)?;
         self.around.timeline.mark("dataReady");
 
         let (_, total_steps) = count_steps(train.len(), &spec.hyperparameters);
@@ -264,6 +264,7 @@ impl Run<'_> {
             trained,
             cross_validation,
             selection,
+            augmented,
             chosen,
             manifest,
         };

@@ -47,9 +47,11 @@ pub async fn best(job: &TrainConfig, stop: CancellationToken) -> Result<TrainCon
                 vec![trial]
             }
             Next::Done { best: Some(best) } => {
+                let outcomes = Search::outcomes(&trials, best);
                 let best = &trials[best];
                 tracing::info!(trial = best.name(), values = %best.assignment, "the best of {} trials", trials.len());
-                return config::of_laptop(job.name.clone(), apply(&best.assignment, spec).map_err(user)?);
+                let found = config::of_laptop(job.name.clone(), apply(&best.assignment, spec).map_err(user)?)?;
+                return Ok(TrainConfig { trials: outcomes, ..found });
             }
             Next::Done { best: None } => {
                 return Err(user(format!("all {} trials failed, the last one: {last}", trials.len())));

@@ -51,8 +51,13 @@ pub fn choose_labels(
 
 /// Whether the teacher is asked while training, or about which rows to train on; else it may be there for annotation alone.
 pub fn learns_from_teacher(spec: &TrainSpec) -> bool {
+    spec.data.select.is_some() || objective_asks(spec)
+}
+
+/// Whether the objective asks the teacher.
+pub fn objective_asks(spec: &TrainSpec) -> bool {
     let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
-    spec.data.select.is_some() || terms.iter().any(|term| objectives::needs_teacher(term, spec.model.task))
+    terms.iter().any(|term| objectives::needs_teacher(term, spec.model.task))
 }
 
 /// The model that is trained, as it begins.

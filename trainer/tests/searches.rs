@@ -4,7 +4,7 @@
 mod place;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -95,6 +95,12 @@ fn goes_on_as_if_nothing_had_been(place: &Place, algorithm: &str, spec: &Value, 
     // One more at most than of a search that ran through: the trial that was killed.
     assert!(trainings(place, &parts) <= told_whole.len() + 2, "{}", log(place, &parts));
     assert_eq!(place.summary(&whole).model_digest, place.summary(&parts).model_digest);
+    for out in [&whole, &parts] {
+        let report = Path::new(place.summary(out).artifact.strip_prefix("file://").unwrap()).join("report.json");
+        let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+        let trials = report["trials"].as_array().unwrap();
+        assert_eq!((trials.len(), trials.iter().filter(|trial| trial["best"] == true).count()), (told_whole.len(), 1));
+    }
     whole
 }
 

@@ -168,6 +168,59 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
     assert!(!String::from_utf8_lossy(&weights[..4096]).contains("projection"));
 }
 
+#[test]
+fn a_teacher_answers_new_texts_and_its_doubts_leave_rows_out() {
+    let place = Place::new(0.0);
+    let steps = json!({"maxSteps": 4, "batchSize": 8, "maxSequenceLength": 24, "precision": "FP32"});
+    let child = place.start("teacher", &json!({"hyperparameters": steps}));
+    place.finish("teacher", child, 0);
+    let spec = |ranks: u32, augment: Value, minimum: &str| {
+        json!({
+            "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+            "teacher": {"from": place.summary("teacher").artifact},
+            "data": {
+                "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}],
+                "select": {"method": "Uncertainty", "keepPercent": 40, "viewer": "Model", "minimumAgreement": minimum},
+                "augment": augment,
+            },
+            "hyperparameters": steps,
+            "distributed": {"processesPerNode": ranks, "backend": "Gloo"},
+        })
+    };
+    let names = [1, 2].map(|ranks| format!("ranks-{ranks}"));
+    for (out, ranks) in names.iter().zip([1, 2]) {
+        let child = place.start(out, &spec(ranks, json!({"copies": 3}), "0.2"));
+        place.finish(out, child, 0);
+    }
+    let [one, two] = names.each_ref().map(|out| place.losses(out));
+    assert_eq!(one.len(), 4);
+    for ((step, a), (_, b)) in one.iter().zip(&two) {
+        assert!((a - b).abs() < 2e-4 * a.abs().max(1.0), "step {step}: {a} is not {b}");
+    }
+    let summary = place.summary(&names[0]);
+    let report = report(&summary.artifact);
+    let chosen = report["selection"]["rows"].as_u64().unwrap();
+    let (new, of) = (report["augmented"]["rows"].as_u64().unwrap(), report["augmented"]["of"].as_u64().unwrap());
+    assert_eq!((new, of), (3 * chosen, chosen));
+    assert_eq!(summary.chosen["trainedRows"], (4 * chosen).to_string());
+    assert_eq!(report["augmented"]["examples"].as_array().unwrap().len(), 8);
+    assert!(page(&summary.artifact).contains("New texts for the teacher"));
+    let text = place.check("check", &spec(1, json!({"copies": 3}), "0.2")).unwrap();
+    let told = text.lines().find(|line| line.starts_with("augmented")).unwrap();
+    assert!(told.contains("3 of each training row") && text.contains("an epoch"), "{text}");
+
+    // A teacher that has learned little is sure of nothing.
+    let child = place.start("sure", &spec(1, json!({"copies": 1}), "1"));
+    place.finish("sure", child, 3);
+    let TrainResult::Failed { message } = place.result("sure") else { panic!("{:?}", place.result("sure")) };
+    assert!(message.contains("the teacher gives no row of label") && message.contains("minimumAgreement"), "{message}");
+    let alone = json!({"data": {
+        "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}], "augment": {"copies": 1},
+    }});
+    let mistake = place.check("alone", &alone).unwrap_err();
+    assert!(mistake.contains("data.augment needs a teacher"), "{mistake}");
+}
+
 /// An OpenAI-compatible endpoint that finds words of praise, and counts what it is asked.
 fn endpoint() -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{AnnotateSpec, CleanSpec, SelectSpec};
+use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -25,6 +25,10 @@ pub struct DataSpec {
     /// Trains on a part of the training rows: those that matter most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub select: Option<SelectSpec>,
+    /// More texts for the teacher to answer, made from the training rows (the selected ones). For TextClassification with a teacher
+    /// that the objective asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub augment: Option<AugmentSpec>,
 }
 
 impl DataSpec {

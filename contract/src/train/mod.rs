@@ -1,6 +1,7 @@
 //! Training: the part of a `FineTuneJob` that the trainer reads, the configuration the operator mounts, and the result.
 
 mod annotate;
+mod augment;
 mod clean;
 mod compress;
 mod cross_validation;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::Decimal;
 
 pub use annotate::*;
+pub use augment::*;
 pub use clean::*;
 pub use compress::*;
 pub use cross_validation::*;
@@ -130,6 +132,28 @@ impl TrainSpec {
         {
             mistakes.push(format!("data.select.method: {:?} needs labels, which {task:?} has not", select.method));
         }
+        if let Some(minimum) = self.data.select.as_ref().and_then(|select| select.minimum_agreement) {
+            if task != Task::TextClassification {
+                mistakes.push("data.select.minimumAgreement is for the task TextClassification".into());
+            } else if self.teacher.is_none() {
+                mistakes.push("data.select.minimumAgreement needs a teacher".into());
+            }
+            if !(0.0..=1.0).contains(&minimum.get()) {
+                mistakes.push("data.select.minimumAgreement is from \"0\" to \"1\"".into());
+            }
+        }
+        let is_fresh = self.model.student.as_ref().is_some_and(|student| student.fresh.is_some());
+        if is_fresh && self.data.select.as_ref().is_some_and(|select| select.viewer == SelectViewer::Model) {
+            mistakes
+                .push("data.select.viewer: Model knows nothing before training where model.student is fresh".into());
+        }
+        if self.data.augment.is_some() {
+            if task != Task::TextClassification {
+                mistakes.push("data.augment is for the task TextClassification".into());
+            } else if self.teacher.is_none() {
+                mistakes.push("data.augment needs a teacher, who knows what the new texts mean".into());
+            }
+        }
         mistakes
     }
 }
@@ -158,6 +182,9 @@ pub struct TrainConfig {
     pub artifact_to: String,
     /// Folder of the event files for TensorBoard, which grow while the run goes on: `{output.to}/{name}-{run_id[..8]}/tensorboard`.
     pub events_to: String,
+    /// The trials that the hyperparameters come from, in the order in which they were started; none without a search.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trials: Vec<TrialOutcome>,
     /// gRPC address that takes progress, such as `http://athanor-operator.athanor-system:9443`; absent on a laptop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress_to: Option<String>,
@@ -253,6 +280,17 @@ mod tests {
         assert_eq!(student.mistakes_of_task(), ["evaluate.gates[0].minimumOfTeacher needs a teacher"]);
         student.teacher = serde_json::from_value(json!({"from": "s3://m/teacher"})).ok();
         assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
+        student.data.augment = serde_json::from_value(json!({"copies": 4})).ok();
+        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
+        student.data.select.as_mut().unwrap().minimum_agreement = Decimal::new(0.8);
+        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
+        student.teacher = None;
+        assert!(student.mistakes_of_task().contains(&"data.select.minimumAgreement needs a teacher".to_owned()));
+        assert!(
+            student
+                .mistakes_of_task()
+                .contains(&"data.augment needs a teacher, who knows what the new texts mean".to_owned())
+        );
         let vectors = spec(Task::Embedding, None, "ClusterCenter").mistakes_of_task();
         assert_eq!(vectors, ["evaluate.gates[1].metric: Embedding has no MacroF1, but Accuracy"]);
     }

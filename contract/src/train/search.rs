@@ -1,6 +1,6 @@
 //! The search for hyperparameters: which are tried, how, and what a trial is judged by.
 
-use std::{fmt, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use schemars::JsonSchema;
 use serde::{
@@ -9,6 +9,7 @@ use serde::{
 };
 
 use super::{Hyperparameters, Metric};
+use crate::Decimal;
 
 /// Trials of the same training with other hyperparameters. The best of them, by its metric on the validation rows, is what the job
 /// trains with; the test rows are looked at once, after that.
@@ -213,6 +214,21 @@ impl Default for AshaSpec {
     fn default() -> Self {
         Self { reduction_factor: 3, minimum_steps: None, minimum_epochs: None }
     }
+}
+
+/// A trial of the search that a job's hyperparameters come from, for its report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrialOutcome {
+    /// A hash of its values.
+    pub name: String,
+    /// The hyperparameters that were searched for, with the trial's values.
+    pub parameters: BTreeMap<String, String>,
+    /// The objective's metric after each budget that the trial was given.
+    pub results: Vec<Decimal>,
+    pub failed: bool,
+    /// Whether the job trains with its values.
+    pub best: bool,
 }
 
 #[cfg(test)]

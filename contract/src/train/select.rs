@@ -21,13 +21,30 @@ pub struct SelectSpec {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
+    /// Whose view of the rows it goes by, where there is a teacher; without one it is the model's.
+    #[serde(default)]
+    pub viewer: SelectViewer,
+    /// Only rows whose label the job's teacher finds this probable, such as "0.8", can be chosen: of the others the label may be
+    /// wrong, or the text says little. Absent: all rows can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = [
+        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumAgreement must be between 0 and 1"}]))]
+    pub minimum_agreement: Option<Decimal>,
     /// The job fails before it trains where the selection covers less than this share of the clusters of all rows, such as "0.9".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_coverage: Option<Decimal>,
 }
 
-/// Rows are told by the teacher's view of them where there is a teacher, else by the model's own before training: mean-pooled
-/// vectors, and a linear classifier on them that is fitted to one half of the rows and asked about the other.
+/// Who looks at the rows: mean-pooled vectors, and a linear classifier on them that is fitted to one half of the rows and asked
+/// about the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SelectViewer {
+    #[default]
+    Teacher,
+    /// The model as it is before training: what it finds hard may be easy for the teacher. Not for a fresh student, who knows nothing.
+    Model,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SelectMethod {
     /// Any rows: what the others have to be better than.
@@ -36,7 +53,8 @@ pub enum SelectMethod {
     Uncertainty,
     /// The rows nearest to the centres of k-means, one a cluster.
     ClusterCenter,
-    /// Rows whose gradients of the last layer add up to those of all rows, by orthogonal matching pursuit (Killamsetty et al. 2021).
+    /// Rows whose gradients of the last layer point where those of all rows do together, by orthogonal matching pursuit (after
+    /// Killamsetty et al. 2021).
     GradientMatching,
 }
 

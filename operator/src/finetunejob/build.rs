@@ -18,7 +18,7 @@ use k8s_openapi::{
 use super::{
     claims,
     decide::{Decision, job_name},
-    search::NewTrial,
+    search::{Found, NewTrial},
     validate::ValidatedJob,
 };
 use crate::{
@@ -51,7 +51,7 @@ pub struct Attempt {
 /// The children that the decision asks for.
 pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
     let attempt = decision.create.then(|| Attempt {
-        config: config(job, settings, decision.train.as_ref().unwrap_or(&job.spec.train)),
+        config: config(job, settings, decision.found.as_ref()),
         service: service(job),
         job: indexed_job(job, settings, decision.attempt),
     });
@@ -106,6 +106,7 @@ pub fn train_config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -
         checkpoint_to: format!("{folder}/checkpoints"),
         artifact_to: format!("{folder}/artifact"),
         events_to: format!("{folder}/{EVENTS}"),
+        trials: Vec::new(),
         progress_to: settings.progress_address.clone(),
     }
 }
@@ -128,9 +129,11 @@ fn service_name(job: &ValidatedJob) -> String {
     format!("{}-trainer", job.name)
 }
 
-fn config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -> ConfigMap {
-    let text =
-        serde_json::to_string_pretty(&train_config(job, settings, spec)).expect("a configuration has string keys only");
+fn config(job: &ValidatedJob, settings: &Settings, found: Option<&Found>) -> ConfigMap {
+    let spec = found.map_or(&job.spec.train, |found| &found.train);
+    let trials = found.map_or(Vec::new(), |found| found.trials.clone());
+    let config = TrainConfig { trials, ..train_config(job, settings, spec) };
+    let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     ConfigMap {
         metadata: metadata(job, config_name(job)),
         data: Some([("train.json".into(), text)].into()),

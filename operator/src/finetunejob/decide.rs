@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use athanor_contract::train::{TrainResult, TrainSpec, TrainSummary, exit_code};
+use athanor_contract::train::{TrainResult, TrainSummary, exit_code};
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, SearchStatus, condition};
 use jiff::Timestamp;
 use k8s_openapi::api::{
@@ -13,7 +13,7 @@ use kube::ResourceExt;
 
 use super::{
     dereference::Observed,
-    search::{self, NewTrial, Outcome},
+    search::{self, Found, NewTrial, Outcome},
 };
 use crate::pods;
 
@@ -70,7 +70,7 @@ pub struct Decision {
     /// Create what the attempt needs.
     pub create: bool,
     /// What the attempt trains, if it is not what the specification says: the search's result.
-    pub train: Option<TrainSpec>,
+    pub found: Option<Found>,
     /// Trials to create.
     pub trials: Vec<NewTrial>,
     /// Trials to delete, with their UIDs.
@@ -102,7 +102,7 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         attempt: status.attempt,
         remove: going(&stale),
         create: false,
-        train: None,
+        found: None,
         trials: Vec::new(),
         remove_trials: Vec::new(),
         search: None,
@@ -197,7 +197,7 @@ fn searched(begin: Decision, plan: Result<search::Plan, String>, trials: &[FineT
     };
     let found = Decision { search: Some(plan.status), trials: plan.start, ..begin };
     match plan.outcome {
-        Outcome::Chosen(train) => Decision { train: Some(*train), ..found },
+        Outcome::Chosen(best) => Decision { found: Some(*best), ..found },
         Outcome::Failed { reason, message } => Decision {
             phase: failed(reason, message),
             create: false,

@@ -7,7 +7,7 @@
 use athanor_contract::{
     Decimal,
     artifact::sha256_hex,
-    train::{SearchSpec, TrainSpec},
+    train::{SearchSpec, TrainSpec, TrialOutcome},
 };
 use athanor_crds::{
     FineTuneJob, SearchStatus, TRIAL_ANNOTATION, TrialState as StatusState, TrialStatus, condition as types,
@@ -59,12 +59,20 @@ pub enum Outcome {
         message: String,
     },
     /// The job trains with the best trial's values.
-    Chosen(Box<TrainSpec>),
+    Chosen(Box<Found>),
     /// All trials failed, or one by the user's error, which the others have too.
     Failed {
         reason: &'static str,
         message: String,
     },
+}
+
+/// The result of a search.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
+    /// The job with the best trial's values.
+    pub train: TrainSpec,
+    pub trials: Vec<TrialOutcome>,
 }
 
 /// A trial with what only a user needs.
@@ -129,7 +137,10 @@ pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> R
     let status = status(job, spec, &search, &records, best.is_some());
     let outcome = match best {
         None => Outcome::Searching { message: status.text.clone() },
-        Some(Some(best)) => Outcome::Chosen(Box::new(apply(&trials[best].assignment, train)?)),
+        Some(Some(best)) => {
+            let train = apply(&trials[best].assignment, train)?;
+            Outcome::Chosen(Box::new(Found { train, trials: Search::outcomes(&trials, best) }))
+        }
         Some(None) => {
             let last = records.last().and_then(|record| record.message.as_deref()).unwrap_or("for an unknown reason");
             let message = format!("all {} trials failed, the last one: {last}", trials.len());

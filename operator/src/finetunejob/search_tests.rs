@@ -149,6 +149,10 @@ fn the_job_trains_with_the_best_of_its_trials() {
         );
 
         let config: TrainConfig = serde_json::from_str(&attempt.unwrap().config.data.unwrap()["train.json"]).unwrap();
+        let told = config.trials.iter().find(|trial| trial.best).unwrap();
+        assert_eq!((&told.name, &told.parameters, &told.results), (&best.name, &best.parameters, &best.results));
+        assert_eq!(config.trials.len(), found.trials.len(), "the report tells them all");
+        assert_eq!(config.trials.iter().filter(|trial| trial.failed).count(), failed.len());
         let h = &config.spec.hyperparameters;
         assert_eq!(h.learning_rate.to_string(), best.parameters["learningRate"]);
         assert_eq!((h.search.is_none(), h.max_steps, config.spec.evaluate.gates.len()), (true, Some(90), 1));

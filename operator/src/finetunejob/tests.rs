@@ -242,7 +242,7 @@ fn the_children_are_what_trainers_read() {
         attempt: 2,
         remove: vec![],
         create: true,
-        train: None,
+        found: None,
         trials: vec![],
         remove_trials: vec![],
         search: None,

@@ -89,6 +89,13 @@ impl Encoded {
         self.sources = rows.iter().map(|&row| self.sources[row]).collect();
     }
 
+    /// More rows of a classification that nobody labelled, each with the index of its source.
+    pub fn extend(&mut self, ids: &TokenRows, sources: impl IntoIterator<Item = u32>) {
+        ids.iter().for_each(|ids| self.ids.push(ids));
+        self.labels.resize(self.ids.len(), None);
+        self.sources.extend(sources);
+    }
+
     /// Rows without tokens and labels.
     #[cfg(test)]
     pub fn blank(count: usize) -> Self {

@@ -119,6 +119,19 @@ impl Online {
         Ok(())
     }
 
+    /// Words of the teacher's vocabulary, each with its row in the word embeddings.
+    pub fn words(folder: &Path) -> Result<Vec<(String, u32)>, TrainError> {
+        Ok(Tokenizer::load(folder)?.words())
+    }
+
+    /// More texts behind the training rows.
+    pub fn add_rows<'t>(&mut self, folder: &Path, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
+        if let Some(ids) = &mut self.ids {
+            Tokenizer::load(folder)?.encode_rows(texts, self.max_length)?.iter().for_each(|row| ids.push(row));
+        }
+        Ok(())
+    }
+
     /// Goes on with these of the training rows alone.
     pub fn keep_rows(&mut self, rows: &[usize]) {
         if let Some(ids) = &mut self.ids {

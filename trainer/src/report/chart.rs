@@ -85,6 +85,28 @@ pub fn forms(forms: &[(&str, f64, f64)], y_name: &str) -> String {
     })
 }
 
+/// The result of each trial in the order of their beginnings, the chosen one filled; without those that have none.
+pub fn trials(results: &[(Option<f64>, bool)], y_name: &str) -> String {
+    let numbered =
+        results.iter().zip(1..).filter_map(|(&(result, best), number)| Some((f64::from(number), result?, best)));
+    let dots: Vec<(f64, f64, bool)> = numbered.filter(|(_, result, _)| result.is_finite()).collect();
+    let points: Vec<(f64, f64)> = dots.iter().map(|&(x, y, _)| (x, y)).collect();
+    let Some(((_, right), y)) = ranges(&points) else { return String::new() };
+    picture(|svg| {
+        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        let words: (Words, Words) = (|x| format!("{x:.0}"), |y| short(*y));
+        let mut chart = axes(&area, ((0.5, right + 0.5), y), ("trial", y_name), words)?;
+        chart.draw_series(dots.iter().map(|&(x, y, best)| {
+            let style = if best { BLUE.filled() } else { BLUE.mix(0.5).stroke_width(2) };
+            Circle::new((x, y), if best { 6 } else { 4 }, style)
+        }))?;
+        area.present()?;
+        drop(chart);
+        drop(area);
+        Ok(())
+    })
+}
+
 type Range = (f64, f64);
 type Words = fn(&f64) -> String;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary};
+use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary, TrialOutcome};
 use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     TrainError,
     annotate::Annotation,
+    augment::AugmentReport,
     compress::Form,
     cross_validation::{CrossValidation, FoldResult},
     data::{Dataset, Encoded, Parts},
@@ -56,6 +57,11 @@ pub struct Report<'a> {
     pub annotation: Option<&'a Annotation>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<&'a SelectionReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub augmented: Option<&'a AugmentReport>,
+    /// The search that the hyperparameters come from; empty without one.
+    #[serde(skip_serializing_if = "<[TrialOutcome]>::is_empty")]
+    pub trials: &'a [TrialOutcome],
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cross_validation: Option<&'a CrossValidation>,
     /// The trained model and its smaller forms; empty where none were asked for.
@@ -300,11 +306,14 @@ fn html(report: &Report) -> Result<String, TrainError> {
     };
     let of_forms: Vec<_> =
         report.forms.iter().map(|form| (form.name.as_str(), form.bytes as f64 / 1e6, form.value)).collect();
+    let of_trials: Vec<_> =
+        report.trials.iter().map(|trial| (trial.results.last().map(|result| result.get()), trial.best)).collect();
     let pictures = vec![
         ("Training loss", chart::line(&curve(|point| point.loss), "loss", false)),
         ("Validation", chart::line(&validations, score, true)),
         ("Learning rate", chart::line(&curve(|point| point.learning_rate), "learning rate", false)),
         ("Gradient norm", chart::line(&curve(|point| point.gradient_norm), "norm before clipping", false)),
+        ("Search", chart::trials(&of_trials, "validation")),
         ("Calibration on the test rows", chart::calibration(&bins)),
         ("Size against quality", chart::forms(&of_forms, report.forms.first().map_or("", |form| form.metric.as_str()))),
     ];
@@ -440,6 +449,14 @@ mod tests {
             best_step: 8,
             metrics: [("accuracy".to_owned(), accuracy), ("reviews/accuracy".to_owned(), accuracy)].into(),
         };
+        let trial = |name: &str, result: Option<f64>, best| TrialOutcome {
+            name: name.into(),
+            parameters: [("learningRate".to_owned(), "0.0003".to_owned())].into(),
+            results: result.into_iter().filter_map(Decimal::new).collect(),
+            failed: result.is_none(),
+            best,
+        };
+        let trials = [trial("t1", Some(0.8125), false), trial("t2", Some(0.9375), true), trial("t3", None, false)];
         let cross_validation = CrossValidation::new(vec![fold(1, 0.625), fold(2, 0.875)]);
         let report = Report {
             job: "first",
@@ -459,6 +476,8 @@ mod tests {
             cleaning: None,
             annotation: None,
             selection: None,
+            augmented: None,
+            trials: &trials,
             cross_validation: Some(&cross_validation),
             forms: &forms,
             classes: Some(Classes {
@@ -483,6 +502,9 @@ mod tests {
             "it costs 0.1",
             "0.6250",
             "0.7500 ± 0.1768",
+            "Search: 3 trials",
+            "0.0003</td>\n          <td class=\"number\">0.9375</td>\n          <td><span class=\"good\">the best",
+            "<span class=\"bad\">failed",
             "s3:&#x2f;&#x2f;b&#x2f;teacher",
         ] {
             assert!(html.contains(part), "{part} is not in {html}");

@@ -1,10 +1,13 @@
 //! Rows whose gradients add up to those of all rows: GRAD-MATCH (Killamsetty et al. 2021, <https://arxiv.org/abs/2103.00123>) on
 //! the last layer's gradients of one label's rows.
 
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use tch::{Kind, Tensor};
 
-/// Rows of one pursuit: with more of them than the gradients have numbers, everything would be matched exactly.
-const MOST_A_ROUND: usize = 128;
+use crate::data::batches::mix;
+
+/// Rows that are chosen of a group: with more of them than the gradients have numbers, everything would be matched exactly.
+const MOST_OF_A_GROUP: usize = 128;
 /// Keeps the small systems of equations solvable.
 const RIDGE: f64 = 1e-3;
 
@@ -13,43 +16,38 @@ pub fn gradients(vectors: &Tensor, probabilities: &Tensor, class: usize) -> Tens
     (probabilities.select(1, class as i64) - 1.0).unsqueeze(1) * vectors
 }
 
-/// Places of `count` rows by orthogonal matching pursuit of the mean gradient, in rounds: each round begins with the whole mean
-/// again and takes from the rows that are left. Rows are matched by the direction of their gradient alone, as a pursuit's atoms are:
+/// Places of `count` rows by orthogonal matching pursuit. The rows are dealt into groups by chance, and of each group its share is
+/// chosen so that their sum comes nearest to the group's mean gradient: what is chosen of one group does not have to make up for the
+/// others, so that rows of every kind are. Rows are matched by the direction of their gradient alone, as a pursuit's atoms are:
 /// nothing weights them in training, and by its length the rows would win that are wrong or mislabelled.
-pub fn pursue(gradients: &Tensor, count: usize) -> Vec<usize> {
-    let units =
-        gradients / gradients.square().sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt().clamp_min(1e-12);
+pub fn pursue(gradients: &Tensor, count: usize, seed: u64) -> Vec<usize> {
     let rows = gradients.size()[0] as usize;
-    let mut taken = vec![false; rows];
+    let count = count.min(rows);
+    let mut order: Vec<usize> = (0..rows).collect();
+    order.shuffle(&mut StdRng::seed_from_u64(mix(seed, rows as u64)));
+    let groups = count.div_ceil(MOST_OF_A_GROUP);
     let mut chosen = Vec::with_capacity(count);
-    let target = gradients.mean_dim([0_i64].as_slice(), false, Kind::Float);
-    while chosen.len() < count.min(rows) {
-        let size = MOST_A_ROUND.min(count - chosen.len());
-        let round = round(&units, &target, size, &mut taken);
-        if round.is_empty() {
-            break;
-        }
-        chosen.extend(round);
+    for group in 0..groups {
+        let share = |of: usize| of * group / groups..of * (group + 1) / groups;
+        let (places, size) = (&order[share(rows)], share(count).len());
+        let index: Vec<i64> = places.iter().map(|&row| row as i64).collect();
+        let picked = of_group(&gradients.index_select(0, &Tensor::from_slice(&index)), size);
+        chosen.extend(picked.into_iter().map(|place| places[place]));
     }
-    // Gradients of nothing match anything alike: the rows left fill up in order.
-    let missing = count.min(rows) - chosen.len();
-    chosen.extend((0..rows).filter(|&row| !taken[row]).take(missing));
     chosen
 }
 
-fn round(units: &Tensor, target: &Tensor, size: usize, taken: &mut [bool]) -> Vec<usize> {
+/// Places of `size` rows of a group of gradients [rows, C].
+fn of_group(gradients: &Tensor, size: usize) -> Vec<usize> {
+    let norms = gradients.square().sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt();
+    let units = gradients / norms.clamp_min(1e-12);
+    let target = gradients.mean_dim([0_i64].as_slice(), false, Kind::Float);
     let mut chosen: Vec<usize> = Vec::with_capacity(size);
-    let blocked: Vec<f32> = taken.iter().map(|&taken| if taken { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let blocked = Tensor::from_slice(&blocked);
+    let taken = Tensor::zeros([gradients.size()[0]], (Kind::Float, gradients.device()));
     let mut residual = target.shallow_clone();
-    for _ in 0..size {
-        let fit = units.mv(&residual) + &blocked;
-        let best = fit.argmax(0, false).int64_value(&[]);
-        if !fit.double_value(&[best]).is_finite() {
-            break;
-        }
-        taken[best as usize] = true;
-        let _ = blocked.get(best).fill_(f64::NEG_INFINITY);
+    while chosen.len() < size {
+        let best = (units.mv(&residual) + &taken).argmax(0, false).int64_value(&[]);
+        let _ = taken.get(best).fill_(f64::NEG_INFINITY);
         chosen.push(best as usize);
         let index: Vec<i64> = chosen.iter().map(|&row| row as i64).collect();
         let atoms = units.index_select(0, &Tensor::from_slice(&index));
@@ -57,9 +55,9 @@ fn round(units: &Tensor, target: &Tensor, size: usize, taken: &mut [bool]) -> Ve
         let gram = atoms.matmul(&atoms.tr());
         let ridge = Tensor::eye(chosen.len() as i64, (Kind::Float, gram.device()))
             * (gram.diag(0).mean(Kind::Float) * RIDGE).clamp_min(1e-12);
-        let right = atoms.mv(target).unsqueeze(1);
+        let right = atoms.mv(&target).unsqueeze(1);
         let weights = Tensor::linalg_solve(&(gram + ridge), &right, true).squeeze_dim(1).clamp_min(0.0);
-        residual = target - atoms.tr().mv(&weights);
+        residual = &target - atoms.tr().mv(&weights);
     }
     chosen
 }
@@ -80,12 +78,17 @@ mod tests {
             x.index_select(0, &Tensor::from_slice(&index)).mean_dim([0_i64].as_slice(), false, Kind::Float)
         };
         let all: Vec<usize> = (0..500).collect();
-        let chosen = pursue(&x, 12);
+        let chosen = pursue(&x, 12, 1);
         assert_eq!(chosen.len(), 12);
         let direction = |rows: &[usize]| Tensor::cosine_similarity(&mean(rows), &mean(&all), 0, 1e-8).double_value(&[]);
         assert!(direction(&chosen) > direction(&all[..12]), "{} {}", direction(&chosen), direction(&all[..12]));
-        assert_eq!(pursue(&x, 500).len(), 500, "all rows, in rounds");
-        assert_eq!(pursue(&x.zeros_like(), 7).len(), 7);
+        assert_eq!(pursue(&x, 500, 1).len(), 500, "all rows, in groups");
+        let mut all = pursue(&x, 300, 1);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 300, "each once");
+        assert_eq!(pursue(&x.zeros_like(), 7, 1).len(), 7, "gradients of nothing match anything alike");
+        assert_eq!(pursue(&x, 0, 1).len(), 0);
     }
 
     #[test]
@@ -95,7 +98,7 @@ mod tests {
         let x = Tensor::randn([400, 16], (Kind::Float, Device::Cpu)) + 0.3;
         // Every other row is as a mislabelled one, far from its label.
         let lengths = (Tensor::arange(400, (Kind::Float, Device::Cpu)).remainder(2.0) * 0.95 + 0.05).unsqueeze(1);
-        let long = pursue(&(x * lengths), 120).into_iter().filter(|row| row % 2 == 1).count();
+        let long = pursue(&(x * lengths), 120, 1).into_iter().filter(|row| row % 2 == 1).count();
         assert!((30..=90).contains(&long), "{long} of 120");
     }
 

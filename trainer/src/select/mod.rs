@@ -40,6 +40,9 @@ pub struct SelectionReport {
     pub of: usize,
     /// Each label's share of all rows and of the selection.
     pub balance: Vec<Balance>,
+    /// Rows that could not be chosen, because the teacher finds their label improbable.
+    #[serde(default)]
+    pub disputed: usize,
     pub selected: Representativeness,
     pub random: Representativeness,
     /// What to mind.
@@ -66,14 +69,16 @@ pub struct Representativeness {
     pub diversity: f64,
 }
 
-/// Chooses rows. `vectors` [rows, C] are unit vectors in FP32 on the CPU, `labels` the rows' classes (`None` is never chosen).
+/// Chooses rows. `vectors` [rows, C] are unit vectors in FP32 on the CPU, `labels` the rows' classes (`None` is never chosen),
+/// `agreement` the probability that the teacher gives each row's label, where that is asked for.
 pub fn select(
     spec: &SelectSpec,
     vectors: &Tensor,
     labels: &[Option<usize>],
     names: &[String],
+    agreement: Option<&[f32]>,
 ) -> Result<Selection, TrainError> {
-    let classes: Vec<Vec<usize>> = match names.len() {
+    let mut classes: Vec<Vec<usize>> = match names.len() {
         0 => vec![(0..labels.len()).collect()],
         count => {
             (0..count).map(|class| (0..labels.len()).filter(|&row| labels[row] == Some(class)).collect()).collect()
@@ -81,8 +86,21 @@ pub fn select(
     };
     let quotas: Vec<usize> = classes.iter().map(|rows| quota(rows.len(), spec.keep_percent)).collect();
     let random = by_chance(&classes, &quotas, spec.seed as u64);
+    let all: usize = classes.iter().map(Vec::len).sum();
+    if let (Some(agreement), Some(minimum)) = (agreement, spec.minimum_agreement) {
+        let minimum = minimum.get() as f32;
+        classes.iter_mut().for_each(|rows| rows.retain(|&row| agreement[row] >= minimum));
+        if let Some(class) = classes.iter().position(Vec::is_empty) {
+            return Err(TrainError::User(format!(
+                "data.select: the teacher gives no row of label {} the minimumAgreement of {minimum}",
+                names[class]
+            )));
+        }
+    }
+    let quotas: Vec<usize> = quotas.iter().zip(&classes).map(|(&quota, rows)| quota.min(rows.len())).collect();
+    let disputed = all - classes.iter().map(Vec::len).sum::<usize>();
     let mut rows = match spec.method {
-        SelectMethod::Random => random.clone(),
+        SelectMethod::Random => by_chance(&classes, &quotas, spec.seed as u64),
         SelectMethod::ClusterCenter => {
             let mut chosen = Vec::new();
             for (rows, &quota) in classes.iter().zip(&quotas) {
@@ -105,7 +123,7 @@ pub fn select(
                     SelectMethod::Uncertainty => most_uncertain(&of(&probabilities, rows), spec.measure, quota),
                     _ => {
                         let gradients = matching::gradients(&of(vectors, rows), &of(&probabilities, rows), class);
-                        matching::pursue(&gradients, quota)
+                        matching::pursue(&gradients, quota, spec.seed as u64)
                     }
                 };
                 chosen.extend(places.into_iter().map(|place| rows[place]));
@@ -114,7 +132,7 @@ pub fn select(
         }
     };
     rows.sort_unstable();
-    let report = report(spec, vectors, labels, names, &rows, &random);
+    let report = SelectionReport { disputed, ..report(spec, vectors, labels, names, &rows, &random) };
     if let Some(minimum) = spec.minimum_coverage
         && report.selected.cluster_coverage < minimum.get()
     {
@@ -219,7 +237,7 @@ fn report(
         }
     }
     let method = format!("{:?}", spec.method);
-    SelectionReport { method, rows: rows.len(), of: labels.len(), balance, selected, random, warnings }
+    SelectionReport { method, rows: rows.len(), of: labels.len(), balance, disputed: 0, selected, random, warnings }
 }
 
 fn representativeness(vectors: &Tensor, clusters: &[usize], rows: &[usize]) -> Representativeness {
@@ -254,6 +272,8 @@ fn representativeness(vectors: &Tensor, clusters: &[usize], rows: &[usize]) -> R
 
 #[cfg(test)]
 mod tests {
+    use athanor_contract::train::SelectViewer;
+
     use super::*;
 
     /// Rows of two labels in four clumps, as unit vectors: clumps 0 and 1 have label 0, the others label 1.
@@ -284,14 +304,16 @@ mod tests {
                 keep_percent: 10,
                 measure: UncertaintyMeasure::Margin,
                 seed: 1,
+                viewer: SelectViewer::default(),
+                minimum_agreement: None,
                 minimum_coverage: None,
             };
-            let selection = select(&spec, &vectors, &labels, &names).unwrap();
+            let selection = select(&spec, &vectors, &labels, &names, None).unwrap();
             assert_eq!(selection.rows.len(), 40, "{method:?}");
             assert!(selection.rows.windows(2).all(|pair| pair[0] < pair[1]), "{method:?}: each row once");
             let of_a = selection.rows.iter().filter(|&&row| labels[row] == Some(0)).count();
             assert_eq!(of_a, 20, "{method:?}");
-            assert_eq!(select(&spec, &vectors, &labels, &names).unwrap().rows, selection.rows, "{method:?}");
+            assert_eq!(select(&spec, &vectors, &labels, &names, None).unwrap().rows, selection.rows, "{method:?}");
             let report = &selection.report;
             assert_eq!((report.rows, report.of), (40, 400));
             assert!(report.balance.iter().all(|one| (one.before - 0.5).abs() < 0.01 && (one.after - 0.5).abs() < 0.01));
@@ -308,13 +330,36 @@ mod tests {
             keep_percent: 5,
             measure: UncertaintyMeasure::Entropy,
             seed: 0,
+            viewer: SelectViewer::default(),
+            minimum_agreement: None,
             minimum_coverage: None,
         };
-        let report = select(&spec, &vectors, &labels, &names).unwrap().report;
+        let report = select(&spec, &vectors, &labels, &names, None).unwrap().report;
         assert!(report.selected.distance_to_all < report.random.distance_to_all, "{report:?}");
         let strict = SelectSpec { minimum_coverage: athanor_contract::Decimal::new(1.01), ..spec };
-        let error = select(&strict, &vectors, &labels, &names).unwrap_err();
+        let error = select(&strict, &vectors, &labels, &names, None).unwrap_err();
         assert!(matches!(&error, TrainError::User(message) if message.contains("minimumCoverage")), "{error}");
+    }
+
+    #[test]
+    fn disputed_rows_are_not_chosen() {
+        let (vectors, labels, _) = clumps(400);
+        let names = ["a".to_owned(), "b".to_owned()];
+        let agreement: Vec<f32> = (0..400).map(|row| if row % 5 == 0 { 0.3 } else { 0.9 }).collect();
+        for method in [SelectMethod::Random, SelectMethod::ClusterCenter, SelectMethod::Uncertainty] {
+            let spec: SelectSpec = serde_json::from_value(serde_json::json!({
+                "method": method, "keepPercent": 70, "minimumAgreement": "0.5"
+            }))
+            .unwrap();
+            let found = select(&spec, &vectors, &labels, &names, Some(&agreement)).unwrap();
+            assert_eq!((found.rows.len(), found.report.disputed), (280, 80), "{method:?}: as many rows as without");
+            assert!(found.rows.iter().all(|row| row % 5 != 0), "{method:?}");
+            let most = SelectSpec { keep_percent: 95, ..spec.clone() };
+            let found = select(&most, &vectors, &labels, &names, Some(&agreement)).unwrap();
+            assert_eq!(found.rows.len(), 320, "no more than there are");
+            let error = select(&spec, &vectors, &labels, &names, Some(&[0.1; 400])).unwrap_err();
+            assert!(error.to_string().contains("no row of label a the minimumAgreement of 0.5"), "{error}");
+        }
     }
 
     #[test]
