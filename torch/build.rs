@@ -3,7 +3,9 @@
 use std::{env, path::PathBuf};
 
 fn main() {
-    for file in ["kernels.cpp", "kernels.hpp", "layer.cpp", "shim.cpp", "shim.hpp"] {
+    for file in
+        ["kernels.cpp", "kernels.hpp", "layer.cpp", "shared_memory.cpp", "shared_memory.hpp", "shim.cpp", "shim.hpp"]
+    {
         println!("cargo:rerun-if-changed=src/{file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -15,7 +17,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++20")
-        .files(["src/shim.cpp", "src/layer.cpp"])
+        .files(["src/shim.cpp", "src/layer.cpp", "src/shared_memory.cpp"])
         .flag("-isystem")
         .flag(include.to_str().expect("LIBTORCH is valid Unicode"))
         .flag("-isystem")

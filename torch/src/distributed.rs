@@ -2,19 +2,21 @@
 
 use std::{
     ffi::{CString, c_int, c_void},
+    fs::File,
     marker::PhantomData,
+    os::fd::AsRawFd,
     ptr::NonNull,
     time::Duration,
 };
 
 use tch::Tensor;
 
-use crate::{Error, ffi};
+use crate::{Error, ffi, sharding::Cuts};
 
 /// Which library moves the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// CPU tensors over TCP.
+    /// CPU tensors over TCP, or through memory where all ranks share some.
     Gloo,
     /// CUDA tensors; only in builds with the feature `nccl`.
     Nccl,
@@ -32,6 +34,8 @@ pub struct Rendezvous<'a> {
     pub world: usize,
     /// For the rendezvous and for each collective.
     pub timeout: Duration,
+    /// Of ranks on one machine, for Gloo: a file that all of them have, empty before the first of them comes here. Sums go through it.
+    pub shared_memory: Option<&'a File>,
 }
 
 /// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a time.
@@ -39,6 +43,7 @@ pub struct ProcessGroup {
     handle: NonNull<c_void>,
     rank: usize,
     world: usize,
+    shares_memory: bool,
 }
 
 // SAFETY: the handle owns a reference-counted c10d::ProcessGroup, which is not bound to the thread that made it.
@@ -56,9 +61,10 @@ impl ProcessGroup {
             |value: usize| c_int::try_from(value).map_err(|_| Error::Torch(format!("{value} ranks are too many")));
         let (rank, world) = (number(at.rank)?, number(at.world)?);
         let timeout = i64::try_from(at.timeout.as_millis()).unwrap_or(i64::MAX);
+        let shared_memory = at.shared_memory.map_or(-1, AsRawFd::as_raw_fd);
         let mut handle = std::ptr::null_mut();
         ffi::call(|message| {
-            // SAFETY: the strings outlive the call; `handle` is written on success only.
+            // SAFETY: the strings and the file outlive the call; `handle` is written on success only.
             unsafe {
                 ffi::athanor_group_new(
                     c_int::from(backend == Backend::Nccl),
@@ -68,13 +74,15 @@ impl ProcessGroup {
                     rank,
                     world,
                     timeout,
+                    shared_memory,
                     &mut handle,
                     message,
                 )
             }
         })?;
         let handle = NonNull::new(handle).ok_or_else(|| Error::Torch("no process group was made".into()))?;
-        Ok(Self { handle, rank: at.rank, world: at.world })
+        let shares_memory = backend == Backend::Gloo && at.shared_memory.is_some();
+        Ok(Self { handle, rank: at.rank, world: at.world, shares_memory })
     }
 
     pub fn rank(&self) -> usize {
@@ -83,6 +91,11 @@ impl ProcessGroup {
 
     pub fn world(&self) -> usize {
         self.world
+    }
+
+    /// Whether sums go through memory.
+    pub fn shares_memory(&self) -> bool {
+        self.shares_memory
     }
 
     /// Sums the tensor over all ranks, in place.
@@ -121,6 +134,33 @@ impl ProcessGroup {
                 )
             }
         })
+    }
+
+    /// Of ranks that share memory: sums the parameters' gradients, of which each rank gets its parts alone.
+    pub(crate) fn sum_gradients(&self, parameters: &[Tensor], cuts: &[&Cuts]) -> Result<(), Error> {
+        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
+        // SAFETY: handle, tensors and places, as many of these as the shim reads, are alive for the call.
+        ffi::call(|message| unsafe {
+            ffi::athanor_sum_gradients(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
+        })
+    }
+
+    /// Of ranks that share memory: overwrites the parts of the tensors that other ranks own with theirs.
+    pub(crate) fn share_parts(&self, tensors: &[Tensor], cuts: &[&Cuts]) -> Result<(), Error> {
+        let (pointers, cuts) = (ffi::pointers(tensors), self.places(tensors, cuts)?);
+        // SAFETY: as in sum_gradients.
+        ffi::call(|message| unsafe {
+            ffi::athanor_share_parts(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
+        })
+    }
+
+    /// The cuts of all tensors, one after another, as the shim takes them.
+    fn places(&self, tensors: &[Tensor], cuts: &[&Cuts]) -> Result<Vec<i64>, Error> {
+        let places: Vec<i64> = cuts.iter().flat_map(|Cuts(places)| places).copied().collect();
+        if cuts.len() != tensors.len() || places.len() != tensors.len() * (self.world + 1) {
+            return Err(Error::Torch(format!("tensors are not cut for {} ranks", self.world)));
+        }
+        Ok(places)
     }
 
     /// Returns once all ranks have called it.
@@ -191,6 +231,57 @@ impl Drop for Reducer<'_> {
     }
 }
 
+#[cfg(test)]
+mod shared_memory_tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::sharding::tests::on_ranks;
+
+    #[test]
+    fn sums_are_those_over_all_ranks_and_the_same_bits_on_each() {
+        for world in [2, 3, 5] {
+            let file = tempfile::tempfile().unwrap();
+            let found = std::sync::Mutex::new(Vec::new());
+            on_ranks(world, Some(&file), |group| {
+                // Less than a chunk of it, exactly one, many and a rest; more ranks than cache lines.
+                for (size, kind) in
+                    [(1_i64, Kind::Double), (65_536, Kind::Float), (700_001, Kind::Float), (70_003, Kind::Double)]
+                {
+                    let of_rank = |rank: usize| Tensor::arange(size, (kind, Device::Cpu)) * 0.1 + (rank as f64 + 0.3);
+                    let sum = of_rank(group.rank());
+                    group.all_reduce_sum(&sum).unwrap();
+                    let expected: Tensor = (0..world).map(|rank| of_rank(rank).to_kind(Kind::Double)).sum();
+                    assert!(sum.to_kind(Kind::Double).allclose(&expected, 1e-6, 0.0, false), "{size} of {world} ranks");
+                    found.lock().unwrap().push((size, sum));
+                }
+                // Columns of a matrix, and what only Gloo sums.
+                let matrix = Tensor::ones([300, 7], (Kind::Float, Device::Cpu));
+                group.all_reduce_sum(&matrix.narrow(1, 2, 3)).unwrap();
+                assert_eq!(matrix.sum(Kind::Double).double_value(&[]), 300.0 * (4.0 + 3.0 * world as f64));
+                let whole = Tensor::from(group.rank() as i64 + 1);
+                group.all_reduce_sum(&whole).unwrap();
+                assert_eq!(whole.int64_value(&[]) as usize, world * (world + 1) / 2);
+            });
+            let found = found.into_inner().unwrap();
+            for (size, sum) in &found {
+                assert!(found.iter().filter(|(other, _)| other == size).all(|(_, other)| other == sum));
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_does_not_come_is_a_lost_peer() {
+        let file = tempfile::tempfile().unwrap();
+        on_ranks(2, Some(&file), |group| {
+            if group.rank() == 1 {
+                let found = group.all_reduce_sum(&Tensor::from(1.0_f32));
+                assert!(matches!(found, Err(Error::LostPeer(_))), "{found:?}");
+            }
+        });
+    }
+}
+
 #[cfg(all(test, feature = "nccl"))]
 mod tests {
     use tch::{Device, Kind};
@@ -203,7 +294,8 @@ mod tests {
     fn one_rank_trains_over_nccl() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-        let at = Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout };
+        let at =
+            Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout, shared_memory: None };
         let group = ProcessGroup::new(Backend::Nccl, &at).unwrap();
         let on_gpu = (Kind::Float, Device::Cuda(0));
         let values = Tensor::arange(1 << 20, on_gpu).sin();

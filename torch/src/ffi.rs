@@ -18,6 +18,7 @@ unsafe extern "C" {
         rank: c_int,
         world: c_int,
         timeout_ms: i64,
+        shared_memory: c_int,
         out: *mut *mut c_void,
         message: *mut *mut c_char,
     ) -> c_int;
@@ -38,6 +39,20 @@ unsafe extern "C" {
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_sum_gradients(
+        group: *mut c_void,
+        parameters: *const TensorPointer,
+        count: usize,
+        cuts: *const i64,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_share_parts(
+        group: *mut c_void,
+        tensors: *const TensorPointer,
+        count: usize,
+        cuts: *const i64,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
         parameters: *const TensorPointer,
@@ -52,13 +67,13 @@ unsafe extern "C" {
     pub fn athanor_reducer_prepare_for_backward(reducer: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_backward(loss: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_zero_grad(parameters: *const TensorPointer, count: usize, message: *mut *mut c_char) -> c_int;
-    pub fn athanor_clip_grad_norm(
-        parameters: *const TensorPointer,
+    pub fn athanor_norm(
+        tensors: *const TensorPointer,
         count: usize,
-        max_norm: f64,
         norm: *mut f64,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_scale(tensors: *const TensorPointer, count: usize, factor: f64, message: *mut *mut c_char) -> c_int;
     pub fn athanor_add_penalty(
         parameters: *const TensorPointer,
         count: usize,

@@ -18,7 +18,7 @@ pub use distributed::{Backend, ProcessGroup, Reducer, Rendezvous};
 pub use dropout::dropout;
 pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
-pub use optimizer::{Optimizer, Rule, add_penalty, backward, clip_grad_norm, zero_grad};
+pub use optimizer::{Optimizer, Rule, add_penalty, backward, norm, scale, zero_grad};
 pub use runtime::{Autocast, exit_now, has_nccl, rng_state, set_num_threads, set_rng_state};
 pub use sharding::Shard;
 pub use table::TableAdam;

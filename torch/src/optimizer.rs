@@ -1,4 +1,4 @@
-//! Backward pass with typed errors, gradient clipping, penalties, and the update rules.
+//! Backward pass with typed errors, norms, penalties, and the update rules.
 
 use std::ffi::c_int;
 
@@ -19,16 +19,25 @@ pub fn zero_grad(parameters: &[Tensor]) -> Result<(), Error> {
     ffi::call(|message| unsafe { ffi::athanor_zero_grad(pointers.as_ptr(), pointers.len(), message) })
 }
 
-/// Global 2-norm of the gradients before clipping; they are scaled to `max_norm` if that is above zero and below the norm.
-/// A norm that is not finite is returned and the gradients stay as they are.
-pub fn clip_grad_norm(parameters: &[Tensor], max_norm: f64) -> Result<f64, Error> {
-    let pointers = ffi::pointers(parameters);
+/// The 2-norm of all numbers of the tensors.
+pub fn norm(tensors: &[Tensor]) -> Result<f64, Error> {
     let mut norm = 0.0;
-    ffi::call(|message| {
+    if !tensors.is_empty() {
+        let pointers = ffi::pointers(tensors);
         // SAFETY: pointers and `norm` are valid for the call.
-        unsafe { ffi::athanor_clip_grad_norm(pointers.as_ptr(), pointers.len(), max_norm, &mut norm, message) }
-    })?;
+        ffi::call(|message| unsafe { ffi::athanor_norm(pointers.as_ptr(), pointers.len(), &mut norm, message) })?;
+    }
     Ok(norm)
+}
+
+/// Multiplies the tensors, in place.
+pub fn scale(tensors: &[Tensor], factor: f64) -> Result<(), Error> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let pointers = ffi::pointers(tensors);
+    // SAFETY: the pointers are valid for the call.
+    ffi::call(|message| unsafe { ffi::athanor_scale(pointers.as_ptr(), pointers.len(), factor, message) })
 }
 
 /// Adds the gradient of `l1 |w| + l2 / 2 w²` to the parameters' gradients.
@@ -177,8 +186,28 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Of ranks that share memory: sums their gradients, so that each has the sums of its shard's parts, which are all that
+    /// [`Optimizer::step`] needs.
+    pub fn sum_gradients(&mut self, ranks: &ProcessGroup) -> Result<(), Error> {
+        let (parameters, cuts) = self.cut_parameters();
+        ranks.sum_gradients(&parameters, &cuts)
+    }
+
+    /// This shard's parts of the gradients, without those that are empty.
+    pub fn gradients(&self) -> Result<Vec<Tensor>, Error> {
+        let mut gradients = Vec::new();
+        for group in &self.groups {
+            gradients.extend(group.gradients(self.shard.rank)?.into_iter().filter(|part| part.numel() > 0));
+        }
+        Ok(gradients)
+    }
+
     /// After a step of all shards, gives every rank the parts of the parameters that the others have updated.
     pub fn share_parameters(&mut self, ranks: &ProcessGroup) -> Result<(), Error> {
+        if ranks.shares_memory() {
+            let (parameters, cuts) = self.cut_parameters();
+            return ranks.share_parts(&parameters, &cuts);
+        }
         for owner in 0..self.shard.world {
             let mut parts = Vec::new();
             for group in &self.groups {
@@ -187,6 +216,12 @@ impl Optimizer {
             ranks.broadcast_all(&parts, owner)?;
         }
         Ok(())
+    }
+
+    /// All parameters, and where each is cut.
+    fn cut_parameters(&self) -> (Vec<Tensor>, Vec<&Cuts>) {
+        let all = self.groups.iter().flat_map(|group| std::iter::zip(&group.parameters, &group.cuts));
+        all.map(|(parameter, cuts)| (parameter.shallow_clone(), cuts)).unzip()
     }
 
     /// The state as named tensors `{group}.{index}.{name}`, sharing memory with the optimizer: this shard's parts of them.

@@ -21,6 +21,7 @@
 #include <cmath>
 
 #include "kernels.hpp"
+#include "shared_memory.hpp"
 #include "shim.hpp"
 
 namespace {
@@ -76,6 +77,54 @@ double norm_of(const std::vector<at::Tensor>& tensors) {
 
 struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
+  // Where its ranks share some.
+  std::shared_ptr<athanor::SharedMemory> memory;
+};
+
+// Cuts has, for each tensor, the places between which each rank's part is: `world` + 1 numbers.
+athanor::Parts<float> parts_of(const std::vector<at::Tensor>& tensors, const int64_t* cuts, int64_t world) {
+  athanor::Parts<float> parts;
+  parts.of.resize(world);
+  for (const auto& tensor : tensors) {
+    TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && cuts[world] == tensor.numel(),
+                "only contiguous tensors of floats on the CPU can be shared in parts");
+    auto* data = tensor.mutable_data_ptr<float>();
+    for (int64_t rank = 0; rank < world; rank++)
+      if (cuts[rank] < cuts[rank + 1]) parts.of[rank].push_back({data + cuts[rank], cuts[rank + 1] - cuts[rank]});
+    cuts += world + 1;
+  }
+  return parts;
+}
+
+// Gloo, whose sums go through shared memory instead of sockets.
+struct SharedMemoryGloo : c10d::ProcessGroupGloo {
+  // Before Gloo connects the ranks, so that all of them have mapped it once they are connected.
+  SharedMemoryGloo(std::shared_ptr<athanor::SharedMemory> memory, const c10::intrusive_ptr<c10d::Store>& store, int rank, int world,
+                   c10::intrusive_ptr<Options> options)
+      : c10d::ProcessGroupGloo(store, rank, world, std::move(options)), memory_(std::move(memory)) {}
+
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override {
+    const auto is_summed = [](const at::Tensor& tensor) {
+      return tensor.is_cpu() && !tensor.is_sparse() && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+    };
+    if (!(options.reduceOp == c10d::ReduceOp::SUM) || !std::all_of(tensors.begin(), tensors.end(), is_summed))
+      return c10d::ProcessGroupGloo::allreduce(tensors, options);
+    for (auto& tensor : tensors) {
+      auto flat = tensor.contiguous();
+      if (flat.scalar_type() == at::kFloat) {
+        memory_->sum(flat.mutable_data_ptr<float>(), flat.numel());
+      } else {
+        memory_->sum(flat.mutable_data_ptr<double>(), flat.numel());
+      }
+      if (!flat.is_same(tensor)) tensor.copy_(flat);
+    }
+    auto future = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    future->markCompleted(c10::IValue(tensors));
+    return c10d::Work::create_from_future(future);
+  }
+
+ private:
+  std::shared_ptr<athanor::SharedMemory> memory_;
 };
 
 }  // namespace
@@ -92,8 +141,9 @@ int athanor_has_nccl() {
 #endif
 }
 
+// `shared_memory` is a file's descriptor, or negative for none.
 int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, const char* bind_host, int rank, int world,
-                      int64_t timeout_ms, Group** out, char** message) {
+                      int64_t timeout_ms, int shared_memory, Group** out, char** message) {
   return guarded(message, [&] {
     const auto timeout = std::chrono::milliseconds(timeout_ms);
     c10d::TCPStoreOptions options;
@@ -103,6 +153,7 @@ int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, con
     options.timeout = timeout;
     auto store = c10::make_intrusive<c10d::TCPStore>(store_host, options);
     auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, world);
+    std::shared_ptr<athanor::SharedMemory> memory;
     if (nccl) {
 #ifdef ATHANOR_NCCL
       auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
@@ -116,11 +167,17 @@ int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, con
     } else {
       auto gloo_options = c10d::ProcessGroupGloo::Options::create(timeout);
       gloo_options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind_host));
-      auto backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, gloo_options);
+      c10::intrusive_ptr<c10d::ProcessGroupGloo> backend;
+      if (shared_memory >= 0) {
+        memory = std::make_shared<athanor::SharedMemory>(shared_memory, rank, world, timeout);
+        backend = c10::make_intrusive<SharedMemoryGloo>(memory, store, rank, world, gloo_options);
+      } else {
+        backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, gloo_options);
+      }
       group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
       group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
     }
-    *out = new Group{group};
+    *out = new Group{group, memory};
   });
 }
 
@@ -154,6 +211,31 @@ int athanor_broadcast_coalesced(Group* group, at::Tensor* const* tensors, size_t
 
 int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
+}
+
+// Sums the parameters' gradients over the ranks, which share memory: each gets the sums of its own parts, and keeps what it had of the
+// others'. `cuts` are those of parts_of.
+int athanor_sum_gradients(Group* group, at::Tensor* const* parameters, size_t count, const int64_t* cuts, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    std::vector<at::Tensor> gradients;
+    for (size_t i = 0; i < count; i++) {
+      auto& gradient = parameters[i]->mutable_grad();
+      TORCH_CHECK(gradient.defined(), "a parameter has no gradient");
+      gradient = gradient.contiguous();
+      gradients.push_back(gradient);
+    }
+    group->memory->sum_to_owners(parts_of(gradients, cuts, group->group->getSize()));
+  });
+}
+
+// Gives every rank the parts of the tensors that the others own; they share memory.
+int athanor_share_parts(Group* group, at::Tensor* const* tensors, size_t count, const int64_t* cuts, char** message) {
+  return guarded(message, [&] {
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    group->memory->copy_from_owners(parts_of(list(tensors, count), cuts, group->group->getSize()));
+  });
 }
 
 int athanor_reducer_new(Group* group, at::Tensor* const* parameters, size_t count, int64_t first_bucket_bytes,
@@ -203,22 +285,24 @@ int athanor_zero_grad(at::Tensor* const* parameters, size_t count, char** messag
   });
 }
 
-// Global 2-norm of the gradients; with max_norm > 0 they are scaled down to it. All on the tensors' device but the returned number.
-int athanor_clip_grad_norm(at::Tensor* const* parameters, size_t count, double max_norm, double* norm, char** message) {
+// The 2-norm of all numbers of the tensors; all on their device but the returned number.
+int athanor_norm(at::Tensor* const* tensors, size_t count, double* norm, char** message) {
   return guarded(message, [&] {
     torch::NoGradGuard no_grad;
-    std::vector<at::Tensor> grads;
-    grads.reserve(count);
-    for (size_t i = 0; i < count; i++)
-      if (parameters[i]->grad().defined()) grads.push_back(parameters[i]->grad());
-    TORCH_CHECK(!grads.empty(), "no parameter has a gradient");
-    const auto is_plain = [](const at::Tensor& g) { return g.is_cpu() && g.scalar_type() == at::kFloat && g.is_contiguous(); };
-    if (std::all_of(grads.begin(), grads.end(), is_plain)) {
-      *norm = norm_of(grads);
+    const auto all = list(tensors, count);
+    const auto is_plain = [](const at::Tensor& x) { return x.is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous(); };
+    if (std::all_of(all.begin(), all.end(), is_plain)) {
+      *norm = norm_of(all);
     } else {
-      *norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)), 2).item<double>();
+      *norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(all, 2)), 2).item<double>();
     }
-    if (max_norm > 0 && std::isfinite(*norm) && *norm > max_norm) at::_foreach_mul_(grads, max_norm / (*norm + 1e-6));
+  });
+}
+
+int athanor_scale(at::Tensor* const* tensors, size_t count, double factor, char** message) {
+  return guarded(message, [&] {
+    torch::NoGradGuard no_grad;
+    at::_foreach_mul_(list(tensors, count), factor);
   });
 }
 

@@ -10,7 +10,7 @@ use std::{
 use athanor_contract::train::{DataSpec, EndpointAnnotator, Task, TrainConfig, TrainSpec};
 use athanor_data::annotate::Estimate;
 use athanor_models::{EncoderConfig, Model, Tokenizer};
-use athanor_torch::{Optimizer, Shard, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{Optimizer, Shard, backward, norm, zero_grad};
 use tch::Device;
 use tokio::runtime::Handle;
 
@@ -312,7 +312,8 @@ impl Report<'_> {
         model.set_trainable();
         let mut parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
         let mut words = None;
-        if !self.config.spec.distributed.shard_optimizer {
+        let distributed = &self.config.spec.distributed;
+        if !distributed.shard_optimizer {
             words = Words::new(model, self.config.spec.model.task, h, 0.0, self.device, String::new());
         }
         if words.is_some() {
@@ -320,7 +321,9 @@ impl Report<'_> {
             parameters.retain(|tensor| tensor.data_ptr() != table);
         }
         let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
-        let world = if self.config.spec.distributed.shard_optimizer { ranks } else { 1 };
+        // Ranks that share memory deal the optimizer's work out by themselves.
+        let share_memory = self.device == Device::Cpu && distributed.num_nodes == 1;
+        let world = if distributed.shard_optimizer || share_memory { ranks } else { 1 };
         let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)], Shard { rank: 0, world })?;
         let lengths = train.lengths();
         let rows = (h.batch_size as usize).div_ceil(ranks);
@@ -356,9 +359,10 @@ impl Report<'_> {
                 let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
                 backward(&(sum / batch.len() as f64))?;
             }
-            let rows = words.as_ref().map(|words| words.end(model, None)).transpose()?.flatten();
-            let clipped: Vec<_> = parameters.iter().map(tch::Tensor::shallow_clone).chain(rows).collect();
-            clip_grad_norm(&clipped, h.clip_norm)?;
+            let rows = words.as_ref().map(|words| words.end(model, None, 1.0)).transpose()?.flatten();
+            let mut gradients = optimizer.gradients()?;
+            gradients.extend(rows.map(|rows| rows.grad()));
+            norm(&gradients)?;
             // Where weights go, and whether other ranks' parts of them go anywhere, does not matter here: nothing is kept.
             optimizer.step(1e-12)?;
             if let Some(words) = &mut words {

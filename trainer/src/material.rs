@@ -208,22 +208,19 @@ impl Common<'_> {
         train: &mut Encoded,
         reporter: &mut Option<Reporter>,
     ) -> Result<(AugmentReport, String), TrainError> {
-        let Some(folder) = &self.prepared.teacher else {
-            return Err(TrainError::Other("the teacher's folder is not there".into()));
-        };
         if let Some(reporter) = reporter.as_mut() {
             reporter.stage("Augmenting");
         }
         let texts: Vec<&str> = rows.iter().map(|&row| self.prepared.dataset.rows.text(row)).collect();
         let embeddings = teacher.model().word_embeddings();
-        let near = Neighbours::find(texts.iter().copied(), Online::words(folder)?, &embeddings, self.group())?;
+        let near = Neighbours::find(texts.iter().copied(), teacher.words(), &embeddings, self.group())?;
         let new: Vec<String> = augment::texts(spec, &texts, &near).collect();
         let RowEncoder { tokenizer, max_length, .. } = &self.encoder;
         let ids = tokenizer.encode_rows(new.iter().map(String::as_str), *max_length)?;
         let copies = usize::from(spec.copies);
         let sources: Vec<u32> = train.sources.iter().flat_map(|&source| std::iter::repeat_n(source, copies)).collect();
         train.extend(&ids, sources);
-        teacher.add_rows(folder, new.iter().map(String::as_str))?;
+        teacher.add_rows(new.iter().map(String::as_str))?;
         let report = AugmentReport::new(rows.len(), &near, &new);
         tracing::info!(rows = report.rows, words = report.words, "made new texts for the teacher");
         Ok((report, sha256_hex(new.join("\n").as_bytes())))

@@ -113,7 +113,7 @@ pub fn load_teacher<'t>(
     let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
     let student = Student { task: spec.model.task, labels, folder: parent, by_token, max_length };
     let mut teacher = Online::load(folder, &student, device)?;
-    teacher.read_rows(folder, texts)?;
+    teacher.read_rows(texts)?;
     Ok(teacher)
 }
 

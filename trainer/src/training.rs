@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
 
 use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
-use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, clip_grad_norm, zero_grad};
+use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, norm, scale, zero_grad};
 use tch::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
@@ -98,6 +98,7 @@ struct Loop<'a> {
     optimizer: Optimizer,
     /// The ranks among which the optimizer's state is dealt out, if it is.
     shards: Option<&'a ProcessGroup>,
+    /// Averages gradients over the ranks, unless these share memory.
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -126,13 +127,15 @@ impl<'a> Loop<'a> {
         let mut named = share_named(session.model.parameters());
         named.extend(share_named(session.objective.parameters()));
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
-        let shards = session.group.filter(|_| session.spec.distributed.shard_optimizer);
+        // Through memory it costs nothing to deal the optimizer's work out.
+        let asked = session.spec.distributed.shard_optimizer;
+        let shards = session.group.filter(|group| asked || group.shares_memory());
         let table = session.model.word_embeddings().data_ptr();
         let [mut decayed, exempt] = weight_decay_groups(&named);
         // The last of its group, so that the optimizer calls the others the same with it and without it.
         decayed.sort_by_key(|tensor| tensor.data_ptr() == table);
         let mut words = None;
-        if shards.is_none() {
+        if !asked {
             let name = format!("0.{}", decayed.len() - 1);
             words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device, name);
         }
@@ -175,7 +178,8 @@ impl<'a> Loop<'a> {
         }
         let tensors = |named: Named| named.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
         let (parameters, dense) = (tensors(named), tensors(dense));
-        let reducer = session.group.map(|group| Reducer::new(&dense, group)).transpose()?;
+        let reduced = session.group.filter(|group| !group.shares_memory());
+        let reducer = reduced.map(|group| Reducer::new(&dense, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
                 Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
@@ -268,6 +272,8 @@ impl<'a> Loop<'a> {
         }
         let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
         let terms = self.session.objective.terms();
+        // The reducer averages over ranks: each rank's part is its share of the global mean times this.
+        let averaged = if self.reducer.is_some() { self.world as f64 } else { 1.0 };
         // The sum of all terms with their weights, then each without, then whether this rank is to stop.
         let mut shared = vec![0.0; terms.len() + 2];
         for (index, part) in parts.iter().enumerate() {
@@ -288,8 +294,7 @@ impl<'a> Loop<'a> {
             if let Some(reducer) = &mut reducer {
                 reducer.prepare_for_backward()?;
             }
-            // The reducer averages over ranks, so that each rank's part is its share of the global mean times the ranks.
-            backward(&(&sum * (self.world as f64 / batch.len() as f64)))?;
+            backward(&(&sum * (averaged / batch.len() as f64)))?;
             for (index, (value, term)) in values.iter().zip(terms).enumerate() {
                 let copies = if objective.is_shared(index) { self.world as f64 } else { 1.0 };
                 let value = f64::try_from(value)? * share(index) / copies;
@@ -298,7 +303,7 @@ impl<'a> Loop<'a> {
             }
         }
         let rows = match &self.words {
-            Some(words) => words.end(self.session.model, self.session.group)?,
+            Some(words) => words.end(self.session.model, self.session.group, averaged)?,
             None => None,
         };
         let last = shared.len() - 1;
@@ -309,9 +314,11 @@ impl<'a> Loop<'a> {
             shared = Vec::<f64>::try_from(sums)?;
         }
         let loss = shared[0] / batch.len() as f64;
+        if let Some(group) = self.shards.filter(|group| group.shares_memory()) {
+            self.optimizer.sum_gradients(group)?;
+        }
         add_penalty(&self.decayed, h.l1, h.l2)?;
-        let clipped: Vec<Tensor> = self.dense.iter().map(Tensor::shallow_clone).chain(rows).collect();
-        let gradient_norm = clip_grad_norm(&clipped, h.clip_norm)?;
+        let gradient_norm = self.clip(rows.as_ref(), h.clip_norm)?;
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
         if loss.is_finite() && gradient_norm.is_finite() {
             self.optimizer.step(learning_rate)?;
@@ -340,6 +347,27 @@ impl<'a> Loop<'a> {
         let step = Step { step: self.step + 1, loss, learning_rate, gradient_norm, samples: batch.len(), tokens };
         self.terms = shared[1..last].iter().map(|value| value / batch.len() as f64).collect();
         Ok(Some((step, shared[last] > 0.0)))
+    }
+
+    /// Global 2-norm of the gradients, those of the word embeddings' `rows` included; they are scaled down to `most` if that is
+    /// above zero and below the norm. A norm that is not finite is returned and the gradients stay as they are.
+    fn clip(&self, rows: Option<&Tensor>, most: f64) -> Result<f64, TrainError> {
+        let mut gradients = self.optimizer.gradients()?;
+        let mut squares = norm(&gradients)?.powi(2);
+        if let Some(group) = self.shards {
+            let sum = Tensor::from(squares).to_device(self.session.device);
+            group.all_reduce_sum(&sum)?;
+            squares = f64::try_from(sum)?;
+        }
+        // Every rank has these whole.
+        let rows: Vec<Tensor> = rows.map(Tensor::grad).into_iter().collect();
+        squares += norm(&rows)?.powi(2);
+        let norm = squares.sqrt();
+        if most > 0.0 && norm.is_finite() && norm > most {
+            gradients.extend(rows);
+            scale(&gradients, most / (norm + 1e-6))?;
+        }
+        Ok(norm)
     }
 
     fn report(&mut self, step: Step) -> Result<(), TrainError> {
@@ -422,9 +450,12 @@ impl<'a> Loop<'a> {
         }
         self.session.watchdog.beat();
         self.roll_back = rolls_back.then(|| RollBack::new(self.snapshot(self.own_state())));
-        let gathered = gathers.map(|group| self.optimizer.gather_state(group)).transpose()?;
+        let mut gathered = gathers.map(|group| self.optimizer.gather_state(group)).transpose()?;
         if !writes {
             return Ok(());
+        }
+        if let (Some(whole), Some(words)) = (&mut gathered, &self.words) {
+            whole.extend(Snapshot::copy(&words.state()));
         }
         let snapshot = match (gathered, &self.roll_back) {
             (Some(whole), _) => self.snapshot(whole),

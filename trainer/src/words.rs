@@ -63,14 +63,21 @@ impl Words {
         Ok(())
     }
 
-    /// After the backward pass: the rows, with their gradient averaged over the ranks. The model reads the table again.
-    pub fn end(&self, model: &mut Model, group: Option<&ProcessGroup>) -> Result<Option<Tensor>, TrainError> {
+    /// After the backward pass: the rows, with the sum over the ranks of their gradient, divided. The model reads the table again.
+    pub fn end(
+        &self,
+        model: &mut Model,
+        group: Option<&ProcessGroup>,
+        divisor: f64,
+    ) -> Result<Option<Tensor>, TrainError> {
         model.set_word_excerpt(None);
         let Some(current) = &self.current else { return Ok(None) };
         let mut gradient = current.rows.grad();
         if let Some(group) = group {
             group.all_reduce_sum(&gradient)?;
-            let _ = gradient.f_div_scalar_(group.world() as f64)?;
+        }
+        if divisor != 1.0 {
+            let _ = gradient.f_div_scalar_(divisor)?;
         }
         Ok(Some(current.rows.shallow_clone()))
     }

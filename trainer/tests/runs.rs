@@ -30,8 +30,23 @@ fn two_and_four_ranks_have_the_losses_of_one() {
         let child = place.start(out, &spec(ranks));
         place.finish(out, child, 0);
     }
+    // As two pods: these share no memory.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let pods = ["0", "1"].map(|pod| {
+        let variables = [
+            "ATHANOR_NUM_NODES=2",
+            &format!("ATHANOR_NODE_RANK={pod}"),
+            "ATHANOR_MASTER_ADDR=127.0.0.1",
+            &format!("ATHANOR_MASTER_PORT={port}"),
+            "ATHANOR_POD_IP=127.0.0.1",
+        ];
+        place.start_by(&[&["env"], &variables[..]].concat(), "pods", &spec(1))
+    });
+    for pod in pods {
+        place.finish("pods", pod, 0);
+    }
     let one = place.losses("one");
-    for (out, ranks) in [("two", "2"), ("four", "4")] {
+    for (out, ranks) in [("two", "2"), ("four", "4"), ("pods", "2")] {
         let more = place.losses(out);
         assert_eq!((one.len(), more.len()), (8, 8));
         for ((step, a), (_, b)) in std::iter::zip(&one, &more) {
@@ -419,6 +434,26 @@ fn a_rank_that_waits_for_one_that_stands_still_says_that_it_hangs() {
     place.finish("out", child, 43);
     let message = failure(&place, "out");
     assert!(message.contains("no step ended for 2 s (failurePolicy.hangSeconds)"), "{message}");
+}
+
+#[test]
+fn a_rank_whose_peer_was_killed_ends_at_once() {
+    let place = Place::new(0.1);
+    let mut spec = small(&place, 100_000);
+    spec["hyperparameters"]["batchSize"] = json!(2);
+    spec["distributed"] = json!({"processesPerNode": 2, "backend": "Gloo"});
+    let mut child = place.start("out", &spec);
+    place.wait_for_step("out", &mut child, 3);
+    kill_process(ranks(child.id())["1"], Signal::KILL).unwrap();
+    // Well before the launcher would end it.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "rank 0 goes on without its peer");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    place.finish("out", child, 1);
+    let log = std::fs::read_to_string(place.folder.path().join("out/log")).unwrap();
+    assert!(log.contains("lost a peer") && log.contains("\"rank\":0,\"code\":42"), "{log}");
 }
 
 fn artifact(summary: &TrainSummary, name: &str) -> String {

@@ -32,6 +32,7 @@ pub enum Teacher {
 /// A teacher that answers at each step.
 pub struct Online {
     model: Model,
+    tokenizer: Tokenizer,
     /// The teacher's output for each of the student's labels; absent: the same order.
     columns: Option<Tensor>,
     /// The training rows in the teacher's tokens; absent: both read the same tokens.
@@ -108,26 +109,26 @@ impl Online {
             )));
         }
         let ids = if same_tokens { None } else { Some(TokenRows::default()) };
-        Ok(Self { model, columns, ids, max_length })
+        Ok(Self { model, tokenizer: Tokenizer::load(folder)?, columns, ids, max_length })
     }
 
     /// Tokenizes the training rows, where the student's tokens are of no use.
-    pub fn read_rows<'t>(&mut self, folder: &Path, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
+    pub fn read_rows<'t>(&mut self, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
         if let Some(ids) = &mut self.ids {
-            *ids = Tokenizer::load(folder)?.encode_rows(texts, self.max_length)?;
+            *ids = self.tokenizer.encode_rows(texts, self.max_length)?;
         }
         Ok(())
     }
 
     /// Words of the teacher's vocabulary, each with its row in the word embeddings.
-    pub fn words(folder: &Path) -> Result<Vec<(String, u32)>, TrainError> {
-        Ok(Tokenizer::load(folder)?.words())
+    pub fn words(&self) -> Vec<(String, u32)> {
+        self.tokenizer.words()
     }
 
     /// More texts behind the training rows.
-    pub fn add_rows<'t>(&mut self, folder: &Path, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
+    pub fn add_rows<'t>(&mut self, texts: impl IntoIterator<Item = &'t str>) -> Result<(), TrainError> {
         if let Some(ids) = &mut self.ids {
-            Tokenizer::load(folder)?.encode_rows(texts, self.max_length)?.iter().for_each(|row| ids.push(row));
+            self.tokenizer.encode_rows(texts, self.max_length)?.iter().for_each(|row| ids.push(row));
         }
         Ok(())
     }

@@ -132,7 +132,7 @@ pub fn select(
         }
     };
     rows.sort_unstable();
-    let report = SelectionReport { disputed, ..report(spec, vectors, labels, names, &rows, &random) };
+    let report = report(spec, vectors, labels, names, &rows, &random, disputed);
     if let Some(minimum) = spec.minimum_coverage
         && report.selected.cluster_coverage < minimum.get()
     {
@@ -192,6 +192,7 @@ fn report(
     names: &[String],
     rows: &[usize],
     random: &[usize],
+    disputed: usize,
 ) -> SelectionReport {
     let share = |rows: &mut dyn Iterator<Item = usize>, class: usize| {
         let (mut of_class, mut all) = (0, 0);
@@ -237,7 +238,7 @@ fn report(
         }
     }
     let method = format!("{:?}", spec.method);
-    SelectionReport { method, rows: rows.len(), of: labels.len(), balance, disputed: 0, selected, random, warnings }
+    SelectionReport { method, rows: rows.len(), of: labels.len(), balance, disputed, selected, random, warnings }
 }
 
 fn representativeness(vectors: &Tensor, clusters: &[usize], rows: &[usize]) -> Representativeness {
