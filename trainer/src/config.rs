@@ -73,9 +73,12 @@ where
     D::Error: std::fmt::Display,
 {
     serde_path_to_error::deserialize(deserializer).map_err(|error| {
-        let field = error.path().to_string();
-        let field = if field == "." { "the document".into() } else { format!("field {field}") };
-        TrainError::User(format!("{}: {field}: {}", file.display(), error.into_inner()))
+        let path = error.path().to_string();
+        let field = if path == "." { "the document".into() } else { format!("field {path}") };
+        // YAML's errors begin with the path themselves.
+        let message = error.into_inner().to_string();
+        let message = message.strip_prefix(&format!("{path}: ")).unwrap_or(&message);
+        TrainError::User(format!("{}: {field}: {message}", file.display()))
     })
 }
 
@@ -290,6 +293,7 @@ spec:
             ("uri: file:///data/reviews.jsonl", "columns: {}", "exactly one of uri and kafka"),
             ("podTemplate: {}", "hyperparameters: {batchSize: 0}", "batchSize"),
             ("podTemplate: {}", "hyperparameters: {accumulateSteps: 0}", "accumulateSteps"),
+            ("podTemplate: {}", "hyperparameters: {dropout: x}", ": field spec.hyperparameters.dropout: invalid type"),
             ("podTemplate: {}", "hyperparameters: {learningrate: 1}", "field spec.hyperparameters.learningrate"),
             ("task: TextClassification", "task: TextClassification, head: {dropout: 1.0}", "model.head.dropout"),
             (
