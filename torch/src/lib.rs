@@ -1,4 +1,4 @@
-//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, gradient clipping, fused
+//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL, memory that ranks share) with the DDP [`Reducer`], autocast, norms, fused
 //! optimizers, one by rows of a table, a transformer layer with its backward pass, packed and quantized linear layers, dropout and RNG state. Leaves out everything tch has, and
 //! any policy: retries and exit codes are the trainer's.
 //!
