@@ -3,9 +3,17 @@
 use std::{env, path::PathBuf};
 
 fn main() {
-    for file in
-        ["kernels.cpp", "kernels.hpp", "layer.cpp", "shared_memory.cpp", "shared_memory.hpp", "shim.cpp", "shim.hpp"]
-    {
+    for file in [
+        "kernels.cpp",
+        "kernels.hpp",
+        "layer.cpp",
+        "shared_matrices.cpp",
+        "shared_matrices.hpp",
+        "shared_memory.cpp",
+        "shared_memory.hpp",
+        "shim.cpp",
+        "shim.hpp",
+    ] {
         println!("cargo:rerun-if-changed=src/{file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -17,7 +25,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++20")
-        .files(["src/shim.cpp", "src/layer.cpp", "src/shared_memory.cpp"])
+        .files(["src/shim.cpp", "src/layer.cpp", "src/shared_matrices.cpp", "src/shared_memory.cpp"])
         .flag("-isystem")
         .flag(include.to_str().expect("LIBTORCH is valid Unicode"))
         .flag("-isystem")

@@ -11,7 +11,7 @@ use std::{
 
 use tch::Tensor;
 
-use crate::{Error, ffi, sharding::Cuts};
+use crate::{Error, ffi, sharding::Cuts, shared::SharedMatrices};
 
 /// Which library moves the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,21 +136,57 @@ impl ProcessGroup {
         })
     }
 
-    /// Of ranks that share memory: sums the parameters' gradients, of which each rank gets its parts alone.
-    pub(crate) fn sum_gradients(&self, parameters: &[Tensor], cuts: &[&Cuts]) -> Result<(), Error> {
-        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
-        // SAFETY: handle, tensors and places, as many of these as the shim reads, are alive for the call.
+    pub(crate) fn handle(&self) -> *mut c_void {
+        self.handle.as_ptr()
+    }
+
+    /// Of ranks that share memory: moves parameters into it, those of rank 0 for all.
+    pub(crate) fn share(&self, parameters: &[Tensor]) -> Result<(), Error> {
+        let pointers = ffi::pointers(parameters);
+        // SAFETY: handle and tensors are alive for the call, and then the tensors own their part of the memory.
         ffi::call(|message| unsafe {
-            ffi::athanor_sum_gradients(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
+            ffi::athanor_share_parameters(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), message)
         })
     }
 
-    /// Of ranks that share memory: overwrites the parts of the tensors that other ranks own with theirs.
-    pub(crate) fn share_parts(&self, tensors: &[Tensor], cuts: &[&Cuts]) -> Result<(), Error> {
-        let (pointers, cuts) = (ffi::pointers(tensors), self.places(tensors, cuts)?);
+    /// Once all ranks have called it, each has a copy of its own of what they shared.
+    pub(crate) fn unshare(&self, parameters: &[Tensor]) -> Result<(), Error> {
+        let pointers = ffi::pointers(parameters);
+        // SAFETY: as in share.
+        ffi::call(|message| unsafe {
+            ffi::athanor_unshare_parameters(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), message)
+        })
+    }
+
+    /// Of ranks that share memory: sums the parameters' gradients, where layers wrote them or else those in the parameters. Each rank
+    /// gets its parts alone.
+    pub(crate) fn sum_gradients(
+        &self,
+        matrices: &SharedMatrices,
+        parameters: &[Tensor],
+        cuts: &[&Cuts],
+    ) -> Result<(), Error> {
+        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
+        let (group, matrices) = (self.handle.as_ptr(), matrices.handle());
+        // SAFETY: handles, tensors and places, as many of these as the shim reads, are alive for the call.
+        ffi::call(|message| unsafe {
+            ffi::athanor_sum_gradients(group, matrices, pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
+        })
+    }
+
+    /// Of ranks that share memory: tells the others that this rank has changed its parts of the parameters, and returns once all ranks
+    /// have.
+    pub(crate) fn publish(
+        &self,
+        matrices: &SharedMatrices,
+        parameters: &[Tensor],
+        cuts: &[&Cuts],
+    ) -> Result<(), Error> {
+        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
+        let (group, matrices) = (self.handle.as_ptr(), matrices.handle());
         // SAFETY: as in sum_gradients.
         ffi::call(|message| unsafe {
-            ffi::athanor_share_parts(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
+            ffi::athanor_publish(group, matrices, pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
         })
     }
 

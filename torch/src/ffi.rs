@@ -39,16 +39,40 @@ unsafe extern "C" {
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
-    pub fn athanor_sum_gradients(
+    pub fn athanor_share_parameters(
         group: *mut c_void,
+        parameters: *const TensorPointer,
+        count: usize,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_unshare_parameters(
+        group: *mut c_void,
+        parameters: *const TensorPointer,
+        count: usize,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_matrices_new(
+        group: *mut c_void,
+        matrices: *const TensorPointer,
+        count: usize,
+        half: c_int,
+        out: *mut *mut c_void,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_matrices_drop(matrices: *mut c_void);
+    pub fn athanor_matrices_open(matrices: *mut c_void, open: c_int);
+    pub fn athanor_publish(
+        group: *mut c_void,
+        matrices: *mut c_void,
         parameters: *const TensorPointer,
         count: usize,
         cuts: *const i64,
         message: *mut *mut c_char,
     ) -> c_int;
-    pub fn athanor_share_parts(
+    pub fn athanor_sum_gradients(
         group: *mut c_void,
-        tensors: *const TensorPointer,
+        matrices: *mut c_void,
+        parameters: *const TensorPointer,
         count: usize,
         cuts: *const i64,
         message: *mut *mut c_char,

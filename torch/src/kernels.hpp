@@ -32,6 +32,7 @@ void narrow(const float* x, uint16_t* y, int64_t count);
 void add_scale(const float* x, const float* bias, float factor, float* y, int64_t count);
 // sum[i] += x[i].
 void add_to(const float* x, float* sum, int64_t count);
+void add_widened(const uint16_t* x, float* sum, int64_t count);
 
 float sum_of_squares(const float* x, int64_t count);
 

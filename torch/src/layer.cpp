@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "kernels.hpp"
+#include "shared_matrices.hpp"
 #include "shim.hpp"
 
 namespace {
@@ -249,10 +250,16 @@ struct Layer : torch::autograd::Function<Layer> {
     const c10::impl::ExcludeDispatchKeyGuard plain(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
     const auto kind = half ? at::kBFloat16 : at::kFloat;
     const Shape shape{x.size(0), x.size(1), numbers.first_token != 0 ? 1 : x.size(1), x.size(2), numbers.heads};
-    const auto weight = [&](Place place) { return parameters[place].to(kind); };
+    // A copy in this kind where ranks share one, or the parameter itself.
+    const auto shared = [&](int64_t place) {
+      const auto& parameter = parameters[static_cast<size_t>(place)];
+      auto copy = half ? athanor::narrowed(athanor::key_of(parameter)) : at::Tensor();
+      return copy.defined() ? copy : parameter;
+    };
+    const auto weight = [&](int64_t place) { return shared(place).to(kind); };
     auto rows = x.to(kind).contiguous().view({-1, shape.c});
     auto joined = at::empty({3 * shape.c, shape.c}, rows.options());
-    for (int64_t part = 0; part < 3; part++) joined.narrow(0, part * shape.c, shape.c).copy_(parameters[2 * part]);
+    for (int64_t part = 0; part < 3; part++) joined.narrow(0, part * shape.c, shape.c).copy_(shared(2 * part));
     const bool all = shape.q == shape.t;
     // Of the first token alone only its query is asked for, and only its residual.
     auto asking = all ? rows : rows.view({shape.b, shape.t, shape.c}).select(1, 0).contiguous();
@@ -288,6 +295,9 @@ struct Layer : torch::autograd::Function<Layer> {
     context->saved_data["shape"] = std::vector<int64_t>{shape.b, shape.t, shape.q, shape.c, shape.h, numbers.activation};
     context->saved_data["x"] = static_cast<int64_t>(x.scalar_type());
     context->saved_data["relative"] = relative && relative->requires_grad();
+    std::vector<int64_t> keys;
+    for (const auto& parameter : parameters) keys.push_back(reinterpret_cast<int64_t>(athanor::key_of(parameter)));
+    context->saved_data["keys"] = keys;
     return last.view({shape.b, shape.q, shape.c});
   }
 
@@ -306,15 +316,33 @@ struct Layer : torch::autograd::Function<Layer> {
     // By x, the parameters, relative, mask and numbers.
     variable_list by(1 + kParameters + 3);
     const auto of = [&](int place) -> at::Tensor& { return by[static_cast<size_t>(1 + place)]; };
-    const auto product = [](const at::Tensor& gradient, const at::Tensor& input) { return at::mm(gradient.t(), input).to(at::kFloat); };
+    // The gradient of a matrix goes where ranks share it, or to autograd.
+    const auto keys = context->saved_data["keys"].toIntVector();
+    const auto sink = [&](int place) { return athanor::gradient_of(reinterpret_cast<const void*>(keys[static_cast<size_t>(place)]), kind); };
+    const auto give = [&](int place, const at::Tensor& gradient) {
+      auto into = sink(place);
+      if (into.defined()) {
+        into.copy_(gradient);
+      } else {
+        of(place) = gradient.to(at::kFloat);
+      }
+    };
+    const auto product = [&](int place, const at::Tensor& gradient, const at::Tensor& input) {
+      auto into = sink(place);
+      if (into.defined()) {
+        at::mm_out(into, gradient.t(), input);
+      } else {
+        of(place) = at::mm(gradient.t(), input).to(at::kFloat);
+      }
+    };
 
     auto from_last = add_norm_backward(gradients[0].to(kind).contiguous(), last_normalised, last_reciprocals, last_norm, last_drop);
     of(kLastNorm) = from_last.weight;
     of(kLastNormBias) = from_last.shift;
     of(kOuterBias) = from_last.bias;
-    of(kOuter) = product(from_last.branch, activated(before, activation));
+    product(kOuter, from_last.branch, activated(before, activation));
     auto by_before = activated_backward(at::mm(from_last.branch, outer), before, activation);
-    of(kInner) = product(by_before, middle);
+    product(kInner, by_before, middle);
     of(kInnerBias) = by_before.sum(0, false, at::kFloat);
     auto by_middle = from_last.residual.addmm_(by_before, inner);
     by_before.reset();
@@ -323,7 +351,7 @@ struct Layer : torch::autograd::Function<Layer> {
     of(kNorm) = from_norm.weight;
     of(kNormBias) = from_norm.shift;
     of(kOutBias) = from_norm.bias;
-    of(kOut) = product(from_norm.branch, contexts);
+    product(kOut, from_norm.branch, contexts);
     const auto flat = [&](const at::Tensor& heads) { return heads.reshape({shape.b * shape.h, heads.size(2), shape.d()}); };
     auto by_contexts = flat(at::mm(from_norm.branch, out).view({shape.b, shape.q, shape.h, shape.d()}).transpose(1, 2));
     auto by_value = at::bmm(dropped_again(probabilities, shape, attention_drop).transpose(1, 2), by_contexts);
@@ -342,18 +370,18 @@ struct Layer : torch::autograd::Function<Layer> {
     of(kQueryBias) = from_heads(by_query.view({-1, shape.d()}), scale, by_queries, 0, shape, shape.q);
     of(kKeyBias) = from_heads(by_key.view({-1, shape.d()}), 1, by_projected, first, shape, shape.t);
     of(kValueBias) = from_heads(by_value.view({-1, shape.d()}), 1, by_projected, first + shape.c, shape, shape.t);
-    auto by_joined = product(by_projected, rows);
+    const auto by_joined = at::mm(by_projected.t(), rows);
     at::Tensor by_x;
     if (all) {
       by_x = from_norm.residual.addmm_(by_projected, joined);
-      of(kQuery) = by_joined.narrow(0, 0, shape.c);
+      give(kQuery, by_joined.narrow(0, 0, shape.c));
     } else {
-      of(kQuery) = product(by_queries, asking);
+      product(kQuery, by_queries, asking);
       by_x = at::mm(by_projected, joined.narrow(0, shape.c, 2 * shape.c));
       by_x.view({shape.b, shape.t, shape.c}).select(1, 0).add_(from_norm.residual.addmm_(by_queries, joined.narrow(0, 0, shape.c)));
     }
-    of(kKey) = by_joined.narrow(0, first, shape.c);
-    of(kValue) = by_joined.narrow(0, first + shape.c, shape.c);
+    give(kKey, by_joined.narrow(0, first, shape.c));
+    give(kValue, by_joined.narrow(0, first + shape.c, shape.c));
     by[0] = by_x.view({shape.b, shape.t, shape.c}).to(static_cast<at::ScalarType>(context->saved_data["x"].toInt()));
     return by;
   }

@@ -12,6 +12,7 @@ mod linear;
 mod optimizer;
 mod runtime;
 mod sharding;
+mod shared;
 mod table;
 
 pub use distributed::{Backend, ProcessGroup, Reducer, Rendezvous};

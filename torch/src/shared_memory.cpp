@@ -92,13 +92,13 @@ struct alignas(64) SharedMemory::Rank {
 };
 
 SharedMemory::SharedMemory(int fd, int rank, int world, std::chrono::milliseconds timeout)
-    : rank_(rank), world_(world), timeout_(timeout) {
+    : fd_(dup(fd)), rank_(rank), world_(world), timeout_(timeout) {
   static_assert(std::atomic<uint32_t>::is_always_lock_free);
   const std::size_t head = (sizeof(Rank) * world + 4095) / 4096 * 4096;
   // Two buffers each: a rank may fill one while others still read the one before.
   bytes_ = head + 2 * world * kChunk;
-  TORCH_CHECK(ftruncate(fd, static_cast<off_t>(bytes_)) == 0, "the ranks' shared memory cannot grow: ", strerror(errno));
-  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  TORCH_CHECK(fd_ >= 0 && ftruncate(fd_, static_cast<off_t>(bytes_)) == 0, "the ranks' shared memory cannot grow: ", strerror(errno));
+  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   TORCH_CHECK(memory != MAP_FAILED, "the ranks' shared memory cannot be mapped: ", strerror(errno));
   memory_ = static_cast<char*>(memory);
   ranks_ = reinterpret_cast<Rank*>(memory_);
@@ -106,7 +106,28 @@ SharedMemory::SharedMemory(int fd, int rank, int world, std::chrono::millisecond
   ranks_[rank].pid.store(getpid());
 }
 
-SharedMemory::~SharedMemory() { munmap(memory_, bytes_); }
+SharedMemory::~SharedMemory() {
+  munmap(memory_, bytes_);
+  close(fd_);
+}
+
+std::shared_ptr<char> SharedMemory::region(std::size_t bytes) {
+  // Whole pages, and none of nothing.
+  bytes = (std::max<std::size_t>(bytes, 1) + 4095) / 4096 * 4096;
+  // Now all have let go of what they will, and none makes the file shorter than another needs it.
+  exchange();
+  auto found = std::find_if(regions_.begin(), regions_.end(), [&](const Region& known) { return known.bytes >= bytes && known.use.expired(); });
+  if (found == regions_.end()) {
+    const std::size_t end = regions_.empty() ? bytes_ : regions_.back().at + regions_.back().bytes;
+    TORCH_CHECK(ftruncate(fd_, static_cast<off_t>(end + bytes)) == 0, "the ranks' shared memory cannot grow: ", strerror(errno));
+    found = regions_.insert(regions_.end(), {end, bytes, {}});
+  }
+  void* memory = mmap(nullptr, found->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(found->at));
+  TORCH_CHECK(memory != MAP_FAILED, "the ranks' shared memory cannot be mapped: ", strerror(errno));
+  auto region = std::shared_ptr<char>(static_cast<char*>(memory), [size = found->bytes](char* at) { munmap(at, size); });
+  found->use = region;
+  return region;
+}
 
 void SharedMemory::exchange() {
   done_++;

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace athanor {
@@ -38,6 +39,13 @@ class SharedMemory {
   // Replaces the numbers by their sums over all ranks; all of them get the same bits.
   template <typename T>
   void sum(T* data, int64_t count);
+  // Returns once all ranks have called it; what each has written before is there for all.
+  void sync() { exchange(); }
+  // Memory that all ranks have in common until the last of them lets go of it. What is in it is not said. A collective.
+  std::shared_ptr<char> region(std::size_t bytes);
+
+  int rank() const { return rank_; }
+  int world() const { return world_; }
 
  private:
   struct Rank;
@@ -49,7 +57,13 @@ class SharedMemory {
   void exchange();
   void wait_for(int rank, std::chrono::steady_clock::time_point deadline);
 
-  const int rank_, world_;
+  // A part of the file, which may be in use.
+  struct Region {
+    std::size_t at, bytes;
+    std::weak_ptr<char> use;
+  };
+
+  const int fd_, rank_, world_;
   const std::chrono::milliseconds timeout_;
   char* memory_ = nullptr;
   std::size_t bytes_ = 0;
@@ -57,6 +71,8 @@ class SharedMemory {
   char* buffers_ = nullptr;
   // Chunks that this rank has put into its buffer.
   uint32_t done_ = 0;
+  // Behind the buffers; the same on all ranks.
+  std::vector<Region> regions_;
 };
 
 }  // namespace athanor

@@ -21,6 +21,7 @@
 #include <cmath>
 
 #include "kernels.hpp"
+#include "shared_matrices.hpp"
 #include "shared_memory.hpp"
 #include "shim.hpp"
 
@@ -213,28 +214,108 @@ int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
 }
 
-// Sums the parameters' gradients over the ranks, which share memory: each gets the sums of its own parts, and keeps what it had of the
-// others'. `cuts` are those of parts_of.
-int athanor_sum_gradients(Group* group, at::Tensor* const* parameters, size_t count, const int64_t* cuts, char** message) {
+// Moves parameters, whose ranks share memory, into it: those of rank 0, from now on the same memory for all of them.
+int athanor_share_parameters(Group* group, at::Tensor* const* parameters, size_t count, char** message) {
+  return guarded(message, [&] {
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    std::size_t bytes = 0;
+    const auto size_of = [](const at::Tensor& parameter) { return (parameter.storage().nbytes() + 63) / 64 * 64; };
+    for (const auto& parameter : list(parameters, count)) {
+      TORCH_CHECK(parameter.is_cpu() && parameter.is_contiguous() && parameter.storage_offset() == 0 &&
+                      parameter.storage().nbytes() == parameter.nbytes(),
+                  "only tensors on the CPU that have their memory for themselves can be shared");
+      bytes += size_of(parameter);
+    }
+    const auto region = group->memory->region(bytes);
+    const auto each = [&](auto&& visit) {
+      char* at = region.get();
+      for (size_t i = 0; i < count; i++) {
+        visit(*parameters[i], at);
+        at += size_of(*parameters[i]);
+      }
+    };
+    if (group->memory->rank() == 0)
+      each([](const at::Tensor& parameter, char* at) { memcpy(at, parameter.const_data_ptr(), parameter.nbytes()); });
+    group->memory->sync();
+    each([&](const at::Tensor& parameter, char* at) {
+      const auto release = [](void* owner) { delete static_cast<std::shared_ptr<char>*>(owner); };
+      parameter.storage().set_data_ptr(at::DataPtr(at, new std::shared_ptr<char>(region), release, at::kCPU));
+    });
+  });
+}
+
+// Gives each rank a copy of its own again, once all of them ask for it.
+int athanor_unshare_parameters(Group* group, at::Tensor* const* parameters, size_t count, char** message) {
+  return guarded(message, [&] {
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    group->memory->sync();
+    for (size_t i = 0; i < count; i++) {
+      auto copy = parameters[i]->detach().clone();
+      parameters[i]->storage().set_data_ptr(copy.storage().set_data_ptr(at::DataPtr()));
+    }
+  });
+}
+
+// `half`: products are bfloat16.
+int athanor_matrices_new(Group* group, at::Tensor* const* matrices, size_t count, int half, athanor::SharedMatrices** out, char** message) {
+  return guarded(message, [&] {
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    *out = new athanor::SharedMatrices(group->memory, list(matrices, count), half != 0 ? at::kBFloat16 : at::kFloat);
+  });
+}
+
+void athanor_matrices_drop(athanor::SharedMatrices* matrices) { delete matrices; }
+
+void athanor_matrices_open(athanor::SharedMatrices* matrices, int open) { matrices->open(open != 0); }
+
+// After a rank has changed its parts of the parameters: brings their copies up to date, and returns once all ranks have.
+int athanor_publish(Group* group, athanor::SharedMatrices* matrices, at::Tensor* const* parameters, size_t count, const int64_t* cuts,
+                    char** message) {
+  return guarded(message, [&] {
+    TORCH_CHECK(group->memory, "the ranks share no memory");
+    const int64_t rank = group->memory->rank(), world = group->memory->world();
+    at::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t* places = cuts + i * (world + 1);
+        matrices->narrow(*parameters[i], places[rank], places[rank + 1]);
+      }
+    });
+    group->memory->sync();
+  });
+}
+
+// Sums the parameters' gradients over the ranks, which share memory: each gets the sums of its own parts; what it has of the others' is not
+// said. `cuts` are those of parts_of.
+int athanor_sum_gradients(Group* group, athanor::SharedMatrices* matrices, at::Tensor* const* parameters, size_t count, const int64_t* cuts,
+                          char** message) {
   return guarded(message, [&] {
     torch::NoGradGuard no_grad;
     TORCH_CHECK(group->memory, "the ranks share no memory");
+    const int64_t rank = group->memory->rank(), world = group->memory->world();
     std::vector<at::Tensor> gradients;
+    std::vector<int64_t> gradient_cuts;
+    std::vector<size_t> in_matrices;
     for (size_t i = 0; i < count; i++) {
+      if (matrices->has_gradient(*parameters[i])) {
+        in_matrices.push_back(i);
+        continue;
+      }
       auto& gradient = parameters[i]->mutable_grad();
       TORCH_CHECK(gradient.defined(), "a parameter has no gradient");
       gradient = gradient.contiguous();
       gradients.push_back(gradient);
+      const int64_t* places = cuts + static_cast<int64_t>(i) * (world + 1);
+      gradient_cuts.insert(gradient_cuts.end(), places, places + world + 1);
     }
-    group->memory->sum_to_owners(parts_of(gradients, cuts, group->group->getSize()));
-  });
-}
-
-// Gives every rank the parts of the tensors that the others own; they share memory.
-int athanor_share_parts(Group* group, at::Tensor* const* tensors, size_t count, const int64_t* cuts, char** message) {
-  return guarded(message, [&] {
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    group->memory->copy_from_owners(parts_of(list(tensors, count), cuts, group->group->getSize()));
+    group->memory->sum_to_owners(parts_of(gradients, gradient_cuts.data(), world));
+    group->memory->sync();
+    at::parallel_for(0, static_cast<int64_t>(in_matrices.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const size_t place = in_matrices[static_cast<size_t>(i)];
+        const int64_t* places = cuts + static_cast<int64_t>(place) * (world + 1);
+        matrices->sum_gradient(*parameters[place], places[rank], places[rank + 1]);
+      }
+    });
   });
 }
 

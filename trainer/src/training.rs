@@ -176,6 +176,9 @@ impl<'a> Loop<'a> {
                 group.broadcast(&tensor.detach(), 0)?;
             }
         }
+        if let Some(group) = session.group.filter(|group| group.shares_memory()) {
+            optimizer.share(group, session.bf16)?;
+        }
         let tensors = |named: Named| named.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
         let (parameters, dense) = (tensors(named), tensors(dense));
         let reduced = session.group.filter(|group| !group.shares_memory());
@@ -261,6 +264,7 @@ impl<'a> Loop<'a> {
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
         zero_grad(&self.dense)?;
+        self.optimizer.expect(h.accumulate_steps == 1 && self.session.train.pairs.is_none());
         if let Some(words) = &mut self.words {
             words.begin(self.session.model, self.session.train, batch)?;
         }
@@ -514,7 +518,11 @@ impl<'a> Loop<'a> {
         Err(TrainError::Stopped { step: self.step, checkpoint })
     }
 
-    fn finish(self) -> Result<Trained, TrainError> {
+    fn finish(mut self) -> Result<Trained, TrainError> {
+        if let Some(group) = self.session.group {
+            // The ranks part here: what one does to its model is no longer the others' business.
+            self.optimizer.unshare(group)?;
+        }
         let Some((best, weights)) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };
