@@ -318,7 +318,9 @@ struct Layer : torch::autograd::Function<Layer> {
     const auto of = [&](int place) -> at::Tensor& { return by[static_cast<size_t>(1 + place)]; };
     // The gradient of a matrix goes where ranks share it, or to autograd.
     const auto keys = context->saved_data["keys"].toIntVector();
-    const auto sink = [&](int place) { return athanor::gradient_of(reinterpret_cast<const void*>(keys[static_cast<size_t>(place)]), kind); };
+    const auto sink = [&](int place) {
+      return athanor::gradient_of(reinterpret_cast<const void*>(keys[static_cast<size_t>(place)]), kind);
+    };
     const auto give = [&](int place, const at::Tensor& gradient) {
       auto into = sink(place);
       if (into.defined()) {

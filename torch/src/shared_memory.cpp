@@ -116,7 +116,8 @@ std::shared_ptr<char> SharedMemory::region(std::size_t bytes) {
   bytes = (std::max<std::size_t>(bytes, 1) + 4095) / 4096 * 4096;
   // Now all have let go of what they will, and none makes the file shorter than another needs it.
   exchange();
-  auto found = std::find_if(regions_.begin(), regions_.end(), [&](const Region& known) { return known.bytes >= bytes && known.use.expired(); });
+  const auto fits = [&](const Region& known) { return known.bytes >= bytes && known.use.expired(); };
+  auto found = std::find_if(regions_.begin(), regions_.end(), fits);
   if (found == regions_.end()) {
     const std::size_t end = regions_.empty() ? bytes_ : regions_.back().at + regions_.back().bytes;
     TORCH_CHECK(ftruncate(fd_, static_cast<off_t>(end + bytes)) == 0, "the ranks' shared memory cannot grow: ", strerror(errno));

@@ -87,19 +87,22 @@ fn a_step_in_parts_is_the_same_step() {
     }
 }
 
-/// Which weights of two artifacts differ, and by how much.
+/// Which files and weights of two artifacts differ, and by how much.
 fn differences(one: &TrainSummary, other: &TrainSummary) -> String {
-    let [one, other] = [one, other].map(|summary| {
-        let folder = Path::new(summary.artifact.trim_start_matches("file://"));
-        tch::Tensor::read_safetensors(folder.join("model.safetensors")).unwrap()
-    });
-    let different = std::iter::zip(one, other).filter(|(one, other)| one != other);
-    let lines = different.map(|((name, one), (_, other))| {
+    let folders = [one, other].map(|summary| PathBuf::from(summary.artifact.trim_start_matches("file://")));
+    let files = ["config.json", "model.safetensors", "reference.json"].into_iter();
+    let [first, second] = folders.each_ref();
+    let is_different =
+        |name: &&str| std::fs::read(first.join(name)).unwrap() != std::fs::read(second.join(name)).unwrap();
+    let mut lines: Vec<String> = files.filter(is_different).map(|name| format!("{name} differs")).collect();
+    let [first, second] =
+        folders.map(|folder| tch::Tensor::read_safetensors(folder.join("model.safetensors")).unwrap());
+    for ((name, one), (_, other)) in std::iter::zip(first, second).filter(|(one, other)| one != other) {
         let changed = one.ne_tensor(&other).to_kind(tch::Kind::Int64).sum(tch::Kind::Int64).int64_value(&[]);
         let most = (&one - &other).abs().max().double_value(&[]);
-        format!("{name}: {changed} of {} numbers differ, by up to {most:e}", one.numel())
-    });
-    lines.collect::<Vec<_>>().join("\n")
+        lines.push(format!("{name}: {changed} of {} numbers differ, by up to {most:e}", one.numel()));
+    }
+    lines.join("\n")
 }
 
 #[test]
