@@ -1,6 +1,6 @@
 // What the ranks of one machine's CPU share of layers' matrices besides the matrices: their gradients, which a layer's backward pass writes
 // where the rank that sums them reads them, in the numbers that products come in, and copies in bfloat16, which the rank that updates a
-// part makes for all. So nothing of a matrix's size is widened, narrowed or copied by a rank that does not own it.
+// part makes for all. So no rank widens or narrows what another one owns.
 #pragma once
 
 #include <ATen/core/Tensor.h>
