@@ -72,6 +72,36 @@ impl<T: AsRef<[u32]>> FromIterator<T> for TokenRows {
     }
 }
 
+/// Which tokens of two vocabularies are the same, so that two models' views of a token can be compared.
+#[derive(Debug)]
+pub struct SameTokens {
+    /// The other vocabulary's id by ours.
+    ids: Vec<Option<u32>>,
+    /// Ours and theirs that stand for no text, such as [CLS] and `<s>`.
+    special: [BTreeSet<u32>; 2],
+}
+
+impl SameTokens {
+    pub fn new(own: &Tokenizer, other: &Tokenizer) -> Self {
+        let tokens = own.inner.get_vocab(true);
+        let mut ids = vec![None; tokens.values().max().map_or(0, |&last| last as usize + 1)];
+        for (token, id) in tokens {
+            ids[id as usize] = other.inner.token_to_id(&token);
+        }
+        Self { ids, special: [own.special(), other.special()] }
+    }
+
+    /// The first token at which two views of a text part; `None`: both cut it alike. Any special token stands for any other.
+    pub fn first_difference(&self, own: &[u32], other: &[u32]) -> Option<usize> {
+        let [ours, theirs] = &self.special;
+        let same = |(a, b): (&u32, &u32)| {
+            self.ids.get(*a as usize).copied().flatten() == Some(*b) || (ours.contains(a) && theirs.contains(b))
+        };
+        let place = own.iter().zip(other).position(|pair| !same(pair));
+        place.or_else(|| (own.len() != other.len()).then_some(own.len().min(other.len())))
+    }
+}
+
 /// Texts that are tokenized at a time: while they are, each needs a kilobyte and more.
 const TEXTS_AT_A_TIME: usize = 8192;
 
@@ -105,9 +135,19 @@ impl Tokenizer {
     /// For masked language models; `None` if the vocabulary has no mask.
     pub fn mask_tokens(&self) -> Option<MaskTokens> {
         let mask = ["[MASK]", "<mask>"].iter().find_map(|name| self.inner.token_to_id(name))?;
+        let vocabulary = u32::try_from(self.inner.get_vocab_size(true)).ok()?;
+        Some(MaskTokens { mask, vocabulary, special: self.special() })
+    }
+
+    /// Ids that stand for no text.
+    fn special(&self) -> BTreeSet<u32> {
         let added = self.inner.get_added_tokens_decoder();
-        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
-        Some(MaskTokens { mask, vocabulary: u32::try_from(self.inner.get_vocab_size(true)).ok()?, special })
+        added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect()
+    }
+
+    /// The token with an id, as the vocabulary has it.
+    pub fn token(&self, id: u32) -> String {
+        self.inner.id_to_token(id).unwrap_or_default()
     }
 
     /// Words that are a token of their own wherever they stand after a space, in lower case, with their ids, in order of the ids.
@@ -186,6 +226,40 @@ pub fn pad(batch: &[&[u32]], pad_id: i64) -> (Tensor, Tensor) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Of whole words, between the first two tokens, which are special.
+    fn tokenizer(words: &[&str]) -> Tokenizer {
+        let vocabulary: serde_json::Map<_, _> = words.iter().zip(0..).map(|(&word, id)| (word.into(), id.into())).collect();
+        let added = |id: usize| {
+            serde_json::json!({
+                "id": id, "content": words[id], "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false,
+            })
+        };
+        let whole = serde_json::json!({
+            "version": "1.0", "added_tokens": [added(0), added(1)], "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {"type": "BertProcessing", "cls": [words[0], 0], "sep": [words[1], 1]},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": words[1]},
+        });
+        Tokenizer { inner: tokenizers::Tokenizer::from_bytes(whole.to_string()).unwrap(), specials: 2 }
+    }
+
+    #[test]
+    fn tokens_are_the_same_by_their_text_and_any_special_one_by_any() {
+        let own = tokenizer(&["[CLS]", "[SEP]", "a", "good", "film"]);
+        let other = tokenizer(&["<s>", "</s>", "film", "a", "fine", "good"]);
+        let same = SameTokens::new(&own, &other);
+        let difference = |text: &str, cut: usize| {
+            let rows = [&own, &other].map(|tokenizer| tokenizer.encode_batch(&[text], cut).unwrap().remove(0));
+            same.first_difference(&rows[0], &rows[1])
+        };
+        assert_eq!(difference("a good film", 9), None);
+        assert_eq!(difference("a film a film", 4), None, "cut to as many");
+        assert_eq!(difference("a fine film", 9), Some(2), "known to one of them alone");
+        assert_eq!(same.first_difference(&[0, 2, 1], &[0, 3]), Some(2), "one ends before the other");
+        assert_eq!(same.first_difference(&[0, 2, 1], &[0, 4, 1]), Some(1), "another word");
+        assert_eq!(same.first_difference(&[0, 2, 1], &[0, 0, 1]), Some(1), "a word is no special token");
+    }
 
     #[test]
     fn short_rows_are_filled_up() {

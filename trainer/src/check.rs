@@ -170,6 +170,7 @@ impl Report<'_> {
                 let rows = parts.train.iter().take(train.len());
                 let texts = rows.map(|&row| dataset.rows.text(row));
                 let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, texts, self.device)?;
+                teacher.check_tokens(&train.ids, |place| dataset.rows.place(parts.train[place]))?;
                 Some(Teacher::Online(Box::new(teacher)))
             }
             _ => None,

@@ -136,6 +136,12 @@ impl Material {
             _ => None,
         };
         let (augmented, digest_of_new) = new.unzip();
+        if let Some(teacher) = &teacher {
+            teacher.check_tokens(&train.ids, |place| match kept.get(place) {
+                Some(&row) => common.prepared.dataset.rows.place(row),
+                None => format!("the new text {} of data.augment", place - kept.len() + 1),
+            })?;
+        }
         let teacher = match teacher.filter(|_| setup::objective_asks(spec)) {
             Some(teacher) => Some(common.teacher_outputs(teacher, &kept, digest_of_new, &train, reporter)?),
             None => None,

@@ -647,7 +647,7 @@ fn a_teacher_that_does_not_fit_is_the_users_error() {
     let deep = json!({"model": model(json!({"student": {"keepLayers": [6]}}))});
     let message = failed("deep", deep);
     assert!(message.contains("the student keeps layer 6, but the model has 6"), "{message}");
-    // Another vocabulary: tokens cannot be compared.
+    // Another vocabulary: tokens are compared as long as both cut the rows alike.
     let other = place.folder.path().join("other");
     std::fs::create_dir(&other).unwrap();
     for entry in std::fs::read_dir(folder(&teacher)).unwrap().flatten().filter(|entry| entry.path().is_file()) {
@@ -655,13 +655,25 @@ fn a_teacher_that_does_not_fit_is_the_users_error() {
     }
     std::fs::remove_file(other.join("manifest.json")).unwrap();
     std::fs::remove_file(other.join("reference.json")).unwrap();
-    rename_a_token(&other.join("tokenizer.json"));
-    let vocabulary = json!({
-        "teacher": {"from": place.uri("other")},
-        "objective": {"terms": [{"hiddenState": {"layers": [{"student": 1, "teacher": 1}]}}]},
+    let compared = |teacher: &str| {
+        json!({
+            "hyperparameters": {"maxSteps": 2, "batchSize": 4, "maxSequenceLength": 16, "precision": "FP32"},
+            "teacher": {"from": teacher},
+            "objective": {"terms": [{"hiddenState": {"layers": [{"student": 1, "teacher": 2}]}}]},
+        })
+    };
+    for (from, to) in [("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[PAD]", "<pad>")] {
+        rename_a_token(&other.join("tokenizer.json"), from, to);
+    }
+    let losses = [("alike", place.uri("other")), ("equal", teacher.clone())].map(|(out, teacher)| {
+        let child = place.start(out, &compared(&teacher));
+        place.finish(out, child, 0);
+        place.losses(out)
     });
-    let message = failed("vocabulary", vocabulary);
-    assert!(message.contains("its vocabulary is not the student's"), "{message}");
+    assert!(losses[0].len() == 2 && losses[0] == losses[1], "{losses:?}");
+    rename_a_token(&other.join("tokenizer.json"), "the", "teh");
+    let message = failed("vocabulary", compared(&place.uri("other")));
+    assert!(message.contains("rows.jsonl row ") && message.contains("is \"the\", the teacher's \""), "{message}");
     // A model without rows for the last of its tokenizer's tokens.
     let config = other.join("config.json");
     let mut smaller: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
@@ -671,10 +683,7 @@ fn a_teacher_that_does_not_fit_is_the_users_error() {
     assert!(message.contains("but vocab_size in config.json is 30000"), "{message}");
 }
 
-fn rename_a_token(tokenizer: &Path) {
-    let mut whole: Value = serde_json::from_slice(&std::fs::read(tokenizer).unwrap()).unwrap();
-    let vocabulary = whole["model"]["vocab"].as_object_mut().unwrap();
-    let id = vocabulary.remove("hello").unwrap();
-    vocabulary.insert("hullo".into(), id);
-    std::fs::write(tokenizer, whole.to_string()).unwrap();
+fn rename_a_token(tokenizer: &Path, from: &str, to: &str) {
+    let whole = std::fs::read_to_string(tokenizer).unwrap();
+    std::fs::write(tokenizer, whole.replace(&json!(from).to_string(), &json!(to).to_string())).unwrap();
 }

@@ -216,6 +216,7 @@ impl Objective {
     pub fn values(&self, model: &Model, teacher: Option<&Teacher>, part: &Part) -> Result<Vec<Tensor>, TrainError> {
         let _autocast = part.bf16.then(|| Autocast::bf16(part.device));
         let every = self.terms.iter().any(|term| term.hidden_state.is_some());
+        let only_states = self.terms.iter().all(|term| term.hidden_state.is_some());
         let pad_id = model.config().pad_token_id;
         let masked = match (self.task, &part.train.mask_tokens) {
             (Task::MaskedLanguageModel, Some(tokens)) => Some(Masked::new(part, tokens, self.mask_probability())),
@@ -252,7 +253,9 @@ impl Objective {
                     return Ok(sum * context.per_token_factor());
                 }
                 if let Some(term) = &term.hidden_state {
-                    return Ok(hidden_state(term, &states, &answer()?.states, mask.as_ref(), &mut projections));
+                    let sum = hidden_state(term, &states, &answer()?.states, mask.as_ref(), &mut projections);
+                    // Where nothing else is learned, the head and the layers above have a gradient, of zeros.
+                    return Ok(if only_states { sum + found.sum(Kind::Float) * 0.0 } else { sum });
                 }
                 if term.masked_language_model.is_some() {
                     let labels = context.masked.map(|masked| masked.labels(part.device)).unwrap_or_default();

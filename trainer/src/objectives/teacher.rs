@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use athanor_contract::{artifact::sha256_hex, train};
-use athanor_models::{EncoderConfig, Model, Task, Tokenizer, load, tokenizer::TokenRows};
+use athanor_models::{
+    EncoderConfig, Model, Task, Tokenizer, load,
+    tokenizer::{SameTokens, TokenRows},
+};
 use athanor_store::{Location, StoreError};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
@@ -37,6 +40,8 @@ pub struct Online {
     columns: Option<Tensor>,
     /// The training rows in the teacher's tokens; absent: both read the same tokens.
     ids: Option<TokenRows>,
+    /// The student's tokenizer, where the hidden states of tokens are compared though the vocabularies differ.
+    compared: Option<Tokenizer>,
     max_length: usize,
 }
 
@@ -72,7 +77,7 @@ impl Online {
     /// Reads the teacher's folder.
     ///
     /// # Errors
-    /// A teacher for another task, of other labels, or of another vocabulary where tokens are compared is the user's to mend.
+    /// A teacher for another task, of other labels, or of another vocabulary where it predicts tokens is the user's to mend.
     pub fn load(folder: &Path, student: &Student, device: Device) -> Result<Self, TrainError> {
         let refused = |message: String| TrainError::User(format!("teacher.from: {message}"));
         let model = Model::load_trained(folder, device)?;
@@ -93,8 +98,8 @@ impl Online {
             _ => None,
         };
         let same_tokens = vocabulary(folder)? == vocabulary(student.folder)?;
-        if !same_tokens && (student.by_token || student.task == train::Task::MaskedLanguageModel) {
-            return Err(refused("its vocabulary is not the student's, so that tokens cannot be compared".into()));
+        if !same_tokens && student.task == train::Task::MaskedLanguageModel {
+            return Err(refused("its vocabulary is not the student's, so that its tokens are no labels for it".into()));
         }
         let (own, wanted) = (model.config().vocab_size, EncoderConfig::load(student.folder)?.vocab_size);
         if student.task == train::Task::MaskedLanguageModel && own != wanted {
@@ -103,13 +108,39 @@ impl Online {
             )));
         }
         let max_length = student.max_length.min(model.config().max_length());
-        if same_tokens && max_length < student.max_length {
+        if (same_tokens || student.by_token) && max_length < student.max_length {
             return Err(refused(format!(
                 "it reads at most {max_length} tokens: set hyperparameters.maxSequenceLength to that"
             )));
         }
         let ids = if same_tokens { None } else { Some(TokenRows::default()) };
-        Ok(Self { model, tokenizer: Tokenizer::load(folder)?, columns, ids, max_length })
+        let compared = (student.by_token && !same_tokens).then(|| Tokenizer::load(student.folder)).transpose()?;
+        Ok(Self { model, tokenizer: Tokenizer::load(folder)?, columns, ids, compared, max_length })
+    }
+
+    /// Where hidden states are compared, both must cut every row into the same tokens. `rows` are the training rows in the student's
+    /// tokens, `place` says where one came from.
+    ///
+    /// # Errors
+    /// A row that is cut otherwise is the user's to mend, with another teacher or objective.
+    pub fn check_tokens(&self, rows: &TokenRows, place: impl Fn(usize) -> String) -> Result<(), TrainError> {
+        let (Some(tokenizer), Some(own)) = (&self.compared, &self.ids) else { return Ok(()) };
+        let same = SameTokens::new(tokenizer, &self.tokenizer);
+        for (row, (students, teachers)) in rows.iter().zip(own.iter()).enumerate() {
+            let Some(at) = same.first_difference(students, teachers) else { continue };
+            let token = |ids: &[u32], tokenizer: &Tokenizer| match ids.get(at) {
+                Some(&id) => format!("{:?}", tokenizer.token(id)),
+                None => "no more".to_owned(),
+            };
+            let (students, teachers) = (token(students, tokenizer), token(teachers, &self.tokenizer));
+            return Err(TrainError::User(format!(
+                "teacher.from: hiddenState compares the tokens of each text one by one, but of {} the student's token {} is \
+                 {students}, the teacher's {teachers}",
+                place(row),
+                at + 1,
+            )));
+        }
+        Ok(())
     }
 
     /// Tokenizes the training rows, where the student's tokens are of no use.
