@@ -229,7 +229,8 @@ mod tests {
 
     /// Of whole words, between the first two tokens, which are special.
     fn tokenizer(words: &[&str]) -> Tokenizer {
-        let vocabulary: serde_json::Map<_, _> = words.iter().zip(0..).map(|(&word, id)| (word.into(), id.into())).collect();
+        let vocabulary: serde_json::Map<_, _> =
+            words.iter().zip(0..).map(|(&word, id)| (word.into(), id.into())).collect();
         let added = |id: usize| {
             serde_json::json!({
                 "id": id, "content": words[id], "special": true, "single_word": false, "lstrip": false, "rstrip": false,
