@@ -218,7 +218,9 @@ def main():
         subjects = {name: subject for name, subject in subjects.items() if subject[1] != "embedding"}
     found = {name: [] for name in subjects}
     for turn in range(arguments.runs):
-        for name, (function, setting) in subjects.items():
+        # There and back, so that none always runs when the machine has rested, or has not.
+        order = list(subjects.items())
+        for name, (function, setting) in order if turn % 2 == 0 else reversed(order):
             result = in_child(function, file, setting)
             found[name].append(result)
             print(f"turn {turn + 1}  {name:<68} {result['rate']:7.1f} rows/s  {result['memory']:5.2f} GiB  "

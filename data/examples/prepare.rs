@@ -58,7 +58,9 @@ async fn main() -> Result<(), Error> {
     let seconds = || start.elapsed().as_secs_f64();
     let last_byte = OnceLock::new();
     let report = |progress: Progress<'_>| {
-        if progress.bytes_total == Some(progress.bytes_read) {
+        if let Progress::Reading { bytes_read, bytes_total, .. } = progress
+            && bytes_total == Some(bytes_read)
+        {
             last_byte.get_or_init(|| (seconds(), peak_memory()));
         }
     };

@@ -60,7 +60,7 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
         return Ok(Dataset { sources, rows, digest, ..Dataset::default() });
     };
     let newest_wins = |source: usize| spec.sources[source].kafka.is_some();
-    let resolved = clean::resolve(&rows, clean, newest_wins, &mut cleaning)?;
+    let resolved = clean::resolve(&rows, clean, newest_wins, &mut cleaning, context.report)?;
     let kept = (0..rows.len()).filter(|&row| resolved.keep[row]);
     let clusters = resolved.clusters.map(|clusters| kept.map(|row| clusters.id(row) as u32).collect());
     rows.retain(|row| resolved.keep[row]);

@@ -126,7 +126,8 @@ async fn read_topic(
         let fields = Fields { text: &row.text, label: Some(&row.label), ..Fields::default() };
         builder.row(number, fields);
     }
-    (context.report)(Progress { source: name, file: &kafka.topic, bytes_read: 0, bytes_total: None, rows: read });
+    let file = &kafka.topic;
+    (context.report)(Progress::Reading { source: name, file, bytes_read: 0, bytes_total: None, rows: read });
     Ok(snapshot.digest)
 }
 
@@ -199,7 +200,7 @@ struct Position<'a> {
 
 impl Position<'_> {
     fn report(&self, file: &str) {
-        (self.report)(Progress {
+        (self.report)(Progress::Reading {
             source: self.source,
             file,
             bytes_read: self.read,

@@ -10,11 +10,15 @@
 //! instead of memory: 37 bytes a row beside the keys, 0.8 GB for ten million rows. Keys of 32 bits bring rows together that have
 //! nothing in common, some thousand pairs a band of ten million rows, which their sketches then tell apart.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use athanor_contract::train::NearDuplicates;
 
 use super::minhash::{MinHasher, PERMUTATIONS, jaccard, mix};
+use crate::progress::{Progress, Report};
 
 /// Chance with which a pair at the threshold has to become a candidate.
 const RECALL: f64 = 0.99;
@@ -28,6 +32,9 @@ const MARGIN: f64 = 4.0;
 
 /// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for five million.
 const KEYS: usize = 448 << 20;
+
+/// Texts that are hashed between two reports of progress.
+const TEXTS_A_REPORT: u64 = 4096;
 
 /// What stays of a signature and its shingles. The order is that of the first places, so that similar texts are neighbours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,8 +68,9 @@ pub fn near_duplicates<'a>(
     spec: &NearDuplicates,
     count: usize,
     text: impl Fn(usize) -> Cow<'a, str> + Sync,
+    report: Report,
 ) -> Clusters {
-    find(spec, count, text, KEYS)
+    find(spec, count, text, KEYS, report)
 }
 
 fn find<'a>(
@@ -70,11 +78,15 @@ fn find<'a>(
     count: usize,
     text: impl Fn(usize) -> Cow<'a, str> + Sync,
     memory: usize,
+    report: Report,
 ) -> Clusters {
     let threshold = spec.threshold.get();
     let rows = band_rows(threshold);
     let bands = PERMUTATIONS / rows;
     let at_once = at_once(bands, count, memory);
+    // Every text is hashed once a round, and compared in every band, which takes about as long for all bands as one round.
+    let rounds = bands.div_ceil(at_once);
+    let progress = Work { done: AtomicU64::new(0), total: (count * (rounds + 1)) as u64, report };
     let mut search = Search {
         hasher: MinHasher::new(spec.shingles),
         threshold,
@@ -86,7 +98,7 @@ fn find<'a>(
     let mut distinct = Vec::new();
     let mut keyed: Vec<u64> = Vec::with_capacity(count);
     for first in (0..bands).step_by(at_once) {
-        search.hash(first, rows, at_once, &mut keys);
+        search.hash(first, rows, at_once, &mut keys, &progress);
         if first == 0 {
             distinct = search.join_equal_sets(&mut keyed);
         }
@@ -98,6 +110,7 @@ fn find<'a>(
             for same in same_key(&keyed) {
                 search.join_candidates(same);
             }
+            progress.add((count * (first + band + 1) / bands - count * (first + band) / bands) as u64);
         }
     }
     search.clusters.flatten();
@@ -121,6 +134,20 @@ fn same_key(keyed: &[u64]) -> impl Iterator<Item = &[u64]> {
     keyed.chunk_by(|a, b| a >> 32 == b >> 32).filter(|same| same.len() > 1)
 }
 
+/// Counts what was done, for those who watch.
+struct Work<'a> {
+    done: AtomicU64,
+    total: u64,
+    report: Report<'a>,
+}
+
+impl Work<'_> {
+    fn add(&self, texts: u64) {
+        let done = self.done.fetch_add(texts, Ordering::Relaxed) + texts;
+        (self.report)(Progress::Comparing { done, total: self.total });
+    }
+}
+
 struct Search<T> {
     hasher: MinHasher,
     threshold: f64,
@@ -131,7 +158,7 @@ struct Search<T> {
 
 impl<'a, T: Fn(usize) -> Cow<'a, str> + Sync> Search<T> {
     /// The keys of `at_once` bands from band `first`, on all threads; with the first, the sketches.
-    fn hash(&mut self, first: usize, rows: usize, at_once: usize, keys: &mut [u32]) {
+    fn hash(&mut self, first: usize, rows: usize, at_once: usize, keys: &mut [u32], progress: &Work) {
         let Self { hasher, text, sketches, .. } = self;
         let (hasher, text) = (&*hasher, &*text);
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -142,8 +169,15 @@ impl<'a, T: Fn(usize) -> Cow<'a, str> + Sync> Search<T> {
             for (number, (sketches, keys)) in shares.enumerate() {
                 let places = places.clone();
                 scope.spawn(move || {
+                    let texts = sketches.len();
                     let mut least = [0; PERMUTATIONS];
+                    let mut told = 0;
                     for (at, (sketch, keys)) in std::iter::zip(sketches, keys.chunks_mut(at_once)).enumerate() {
+                        let hashed = at as u64;
+                        if hashed == told + TEXTS_A_REPORT {
+                            progress.add(TEXTS_A_REPORT);
+                            told = hashed;
+                        }
                         let text = text(number * share + at);
                         if first == 0 {
                             let set = hasher.shingle_set(&text);
@@ -160,6 +194,7 @@ impl<'a, T: Fn(usize) -> Cow<'a, str> + Sync> Search<T> {
                             *key = (band.iter().fold(0, fold) >> 32) as u32;
                         }
                     }
+                    progress.add(texts as u64 - told);
                 });
             }
         });

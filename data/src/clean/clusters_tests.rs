@@ -15,7 +15,7 @@ fn spec(threshold: f64, shingles: Shingles) -> NearDuplicates {
 }
 
 fn clusters(texts: &[String], spec: &NearDuplicates) -> Clusters {
-    near_duplicates(spec, texts.len(), |row| Cow::Borrowed(&texts[row]))
+    near_duplicates(spec, texts.len(), |row| Cow::Borrowed(&texts[row]), &|_| {})
 }
 
 /// Clusters of more than one row, as sets of texts.
@@ -113,7 +113,7 @@ fn texts_that_differ_in_case_and_spacing_alone_are_one_and_empty_ones_are_not() 
     let texts = ["", "A b c d e f", " ", "a  B c D e f ", "x", "", "X"].map(str::to_owned);
     let clusters = clusters(&texts, &spec(1.0, Shingles::Characters));
     assert_eq!((0..7).map(|row| clusters.id(row)).collect::<Vec<_>>(), [0, 1, 2, 1, 4, 5, 4]);
-    assert!(near_duplicates(&spec(0.8, Shingles::Words), 0, |_| Cow::Borrowed("")).is_empty());
+    assert!(near_duplicates(&spec(0.8, Shingles::Words), 0, |_| Cow::Borrowed(""), &|_| {}).is_empty());
 }
 
 #[test]
@@ -178,10 +178,35 @@ proptest! {
         let shuffled: Vec<String> = order.iter().map(|&row| texts[row].clone()).collect();
         let spec = spec(0.7, Shingles::Characters);
         let (one, other) = (clusters(&texts, &spec), clusters(&shuffled, &spec));
-        prop_assert_eq!(&one, &find(&spec, 60, |row| Cow::Borrowed(&texts[row]), 4 * 60 * 5), "in rounds of some bands");
+        prop_assert_eq!(&one, &find(&spec, 60, |row| Cow::Borrowed(&texts[row]), 4 * 60 * 5, &|_| {}), "in rounds of some bands");
         prop_assert_eq!(groups(&texts, &one), groups(&shuffled, &other));
         for row in 0..60 {
             prop_assert!(one.id(row) <= row && one.is_first(one.id(row)));
         }
+    }
+}
+
+#[test]
+fn progress_ends_at_its_total_however_many_rounds_there_are() {
+    let texts: Vec<String> = (0..10_000).map(|row| format!("row {row} of some")).collect();
+    let spec = spec(0.8, Shingles::Characters);
+    for memory in [KEYS, 4 * texts.len() * 5] {
+        let seen = std::sync::Mutex::new(Vec::new());
+        let report = |progress: Progress<'_>| {
+            let Progress::Comparing { done, total } = progress else { panic!("{progress:?}") };
+            seen.lock().unwrap().push((done, total));
+        };
+        find(&spec, texts.len(), |row| Cow::Borrowed(&texts[row]), memory, &report);
+        let mut seen = seen.into_inner().unwrap();
+        // Two threads may tell in another order than they counted.
+        seen.sort_unstable();
+        seen.dedup();
+        let (done, total) = *seen.last().unwrap();
+        assert_eq!(done, total, "{seen:?}");
+        assert!(seen.len() > 10 && seen.iter().all(|moment| moment.1 == total), "{seen:?}");
+        assert_eq!(
+            total as usize / texts.len(),
+            if memory == KEYS { 2 } else { 1 + (PERMUTATIONS / band_rows(0.8)).div_ceil(5) }
+        );
     }
 }

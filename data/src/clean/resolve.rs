@@ -12,7 +12,7 @@ use super::{
     minhash::{hash, mix},
     report::{EXAMPLES, Effect, excerpt},
 };
-use crate::error::DataError;
+use crate::{error::DataError, progress::Report};
 
 /// Cleaned rows by index, at most `u32::MAX` of them.
 pub trait Corpus: Sync {
@@ -52,6 +52,7 @@ pub fn resolve(
     spec: &CleanSpec,
     newest_wins: impl Fn(usize) -> bool,
     report: &mut CleaningReport,
+    progress: Report,
 ) -> Result<Resolved, DataError> {
     let mut keep = vec![true; corpus.len()];
     report.rows = report.rows.max(corpus.len() as u64);
@@ -72,7 +73,7 @@ pub fn resolve(
     if let Some(near) = &spec.near_duplicates {
         // An empty text is near nothing.
         let text = |row: usize| if keep[row] { joined(corpus, row) } else { Cow::Borrowed("") };
-        let found = near_duplicates(near, keep.len(), text);
+        let found = near_duplicates(near, keep.len(), text, progress);
         count_clusters(corpus, &found, near.action, &mut keep, report);
         clusters = (near.action == NearDuplicateAction::Group).then_some(found);
     }

@@ -40,7 +40,7 @@ fn rows(rows: &[(usize, &str, &'static str)]) -> Vec<Row> {
 /// Indices of the rows that stay, and the report.
 fn kept(corpus: &impl Corpus, spec: &CleanSpec, newest: bool) -> (Vec<usize>, CleaningReport) {
     let mut report = CleaningReport::default();
-    let resolved = resolve(corpus, spec, |_| newest, &mut report).unwrap();
+    let resolved = resolve(corpus, spec, |_| newest, &mut report, &|_| {}).unwrap();
     let kept: Vec<usize> = (0..resolved.keep.len()).filter(|&row| resolved.keep[row]).collect();
     assert_eq!(report.kept, kept.len() as u64);
     (kept, report)
@@ -80,8 +80,8 @@ fn conflicts_are_kept_dropped_or_refused() {
     let (stay, report) = kept(&corpus, &spec(ConflictingLabels::Drop), false);
     assert_eq!(stay, [1, 4]);
     assert_eq!(report.step(Step::ConflictingLabels).unwrap().removed, 3);
-    let error =
-        resolve(&corpus, &spec(ConflictingLabels::Fail), |_| false, &mut CleaningReport::default()).unwrap_err();
+    let error = resolve(&corpus, &spec(ConflictingLabels::Fail), |_| false, &mut CleaningReport::default(), &|_| {})
+        .unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, DataError::User(_)));
     assert!(message.contains("row 0: \"a\" has label \"x\", and \"y\" at row 2"), "{message}");
@@ -97,7 +97,7 @@ fn near_duplicates_are_grouped_or_dropped() {
         .into();
     let mut spec = CleanSpec { near_duplicates: Some(NearDuplicates::default()), ..CleanSpec::default() };
     let mut report = CleaningReport::default();
-    let resolved = resolve(&corpus, &spec, |_| false, &mut report).unwrap();
+    let resolved = resolve(&corpus, &spec, |_| false, &mut report, &|_| {}).unwrap();
     assert_eq!(resolved.keep, [true, true, true, false, true]);
     let clusters = resolved.clusters.unwrap();
     assert_eq!((0..5).map(|row| clusters.id(row)).collect::<Vec<_>>(), [0, 1, 0, 3, 4]);

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use athanor_store::Location;
+use backon::{ExponentialBuilder, Retryable};
 use futures::{StreamExt, TryStreamExt};
-use reqwest::Client;
+use reqwest::{Client, StatusCode};
 
 use super::{Opened, divide, matcher, nothing_matches};
 use crate::DataError;
 
 /// How the store's client refuses an answer whose length is not told.
 const NO_LENGTH: &str = "Content-Length Header missing";
+/// Of a web address that the store's client does not open, a second and then two after a failure, and so on.
+const RETRIES: usize = 3;
 
 pub(super) struct Object {
     location: Location,
@@ -109,7 +112,15 @@ async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
         .read_timeout(Duration::from_secs(60))
         .build()
         .map_err(failed)?;
-    let answer = client.get(url).send().await.map_err(failed)?;
+    // As the store's client does: what comes to nothing before the first byte is tried again.
+    let passes = |status: StatusCode| {
+        status.is_server_error() || [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&status)
+    };
+    let ask = async || match client.get(url).send().await {
+        Ok(answer) if passes(answer.status()) => answer.error_for_status(),
+        answer => answer,
+    };
+    let answer = ask.retry(ExponentialBuilder::default().with_max_times(RETRIES)).await.map_err(failed)?;
     if answer.status().is_client_error() {
         return Err(DataError::User(format!("{uri}: the server answers {}", answer.status())));
     }

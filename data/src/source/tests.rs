@@ -98,12 +98,8 @@ async fn progress_tells_bytes_and_rows() {
     let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
     let spec = spec(source);
     let report = |progress: Progress<'_>| {
-        seen.lock().unwrap().push((
-            progress.source.to_owned(),
-            progress.bytes_read,
-            progress.bytes_total,
-            progress.rows,
-        ));
+        let Progress::Reading { source, bytes_read, bytes_total, rows, .. } = progress else { panic!("{progress:?}") };
+        seen.lock().unwrap().push((source.to_owned(), bytes_read, bytes_total, rows));
     };
     let data = read_with(&spec, Context { needs_labels: true, report: &report, hub: &Hub::default() }).await.unwrap();
     assert_eq!(data.rows.len(), 1);
@@ -210,6 +206,29 @@ async fn a_body_that_comes_in_chunks_is_read_to_its_end() {
     assert!(error.starts_with(&format!("http://{address}/cut.csv: the store does not answer: ")), "{error}");
 }
 
+#[tokio::test]
+async fn a_server_that_fails_before_it_sends_anything_is_asked_again() {
+    let asked = Arc::new(AtomicU64::new(0));
+    let count = asked.clone();
+    let address = serve(move |request: Request| {
+        let number = count.fetch_add(1, Ordering::Relaxed);
+        let status = match request.uri().path() {
+            "/gone.csv" => StatusCode::GONE,
+            _ if number == 0 => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::OK,
+        };
+        Response::builder().status(status).body(Body::from(ROWS)).unwrap()
+    })
+    .await;
+    let hub = Hub::default();
+    let read = |name: &str| read_uri(format!("{address}/{name}?key=secret"), &hub);
+    assert_eq!(texts(&read("rows.csv").await.unwrap()), ["alpha", "beta"]);
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+    let error = user(read("gone.csv").await.unwrap_err());
+    assert!(error.contains("410 Gone") && !error.contains("secret"), "{error}");
+    assert_eq!(asked.load(Ordering::Relaxed), 3, "what the server refuses is not asked for again");
+}
+
 /// Answers as the Hub does: a listing of a revision, and files by range with digest and commit in the headers.
 async fn serve_hub() -> String {
     serve(|request: Request| {
@@ -266,7 +285,10 @@ async fn files_come_from_the_hub() {
     assert_eq!(data.rows.place(2), "hf://datasets/team/rows/data/b.csv row 2");
     for (path, total) in [("data/a.csv", Some(ROWS.len() as u64)), ("data/*.csv", None)] {
         let totals = Mutex::new(Vec::new());
-        let report = |progress: Progress<'_>| totals.lock().unwrap().push(progress.bytes_total);
+        let report = |progress: Progress<'_>| {
+            let Progress::Reading { bytes_total, .. } = progress else { panic!("{progress:?}") };
+            totals.lock().unwrap().push(bytes_total);
+        };
         let uri = Some(format!("hf://datasets/team/rows/{path}"));
         let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
         read_with(&spec(source), Context { needs_labels: true, report: &report, hub: &hub }).await.unwrap();

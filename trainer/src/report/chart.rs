@@ -33,7 +33,7 @@ pub fn line(points: &[(f64, f64)], y_name: &str, dots: bool) -> String {
     let Some((x, y)) = ranges(&points) else { return String::new() };
     picture(|svg| {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        let mut chart = axes(&area, (x, y), ("step", y_name), (|x| format!("{x:.0}"), |y| short(*y)))?;
+        let mut chart = axes(&area, (x, y), ("step", y_name), (whole, |y| short(*y)))?;
         chart.draw_series(LineSeries::new(points.iter().copied(), ShapeStyle::from(&BLUE).stroke_width(2)))?;
         if dots {
             chart.draw_series(points.iter().map(|&point| Circle::new(point, 4, BLUE.filled())))?;
@@ -94,7 +94,7 @@ pub fn trials(results: &[(Option<f64>, bool)], y_name: &str) -> String {
     let Some(((_, right), y)) = ranges(&points) else { return String::new() };
     picture(|svg| {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        let words: (Words, Words) = (|x| format!("{x:.0}"), |y| short(*y));
+        let words: (Words, Words) = (whole, |y| short(*y));
         let mut chart = axes(&area, ((0.5, right + 0.5), y), ("trial", y_name), words)?;
         chart.draw_series(dots.iter().map(|&(x, y, best)| {
             let style = if best { BLUE.filled() } else { BLUE.mix(0.5).stroke_width(2) };
@@ -148,6 +148,11 @@ fn ranges(points: &[(f64, f64)]) -> Option<(Range, Range)> {
     Some(((x.0, x.1.max(x.0 + 1.0)), (y.0 - air, y.1 + air)))
 }
 
+/// The number of a step or a trial; nothing for a place between two of them.
+fn whole(number: &f64) -> String {
+    if (number - number.round()).abs() < 1e-6 { format!("{number:.0}") } else { String::new() }
+}
+
 /// A number in a few characters.
 fn short(number: f64) -> String {
     match number.abs() {
@@ -168,6 +173,11 @@ mod tests {
         {
             let svg = line(&points, "loss", true);
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+        }
+        // A grid of halves between two trials.
+        let svg = trials(&[(Some(0.5), false), (Some(0.75), true)], "validation");
+        for number in ["1", "2"] {
+            assert_eq!(svg.lines().filter(|line| line.trim() == number).count(), 1, "{svg}");
         }
         assert!(calibration(&[(0.5, 0.6, 0.4), (0.6, 1.0, 1.0)]).contains("<rect"));
         assert!(forms(&[("trained", 91.0, 0.9), ("int8", 23.0, 0.89)], "accuracy").contains("int8"));

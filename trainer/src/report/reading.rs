@@ -1,4 +1,4 @@
-//! Progress of reading data: a bar at a terminal, else a log line now and then.
+//! Progress of reading data and of looking for near duplicates: a bar at a terminal, else a log line now and then.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -31,22 +31,36 @@ impl Reading {
             return;
         }
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let Progress { source, bytes_read, bytes_total, rows, .. } = progress;
         if !self.terminal {
             if shown.1.elapsed() > LOG_EVERY {
                 shown.1 = Instant::now();
-                tracing::info!(source, rows, bytes_read, bytes_total, "reading");
+                match progress {
+                    Progress::Reading { source, bytes_read, bytes_total, rows, .. } => {
+                        tracing::info!(source, rows, bytes_read, bytes_total, "reading");
+                    }
+                    Progress::Comparing { done, total } => {
+                        tracing::info!(percent = 100 * done / total.max(1), "looking for near duplicates");
+                    }
+                }
             }
             return;
         }
-        let bar = shown.0.get_or_insert_with(|| {
-            let template = "{spinner} {bytes}/{total_bytes} [{bar:30}] {eta} {msg}";
-            ProgressBar::new(0)
-                .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
-        });
-        bar.set_length(bytes_total.unwrap_or(bytes_read).max(bytes_read));
-        bar.set_position(bytes_read);
-        bar.set_message(format!("reading {source}, {rows} rows"));
+        let bar = shown.0.get_or_insert_with(|| ProgressBar::new(0));
+        let (template, length, position, message) = match progress {
+            Progress::Reading { source, bytes_read, bytes_total, rows, .. } => (
+                "{spinner} {bytes}/{total_bytes} [{bar:30}] {eta} {msg}",
+                bytes_total.unwrap_or(bytes_read).max(bytes_read),
+                bytes_read,
+                format!("reading {source}, {rows} rows"),
+            ),
+            Progress::Comparing { done, total } => {
+                ("{spinner} {percent} % [{bar:30}] {eta} {msg}", total, done, "looking for near duplicates".to_owned())
+            }
+        };
+        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_length(length);
+        bar.set_position(position);
+        bar.set_message(message);
     }
 
     pub fn finish(&self) {
