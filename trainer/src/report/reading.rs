@@ -17,13 +17,19 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 pub struct Reading {
     terminal: bool,
     started: Instant,
-    shown: Mutex<(Option<ProgressBar>, Instant)>,
+    shown: Mutex<Shown>,
+}
+
+struct Shown {
+    /// With its template: one of another kind begins its own, whose estimate is not that of the one before.
+    bar: Option<(&'static str, ProgressBar)>,
+    logged: Instant,
 }
 
 impl Reading {
     pub fn new(terminal: bool) -> Self {
         let now = Instant::now();
-        Self { terminal, started: now, shown: Mutex::new((None, now)) }
+        Self { terminal, started: now, shown: Mutex::new(Shown { bar: None, logged: now }) }
     }
 
     pub fn at(&self, progress: Progress<'_>) {
@@ -32,8 +38,8 @@ impl Reading {
         }
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.terminal {
-            if shown.1.elapsed() > LOG_EVERY {
-                shown.1 = Instant::now();
+            if shown.logged.elapsed() > LOG_EVERY {
+                shown.logged = Instant::now();
                 match progress {
                     Progress::Reading { source, bytes_read, bytes_total, rows, .. } => {
                         tracing::info!(source, rows, bytes_read, bytes_total, "reading");
@@ -45,7 +51,6 @@ impl Reading {
             }
             return;
         }
-        let bar = shown.0.get_or_insert_with(|| ProgressBar::new(0));
         let (template, length, position, message) = match progress {
             Progress::Reading { source, bytes_read, bytes_total, rows, .. } => (
                 "{spinner} {bytes}/{total_bytes} [{bar:30}] {eta} {msg}",
@@ -57,14 +62,20 @@ impl Reading {
                 ("{spinner} {percent} % [{bar:30}] {eta} {msg}", total, done, "looking for near duplicates".to_owned())
             }
         };
-        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        if let Some((_, before)) = shown.bar.take_if(|(kind, _)| *kind != template) {
+            before.finish_and_clear();
+        }
+        let (_, bar) = shown.bar.get_or_insert_with(|| {
+            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            (template, ProgressBar::new(0).with_style(style))
+        });
         bar.set_length(length);
         bar.set_position(position);
         bar.set_message(message);
     }
 
     pub fn finish(&self) {
-        if let Some(bar) = self.shown.lock().unwrap_or_else(PoisonError::into_inner).0.take() {
+        if let Some((_, bar)) = self.shown.lock().unwrap_or_else(PoisonError::into_inner).bar.take() {
             bar.finish_and_clear();
         }
     }
