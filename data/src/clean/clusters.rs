@@ -84,7 +84,7 @@ fn find<'a>(
     let rows = band_rows(threshold);
     let bands = PERMUTATIONS / rows;
     let at_once = at_once(bands, count, memory);
-    // Every text is hashed once a round, and compared in every band, which takes about as long for all bands as one round.
+    // Every text is hashed once a round, and compared in every band: all bands together count as one round more.
     let rounds = bands.div_ceil(at_once);
     let progress = Work { done: AtomicU64::new(0), total: (count * (rounds + 1)) as u64, report };
     let mut search = Search {
