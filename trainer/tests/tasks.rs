@@ -73,6 +73,7 @@ fn every_task_has_the_losses_of_one_rank_on_two() {
         let [one, two] = names.each_ref().map(|out| place.losses(out));
         assert_eq!(one.len(), 6);
         for ((step, a), (_, b)) in one.iter().zip(&two) {
+            // Sums over ranks in another order, made larger by the optimizer; a squared error is above 1.
             assert!((a - b).abs() < 2e-4 * a.abs().max(1.0), "{task}, step {step}: {a} is not {b}");
         }
         let summary = place.summary(&names[0]);
@@ -147,6 +148,7 @@ fn a_student_learns_from_a_teacher_on_chosen_rows_and_shrinks() {
     }
     let forms = report["forms"].as_array().unwrap();
     assert_eq!(forms.len(), 4);
+    // Whole weights of each matrix: shares are rounded to one weight a row.
     assert!((forms[1]["sparsity"].as_f64().unwrap() - 0.2).abs() < 0.01, "{forms:?}");
     assert!(forms[2]["leftOut"].is_string() && forms[3]["leftOut"].is_null(), "{forms:?}");
     assert!((forms[3]["sparsity"].as_f64().unwrap() - 0.2).abs() < 0.01, "what was left out left nothing behind");
@@ -195,6 +197,7 @@ fn a_teacher_answers_new_texts_and_its_doubts_leave_rows_out() {
     let [one, two] = names.each_ref().map(|out| place.losses(out));
     assert_eq!(one.len(), 4);
     for ((step, a), (_, b)) in one.iter().zip(&two) {
+        // Sums over ranks in another order, made larger by the optimizer.
         assert!((a - b).abs() < 2e-4 * a.abs().max(1.0), "step {step}: {a} is not {b}");
     }
     let summary = place.summary(&names[0]);
@@ -488,6 +491,7 @@ fn a_student_learns_the_words_and_the_vectors_of_a_teacher() {
         let [first, last] = falls(&steps, |step| step["loss"].as_f64().unwrap());
         assert!(last < first, "{task}: {first} to {last}");
         let [first, last] = falls(&steps, |step| step["terms"][names[1]].as_f64().unwrap());
+        // Not a rounding: the term must fall by at least a twentieth.
         assert!(0.0 < last && last < 0.95 * first, "{task}, {}: {first} to {last}", names[1]);
         let found = report(&place.summary(task).artifact);
         let told: Vec<&Value> = found["objective"].as_array().unwrap().iter().map(|term| &term["name"]).collect();
