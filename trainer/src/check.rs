@@ -322,9 +322,7 @@ impl Report<'_> {
             parameters.retain(|tensor| tensor.data_ptr() != table);
         }
         let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
-        // Ranks that share memory deal the optimizer's work out by themselves.
-        let share_memory = self.device == Device::Cpu && distributed.num_nodes == 1;
-        let world = if distributed.shard_optimizer || share_memory { ranks } else { 1 };
+        let world = if distributed.shard_optimizer { ranks } else { 1 };
         let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)], Shard { rank: 0, world })?;
         let lengths = train.lengths();
         let rows = (h.batch_size as usize).div_ceil(ranks);

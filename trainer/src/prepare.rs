@@ -176,8 +176,7 @@ mod tests {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let of_rank = |rank: usize| {
             let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-            let at =
-                Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout, shared_memory: None };
+            let at = Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout };
             let group = ProcessGroup::new(Backend::Gloo, &at).unwrap();
             let same = same_data(&group, Device::Cpu, &"5".repeat(64));
             let other = same_data(&group, Device::Cpu, &rank.to_string().repeat(64));

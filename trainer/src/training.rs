@@ -98,7 +98,7 @@ struct Loop<'a> {
     optimizer: Optimizer,
     /// The ranks among which the optimizer's state is dealt out, if it is.
     shards: Option<&'a ProcessGroup>,
-    /// Averages gradients over the ranks, unless these share memory.
+    /// Averages gradients over the ranks, where there are several.
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -127,15 +127,13 @@ impl<'a> Loop<'a> {
         let mut named = share_named(session.model.parameters());
         named.extend(share_named(session.objective.parameters()));
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
-        // Through memory it costs nothing to deal the optimizer's work out.
-        let asked = session.spec.distributed.shard_optimizer;
-        let shards = session.group.filter(|group| asked || group.shares_memory());
+        let shards = session.group.filter(|_| session.spec.distributed.shard_optimizer);
         let table = session.model.word_embeddings().data_ptr();
         let [mut decayed, exempt] = weight_decay_groups(&named);
         // The last of its group, so that the optimizer calls the others the same with it and without it.
         decayed.sort_by_key(|tensor| tensor.data_ptr() == table);
         let mut words = None;
-        if !asked {
+        if !session.spec.distributed.shard_optimizer {
             let name = format!("0.{}", decayed.len() - 1);
             words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device, name);
         }
@@ -176,13 +174,9 @@ impl<'a> Loop<'a> {
                 group.broadcast(&tensor.detach(), 0)?;
             }
         }
-        if let Some(group) = session.group.filter(|group| group.shares_memory()) {
-            optimizer.share(group, session.bf16)?;
-        }
         let tensors = |named: Named| named.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
         let (parameters, dense) = (tensors(named), tensors(dense));
-        let reduced = session.group.filter(|group| !group.shares_memory());
-        let reducer = reduced.map(|group| Reducer::new(&dense, group)).transpose()?;
+        let reducer = session.group.map(|group| Reducer::new(&dense, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
                 Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
@@ -264,7 +258,6 @@ impl<'a> Loop<'a> {
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
         zero_grad(&self.dense)?;
-        self.optimizer.expect(h.accumulate_steps == 1 && self.session.train.pairs.is_none());
         if let Some(words) = &mut self.words {
             words.begin(self.session.model, self.session.train, batch)?;
         }
@@ -277,7 +270,7 @@ impl<'a> Loop<'a> {
         let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
         let terms = self.session.objective.terms();
         // The reducer averages over ranks: each rank's part is its share of the global mean times this.
-        let averaged = if self.reducer.is_some() { self.world as f64 } else { 1.0 };
+        let averaged = self.world as f64;
         // The sum of all terms with their weights, then each without, then whether this rank is to stop.
         let mut shared = vec![0.0; terms.len() + 2];
         for (index, part) in parts.iter().enumerate() {
@@ -318,9 +311,6 @@ impl<'a> Loop<'a> {
             shared = Vec::<f64>::try_from(sums)?;
         }
         let loss = shared[0] / batch.len() as f64;
-        if let Some(group) = self.shards.filter(|group| group.shares_memory()) {
-            self.optimizer.sum_gradients(group)?;
-        }
         add_penalty(&self.decayed, h.l1, h.l2)?;
         let gradient_norm = self.clip(rows.as_ref(), h.clip_norm)?;
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
@@ -518,11 +508,7 @@ impl<'a> Loop<'a> {
         Err(TrainError::Stopped { step: self.step, checkpoint })
     }
 
-    fn finish(mut self) -> Result<Trained, TrainError> {
-        if let Some(group) = self.session.group {
-            // The ranks part here: what one does to its model is no longer the others' business.
-            self.optimizer.unshare(group)?;
-        }
+    fn finish(self) -> Result<Trained, TrainError> {
         let Some((best, weights)) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };

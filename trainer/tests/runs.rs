@@ -30,7 +30,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
         let child = place.start(out, &spec(ranks));
         place.finish(out, child, 0);
     }
-    // As two pods: these share no memory.
+    // As two pods, which are not started by one launcher.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let pods = ["0", "1"].map(|pod| {
         let variables = [
@@ -42,9 +42,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
         ];
         place.start_by(&[&["env"], &variables[..]].concat(), "pods", &spec(1))
     });
-    for pod in pods {
-        place.finish("pods", pod, 0);
-    }
+    place.finish_all("pods", pods.into(), 0);
     let one = place.losses("one");
     for (out, ranks) in [("two", "2"), ("four", "4"), ("pods", "2")] {
         let more = place.losses(out);
@@ -53,6 +51,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
             // Only the order of sums differs; it moves a loss near 0.7 by some 1e-6 in the first step.
             assert!((a - b).abs() < 2e-4, "step {step}: {a} is not {b}");
         }
+        // Before any update: rounding of one forward pass alone.
         assert!((one[0].1 - more[0].1).abs() < 1e-5, "{one:?} {more:?}");
         let (one, more) = (place.summary("one"), place.summary(out));
         assert_eq!((one.data_digest, one.rows), (more.data_digest, more.rows));
@@ -82,6 +81,7 @@ fn a_step_in_parts_is_the_same_step() {
     for out in ["eight", "shared"] {
         assert_eq!((whole.len(), place.losses(out).len()), (6, 6));
         for ((step, a), (_, b)) in std::iter::zip(&whole, &place.losses(out)) {
+            // Sums in another order, made larger by RMSprop's division.
             assert!((a - b).abs() < 2e-4, "{out}, step {step}: {a} is not {b}");
         }
     }
@@ -404,6 +404,7 @@ fn bf16_learns_what_fp32_learns() {
     let [exact, rounded] = ["FP32", "BF16"].map(|out| place.losses(out));
     assert_eq!((exact.len(), rounded.len()), (20, 20));
     for ((step, a), (_, b)) in std::iter::zip(&exact, &rounded) {
+        // BF16 has eight bits of mantissa: 0.4 % a rounding, over 20 steps.
         assert!((a - b).abs() < 0.03 * a, "step {step}: {b} is not {a}");
     }
     assert_ne!(exact, rounded, "nothing was rounded");

@@ -21,8 +21,6 @@ pub mod environment {
     pub const POD_IP: &str = "ATHANOR_POD_IP";
     /// Set by the launcher: which of the pod's processes this is.
     pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
-    /// Set by the launcher: the descriptor of a file in memory that the ranks of this machine share.
-    pub const SHARED_MEMORY: &str = "ATHANOR_SHARED_MEMORY";
     /// The process that started this one (a launcher its ranks, a search its trials), which this one does not outlive.
     pub const PARENT: &str = "ATHANOR_PARENT";
 }
@@ -40,8 +38,6 @@ pub struct Topology {
     pub master_port: u16,
     pub bind_host: String,
     pub backend: athanor_torch::Backend,
-    /// The descriptor of memory that all ranks have, where all are on this machine.
-    pub shared_memory: Option<usize>,
 }
 
 impl Topology {
@@ -74,10 +70,6 @@ impl Topology {
             )));
         }
         let port = number(environment::MASTER_PORT, DEFAULT_PORT.into())?;
-        let shared_memory = match get(environment::SHARED_MEMORY) {
-            Some(_) => Some(number(environment::SHARED_MEMORY, 0)?),
-            None => None,
-        };
         let loopback = "127.0.0.1".to_owned();
         Ok(Self {
             node_rank,
@@ -90,7 +82,6 @@ impl Topology {
             })?,
             bind_host: get(environment::POD_IP).unwrap_or(loopback),
             backend: choose_backend(spec.backend)?,
-            shared_memory: if num_nodes == 1 { shared_memory } else { None },
         })
     }
 

@@ -105,10 +105,29 @@ impl Place {
         }
     }
 
-    pub fn finish(&self, out: &str, mut child: Child, code: i32) {
-        let status = child.wait().unwrap();
-        let log = std::fs::read_to_string(self.folder.path().join(out).join("log")).unwrap();
-        assert_eq!(status.code(), Some(code), "{log}");
+    pub fn finish(&self, out: &str, child: Child, code: i32) {
+        self.finish_all(out, vec![child], code);
+    }
+
+    /// Waits until processes of one job have ended, each with this exit code. The first that ends with another one fails the test at
+    /// once: the others, which would wait for it, are killed.
+    pub fn finish_all(&self, out: &str, mut children: Vec<Child>, code: i32) {
+        while !children.is_empty() {
+            let ended = children.iter_mut().position(|child| child.try_wait().unwrap().is_some());
+            let Some(index) = ended else {
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
+            };
+            let status = children.swap_remove(index).wait().unwrap();
+            if status.code() != Some(code) {
+                for child in &mut children {
+                    child.kill().unwrap();
+                    child.wait().unwrap();
+                }
+                let log = std::fs::read_to_string(self.folder.path().join(out).join("log")).unwrap();
+                panic!("{status} instead of the exit code {code}: {log}");
+            }
+        }
     }
 
     pub fn losses(&self, out: &str) -> Vec<(u64, f64)> {

@@ -1,29 +1,29 @@
-//! Adam on a table of which each step reads few rows, such as word embeddings.
+//! Adam on an embedding table of which each step reads few rows.
 
 use tch::{Kind, Tensor};
 
 use crate::{Error, Rule, ffi};
 
-/// Adam or AdamW on a table [V, C] (FP32 on the CPU) whose gradient is zero but for some rows: the same numbers as on the whole
-/// table, at the cost of these rows. A row that no step reads goes on by its moments and by weight decay alone; it is brought up to
-/// date when it is read again, by the same operations.
-pub struct TableAdam {
+/// Adam or AdamW on an embedding table [V, C] (FP32 on the CPU) whose gradient is zero except for some rows. It computes the same
+/// numbers as the rule on the whole table, at the cost of these rows. The steps at which a row had no gradient (moments and weight
+/// decay go on) are made up for, by the same operations, when the row is read next.
+pub struct EmbeddingAdam {
     table: Tensor,
     /// First and second moments, [V, C].
     moments: [Tensor; 2],
     betas: [f64; 2],
     epsilon: f64,
     weight_decay: f64,
-    /// The step that each row is at, [V].
-    at: Vec<i64>,
-    /// Steps before `rates`: all rows were up to date then.
+    /// Steps that each row has been through, [V].
+    steps_of_row: Vec<i64>,
+    /// Steps before the first of `recent`; every row has been through these.
     base: i64,
-    /// The learning rate of each step since.
-    rates: Vec<f64>,
+    /// The coefficients of each step since.
+    recent: Vec<ffi::AdamStep>,
 }
 
-impl TableAdam {
-    /// For these rules alone; the state starts at zero.
+impl EmbeddingAdam {
+    /// The state starts at zero. Returns `None` for rules other than Adam without weight decay and AdamW.
     pub fn new(table: &Tensor, rule: Rule, weight_decay: f64) -> Option<Self> {
         let (betas, epsilon, weight_decay) = match rule {
             Rule::Adam { beta1, beta2, epsilon } if weight_decay == 0.0 => ([beta1, beta2], epsilon, 0.0),
@@ -33,7 +33,16 @@ impl TableAdam {
         let table = table.detach();
         let rows = usize::try_from(*table.size().first()?).ok()?;
         let moments = [table.zeros_like(), table.zeros_like()];
-        Some(Self { moments, table, betas, epsilon, weight_decay, at: vec![0; rows], base: 0, rates: Vec::new() })
+        Some(Self {
+            moments,
+            table,
+            betas,
+            epsilon,
+            weight_decay,
+            steps_of_row: vec![0; rows],
+            base: 0,
+            recent: Vec::new(),
+        })
     }
 
     /// Brings rows up to date, before they are read.
@@ -43,49 +52,62 @@ impl TableAdam {
 
     /// Brings the whole table up to date, before it is read or saved.
     pub fn catch_up_all(&mut self) -> Result<(), Error> {
-        let all: Vec<i64> = (0..self.at.len() as i64).collect();
+        let all: Vec<i64> = (0..self.steps_of_row.len() as i64).collect();
         self.run(&all, None)?;
-        self.base += self.rates.len() as i64;
-        self.rates.clear();
+        self.base += self.recent.len() as i64;
+        self.recent.clear();
         Ok(())
     }
 
-    /// One step. `rows` are without repetition and up to date, `gradients` [rows, C] theirs; the others' are zero.
+    /// One step. `rows` must be up to date and contain no row twice; `gradients` [rows, C] are their gradients. The gradients of all
+    /// other rows are zero.
     pub fn step(&mut self, rows: &[i64], gradients: &Tensor, learning_rate: f64) -> Result<(), Error> {
-        self.rates.push(learning_rate);
+        self.recent.push(self.coefficients(self.base + self.recent.len() as i64 + 1, learning_rate));
         self.run(rows, Some(gradients))
     }
 
+    /// The coefficients of a step, counted from 1.
+    fn coefficients(&self, step: i64, learning_rate: f64) -> ffi::AdamStep {
+        let [beta1, beta2] = self.betas;
+        let step = step as f64;
+        ffi::AdamStep {
+            keep: (1.0 - learning_rate * self.weight_decay) as f32,
+            beta1_rest: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            beta2_rest: (1.0 - beta2) as f32,
+            size: (learning_rate / (1.0 - beta1.powf(step))) as f32,
+            second_scale: (1.0 / (1.0 - beta2.powf(step)).sqrt()) as f32,
+            epsilon: self.epsilon as f32,
+        }
+    }
+
+    /// Takes rows through all steps that they have not been through. `gradients` are those of the last step.
     fn run(&mut self, rows: &[i64], gradients: Option<&Tensor>) -> Result<(), Error> {
         let [first, second] = &self.moments;
         let gradients = gradients.map(|gradients| gradients.to_kind(Kind::Float).contiguous());
         ffi::call(|message| {
-            // SAFETY: the tensors and lists are alive for the call; the shim checks shapes and rows, and writes to `at` within its
-            // length.
+            // SAFETY: the tensors and lists are alive for the call; the shim checks shapes and rows, and writes to `steps_of_row`
+            // within its length, which is the table's number of rows.
             unsafe {
-                ffi::athanor_table_adam(
+                ffi::athanor_embedding_adam(
                     ffi::pointer(&self.table),
                     ffi::pointer(first),
                     ffi::pointer(second),
                     gradients.as_ref().map_or(std::ptr::null_mut(), ffi::pointer),
                     rows.as_ptr(),
                     rows.len(),
-                    self.at.as_mut_ptr(),
+                    self.steps_of_row.as_mut_ptr(),
                     self.base,
-                    self.rates.as_ptr(),
-                    self.rates.len(),
-                    self.betas[0],
-                    self.betas[1],
-                    self.epsilon,
-                    self.weight_decay,
+                    self.recent.as_ptr(),
+                    self.recent.len(),
                     message,
                 )
             }
         })
     }
 
-    /// The state as named tensors, sharing memory but for the counter; up to date after [`TableAdam::catch_up_all`]. They are those
-    /// that an [`Optimizer`](crate::Optimizer) has for its parameter `{group}.{index}`, whose name this is.
+    /// The state as named tensors, sharing memory except for the counter; up to date after [`EmbeddingAdam::catch_up_all`]. They are
+    /// those that an [`Optimizer`](crate::Optimizer) has for its parameter `{group}.{index}`, whose name this is.
     pub fn state(&self, name: &str) -> Vec<(String, Tensor)> {
         let [first, second] = self.moments.each_ref().map(Tensor::shallow_clone);
         let step = Tensor::from(self.base as f32);
@@ -94,7 +116,7 @@ impl TableAdam {
             .into()
     }
 
-    /// Overwrites the state with what [`TableAdam::state`] once gave.
+    /// Overwrites the state with what [`EmbeddingAdam::state`] returned.
     pub fn load_state(&mut self, name: &str, mut find: impl FnMut(&str) -> Option<Tensor>) -> Result<(), Error> {
         for (name, mut tensor) in self.state(name) {
             let saved = find(&name)
@@ -106,8 +128,8 @@ impl TableAdam {
                 tensor.f_copy_(&saved)?;
             }
         }
-        self.rates.clear();
-        self.at.fill(self.base);
+        self.recent.clear();
+        self.steps_of_row.fill(self.base);
         Ok(())
     }
 }
@@ -136,7 +158,7 @@ mod tests {
         (rows.square() * rows.cos()).sum(Kind::Float)
     }
 
-    fn run(adam: &mut TableAdam, table: &Tensor, steps: &[(Vec<i64>, f64)]) {
+    fn run(adam: &mut EmbeddingAdam, table: &Tensor, steps: &[(Vec<i64>, f64)]) {
         for (rows, rate) in steps {
             adam.catch_up(rows).unwrap();
             let read = table.index_select(0, &Tensor::from_slice(rows)).detach().set_requires_grad(true);
@@ -158,8 +180,9 @@ mod tests {
                 optimizer.step(rate).unwrap();
             }
             let by_rows = table();
-            let mut adam = TableAdam::new(&by_rows, rule, weight_decay).unwrap();
+            let mut adam = EmbeddingAdam::new(&by_rows, rule, weight_decay).unwrap();
             run(&mut adam, &by_rows, &steps());
+            // Another kernel, which may contract to fused multiply-adds: last bits of FP32 over six steps.
             assert!(by_rows.allclose(&whole.detach(), 1e-6, 1e-7, false));
             // Row 5 was never read: it decays alone.
             assert_eq!(by_rows.get(5) == table().get(5), weight_decay == 0.0);
@@ -169,11 +192,11 @@ mod tests {
     #[test]
     fn catching_up_and_resuming_change_nothing() {
         let (together, apart) = (table(), table());
-        run(&mut TableAdam::new(&together, RULE, 0.1).unwrap(), &together, &steps());
-        let mut begun = TableAdam::new(&apart, RULE, 0.1).unwrap();
+        run(&mut EmbeddingAdam::new(&together, RULE, 0.1).unwrap(), &together, &steps());
+        let mut begun = EmbeddingAdam::new(&apart, RULE, 0.1).unwrap();
         run(&mut begun, &apart, &steps()[..2]);
         let saved = begun.state("0.3");
-        let mut resumed = TableAdam::new(&apart, RULE, 0.1).unwrap();
+        let mut resumed = EmbeddingAdam::new(&apart, RULE, 0.1).unwrap();
         let find = |name: &str| saved.iter().find(|(known, _)| known == name).map(|(_, tensor)| tensor.copy());
         resumed.load_state("0.3", find).unwrap();
         run(&mut resumed, &apart, &steps()[2..]);
@@ -182,9 +205,9 @@ mod tests {
 
     #[test]
     fn refuses_other_rules_and_rows_that_are_not_there() {
-        assert!(TableAdam::new(&table(), Rule::Sgd { momentum: 0.0 }, 0.0).is_none());
-        assert!(TableAdam::new(&table(), Rule::Adam { beta1: 0.9, beta2: 0.9, epsilon: 1e-8 }, 0.1).is_none());
-        let mut adam = TableAdam::new(&table(), RULE, 0.0).unwrap();
+        assert!(EmbeddingAdam::new(&table(), Rule::Sgd { momentum: 0.0 }, 0.0).is_none());
+        assert!(EmbeddingAdam::new(&table(), Rule::Adam { beta1: 0.9, beta2: 0.9, epsilon: 1e-8 }, 0.1).is_none());
+        let mut adam = EmbeddingAdam::new(&table(), RULE, 0.0).unwrap();
         assert!(adam.catch_up(&[6]).is_err());
         assert!(adam.step(&[1], &Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), 0.1).is_err());
     }
