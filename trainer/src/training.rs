@@ -264,7 +264,7 @@ impl<'a> Loop<'a> {
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
         zero_grad(&self.dense)?;
-        self.optimizer.expect(h.accumulate_steps == 1 && self.session.train.pairs.is_none());
+        self.optimizer.expect(h.accumulate_steps == 1 && self.session.train.second_texts().is_none());
         if let Some(words) = &mut self.words {
             words.begin(self.session.model, self.session.train, batch)?;
         }
@@ -411,13 +411,13 @@ impl<'a> Loop<'a> {
         let watchdog = session.watchdog.clone();
         let found =
             evaluate::evaluate(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
-        let (name, score) = evaluate::score(&rows, &found);
+        let (name, score) = found.score();
         // What is no number is worse than any, and a checkpoint has no word for it.
         let rank = score.max(f64::MIN);
         let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
-            let mut metrics = evaluate::report(&rows, &found, &[]);
+            let mut metrics = found.report(&[]);
             metrics.insert(name.to_owned(), score);
             // A checkpoint is JSON, which has no word for the others.
             metrics.retain(|_, value| value.is_finite());
