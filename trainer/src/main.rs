@@ -10,11 +10,10 @@ use std::{
 use athanor_contract::train::{DistributedSpec, TrainConfig, TrainResult, exit_code};
 use athanor_telemetry::Readiness;
 use athanor_trainer::{
-    TrainError, check, config,
+    TrainError,
     distributed::{Topology, environment, launch::launch},
+    job::{check, config, context::Process, run, search},
     report::{Timeline, ops, termination},
-    run::{self, Surroundings},
-    search,
     training::LOSS_LOG,
     watchdog::Watchdog,
 };
@@ -34,17 +33,17 @@ struct Cli {
 enum Command {
     /// Train once and write the artifact.
     ///
-    /// On a laptop, give the manifest that `kubectl apply` would take; the artifact appears below its spec.output.to, and running
-    /// the same manifest again goes on from the newest checkpoint. With spec.distributed.processesPerNode above 1 that many
-    /// processes train together.
+    /// On a laptop, give the manifest that `kubectl apply` takes. The artifact is written below spec.output.to, and
+    /// running the same manifest again continues from the newest checkpoint. With spec.distributed.processesPerNode
+    /// above 1 that many processes train together.
     ///
-    /// Exit codes: 0 done (also when a gate did not hold), 3 the job or its data have to be changed, 42 lost a peer or was asked to
-    /// stop, 43 hung, 44 loss or gradient not finite.
+    /// Exit codes: 0 done (also if a gate failed), 3 the job or its data must be changed, 42 lost a peer or was asked
+    /// to stop, 43 no progress, 44 loss or gradient not finite.
     Run(RunArguments),
-    /// Say what a job would do, and everything that is wrong with it, without training.
+    /// Report what a job would do, and every mistake in it, without training.
     ///
-    /// Reads the manifest, the rows and the model; tells rows, labels, token lengths, steps, memory and expected time. Exit code 3
-    /// with all mistakes, one a line.
+    /// Reads the manifest, the rows and the model, and prints rows, labels, token lengths, steps, memory and the
+    /// expected time. Exit code 3 if there are mistakes, which are printed one per line.
     Check(CheckArguments),
 }
 
@@ -66,7 +65,7 @@ struct RunArguments {
     config: Option<PathBuf>,
 }
 
-/// How long a run that was asked to stop may take to finish its step and its checkpoint: less than a pod's usual 30 s.
+/// Time for a run that was asked to stop to finish its step and its checkpoint: less than a pod's usual 30 s.
 const STOP_PATIENCE: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
@@ -138,7 +137,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     };
     let topology = Topology::new(&config.spec.distributed, variable)?;
     let stop = athanor_telemetry::shutdown_signal();
-    // In a pod the operator has searched already; a rank is told what was found.
+    // In a pod the operator has run the search, and the configuration has its result.
     let config = match in_pod {
         true => config,
         false => runtime.block_on(search::best(&config, stop.clone()))?,
@@ -170,7 +169,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     }
     ready.set(true);
     runtime.spawn(leave_when_stopped(stop.clone(), timeline.clone()));
-    let around = Surroundings {
+    let process = Process {
         runtime: runtime.handle().clone(),
         timeline,
         stop,
@@ -179,7 +178,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
         namespace: variable("ATHANOR_NAMESPACE").unwrap_or_default(),
         loss_log: variable(LOSS_LOG).map(PathBuf::from),
     };
-    if let Some(result) = run::run(&config, &topology, &around)? {
+    if let Some(result) = run::run(&config, &topology, &process)? {
         if let Some(path) = termination::path(variable) {
             termination::write_result(&path, &result).map_err(TrainError::at(&path))?;
         }
@@ -188,8 +187,8 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     Ok(exit_code::DONE)
 }
 
-/// Starts this machine's ranks. In a pod they read the mounted configuration and the pod's rendezvous; on a laptop both are made
-/// up here.
+/// Starts this machine's ranks. In a pod they read the mounted configuration and the pod's rendezvous; on a laptop both
+/// are created here.
 fn start_ranks(
     runtime: &Runtime,
     config: &TrainConfig,
@@ -236,7 +235,7 @@ fn leave_when_hung(silent: Duration) {
     athanor_torch::exit_now(exit_code::HUNG)
 }
 
-/// The result for whoever watches: words on a terminal, one log line elsewhere.
+/// Prints the result: as text on a terminal, else as one log line.
 fn announce(result: &TrainResult) {
     let (TrainResult::Succeeded(summary) | TrainResult::GateFailed(summary)) = result else { return };
     if !std::io::stdout().is_terminal() {

@@ -401,13 +401,13 @@ impl<'a> Loop<'a> {
         let watchdog = session.watchdog.clone();
         let found =
             evaluate::evaluate(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
-        let (name, score) = evaluate::score(&rows, &found);
+        let (name, score) = found.score();
         // What is no number is worse than any, and a checkpoint has no word for it.
         let rank = score.max(f64::MIN);
         let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
-            let mut metrics = evaluate::report(&rows, &found, &[]);
+            let mut metrics = found.report(&[]);
             metrics.insert(name.to_owned(), score);
             // A checkpoint is JSON, which has no word for the others.
             metrics.retain(|_, value| value.is_finite());

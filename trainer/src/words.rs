@@ -48,7 +48,7 @@ impl Words {
     pub fn begin(&mut self, model: &mut Model, train: &Encoded, batch: &[usize]) -> Result<(), TrainError> {
         let texts = |ids: &TokenRows| batch.iter().flat_map(|&row| ids[row].iter().copied()).collect::<Vec<u32>>();
         let mut ids = texts(&train.ids);
-        ids.extend(train.pairs.as_ref().map(texts).unwrap_or_default());
+        ids.extend(train.second_texts().map(texts).unwrap_or_default());
         ids.sort_unstable();
         ids.dedup();
         let words = ids.into_iter().map(i64::from).filter(|&id| id != self.pad_token_id);

@@ -1,5 +1,6 @@
-//! What a run does when loss or gradients are not finite (`failurePolicy.onNonFinite`): in the process on a tiny model, and by the
-//! real binary on MiniLM's first layer (`$ATHANOR_MODELS/minilm-l6` and `$ATHANOR_DATA/sentiment`, `scripts/fetch`), seconds each.
+//! What a run does when loss or gradients are not finite (`failurePolicy.onNonFinite`): in the process on a tiny model,
+//! and by the real binary on MiniLM's first layer (`$ATHANOR_MODELS/minilm-l6` and `$ATHANOR_DATA/sentiment`,
+//! `scripts/fetch`), seconds each.
 
 mod place;
 
@@ -23,6 +24,7 @@ use athanor_trainer::{
     data::{Encoded, batches::epoch_batches},
     objectives::{self, Objective},
     report::Timeline,
+    tasks::regression::Numbers,
     training::{self, Session},
     watchdog::Watchdog,
 };
@@ -49,14 +51,8 @@ fn rows(bad: &[usize]) -> Encoded {
             std::iter::once(0).chain(inner).chain([2]).collect::<Vec<u32>>()
         })
         .collect();
-    Encoded {
-        ids,
-        pairs: None,
-        labels: vec![None; ROWS],
-        values: (0..ROWS).map(|row| if bad.contains(&row) { HUGE } else { row as f32 / 10.0 }).collect(),
-        sources: vec![0; ROWS],
-        mask_tokens: None,
-    }
+    let numbers = (0..ROWS).map(|row| if bad.contains(&row) { HUGE } else { row as f32 / 10.0 }).collect();
+    Encoded { ids, sources: vec![0; ROWS], columns: Box::new(Numbers(numbers)) }
 }
 
 /// Some row of each step of the first epoch.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use athanor_contract::train::{TrainResult, TrainSummary};
-use athanor_trainer::config::load_manifest;
+use athanor_trainer::job::config::load_manifest;
 use place::Place;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -65,8 +65,8 @@ fn a_step_in_parts_is_the_same_step() {
     let spec = |parts: u32, ranks: u32| {
         json!({
             "hyperparameters": {
-                // RMSprop divides gradients by their size: where one is near zero, the order of sums decides its direction, and a
-                // large rate makes much of it.
+                // RMSprop divides gradients by their size: where one is near zero, the order of sums decides its
+                // direction, and a large rate makes much of it.
                 "maxSteps": 6, "batchSize": 8, "precision": "FP32", "maxSequenceLength": 32, "learningRate": 1e-4,
                 "accumulateSteps": parts, "optimizer": "RMSprop", "momentum": 0.5, "beta2": 0.99, "l1": 1e-5, "l2": 1e-3,
             },
@@ -179,7 +179,8 @@ fn a_sharded_optimizer_changes_nothing_and_its_checkpoints_fit_any_ranks() {
     place.finish("whole", child, 0);
     let whole: BTreeMap<u64, f64> = place.losses("whole").into_iter().collect();
 
-    // Each goes on where the one before was stopped. Another manifest has another folder on a laptop: it gets the one before's.
+    // Each goes on where the one before was stopped. Another manifest has another folder on a laptop: it gets the one
+    // before's.
     let folder = |spec: &Value| {
         let config = load_manifest(&place.manifest("parts", spec)).unwrap();
         PathBuf::from(config.checkpoint_to.trim_start_matches("file://")).parent().unwrap().to_owned()
@@ -305,8 +306,8 @@ fn a_second_run_of_the_same_job_is_refused_while_the_first_one_goes_on() {
 #[test]
 fn files_that_cannot_be_written_are_named_and_no_half_is_a_result() {
     let place = Place::new(0.1);
-    // In blocks of 512 bytes: 60 MB, less than the model that the run starts from. Without the signal a write fails, as it does
-    // on a full disk.
+    // In blocks of 512 bytes: 60 MB, less than the model that the run starts from. Without the signal a write fails, as
+    // it does on a full disk.
     let limited = |blocks: &str| ["sh", "-c", "trap '' XFSZ; ulimit -f $0; exec \"$@\"", blocks].map(str::to_owned);
     let start = |blocks: &str, out: &str| {
         let words = limited(blocks);

@@ -2,8 +2,10 @@
 
 use std::io::{BufRead, Read};
 
-use super::LONGEST_ROW;
-use crate::{DataError, read::Reading};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+};
 
 pub(super) struct Lines<R> {
     reader: R,

@@ -8,8 +8,11 @@ use std::{
 
 use csv::{ErrorKind, Position, StringRecord};
 
-use super::LONGEST_ROW;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+    rows::Fields,
+};
 
 pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> Result<(), DataError> {
     let since_row = Rc::new(Cell::new(0));

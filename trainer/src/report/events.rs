@@ -1,8 +1,9 @@
 //! The curves of a run as they come: an event file for TensorBoard beside the job's checkpoints.
 //!
-//! Where the output is a folder of this machine the file lies there and grows with each step. For an object store it lies in the
-//! process's own folder and is uploaded whole before each checkpoint, so that whoever goes on from the checkpoint finds its curves.
-//! A run that starts again writes another file, whose first record voids what was written beyond the checkpoint.
+//! Where the output is a folder of this machine the file lies there and grows with each step. For an object store it
+//! lies in the process's own folder and is uploaded whole before each checkpoint, so that whoever goes on from the
+//! checkpoint finds its curves. A run that starts again writes another file, whose first record voids what was written
+//! beyond the checkpoint.
 
 use std::{
     io,
@@ -13,7 +14,7 @@ use athanor_contract::{artifact::EVENTS, train::Hyperparameters};
 use athanor_store::Location;
 use jiff::Timestamp;
 
-use super::{Step, page, tensorboard::EventWriter};
+use super::{Step, fields::pairs, tensorboard::EventWriter};
 use crate::TrainError;
 
 /// Tags of the numbers that each step has: loss, learning rate, norm of the gradient before clipping.
@@ -51,7 +52,7 @@ impl Events {
             Some(folder) => (folder, None),
             None => (work.join(EVENTS), Some(to)),
         };
-        Ok(Self { folder, remote, step, hyperparameters: page::pairs(h)?, file: File::Unwritten })
+        Ok(Self { folder, remote, step, hyperparameters: pairs(h)?, file: File::Unwritten })
     }
 
     pub fn step(&mut self, step: &Step) {

@@ -1,4 +1,5 @@
-//! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are whole.
+//! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are
+//! whole.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! Progress over gRPC: a background task holds one stream and opens it again when it is lost. Updates replace each other, so a
-//! slow or absent operator costs nothing.
+//! Progress over gRPC: a background task holds one stream and opens it again when it is lost. Updates replace each
+//! other, so a slow or absent operator costs nothing.
 
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
 //! Curves for TensorBoard: event files with scalars, texts and hyperparameters, written without TensorFlow.
 //!
-//! An event file is a sequence of TFRecords, each an `Event` of tensorflow/core/util/event.proto. Only the fields that are used here
-//! are declared. A record is one write, so a process that is killed leaves a file that is readable up to its last whole record. A
-//! resumed run writes another file into the same folder, and [`EventWriter::resume`] takes back what was written beyond its
-//! checkpoint. Where the folder is and who uploads it is the caller's business.
+//! An event file is a sequence of TFRecords, each an `Event` of tensorflow/core/util/event.proto. Only the fields that
+//! are used here are declared. A record is one write, so a process that is killed leaves a file that is readable up to
+//! its last whole record. A resumed run writes another file into the same folder, and [`EventWriter::resume`] takes
+//! back what was written beyond its checkpoint. Where the folder is and who uploads it is the caller's business.
 
 use std::{
     collections::BTreeMap,
@@ -93,7 +93,8 @@ impl EventWriter {
         self.write(step, wall_time, What::Summary(Summary { value: vec![value] }))
     }
 
-    /// The run's hyperparameters for the HPARAMS page, where runs of one search are compared. A value that reads as a number is one.
+    /// The run's hyperparameters for the HPARAMS page, where runs of one search are compared. A value that reads as a
+    /// number is one.
     pub fn hyperparameters(&mut self, pairs: &[(String, String)], wall_time: Timestamp) -> io::Result<()> {
         let kind = |text: &str| match text.parse::<f64>() {
             Ok(number) if number.is_finite() => HparamKind::Number(number),

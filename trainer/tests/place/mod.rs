@@ -192,3 +192,33 @@ fn find(folder: &Path, visit: &mut impl FnMut(&Path)) {
         if path.is_dir() { find(&path, visit) } else { visit(&path) }
     }
 }
+
+/// The local folder of an artifact.
+pub fn folder(artifact: &str) -> PathBuf {
+    PathBuf::from(artifact.trim_start_matches("file://"))
+}
+
+/// The page of an artifact.
+pub fn page(artifact: &str) -> String {
+    std::fs::read_to_string(folder(artifact).join("report.html")).unwrap()
+}
+
+/// The report of an artifact.
+pub fn report(artifact: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(folder(artifact).join("report.json")).unwrap()).unwrap()
+}
+
+/// Rows with a number and a second text for each of the place's texts.
+pub fn richer_rows(place: &Place) {
+    let text = std::fs::read_to_string(place.folder.path().join("rows.jsonl")).unwrap();
+    let rows: String = text
+        .lines()
+        .map(|line| {
+            let row: Value = serde_json::from_str(line).unwrap();
+            let text = row["text"].as_str().unwrap();
+            let half: Vec<&str> = text.split_whitespace().step_by(2).collect();
+            format!("{}\n", json!({"text": text, "label": text.len() as f64 / 100.0, "pair": half.join(" ")}))
+        })
+        .collect();
+    std::fs::write(place.folder.path().join("richer.jsonl"), rows).unwrap();
+}

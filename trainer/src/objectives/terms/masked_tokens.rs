@@ -1,0 +1,19 @@
+//! Cross entropy of masked tokens (Devlin et al. 2019). Which tokens are masked is the task's choice
+//! (`tasks::masking`).
+
+use tch::Tensor;
+
+use super::{Pass, Term, cross_entropy::cross_entropy};
+use crate::TrainError;
+
+pub struct MaskedTokens;
+
+impl Term for MaskedTokens {
+    fn name(&self) -> &'static str {
+        "maskedLanguageModel"
+    }
+
+    fn value(&self, pass: &Pass) -> Result<Tensor, TrainError> {
+        Ok(cross_entropy(pass.outputs, &pass.batch.targets, 0.0) * pass.batch.rows_per_target)
+    }
+}
