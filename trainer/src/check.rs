@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use crate::{
     TrainError, annotate,
     data::{self, Dataset, Encoded, Parts, batches::epoch_batches},
-    objectives::{self, Objective, Part, Teacher},
+    objectives::{Objective, Part, Teacher},
     report::Reading,
     search, setup, training,
     words::Words,
@@ -166,7 +166,7 @@ impl Report<'_> {
         // Which rows does not matter here, only how many.
         train.select(&(0..self.kept(train.len())).collect::<Vec<_>>());
         let teacher = match self.teacher {
-            Some(folder) if setup::learns_from_teacher(spec) => {
+            Some(folder) if spec.learns_from_teacher() => {
                 let rows = parts.train.iter().take(train.len());
                 let texts = rows.map(|&row| dataset.rows.text(row));
                 let teacher = setup::load_teacher(spec, folder, self.folder, &labels, max_length, texts, self.device)?;
@@ -175,14 +175,8 @@ impl Report<'_> {
             }
             _ => None,
         };
-        let objective = Objective::new(
-            objectives::terms(&spec.objective, task, spec.teacher.as_ref()),
-            task,
-            &model,
-            teacher.as_ref(),
-            h.seed as u64,
-            self.device,
-        )?;
+        let objective =
+            Objective::new(spec.objective_terms(), task, &model, teacher.as_ref(), h.seed as u64, self.device)?;
         let rows = self.with_new(train.len());
         let (steps_per_epoch, total_steps) = training::count_steps(rows, h);
         let bf16 = setup::uses_bf16(h.precision, self.device);
@@ -197,7 +191,7 @@ impl Report<'_> {
         if let Some(teacher) = &spec.teacher {
             line("teacher", teacher.from.clone());
         }
-        let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, objectives::name(term)));
+        let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, term.name()));
         line("objective", terms.collect::<Vec<_>>().join(" + "));
         if let Some(annotation) = &self.annotation {
             line("annotate", annotation.text.clone());

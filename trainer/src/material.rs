@@ -22,7 +22,7 @@ use crate::{
     distributed::Topology,
     evaluate::{self, Evaluation, Predictions},
     objectives::{
-        self, Objective, Teacher,
+        Objective, Teacher,
         teacher::{MOST_CACHED, Online, cached_at, read_kept, write_cached},
     },
     prepare::Prepared,
@@ -81,7 +81,7 @@ impl Common<'_> {
     /// What is minimised, with parameters of its own.
     pub fn objective(&self, model: &Model, teacher: Option<&Teacher>) -> Result<Objective, TrainError> {
         let spec = &self.config.spec;
-        let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
+        let terms = spec.objective_terms();
         Objective::new(terms, spec.model.task, model, teacher, spec.hyperparameters.seed as u64, self.device())
     }
 }
@@ -106,7 +106,7 @@ impl Material {
         let spec = &common.config.spec;
         let mut train = common.encoder.encode(rows)?;
         let mut teacher = match &common.prepared.teacher {
-            Some(folder) if setup::learns_from_teacher(spec) => {
+            Some(folder) if spec.learns_from_teacher() => {
                 let texts = rows.iter().map(|&row| common.prepared.dataset.rows.text(row));
                 let (parent, device) = (&common.prepared.parent, common.device());
                 let RowEncoder { labels, max_length, .. } = &common.encoder;
@@ -142,7 +142,7 @@ impl Material {
                 None => format!("the new text {} of data.augment", place - kept.len() + 1),
             })?;
         }
-        let teacher = match teacher.filter(|_| setup::objective_asks(spec)) {
+        let teacher = match teacher.filter(|_| spec.objective_asks_teacher()) {
             Some(teacher) => Some(common.teacher_outputs(teacher, &kept, digest_of_new, &train, reporter)?),
             None => None,
         };
@@ -244,7 +244,7 @@ impl Common<'_> {
     ) -> Result<Teacher, TrainError> {
         let (spec, device) = (&self.config.spec, self.device());
         let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
-        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+        let by_token = spec.objective.compares_hidden_states();
         let online = by_token
             || spec.model.task != Task::TextClassification
             || asked == Some(TeacherOutputs::Online)
@@ -275,7 +275,7 @@ impl Common<'_> {
             .prepared
             .teacher
             .as_ref()
-            .filter(|_| setup::learns_from_teacher(spec) && spec.model.task == Task::TextClassification)
+            .filter(|_| spec.learns_from_teacher() && spec.model.task == Task::TextClassification)
         else {
             return Ok(None);
         };

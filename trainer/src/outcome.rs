@@ -109,7 +109,7 @@ impl Finished<'_> {
             timeline: around.timeline.decimals(),
             failed_gates,
         };
-        let objective = crate::objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
+        let objective = spec.objective_terms();
         let report = page::Report {
             job: &config.name,
             created: jiff::Timestamp::now().round(jiff::Unit::Second).map_err(TrainError::other)?.to_string(),

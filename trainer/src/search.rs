@@ -5,19 +5,16 @@
 
 use std::process::ExitStatus;
 
-use athanor_contract::train::{Hyperparameters, TrainConfig, TrainResult, TrainSpec, exit_code};
+use athanor_contract::{
+    process::api,
+    train::{Hyperparameters, TrainConfig, TrainResult, TrainSpec, exit_code},
+};
 use athanor_search::{Next, Search, Trial, Unit, apply};
 use athanor_store::StoreError;
 use tokio::{process::Command, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    TrainError, config,
-    distributed::environment,
-    report::termination,
-    run,
-    training::{LOSS_LOG, count_steps},
-};
+use crate::{TrainError, config, distributed::environment, run, training::count_steps};
 
 /// Runs the trials that the specification asks for, and gives the job with the best one's values.
 ///
@@ -120,7 +117,7 @@ async fn train(config: &TrainConfig, key: &str) -> Result<f64, TrainError> {
         return Ok(value);
     }
     let manifest = serde_json::json!({
-        "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": config.name}, "spec": config.spec,
+        "apiVersion": api::API_VERSION, "kind": api::FINE_TUNE_JOB, "metadata": {"name": config.name}, "spec": config.spec,
     });
     let file = tempfile::Builder::new().suffix(".json").tempfile().map_err(TrainError::other)?;
     serde_json::to_writer(&file, &manifest).map_err(TrainError::other)?;
@@ -129,7 +126,7 @@ async fn train(config: &TrainConfig, key: &str) -> Result<f64, TrainError> {
     let told = tempfile::NamedTempFile::new().map_err(TrainError::other)?;
     let mut command = Command::new(program);
     command.args(["run", "-f"]).arg(file.path()).kill_on_drop(true);
-    command.env(termination::PATH, told.path()).env(LOSS_LOG, "");
+    command.env(environment::TERMINATION_LOG, told.path()).env(environment::LOSS_LOG, "");
     command.env(environment::PARENT, std::process::id().to_string());
     let status: ExitStatus = command.status().await.map_err(TrainError::other)?;
     if !status.success() {

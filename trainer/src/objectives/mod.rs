@@ -11,7 +11,7 @@ pub mod masking;
 pub mod teacher;
 pub mod terms;
 
-use athanor_contract::train::{HiddenStateTerm, ObjectiveSpec, ObjectiveTerm, Task, TeacherSpec};
+use athanor_contract::train::{HiddenStateTerm, MaskedLanguageModelTerm, ObjectiveTerm, Task, WeightedTerm};
 use athanor_models::Model;
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
@@ -24,13 +24,10 @@ use crate::{
     data::{Encoded, batches::inputs},
 };
 
-/// Weight of the task's own loss and of soft labels, where the objective is left to us.
-const DISTILLATION: (f64, f64) = (0.5, 0.5);
-
 /// The terms of a job, with what they learn besides the model.
 pub struct Objective {
     task: Task,
-    terms: Vec<ObjectiveTerm>,
+    terms: Vec<WeightedTerm>,
     /// Of hiddenState terms, by term and pair: [C of the teacher, C of the student]. Trained, and thrown away at the end.
     projections: Vec<(String, Tensor)>,
 }
@@ -50,108 +47,13 @@ pub struct Part<'a> {
     pub bf16: bool,
 }
 
-/// The terms that a specification asks for, defaults filled in.
-pub fn terms(spec: &ObjectiveSpec, task: Task, teacher: Option<&TeacherSpec>) -> Vec<ObjectiveTerm> {
-    if !spec.terms.is_empty() {
-        return spec.terms.clone();
-    }
-    let none = ObjectiveTerm {
-        weight: 1.0,
-        cross_entropy: None,
-        mean_squared_error: None,
-        soft_label: None,
-        hidden_state: None,
-        masked_language_model: None,
-        contrastive: None,
-    };
-    let own = match task {
-        Task::TextClassification => ObjectiveTerm { cross_entropy: Some(Default::default()), ..none.clone() },
-        Task::TextRegression => ObjectiveTerm { mean_squared_error: Some(Default::default()), ..none.clone() },
-        Task::MaskedLanguageModel => ObjectiveTerm { masked_language_model: Some(Default::default()), ..none.clone() },
-        Task::Embedding => ObjectiveTerm { contrastive: Some(Default::default()), ..none.clone() },
-    };
-    let softens = matches!(task, Task::TextClassification | Task::MaskedLanguageModel);
-    match teacher {
-        Some(_) if softens => vec![
-            ObjectiveTerm { weight: DISTILLATION.0, ..own },
-            ObjectiveTerm { weight: DISTILLATION.1, soft_label: Some(Default::default()), ..none },
-        ],
-        Some(_) if task == Task::Embedding => {
-            vec![own, ObjectiveTerm { mean_squared_error: Some(Default::default()), ..none }]
-        }
-        _ => vec![own],
-    }
-}
-
-/// A term's name as manifests have it.
-pub fn name(term: &ObjectiveTerm) -> &'static str {
-    match term {
-        ObjectiveTerm { cross_entropy: Some(_), .. } => "crossEntropy",
-        ObjectiveTerm { mean_squared_error: Some(_), .. } => "meanSquaredError",
-        ObjectiveTerm { soft_label: Some(_), .. } => "softLabel",
-        ObjectiveTerm { hidden_state: Some(_), .. } => "hiddenState",
-        ObjectiveTerm { masked_language_model: Some(_), .. } => "maskedLanguageModel",
-        _ => "contrastive",
-    }
-}
-
-/// What is wrong with an objective, whatever the models are, besides numbers outside their bounds.
-pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_steps: u32) -> Vec<String> {
-    let mut mistakes = Vec::new();
-    for (index, term) in spec.terms.iter().enumerate() {
-        let place = format!("objective.terms[{index}]");
-        let kinds = [
-            term.cross_entropy.is_some(),
-            term.mean_squared_error.is_some(),
-            term.soft_label.is_some(),
-            term.hidden_state.is_some(),
-            term.masked_language_model.is_some(),
-            term.contrastive.is_some(),
-        ];
-        if kinds.iter().filter(|is_there| **is_there).count() != 1 {
-            mistakes.push(format!(
-                "{place}: a term is exactly one of crossEntropy, meanSquaredError, softLabel, hiddenState, maskedLanguageModel and \
-                 contrastive"
-            ));
-            continue;
-        }
-        let name = name(term);
-        let fits = match task {
-            Task::TextClassification => ["crossEntropy", "meanSquaredError", "softLabel", "hiddenState"].as_slice(),
-            Task::TextRegression => &["meanSquaredError", "hiddenState"],
-            Task::MaskedLanguageModel => &["maskedLanguageModel", "softLabel", "hiddenState"],
-            Task::Embedding => &["contrastive", "meanSquaredError", "hiddenState"],
-        };
-        if !fits.contains(&name) {
-            mistakes.push(format!("{place}.{name} is not for the task {task:?}: {} are", fits.join(", ")));
-        }
-        if needs_teacher(term, task) && !has_teacher {
-            mistakes.push(format!("{place}.{name} needs a teacher"));
-        }
-    }
-    if accumulate_steps > 1 && task == Task::Embedding {
-        mistakes.push(
-            "hyperparameters: accumulateSteps has to be 1 for contrastive terms, which compare all pairs of a batch"
-                .into(),
-        );
-    }
-    mistakes
-}
-
-/// Whether a term compares the model with a teacher.
-pub fn needs_teacher(term: &ObjectiveTerm, task: Task) -> bool {
-    term.soft_label.is_some()
-        || term.hidden_state.is_some()
-        || term.mean_squared_error.is_some() && task != Task::TextRegression
-}
-
 impl Objective {
     /// The terms as they apply to a model and its teacher.
     ///
     /// # Errors
     /// Layers that a model does not have, and widths that differ without a projection, are the user's to mend.
     pub fn new(
-        terms: Vec<ObjectiveTerm>,
+        terms: Vec<WeightedTerm>,
         task: Task,
         model: &Model,
         teacher: Option<&Teacher>,
@@ -161,7 +63,7 @@ impl Objective {
         let mut projections = Vec::new();
         let user = |index: usize, message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
         for (index, term) in terms.iter().enumerate() {
-            let compares_vectors = task == Task::Embedding && term.mean_squared_error.is_some();
+            let compares_vectors = task == Task::Embedding && term.term == ObjectiveTerm::MeanSquaredError;
             if let Some(teacher) = teacher.and_then(Teacher::config).filter(|_| compares_vectors) {
                 let (own, wanted) = (model.config().hidden_size, teacher.hidden_size);
                 if own != wanted {
@@ -173,7 +75,7 @@ impl Objective {
                     ));
                 }
             }
-            let Some(hidden) = &term.hidden_state else { continue };
+            let ObjectiveTerm::HiddenState(hidden) = &term.term else { continue };
             let Some(teacher) = teacher.and_then(Teacher::config) else {
                 return Err(user(index, "hiddenState needs a teacher whose outputs are Online".into()));
             };
@@ -208,15 +110,16 @@ impl Objective {
         &self.projections
     }
 
-    pub fn terms(&self) -> &[ObjectiveTerm] {
+    pub fn terms(&self) -> &[WeightedTerm] {
         &self.terms
     }
 
     /// The value of each term without its weight, a sum over the part's rows (FP32, with gradients).
     pub fn values(&self, model: &Model, teacher: Option<&Teacher>, part: &Part) -> Result<Vec<Tensor>, TrainError> {
         let _autocast = part.bf16.then(|| Autocast::bf16(part.device));
-        let every = self.terms.iter().any(|term| term.hidden_state.is_some());
-        let only_states = self.terms.iter().all(|term| term.hidden_state.is_some());
+        let is_of_states = |term: &WeightedTerm| matches!(term.term, ObjectiveTerm::HiddenState(_));
+        let every = self.terms.iter().any(is_of_states);
+        let only_states = self.terms.iter().all(is_of_states);
         let pad_id = model.config().pad_token_id;
         let masked = match (self.task, &part.train.mask_tokens) {
             (Task::MaskedLanguageModel, Some(tokens)) => Some(Masked::new(part, tokens, self.mask_probability())),
@@ -245,29 +148,29 @@ impl Objective {
             .iter()
             .map(|term| {
                 let answer = || of_teacher.as_ref().ok_or_else(|| TrainError::Other("there is no teacher".into()));
-                if let Some(term) = &term.cross_entropy {
-                    return Ok(terms::cross_entropy(&found, &context.labels(), term.label_smoothing));
-                }
-                if let Some(term) = &term.soft_label {
-                    let sum = terms::soft_label(&found, &answer()?.logits, term.temperature, term.divergence);
-                    return Ok(sum * context.per_token_factor());
-                }
-                if let Some(term) = &term.hidden_state {
-                    let sum = hidden_state(term, &states, &answer()?.states, mask.as_ref(), &mut projections);
-                    // Where nothing else is learned, the head and the layers above have a gradient, of zeros.
-                    return Ok(if only_states { sum + found.sum(Kind::Float) * 0.0 } else { sum });
-                }
-                if term.masked_language_model.is_some() {
-                    let labels = context.masked.map(|masked| masked.labels(part.device)).unwrap_or_default();
-                    return Ok(terms::cross_entropy(&found, &labels, 0.0) * context.per_token_factor());
-                }
-                if let Some(term) = &term.contrastive {
-                    return context.contrastive(&found, term.temperature);
-                }
-                Ok(match self.task {
-                    Task::TextRegression => terms::mean_squared_error(&found, &context.values()),
-                    Task::Embedding => terms::mean_squared_error(&found, &answer()?.embedding()),
-                    _ => terms::mean_squared_error(&found, &answer()?.logits),
+                Ok(match &term.term {
+                    ObjectiveTerm::CrossEntropy(term) => {
+                        terms::cross_entropy(&found, &context.labels(), term.label_smoothing)
+                    }
+                    ObjectiveTerm::SoftLabel(term) => {
+                        let sum = terms::soft_label(&found, &answer()?.logits, term.temperature, term.divergence);
+                        sum * context.per_token_factor()
+                    }
+                    ObjectiveTerm::HiddenState(term) => {
+                        let sum = hidden_state(term, &states, &answer()?.states, mask.as_ref(), &mut projections);
+                        // Where nothing else is learned, the head and the layers above have a gradient, of zeros.
+                        if only_states { sum + found.sum(Kind::Float) * 0.0 } else { sum }
+                    }
+                    ObjectiveTerm::MaskedLanguageModel(_) => {
+                        let labels = context.masked.map(|masked| masked.labels(part.device)).unwrap_or_default();
+                        terms::cross_entropy(&found, &labels, 0.0) * context.per_token_factor()
+                    }
+                    ObjectiveTerm::Contrastive(term) => context.contrastive(&found, term.temperature)?,
+                    ObjectiveTerm::MeanSquaredError => match self.task {
+                        Task::TextRegression => terms::mean_squared_error(&found, &context.values()),
+                        Task::Embedding => terms::mean_squared_error(&found, &answer()?.embedding()),
+                        _ => terms::mean_squared_error(&found, &answer()?.logits),
+                    },
                 })
             })
             .collect()
@@ -275,11 +178,15 @@ impl Objective {
 
     /// Whether a term's value is the same on all ranks, instead of a part of the sum.
     pub fn is_shared(&self, index: usize) -> bool {
-        self.terms[index].contrastive.is_some()
+        matches!(self.terms[index].term, ObjectiveTerm::Contrastive(_))
     }
 
     fn mask_probability(&self) -> f64 {
-        self.terms.iter().find_map(|term| term.masked_language_model).unwrap_or_default().probability
+        let of_term = |term: &WeightedTerm| match &term.term {
+            ObjectiveTerm::MaskedLanguageModel(term) => Some(term.probability),
+            _ => None,
+        };
+        self.terms.iter().find_map(of_term).unwrap_or_else(|| MaskedLanguageModelTerm::default().probability)
     }
 }
 
@@ -387,7 +294,7 @@ fn projection(outputs: i64, inputs: i64, seed: u64, index: usize, device: Device
 mod tests {
     use std::path::PathBuf;
 
-    use athanor_contract::train::HiddenStateLoss;
+    use athanor_contract::train::{HiddenStateLoss, ObjectiveTermSpec};
     use athanor_models::{Options, Shape};
 
     use super::{
@@ -460,7 +367,8 @@ mod tests {
                 "layers": [{"student": 1, "teacher": 2}, {"student": 0, "teacher": 1}],
                 "loss": format!("{loss:?}"), "projection": true,
             }});
-            let terms = vec![serde_json::from_value(term).unwrap()];
+            let term: ObjectiveTermSpec = serde_json::from_value(term).unwrap();
+            let terms = vec![term.parse().unwrap()];
             let objective = Objective::new(terms, task, &model, Some(&teacher), 5, Device::Cpu).unwrap();
             let mut projections: Vec<Numbers> =
                 objective.parameters().iter().map(|(_, tensor)| numbers(&tensor.detach())).collect();
