@@ -3,14 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Decimal, train::OffsetRange};
-
-/// Response and request headers of the serving path.
-pub mod header {
-    pub const REQUEST_ID: &str = "x-request-id";
-    pub const REVISION: &str = "x-athanor-revision";
-    pub const TRACE_PARENT: &str = "traceparent";
-}
+use crate::{Decimal, process::port, train::OffsetRange};
 
 /// Mounted as `serve.json` into `athanor-server`: one model revision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,23 +15,20 @@ pub struct ServeConfig {
     pub revision: String,
     /// Folder of the artifact: s3://, gs://, az://, file://.
     pub model_uri: String,
-    #[serde(default)]
-    pub http_port: Port<8080>,
-    #[serde(default)]
-    pub grpc_port: Port<8081>,
+    #[serde(default = "http_port")]
+    pub http_port: u16,
+    #[serde(default = "grpc_port")]
+    pub grpc_port: u16,
     #[serde(default)]
     pub limits: ServeLimits,
 }
 
-/// A port with a default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Port<const DEFAULT: u16>(pub u16);
+fn http_port() -> u16 {
+    port::HTTP
+}
 
-impl<const DEFAULT: u16> Default for Port<DEFAULT> {
-    fn default() -> Self {
-        Self(DEFAULT)
-    }
+fn grpc_port() -> u16 {
+    port::GRPC
 }
 
 /// Bounds of one server; beyond them a request gets a 4xx (413, 429), never an unbounded queue.

@@ -46,8 +46,8 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
         model_name: "reviews".into(),
         revision: "reviews-1".into(),
         model_uri: "file:///nowhere".into(),
-        http_port: Default::default(),
-        grpc_port: Default::default(),
+        http_port: 0,
+        grpc_port: 0,
         limits,
     };
     let gate = Arc::<Gate>::default();

@@ -7,14 +7,16 @@ use std::{
     time::Duration,
 };
 
-use athanor_contract::train::{DistributedSpec, TrainConfig, TrainResult, exit_code};
+use athanor_contract::{
+    process::port,
+    train::{DistributedSpec, TrainConfig, TrainResult, exit_code},
+};
 use athanor_telemetry::Readiness;
 use athanor_trainer::{
     TrainError,
     distributed::{Topology, environment, launch::launch},
     job::{check, config, context::Process, run, search},
     report::{Timeline, ops, termination},
-    training::LOSS_LOG,
     watchdog::Watchdog,
 };
 use clap::{Args, Parser, Subcommand};
@@ -157,14 +159,13 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     run::set_up_process(&topology);
     let ready = Readiness::new();
     let metrics = athanor_telemetry::metrics();
-    let port = match variable(ops::PORT) {
-        Some(text) => Some(
-            text.parse()
-                .map_err(|_| TrainError::User(format!("environment variable {}: {text:?} is no port", ops::PORT)))?,
-        ),
-        None => in_pod.then_some(ops::DEFAULT_PORT),
+    let metrics_port = match variable(environment::METRICS_PORT) {
+        Some(text) => Some(text.parse().map_err(|_| {
+            TrainError::User(format!("environment variable {}: {text:?} is no port", environment::METRICS_PORT))
+        })?),
+        None => in_pod.then_some(port::TRAINER_METRICS),
     };
-    if let Some(port) = port.filter(|_| topology.local_rank == 0) {
+    if let Some(port) = metrics_port.filter(|_| topology.local_rank == 0) {
         runtime.spawn(ops::serve(port, metrics, ready.clone()));
     }
     ready.set(true);
@@ -175,8 +176,8 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
         stop,
         watchdog: Watchdog::start(Duration::from_secs(config.spec.failure_policy.hang_seconds.into()), leave_when_hung),
         terminal: std::io::stderr().is_terminal(),
-        namespace: variable("ATHANOR_NAMESPACE").unwrap_or_default(),
-        loss_log: variable(LOSS_LOG).map(PathBuf::from),
+        namespace: variable(environment::NAMESPACE).unwrap_or_default(),
+        loss_log: variable(environment::LOSS_LOG).map(PathBuf::from),
     };
     if let Some(result) = run::run(&config, &topology, &process)? {
         if let Some(path) = termination::path(variable) {
@@ -207,7 +208,7 @@ fn start_ranks(
         (environment::MASTER_ADDR, "127.0.0.1".to_owned()),
         (environment::MASTER_PORT, port.to_string()),
         (environment::POD_IP, "127.0.0.1".to_owned()),
-        (ops::PORT, variable(ops::PORT).unwrap_or_else(|| "0".into())),
+        (environment::METRICS_PORT, variable(environment::METRICS_PORT).unwrap_or_else(|| "0".into())),
     ];
     runtime.block_on(launch(written.path(), processes, &extra, stop))
 }

@@ -5,7 +5,7 @@ mod roll_back;
 
 use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
 
-use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
+use athanor_contract::train::{self, DEFAULT_EPOCHS, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
 use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, norm, scale, zero_grad};
 use tch::{Device, Tensor};
@@ -19,18 +19,13 @@ use crate::{
         batches::{Batches, epoch_batches, mix, share},
     },
     evaluate,
-    objectives::{self, Objective, Part, Teacher},
+    objectives::{Objective, Part, Teacher},
     report::{Events, History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
     words::Words,
 };
 use roll_back::RollBack;
-
-/// Names a file that gets one JSON line a step: `{"step": 1, "loss": 0.69}`. For comparing runs.
-pub const LOSS_LOG: &str = "ATHANOR_LOSS_LOG";
-/// Passes over the data when neither epochs nor maxSteps is given.
-const DEFAULT_EPOCHS: u64 = 3;
 
 /// Everything a run of the loop needs; the caller made and keeps it.
 pub struct Session<'a> {
@@ -71,7 +66,7 @@ pub struct Trained {
 /// Steps of an epoch and of the whole run.
 pub fn count_steps(rows: usize, h: &Hyperparameters) -> (u64, u64) {
     let steps_per_epoch = rows.div_ceil(h.batch_size as usize) as u64;
-    let total = h.max_steps.unwrap_or_else(|| h.epochs.map_or(DEFAULT_EPOCHS, u64::from) * steps_per_epoch);
+    let total = h.max_steps.unwrap_or_else(|| u64::from(h.epochs.unwrap_or(DEFAULT_EPOCHS)) * steps_per_epoch);
     (steps_per_epoch, total)
 }
 
@@ -372,7 +367,7 @@ impl<'a> Loop<'a> {
         if let Some(log) = &mut self.loss_log {
             let terms: serde_json::Map<String, serde_json::Value> =
                 std::iter::zip(self.session.objective.terms(), &self.terms)
-                    .map(|(term, value)| (objectives::name(term).to_owned(), (*value).into()))
+                    .map(|(term, value)| (term.name().to_owned(), (*value).into()))
                     .collect();
             let line = serde_json::json!({
                 "step": step.step, "loss": step.loss, "gradientNorm": step.gradient_norm, "terms": terms

@@ -22,7 +22,7 @@ use athanor_trainer::{
     TrainError,
     checkpoint::{self, Restored, State, Writer},
     data::{Encoded, batches::epoch_batches},
-    objectives::{self, Objective},
+    objectives::Objective,
     report::Timeline,
     tasks::regression::Numbers,
     training::{self, Session},
@@ -102,7 +102,7 @@ fn run(spec: &TrainSpec, bad: &[usize], special: Special) -> Result<Ended, Train
     let options = Options { dropout: Some(0.1), head_dropout: Some(0.1), ..Options::default() };
     let mut model = Model::load(&folder, athanor_models::Task::Regression, &options, Device::Cpu).unwrap();
     let weights: Vec<Tensor> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-    let terms = objectives::terms(&spec.objective, Task::TextRegression, None);
+    let terms = spec.objective_terms();
     let objective = Objective::new(terms, Task::TextRegression, &model, None, SEED, Device::Cpu).unwrap();
     let (train, validation) = (rows(bad), Arc::new(rows(&[])));
     let log = tempfile::NamedTempFile::new().unwrap();

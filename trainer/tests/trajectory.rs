@@ -4,7 +4,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
-use athanor_contract::train::{ObjectiveTerm, Task, TrainSpec};
+use athanor_contract::train::{Task, TrainSpec};
 use athanor_models::{Model, Options, tokenizer::MaskTokens};
 use athanor_trainer::{
     data::{
@@ -87,7 +87,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
     let mut model = Model::load(&folder, head, &options, device).unwrap();
     assert_eq!(model.fresh_layers(), [""; 0], "the golden model is whole");
     let train = rows(task);
-    let terms: Vec<ObjectiveTerm> = spec.objective.terms.clone();
+    let terms = spec.objective_terms();
     let teacher = teacher.map(|name| {
         // The tiny models have no tokenizer: both folders borrow one.
         let folder = golden(name);

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
 /// Gives each row without a label one: exactly one of `endpoint` and `teacher` is asked. Rows that get none are left out. What was
@@ -11,8 +12,7 @@ use crate::Decimal;
 /// the data's own labels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.endpoint) != has(self.teacher)", "message": "set exactly one of endpoint and teacher"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ENDPOINT_OR_TEACHER]))]
 pub struct AnnotateSpec {
     /// A language model at an address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -26,9 +26,7 @@ pub struct AnnotateSpec {
 /// service. The report says what it cost, and how often the model disagreed with itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.maximumCost) || (has(self.inputTokenPrice) && has(self.outputTokenPrice))",
-     "message": "maximumCost needs inputTokenPrice and outputTokenPrice"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::COST_NEEDS_PRICES]))]
 pub struct EndpointAnnotator {
     /// Base URL, up to and including its version, such as http://teacher.models:8000/v1: requests go to {url}/chat/completions.
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^https?://.+"))]
@@ -52,8 +50,7 @@ pub struct EndpointAnnotator {
     pub prompt: String,
     /// Randomness of the answers, "0" to "2". Absent: "0" for one sample, "1" for more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 2.0", "message": "temperature must be between 0 and 2"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_2]))]
     pub temperature: Option<Decimal>,
     /// How often each row is asked about. With more than one, the label that most answers name is taken, a tie leaves the row
     /// without one, and the report tells the share of rows whose answers differ.
@@ -90,8 +87,7 @@ pub struct EndpointAnnotator {
 #[serde(rename_all = "camelCase", default)]
 pub struct TeacherAnnotator {
     /// The least probability of the winning label, "0" to "1"; a row of which the teacher is less sure is left out.
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumConfidence must be between 0 and 1"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_1]))]
     pub minimum_confidence: Decimal,
 }
 

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
 /// Cleaning of texts, in this order: control characters, Unicode, whitespace, redaction, length, exact duplicates, conflicting
@@ -10,9 +11,7 @@ use crate::Decimal;
 /// The report says what each step changed and removed, with examples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.minimumLength) || !has(self.maximumLength) || self.minimumLength <= self.maximumLength",
-     "message": "minimumLength must not be above maximumLength"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::LENGTHS_IN_ORDER]))]
 pub struct CleanSpec {
     /// Removes control characters, such as NUL, backspace and escape, which are never part of a text. Tabs and line breaks stay;
     /// `collapseWhitespace` is about them.
@@ -99,8 +98,7 @@ pub enum ConflictingLabels {
 pub struct NearDuplicates {
     /// Two texts are near duplicates if the pieces they have in common are at least this share of the pieces of both (their
     /// Jaccard similarity), between "0.5" and "1". One word changed in a text of twenty gives about 0.85.
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.5 && double(self) <= 1.0", "message": "threshold must be between 0.5 and 1"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_HALF_TO_1]))]
     pub threshold: Decimal,
     /// The pieces that are compared, in lower case and without regard to spacing.
     pub shingles: Shingles,

@@ -3,14 +3,14 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
 /// One step of compression: exactly one of `prune` and `quantize`. Steps follow one another. Each result is measured on the test
 /// rows; one that breaks a gate, or loses more than `maximumLoss`, is left out and the report says so.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.prune) != has(self.quantize)", "message": "set exactly one of prune and quantize"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::PRUNE_OR_QUANTIZE]))]
 pub struct CompressStep {
     /// Sets weights of the encoder's matrices to zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -25,9 +25,7 @@ pub struct CompressStep {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.sparsityPercent) != (has(self.twoOfFour) && self.twoOfFour)",
-     "message": "set exactly one of sparsityPercent and twoOfFour"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::SPARSITY_OR_TWO_OF_FOUR]))]
 pub struct PruneSpec {
     /// Which weights go.
     #[serde(default)]

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec};
+use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec, rules};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -46,8 +46,7 @@ impl DataSpec {
 /// One source of rows: exactly one of `uri` and `kafka`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.uri) != has(self.kafka)", "message": "set exactly one of uri and kafka"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::URI_OR_KAFKA]))]
 pub struct Source {
     /// Name of the source, also the name of its slice in metrics and gates.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
@@ -144,7 +143,7 @@ pub struct KafkaSource {
 /// Offsets of one partition, `begin <= offset < end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [{"rule": "self.begin <= self.end", "message": "begin must not be after end"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::BEGIN_BEFORE_END]))]
 pub struct OffsetRange {
     /// Partition of the topic.
     #[schemars(range(min = 0))]
@@ -159,8 +158,7 @@ pub struct OffsetRange {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "self.validationPercent + self.testPercent < 100", "message": "validationPercent and testPercent leave no rows to train on"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::SPLIT_LEAVES_ROWS]))]
 pub struct SplitSpec {
     /// Percent of rows for choosing the best checkpoint.
     #[serde(default = "ten")]

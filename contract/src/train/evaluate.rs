@@ -3,14 +3,12 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Task;
+use super::{Task, rules};
 use crate::Decimal;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.gates) || has(self.baseline) || self.gates.all(g, !has(g.minimumGain))",
-     "message": "a gate with minimumGain needs a baseline"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::GAIN_NEEDS_BASELINE]))]
 pub struct EvaluateSpec {
     /// Validate every so many steps besides at the end of each epoch; 0: only at the end of each epoch.
     #[schemars(range(min = 0))]
@@ -28,9 +26,7 @@ pub struct EvaluateSpec {
 /// One condition on the test rows: exactly one of `minimum`, `minimumGain` and `minimumOfTeacher`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "(has(self.minimum) ? 1 : 0) + (has(self.minimumGain) ? 1 : 0) + (has(self.minimumOfTeacher) ? 1 : 0) == 1",
-     "message": "set exactly one of minimum, minimumGain and minimumOfTeacher"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ONE_MINIMUM]))]
 pub struct Gate {
     /// What is measured.
     pub metric: Metric,

@@ -3,12 +3,14 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{CrossValidationSpec, SearchSpec};
+use super::{CrossValidationSpec, SearchSpec, rules};
+
+/// Epochs of a training whose `epochs` and `maxSteps` are absent.
+pub const DEFAULT_EPOCHS: u32 = 3;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!(has(self.epochs) && has(self.maxSteps))", "message": "set epochs or maxSteps, not both"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::EPOCHS_OR_STEPS]))]
 pub struct Hyperparameters {
     /// Passes over the training rows. Absent together with maxSteps: 3.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -11,6 +11,7 @@ mod execution;
 mod hyperparameters;
 mod model;
 mod objective;
+pub mod rules;
 mod search;
 mod select;
 
@@ -32,6 +33,7 @@ pub use execution::*;
 pub use hyperparameters::*;
 pub use model::*;
 pub use objective::*;
+pub use rules::{Mistake, mistakes};
 pub use search::*;
 pub use select::*;
 
@@ -106,55 +108,19 @@ pub struct TrainSpec {
 }
 
 impl TrainSpec {
-    /// What is asked of the results or the rows that the task has not: it could only fail after the work.
-    pub fn mistakes_of_task(&self) -> Vec<String> {
-        let (task, metrics) = (self.model.task, Metric::of(self.model.task));
-        let gates = self.evaluate.gates.iter().enumerate();
-        let gates = gates.map(|(index, gate)| (format!("evaluate.gates[{index}].metric"), gate.metric));
-        let search = self.hyperparameters.search.as_ref();
-        let search =
-            search.map(|search| ("hyperparameters.search.objective.metric".to_owned(), search.objective.metric));
-        let wrong = search.into_iter().chain(gates).filter(|(_, metric)| !metrics.contains(metric));
-        let names = metrics.iter().map(|metric| format!("{metric:?}")).collect::<Vec<_>>().join(" or ");
-        let mut mistakes: Vec<String> =
-            wrong.map(|(field, metric)| format!("{field}: {task:?} has no {metric:?}, but {names}")).collect();
-        for (index, _) in self.evaluate.gates.iter().enumerate().filter(|(_, gate)| gate.minimum_of_teacher.is_some()) {
-            let field = format!("evaluate.gates[{index}].minimumOfTeacher");
-            if task != Task::TextClassification {
-                mistakes.push(format!("{field} is for the task TextClassification"));
-            } else if self.teacher.is_none() {
-                mistakes.push(format!("{field} needs a teacher"));
-            }
-        }
-        if let Some(select) = &self.data.select
-            && matches!(select.method, SelectMethod::Uncertainty | SelectMethod::GradientMatching)
-            && task != Task::TextClassification
-        {
-            mistakes.push(format!("data.select.method: {:?} needs labels, which {task:?} has not", select.method));
-        }
-        if let Some(minimum) = self.data.select.as_ref().and_then(|select| select.minimum_agreement) {
-            if task != Task::TextClassification {
-                mistakes.push("data.select.minimumAgreement is for the task TextClassification".into());
-            } else if self.teacher.is_none() {
-                mistakes.push("data.select.minimumAgreement needs a teacher".into());
-            }
-            if !(0.0..=1.0).contains(&minimum.get()) {
-                mistakes.push("data.select.minimumAgreement is from \"0\" to \"1\"".into());
-            }
-        }
-        let is_fresh = self.model.student.as_ref().is_some_and(|student| student.fresh.is_some());
-        if is_fresh && self.data.select.as_ref().is_some_and(|select| select.viewer == SelectViewer::Model) {
-            mistakes
-                .push("data.select.viewer: Model knows nothing before training where model.student is fresh".into());
-        }
-        if self.data.augment.is_some() {
-            if task != Task::TextClassification {
-                mistakes.push("data.augment is for the task TextClassification".into());
-            } else if self.teacher.is_none() {
-                mistakes.push("data.augment needs a teacher, who knows what the new texts mean".into());
-            }
-        }
-        mistakes
+    /// The terms that the training minimises, with the defaults of the task.
+    pub fn objective_terms(&self) -> Vec<WeightedTerm> {
+        self.objective.terms_of(self.model.task, self.teacher.is_some())
+    }
+
+    /// Whether the objective compares the model with the teacher.
+    pub fn objective_asks_teacher(&self) -> bool {
+        self.objective_terms().iter().any(|term| term.term.needs_teacher(self.model.task))
+    }
+
+    /// Whether training or the selection of rows needs the teacher; otherwise it only labels rows, if anything.
+    pub fn learns_from_teacher(&self) -> bool {
+        self.data.select.is_some() || self.objective_asks_teacher()
     }
 }
 
@@ -167,7 +133,7 @@ pub struct OutputSpec {
 }
 
 /// What the operator mounts as `train.json`: the specification, resolved, and the run's coordinates.
-/// Rank, world size and rendezvous come from the environment (see `RENDEZVOUS` in the trainer).
+/// Rank, world size and rendezvous come from the environment: [`variable`](crate::process::variable).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TrainConfig {
@@ -240,58 +206,4 @@ pub struct RowCounts {
     pub validation: u64,
     /// Rows of the final metrics and gates.
     pub test: u64,
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn metrics_and_selections_are_of_the_task() {
-        let spec = |task: Task, metric: Option<Metric>, method: &str| -> TrainSpec {
-            let mut search = json!({"parameters": [{"name": "learningRate", "values": [1e-5, 1e-4]}]});
-            if let Some(metric) = metric {
-                search["objective"] = json!({"metric": metric});
-            }
-            serde_json::from_value(json!({
-                "model": {"from": "s3://m/a", "task": task},
-                "data": {"sources": [], "select": {"method": method, "keepPercent": 50}},
-                "hyperparameters": {"search": search},
-                "evaluate": {"gates": [{"metric": "Accuracy", "minimum": "0"}, {"metric": "MacroF1", "minimum": "0"}]},
-                "output": {"to": "s3://o"},
-            }))
-            .unwrap()
-        };
-        let classes = spec(Task::TextClassification, None, "Uncertainty");
-        assert_eq!(classes.mistakes_of_task(), Vec::<String>::new());
-        let expected = [
-            "hyperparameters.search.objective.metric: TextRegression has no Accuracy, but PearsonCorrelation",
-            "evaluate.gates[0].metric: TextRegression has no Accuracy, but PearsonCorrelation",
-            "evaluate.gates[1].metric: TextRegression has no MacroF1, but PearsonCorrelation",
-            "data.select.method: GradientMatching needs labels, which TextRegression has not",
-        ];
-        assert_eq!(spec(Task::TextRegression, None, "GradientMatching").mistakes_of_task(), expected);
-        let named = spec(Task::TextRegression, Some(Metric::PearsonCorrelation), "Random").mistakes_of_task();
-        assert_eq!(named, expected[1..3], "{named:?}");
-        let mut student = spec(Task::TextClassification, None, "Random");
-        student.evaluate.gates[0].minimum_of_teacher = Decimal::new(0.97);
-        assert_eq!(student.mistakes_of_task(), ["evaluate.gates[0].minimumOfTeacher needs a teacher"]);
-        student.teacher = serde_json::from_value(json!({"from": "s3://m/teacher"})).ok();
-        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
-        student.data.augment = serde_json::from_value(json!({"copies": 4})).ok();
-        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
-        student.data.select.as_mut().unwrap().minimum_agreement = Decimal::new(0.8);
-        assert_eq!(student.mistakes_of_task(), Vec::<String>::new());
-        student.teacher = None;
-        assert!(student.mistakes_of_task().contains(&"data.select.minimumAgreement needs a teacher".to_owned()));
-        assert!(
-            student
-                .mistakes_of_task()
-                .contains(&"data.augment needs a teacher, who knows what the new texts mean".to_owned())
-        );
-        let vectors = spec(Task::Embedding, None, "ClusterCenter").mistakes_of_task();
-        assert_eq!(vectors, ["evaluate.gates[1].metric: Embedding has no MacroF1, but Accuracy"]);
-    }
 }

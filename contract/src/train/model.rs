@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
+
 /// The model to start from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -78,8 +80,7 @@ pub enum Initializer {
 /// A smaller model: exactly one of `keepLayers` and `fresh`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.keepLayers) != has(self.fresh)", "message": "set exactly one of keepLayers and fresh"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::KEEP_LAYERS_OR_FRESH]))]
 pub struct StudentSpec {
     /// Layers of model.from that the student keeps, counted from 0, in this order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -92,8 +93,7 @@ pub struct StudentSpec {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "self.hiddenSize % self.attentionHeads == 0", "message": "attentionHeads has to divide hiddenSize"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::HEADS_DIVIDE_SIZE]))]
 pub struct FreshEncoder {
     /// Transformer layers.
     #[schemars(range(min = 1, max = 128))]

@@ -8,15 +8,14 @@ use serde::{
     de::{IntoDeserializer, value::Error},
 };
 
-use super::{Hyperparameters, Metric};
+use super::{Hyperparameters, Metric, rules};
 use crate::Decimal;
 
 /// Trials of the same training with other hyperparameters. The best of them, by its metric on the validation rows, is what the job
 /// trains with; the test rows are looked at once, after that.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.asha) || self.algorithm == 'ASHA'", "message": "asha is for algorithm ASHA alone"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ASHA_ALONE]))]
 pub struct SearchSpec {
     /// How the next trial is chosen.
     #[serde(default)]
@@ -98,11 +97,7 @@ pub enum SearchGoal {
 /// One hyperparameter: exactly one of `range`, `values` and `choices`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "[has(self.range), has(self.values), has(self.choices)].filter(given, given).size() == 1",
-     "message": "set exactly one of range, values and choices"},
-    {"rule": "has(self.choices) == (self.name in ['optimizer', 'schedule', 'precision'])",
-     "message": "choices is for optimizer, schedule and precision; range and values are for numbers"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::RANGE_VALUES_OR_CHOICES, rules::CHOICES_ARE_NAMES]))]
 pub struct SearchParameter {
     /// The hyperparameter.
     pub name: ParameterName,
@@ -123,10 +118,7 @@ pub struct SearchParameter {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "self.min < self.max", "message": "min must be below max"},
-    {"rule": "self.scale != 'Log' || self.min > 0.0", "message": "a Log scale needs min above 0"},
-    {"rule": "self.scale != 'Log' || !has(self.step)", "message": "step is for the Linear scale"},
-    {"rule": "!has(self.step) || self.step > 0.0", "message": "step must be above 0"}]))]
+    rules::MIN_BELOW_MAX, rules::LOG_ABOVE_ZERO, rules::STEP_IS_LINEAR, rules::STEP_ABOVE_ZERO]))]
 pub struct ParameterRange {
     /// Smallest.
     pub min: f64,
@@ -194,8 +186,7 @@ impl FromStr for ParameterName {
 /// there are ten at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!(has(self.minimumSteps) && has(self.minimumEpochs))", "message": "set minimumSteps or minimumEpochs, not both"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::STEPS_OR_EPOCHS]))]
 pub struct AshaSpec {
     /// One of so many trials goes on with so many times the budget.
     #[schemars(range(min = 2, max = 16))]

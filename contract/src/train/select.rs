@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
 /// Trains on the rows that matter most. The report says how well they stand for all rows.
@@ -27,8 +28,7 @@ pub struct SelectSpec {
     /// Only rows whose label the job's teacher finds this probable, such as "0.8", can be chosen: of the others the label may be
     /// wrong, or the text says little. Absent: all rows can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumAgreement must be between 0 and 1"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_1]))]
     pub minimum_agreement: Option<Decimal>,
     /// The job fails before it trains where the selection covers less than this share of the clusters of all rows, such as "0.9".
     #[serde(default, skip_serializing_if = "Option::is_none")]

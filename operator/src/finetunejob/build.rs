@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use athanor_contract::{
     artifact::EVENTS,
+    process::{file, path, port, variable},
     train::{TrainConfig, TrainSpec},
 };
 use athanor_crds::{FineTuneJob, TRIAL_ANNOTATION, label};
@@ -28,9 +29,9 @@ use crate::{
 
 /// Component, and name of the container.
 pub const COMPONENT: &str = "trainer";
-/// Port of rank 0's rendezvous (c10d's TCPStore).
-const MASTER_PORT: i32 = 29500;
-const METRICS_PORT: i32 = 9100;
+/// Port of rank 0's rendezvous.
+const MASTER_PORT: i32 = port::RENDEZVOUS as i32;
+const METRICS_PORT: i32 = port::TRAINER_METRICS as i32;
 /// Seconds for a last checkpoint after SIGTERM.
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -136,7 +137,7 @@ fn config(job: &ValidatedJob, settings: &Settings, found: Option<&Found>) -> Con
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     ConfigMap {
         metadata: metadata(job, config_name(job)),
-        data: Some([("train.json".into(), text)].into()),
+        data: Some([(file::TRAIN.into(), text)].into()),
         ..ConfigMap::default()
     }
 }
@@ -169,17 +170,16 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
     let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.extend([
-        pods::field("ATHANOR_NODE_RANK", "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
-        pods::variable("ATHANOR_NUM_NODES", nodes.to_string()),
-        pods::variable("ATHANOR_MASTER_ADDR", master),
-        pods::variable("ATHANOR_MASTER_PORT", MASTER_PORT.to_string()),
-        pods::field("ATHANOR_POD_IP", "status.podIP"),
-        pods::variable("ATHANOR_NAMESPACE", job.namespace.clone()),
-        pods::variable("ATHANOR_METRICS_PORT", METRICS_PORT.to_string()),
-        pods::variable("ATHANOR_ATTEMPT", attempt.to_string()),
+        pods::field(variable::NODE_RANK, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
+        pods::variable(variable::NUM_NODES, nodes.to_string()),
+        pods::variable(variable::MASTER_ADDR, master),
+        pods::variable(variable::MASTER_PORT, MASTER_PORT.to_string()),
+        pods::field(variable::POD_IP, "status.podIP"),
+        pods::variable(variable::NAMESPACE, job.namespace.clone()),
+        pods::variable(variable::METRICS_PORT, METRICS_PORT.to_string()),
     ]);
     let mut volumes = vec![
-        (pods::config(&config_name(job)), "/etc/athanor".to_owned()),
+        (pods::config(&config_name(job)), path::CONFIG.to_owned()),
         // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
         (pods::scratch("shm", Some("Memory")), "/dev/shm".into()),
     ];
@@ -193,7 +193,7 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
         image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
-        command: ["athanor-trainer", "run", "--config", "/etc/athanor/train.json"].map(Into::into).into(),
+        command: ["athanor-trainer", "run", "--config", path::TRAIN_CONFIG].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),
         env,

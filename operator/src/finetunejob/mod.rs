@@ -30,7 +30,7 @@ use kube::{ResourceExt, runtime::controller::Action};
 
 use crate::context::{Context, ReconcileError};
 
-pub const KIND: &str = "FineTuneJob";
+pub const KIND: &str = athanor_contract::process::api::FINE_TUNE_JOB;
 
 /// Name of an object in the operator's own records.
 pub fn key(job: &FineTuneJob) -> String {

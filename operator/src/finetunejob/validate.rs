@@ -1,5 +1,9 @@
 //! From a FineTuneJob to one that children can be built from. What the API server's rules already refuse is not checked again.
 
+use athanor_contract::{
+    process::api,
+    train::{Mistake, mistakes},
+};
 use athanor_crds::{FineTuneJob, FineTuneJobSpec, TRIAL_ANNOTATION, schema::LONGEST_JOB_NAME};
 use athanor_search::Search;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -28,8 +32,8 @@ pub enum InvalidJob {
     Name(String),
     #[error("spec.hyperparameters.{0}")]
     Search(String),
-    #[error("spec.{0}")]
-    Task(String),
+    #[error("{}", .0.iter().map(|mistake| format!("spec.{mistake}")).collect::<Vec<_>>().join("; "))]
+    Rules(Vec<Mistake>),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -39,16 +43,16 @@ pub fn validate(job: &FineTuneJob) -> Result<ValidatedJob, InvalidJob> {
     if !is_service_name(&name, LONGEST_JOB_NAME) {
         return Err(InvalidJob::Name(name));
     }
+    let mistakes = mistakes(&job.spec.train);
+    if !mistakes.is_empty() {
+        return Err(InvalidJob::Rules(mistakes));
+    }
     let hyperparameters = &job.spec.train.hyperparameters;
     if let Some(search) = &hyperparameters.search {
         Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
-    let of_task = job.spec.train.mistakes_of_task();
-    if !of_task.is_empty() {
-        return Err(InvalidJob::Task(of_task.join("; spec.")));
-    }
     let is_trial = job.annotations().contains_key(TRIAL_ANNOTATION);
-    let parent = job.owner_references().iter().find(|owner| owner.kind == "FineTuneJob");
+    let parent = job.owner_references().iter().find(|owner| owner.kind == api::FINE_TUNE_JOB);
     let queue_labels = job.labels().iter().filter(|(key, _)| key.starts_with("kueue.x-k8s.io/"));
     Ok(ValidatedJob {
         namespace: job.namespace().ok_or(InvalidJob::Incomplete("namespace"))?,

@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use athanor_contract::process::{path, port};
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use serde::Deserialize;
 
-const PORT: u16 = 9101;
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// A router's answer is a few hundred bytes a revision.
 const MOST_BYTES: usize = 1 << 20;
@@ -43,8 +43,12 @@ pub async fn read(http: &reqwest::Client, routers: &[&Pod]) -> Option<BTreeMap<S
 async fn ask(http: &reqwest::Client, address: &str) -> Option<BTreeMap<String, Counts>> {
     let host = if address.contains(':') { format!("[{address}]") } else { address.into() };
     let answer = async {
-        let response =
-            http.get(format!("http://{host}:{PORT}/analysis")).timeout(TIMEOUT).send().await?.error_for_status()?;
+        let response = http
+            .get(format!("http://{host}:{}{}", port::ROUTER_OPS, path::ANALYSIS))
+            .timeout(TIMEOUT)
+            .send()
+            .await?
+            .error_for_status()?;
         response.bytes().await
     };
     match answer.await {

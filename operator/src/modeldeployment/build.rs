@@ -1,7 +1,11 @@
 //! The children of a ModelDeployment: for each revision a server's configuration, Deployment, Service and disruption budget.
 //! The router, the monitor and retrainings are in [`super::build_front`].
 
-use athanor_contract::{artifact::sha256_hex, serve::ServeConfig};
+use athanor_contract::{
+    artifact::sha256_hex,
+    process::{annotation, file, path, port, variable},
+    serve::ServeConfig,
+};
 use athanor_crds::{FineTuneJob, RevisionStatus, label};
 use k8s_openapi::{
     api::{
@@ -92,31 +96,31 @@ fn revision_children(
         model_name: deployment.name.clone(),
         revision: name.clone(),
         model_uri: revision.model_uri.clone(),
-        http_port: Default::default(),
-        grpc_port: Default::default(),
+        http_port: port::HTTP,
+        grpc_port: port::GRPC,
         limits: Default::default(),
     };
-    let (http, grpc) = (i32::from(config.http_port.0), i32::from(config.grpc_port.0));
+    let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let drain = i64::try_from(config.limits.drain_seconds).unwrap_or(20);
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
-    env.push(pods::variable("ATHANOR_CACHE_DIR", "/var/cache/athanor"));
+    env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
     let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
     labels.insert(label::REVISION.into(), name.clone());
     let mut template = pods::template(PodPlan {
         component: SERVER,
         image: deployment.spec.image.as_deref().unwrap_or(&settings.server_image),
-        command: ["athanor-server", "--config", "/etc/athanor/serve.json"].map(Into::into).into(),
+        command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
         // A changed configuration is another template.
-        annotations: Labels::from([("athanor.dev/config".into(), sha256_hex(text.as_bytes())[..16].into())]),
+        annotations: Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]),
         env,
         credentials: deployment.spec.credentials_secret_name.as_deref(),
         ports: vec![("http", http), ("grpc", grpc)],
         metrics_port: http,
         volumes: vec![
-            (pods::config(name), "/etc/athanor".into()),
-            (pods::scratch("cache", None), "/var/cache/athanor".into()),
+            (pods::config(name), path::CONFIG.into()),
+            (pods::scratch("cache", None), path::MODEL_CACHE.into()),
         ],
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
@@ -129,7 +133,7 @@ fn revision_children(
     RevisionChildren {
         config: ConfigMap {
             metadata: metadata(name),
-            data: Some([("serve.json".into(), text)].into()),
+            data: Some([(file::SERVE.into(), text)].into()),
             ..ConfigMap::default()
         },
         deployment: workload(metadata(name), deployment.spec.replicas, selector.clone(), template),

@@ -1,10 +1,11 @@
 //! What stands in front of revisions and beside them: router, monitor, and the FineTuneJob of a retraining.
 
 use athanor_contract::{
+    process::{api, file, path, port, variable},
     serve::{MonitorConfig, MonitoredRevision, RouterConfig, RouterRevision},
     train::{KafkaSource, Source},
 };
-use athanor_crds::{FineTuneJob, GROUP, label};
+use athanor_crds::{FineTuneJob, label};
 use k8s_openapi::api::{
     core::v1::{ConfigMap, EnvVar, EnvVarSource, Secret, SecretKeySelector, ServiceAccount},
     rbac::v1::{PolicyRule, Role, RoleBinding, RoleRef, Subject},
@@ -22,8 +23,10 @@ use crate::{
     settings::Settings,
 };
 
-const ROUTER_OPS_PORT: i32 = 9101;
-const MONITOR_OPS_PORT: i32 = 9102;
+const HTTP_PORT: i32 = port::HTTP as i32;
+const GRPC_PORT: i32 = port::GRPC as i32;
+const ROUTER_OPS_PORT: i32 = port::ROUTER_OPS as i32;
+const MONITOR_OPS_PORT: i32 = port::MONITOR_OPS as i32;
 /// Key of the Secret that holds the key of request ids.
 const KEY: &str = "key";
 
@@ -96,9 +99,9 @@ pub fn router(
     let grace = i64::try_from(config.limits.drain_seconds).unwrap_or(20) + 15;
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
-    env.push(pods::variable("ATHANOR_SPILL_DIR", "/var/spool/athanor"));
+    env.push(pods::variable(variable::SPILL_DIR, path::SPOOL));
     env.push(EnvVar {
-        name: "ATHANOR_REQUEST_ID_KEY".into(),
+        name: variable::REQUEST_ID_KEY.into(),
         value: None,
         value_from: Some(EnvVarSource {
             secret_key_ref: Some(SecretKeySelector {
@@ -117,9 +120,9 @@ pub fn router(
         annotations: Labels::new(),
         env,
         credentials: None,
-        ports: vec![("http", 8080), ("grpc", 8081), ("ops", ROUTER_OPS_PORT)],
+        ports: vec![("http", HTTP_PORT), ("grpc", GRPC_PORT), ("ops", ROUTER_OPS_PORT)],
         metrics_port: ROUTER_OPS_PORT,
-        volumes: vec![(pods::scratch("spool", None), "/var/spool/athanor".into())],
+        volumes: vec![(pods::scratch("spool", None), path::SPOOL.into())],
         overrides: None,
         service_account: Some(name.clone()),
         grace_seconds: grace,
@@ -139,7 +142,7 @@ pub fn router(
     Some(RouterChildren {
         config: ConfigMap {
             metadata: metadata(&name),
-            data: Some([("router.json".into(), text)].into()),
+            data: Some([(file::ROUTER.into(), text)].into()),
             ..ConfigMap::default()
         },
         key: Secret {
@@ -149,7 +152,11 @@ pub fn router(
         },
         account: account(deployment, &name, &labels, rules),
         deployment: workload(metadata(&name), settings.router_replicas, selector.clone(), template),
-        service: service(metadata(&deployment.name), selector.clone(), &[("http", 80, 8080), ("grpc", 8081, 8081)]),
+        service: service(
+            metadata(&deployment.name),
+            selector.clone(),
+            &[("http", port::SERVICE_HTTP.into(), HTTP_PORT), ("grpc", GRPC_PORT, GRPC_PORT)],
+        ),
         budget: budget(metadata(&name), selector),
     })
 }
@@ -175,14 +182,14 @@ pub fn monitor(deployment: &ValidatedDeployment, settings: &Settings, rollout: &
     let mut template = pods::template(PodPlan {
         component: MONITOR,
         image: &settings.monitor_image,
-        command: ["athanor-monitor", "--config", "/etc/athanor/monitor.json"].map(Into::into).into(),
+        command: ["athanor-monitor", "--config", path::MONITOR_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
         annotations: Labels::new(),
         env: pods::common_environment(settings.otlp_endpoint.as_deref()),
         credentials: deployment.spec.credentials_secret_name.as_deref(),
         ports: vec![("ops", MONITOR_OPS_PORT)],
         metrics_port: MONITOR_OPS_PORT,
-        volumes: vec![(pods::config(&name), "/etc/athanor".into())],
+        volumes: vec![(pods::config(&name), path::CONFIG.into())],
         overrides: None,
         service_account: Some(name.clone()),
         grace_seconds: 30,
@@ -193,8 +200,8 @@ pub fn monitor(deployment: &ValidatedDeployment, settings: &Settings, rollout: &
         container.startup_probe = Some(pods::probe("/healthz", "ops", 1, 60));
     }
     let rules = vec![
-        rule(GROUP, "modeldeployments", &["get"], Some(&deployment.name)),
-        rule(GROUP, "modeldeployments/status", &["get", "patch"], Some(&deployment.name)),
+        rule(api::GROUP, api::MODEL_DEPLOYMENTS, &["get"], Some(&deployment.name)),
+        rule(api::GROUP, "modeldeployments/status", &["get", "patch"], Some(&deployment.name)),
     ];
     let metadata = |name: &str| metadata(deployment, name, labels.clone());
     let mut workload = workload(metadata(&name), 1, pods::selector(MONITOR, &deployment.name, None), template);
@@ -206,7 +213,7 @@ pub fn monitor(deployment: &ValidatedDeployment, settings: &Settings, rollout: &
     Some(MonitorChildren {
         config: ConfigMap {
             metadata: metadata(&name),
-            data: Some([("monitor.json".into(), text)].into()),
+            data: Some([(file::MONITOR.into(), text)].into()),
             ..ConfigMap::default()
         },
         account: account(deployment, &name, &labels, rules),

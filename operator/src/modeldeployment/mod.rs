@@ -26,7 +26,7 @@ use kube::{ResourceExt, runtime::controller::Action};
 
 use crate::context::{Context, ReconcileError};
 
-pub const KIND: &str = "ModelDeployment";
+pub const KIND: &str = athanor_contract::process::api::MODEL_DEPLOYMENT;
 
 /// Name of an object in the operator's own records.
 pub fn key(deployment: &ModelDeployment) -> String {

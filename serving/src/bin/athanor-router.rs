@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use athanor_contract::process::{port, variable};
 use athanor_serving::{
     grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
     lifecycle::{self, Servers},
@@ -24,10 +25,10 @@ use tokio_util::sync::CancellationToken;
 #[command(version)]
 struct Arguments {
     /// Namespace of the ConfigMap and the Services.
-    #[arg(long, env = "ATHANOR_NAMESPACE", required_unless_present = "config_file")]
+    #[arg(long, env = variable::NAMESPACE, required_unless_present = "config_file")]
     namespace: Option<String>,
     /// The ConfigMap whose key router.json is followed.
-    #[arg(long, env = "ATHANOR_CONFIG_MAP", required_unless_present = "config_file")]
+    #[arg(long, env = variable::CONFIG_MAP, required_unless_present = "config_file")]
     config_map: Option<String>,
     /// Without Kubernetes: the file to follow instead of the ConfigMap.
     #[arg(long, conflicts_with_all = ["namespace", "config_map"])]
@@ -38,15 +39,15 @@ struct Arguments {
     /// Address to listen on.
     #[arg(long, default_value = "0.0.0.0")]
     address: String,
-    #[arg(long, default_value_t = 8080)]
+    #[arg(long, default_value_t = port::HTTP)]
     http_port: u16,
-    #[arg(long, default_value_t = 8081)]
+    #[arg(long, default_value_t = port::GRPC)]
     grpc_port: u16,
     /// Port of /metrics, /healthz, /readyz and /analysis.
-    #[arg(long, default_value_t = 9101)]
+    #[arg(long, default_value_t = port::ROUTER_OPS)]
     ops_port: u16,
     /// Folder for events while Kafka is away; it should outlive the container.
-    #[arg(long, env = "ATHANOR_SPILL_DIR", default_value = "/var/lib/athanor/spill")]
+    #[arg(long, env = variable::SPILL_DIR, default_value = "/var/lib/athanor/spill")]
     spill_dir: PathBuf,
 }
 
@@ -65,11 +66,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
     let metrics = athanor_telemetry::metrics();
     let ready = Readiness::new();
-    let ids = match std::env::var("ATHANOR_REQUEST_ID_KEY") {
+    let ids = match std::env::var(variable::REQUEST_ID_KEY) {
         Ok(key) if !key.is_empty() => RequestIds::new(key.as_bytes()),
         _ => {
             tracing::warn!(
-                "ATHANOR_REQUEST_ID_KEY is not set: feedback is recognised by the process that answered alone"
+                "{} is not set: only the process that answered a request accepts feedback for it",
+                variable::REQUEST_ID_KEY
             );
             RequestIds::random()
         }

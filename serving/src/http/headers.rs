@@ -1,6 +1,6 @@
 //! What every answer carries: `x-request-id` and `x-athanor-revision`.
 
-use athanor_contract::serve::header;
+use athanor_contract::process::header;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
 

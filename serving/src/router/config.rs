@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use athanor_contract::serve::RouterConfig;
+use athanor_contract::{process::file, serve::RouterConfig};
 
 /// Key of the ConfigMap.
-pub const KEY: &str = "router.json";
+pub const KEY: &str = file::ROUTER;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {

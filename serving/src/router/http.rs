@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use athanor_contract::process::path;
 use axum::{
     Json, Router,
     body::Body,
@@ -61,7 +62,7 @@ pub fn app(gateway: Arc<Gateway>) -> Router {
 /// `GET /analysis` for the ops port.
 pub fn analysis(gateway: Arc<Gateway>) -> Router {
     Router::new()
-        .route("/analysis", get(async |State(gateway): State<Arc<Gateway>>| Json(gateway.analysis.read())))
+        .route(path::ANALYSIS, get(async |State(gateway): State<Arc<Gateway>>| Json(gateway.analysis.read())))
         .with_state(gateway)
 }
 

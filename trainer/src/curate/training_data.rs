@@ -58,7 +58,7 @@ impl TrainingData {
         let spec = context.spec();
         let mut train = context.encoder.encode(rows)?;
         let mut teacher = match &context.prepared.teacher {
-            Some(folder) if setup::learns_from_teacher(spec) => Some(context.load_teacher(folder, rows)?),
+            Some(folder) if spec.learns_from_teacher() => Some(context.load_teacher(folder, rows)?),
             _ => None,
         };
         let mut kept = Cow::Borrowed(rows);
@@ -88,7 +88,7 @@ impl TrainingData {
                 None => format!("the new text {} of data.augment", place - kept.len() + 1),
             })?;
         }
-        let teacher = match teacher.filter(|_| setup::objective_asks(spec)) {
+        let teacher = match teacher.filter(|_| spec.objective_asks_teacher()) {
             Some(teacher) => Some(context.teacher_outputs(teacher, &train, reporter)?),
             None => None,
         };
@@ -177,7 +177,7 @@ impl TrainingContext<'_> {
     ) -> Result<Teacher, TrainError> {
         let spec = self.spec();
         let asked = spec.teacher.as_ref().and_then(|teacher| teacher.outputs);
-        let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+        let by_token = spec.objective.compares_hidden_states();
         let online = by_token
             || !self.encoder.task.teacher_is_cacheable()
             || asked == Some(TeacherOutputs::Online)
@@ -200,7 +200,7 @@ impl TrainingContext<'_> {
     /// As [`Online::load`].
     pub fn teacher_on(&self, rows: &[usize], test: &Encoded) -> Result<Option<Evaluation>, TrainError> {
         let spec = self.spec();
-        let learns = setup::learns_from_teacher(spec) && self.encoder.task.teacher_is_cacheable();
+        let learns = spec.learns_from_teacher() && self.encoder.task.teacher_is_cacheable();
         let Some(folder) = self.prepared.teacher.as_ref().filter(|_| learns) else { return Ok(None) };
         let logits = self.logits(&self.load_teacher(folder, rows)?, &test.ids, &mut None)?;
         let (confidences, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);

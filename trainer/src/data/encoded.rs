@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use athanor_contract::train::ObjectiveTerm;
+use athanor_contract::train::WeightedTerm;
 use athanor_models::{Model, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
@@ -48,7 +48,7 @@ pub trait Columns: Debug + Send + Sync {
     ///
     /// # Errors
     /// A tokenizer or data without what the task requires are user errors.
-    fn collate(&self, part: &Part, terms: &[ObjectiveTerm], pad_id: i64) -> Result<Batch, TrainError>;
+    fn collate(&self, part: &Part, terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError>;
 
     /// Measures a model on all `rows`, of which these are the columns; the ranks share the work and all get the
     /// results.

@@ -20,7 +20,7 @@ use crate::{
     TrainError,
     curate::{annotate, select},
     data::{Dataset, Encoded, Parts, batches::epoch_batches},
-    objectives::{self, Objective, Part, Teacher},
+    objectives::{Objective, Part, Teacher},
     report::{Reading, page},
     tasks::{self, Rows, Task},
     training,
@@ -184,9 +184,9 @@ impl Report<'_> {
         let plan = self.plan()?;
         let mut model = setup::load_model(spec, self.folder, &plan.labels, self.device)?;
         let teacher = self.load_teacher(&plan)?;
-        let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
         let seed = spec.hyperparameters.seed as u64;
-        let objective = Objective::new(terms, spec.model.task, &model, teacher.as_ref(), seed, self.device)?;
+        let objective =
+            Objective::new(spec.objective_terms(), spec.model.task, &model, teacher.as_ref(), seed, self.device)?;
         let mut lines = Lines::default();
         self.describe_job(&mut lines, &model, &objective);
         self.describe_data(&mut lines, &plan);
@@ -216,7 +216,7 @@ impl Report<'_> {
 
     fn load_teacher(&self, plan: &Plan) -> Result<Option<Teacher>, TrainError> {
         let spec = &self.config.spec;
-        let Some(folder) = self.teacher.filter(|_| setup::learns_from_teacher(spec)) else { return Ok(None) };
+        let Some(folder) = self.teacher.filter(|_| spec.learns_from_teacher()) else { return Ok(None) };
         let rows = &plan.parts.train[..plan.train.len()];
         let texts = rows.iter().map(|&row| self.dataset.rows.text(row));
         let (labels, max_length) = (&plan.labels, plan.max_length);
@@ -232,7 +232,7 @@ impl Report<'_> {
         if let Some(teacher) = &spec.teacher {
             lines.add("teacher", &teacher.from);
         }
-        let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, objectives::name(term)));
+        let terms = objective.terms().iter().map(|term| format!("{} x {}", term.weight, term.name()));
         lines.add("objective", terms.collect::<Vec<_>>().join(" + "));
     }
 

@@ -1,15 +1,16 @@
 //! What to train: the operator's `train.json`, or the user's own manifest on a laptop.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
 
 use athanor_contract::{
     artifact::{EVENTS, sha256_hex},
-    train::{CLUSTER_FIELDS, JobManifest, Task, TeacherOutputs, TrainConfig, TrainSpec},
+    process::api,
+    train::{self, CLUSTER_FIELDS, JobManifest, TrainConfig, TrainSpec},
 };
 use serde::de::DeserializeOwned;
 
-use super::{bounds, setup};
-use crate::{TrainError, objectives};
+use super::bounds;
+use crate::TrainError;
 
 /// Reads the configuration that the operator mounted.
 pub fn load(path: &Path) -> Result<TrainConfig, TrainError> {
@@ -28,9 +29,11 @@ pub fn load_manifest(path: &Path) -> Result<TrainConfig, TrainError> {
     let mut note = |field: serde_ignored::Path| unknown.push(field.to_string());
     let yaml = serde_yaml::Deserializer::from_str(&text);
     let manifest: JobManifest = located(path, serde_ignored::Deserializer::new(yaml, &mut note))?;
-    if manifest.kind != "FineTuneJob" || !manifest.api_version.starts_with("athanor.dev/") {
+    let is_of_group = manifest.api_version.split('/').next() == Some(api::GROUP);
+    if manifest.kind != api::FINE_TUNE_JOB || !is_of_group {
         let JobManifest { api_version, kind, .. } = manifest;
-        return Err(refused(format!("this is {kind} of {api_version}, not FineTuneJob of athanor.dev/v1alpha1")));
+        let expected = format!("{} of {}", api::FINE_TUNE_JOB, api::API_VERSION);
+        return Err(refused(format!("the document is a {kind} of {api_version}; expected a {expected}")));
     }
     let is_of_a_cluster = |field: &str| {
         field.starts_with("metadata.")
@@ -93,167 +96,29 @@ fn refuse(path: &Path, mistakes: Vec<String>) -> Result<(), TrainError> {
     Err(TrainError::User(lines.join("\n")))
 }
 
-/// The rules that the API server checks in a cluster and nobody on a laptop, and those between fields.
+/// The bounds and rules that the API server and the operator check in a cluster, and that no address is on a cluster's volume.
 fn mistakes(spec: &TrainSpec) -> Result<Vec<String>, TrainError> {
-    let mut mistakes = bounds::mistakes(spec)?;
-    mistakes.extend(spec.mistakes_of_task());
-    let mut refuse = |message: String| mistakes.push(message);
-    let names: BTreeSet<&str> = spec.data.sources.iter().map(|source| source.name.as_str()).collect();
-    if names.len() < spec.data.sources.len() {
-        refuse("data.sources: two sources have the same name".into());
+    let mut found = bounds::mistakes(spec)?;
+    found.extend(train::mistakes(spec).iter().map(ToString::to_string));
+    let h = &spec.hyperparameters;
+    if let Some(search) = &h.search
+        && let Err(mistake) = athanor_search::Search::new(search, h)
+    {
+        found.push(format!("hyperparameters.{mistake}"));
     }
-    for (index, source) in spec.data.sources.iter().enumerate() {
-        if source.uri.is_some() == source.kafka.is_some() {
-            refuse(format!("data.sources[{index}] ({}): set exactly one of uri and kafka", source.name));
-        }
-        if source.columns.pair.is_some() && spec.model.task != Task::Embedding {
-            let task = spec.model.task;
-            refuse(format!(
-                "data.sources[{index}] ({}).columns.pair is for the task Embedding: {task:?} reads one text a row",
-                source.name
-            ));
-        }
-        for (place, range) in source.kafka.iter().flat_map(|kafka| &kafka.ranges).enumerate() {
-            if range.begin > range.end {
-                refuse(format!(
-                    "data.sources[{index}] ({}).kafka.ranges[{place}]: begin must not be after end",
-                    source.name
-                ));
-            }
-        }
-    }
-    let uris = spec.data.sources.iter().enumerate();
-    let uris = uris.filter_map(|(index, source)| Some((format!("data.sources[{index}].uri"), source.uri.as_ref()?)));
+    let sources = spec.data.sources.iter().enumerate();
+    let sources =
+        sources.filter_map(|(index, source)| Some((format!("data.sources[{index}].uri"), source.uri.as_ref()?)));
     let models = [
         ("model.from", Some(&spec.model.from)),
         ("teacher.from", spec.teacher.as_ref().map(|teacher| &teacher.from)),
         ("evaluate.baseline", spec.evaluate.baseline.as_ref()),
     ];
     let models = models.into_iter().filter_map(|(field, uri)| Some((field.to_owned(), uri?)));
-    for (field, uri) in uris.chain(models).filter(|(_, uri)| uri.starts_with("pvc://")) {
-        refuse(format!("{field}: {uri} is on a volume of a cluster: name what is on this machine by file://"));
+    for (field, uri) in sources.chain(models).filter(|(_, uri)| uri.starts_with("pvc://")) {
+        found.push(format!("{field}: {uri} is on a cluster's volume; use file:// for a file on this machine"));
     }
-    if let Some(clean) = &spec.data.clean {
-        if clean.minimum_length.zip(clean.maximum_length).is_some_and(|(least, most)| least > most) {
-            refuse("data.clean: minimumLength must not be above maximumLength".into());
-        }
-        if clean.near_duplicates.is_some_and(|near| !(0.5..=1.0).contains(&near.threshold.get())) {
-            refuse("data.clean.nearDuplicates.threshold is from \"0.5\" to \"1\"".into());
-        }
-    }
-    if let Some(labels) = &spec.model.labels {
-        let distinct: BTreeSet<_> = labels.iter().collect();
-        if distinct.len() < labels.len() {
-            refuse("model.labels: each label once".into());
-        }
-    }
-    if let Some(student) = &spec.model.student {
-        if student.keep_layers.is_some() == student.fresh.is_some() {
-            refuse("model.student: set exactly one of keepLayers and fresh".into());
-        }
-        if student.fresh.is_some_and(|fresh| !fresh.hidden_size.is_multiple_of(fresh.attention_heads)) {
-            refuse("model.student.fresh: attentionHeads has to divide hiddenSize".into());
-        }
-    }
-    for mistake in objectives::mistakes(
-        &spec.objective,
-        spec.model.task,
-        spec.teacher.is_some(),
-        spec.hyperparameters.accumulate_steps,
-    ) {
-        refuse(mistake);
-    }
-    if let Some(annotate) = &spec.data.annotate {
-        if spec.model.task != Task::TextClassification {
-            refuse("data.annotate is for the task TextClassification".into());
-        }
-        match (&annotate.endpoint, &annotate.teacher) {
-            (Some(endpoint), None) => {
-                if endpoint.labels.is_none() && spec.model.labels.is_none() {
-                    refuse(
-                        "data.annotate.endpoint.labels, or model.labels, has to name the labels to choose from".into(),
-                    );
-                }
-                if endpoint.temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature.get())) {
-                    refuse("data.annotate.endpoint.temperature is from \"0\" to \"2\"".into());
-                }
-                let prices = endpoint.input_token_price.zip(endpoint.output_token_price);
-                if endpoint.maximum_cost.is_some() && prices.is_none() {
-                    refuse("data.annotate.endpoint.maximumCost needs inputTokenPrice and outputTokenPrice".into());
-                }
-            }
-            (None, Some(teacher)) => {
-                if spec.teacher.is_none() {
-                    refuse("data.annotate.teacher needs a teacher".into());
-                }
-                if !(0.0..=1.0).contains(&teacher.minimum_confidence.get()) {
-                    refuse("data.annotate.teacher.minimumConfidence is from \"0\" to \"1\"".into());
-                }
-            }
-            _ => refuse("data.annotate: set exactly one of endpoint and teacher".into()),
-        }
-    }
-    if let Some(teacher) = &spec.teacher {
-        let terms = objectives::terms(&spec.objective, spec.model.task, Some(teacher));
-        if !setup::learns_from_teacher(spec) && !spec.data.teacher_annotates() {
-            let names: Vec<&str> = terms.iter().map(objectives::name).collect();
-            refuse(format!(
-                "teacher: nothing uses it: objective.terms ({}) do not, and neither data.select nor data.annotate.teacher is set",
-                names.join(", ")
-            ));
-        }
-        if spec.data.augment.is_some() && !setup::objective_asks(spec) {
-            refuse(
-                "data.augment: no term of the objective asks the teacher, so that the new texts would teach nothing"
-                    .into(),
-            );
-        }
-        let by_token = terms.iter().any(|term| term.hidden_state.is_some());
-        if teacher.outputs == Some(TeacherOutputs::Cached) && (by_token || spec.model.task != Task::TextClassification)
-        {
-            refuse("teacher.outputs: Cached is for the task TextClassification without hiddenState terms".into());
-        }
-    }
-    for (index, step) in spec.compress.iter().enumerate() {
-        if step.prune.is_some() == step.quantize.is_some() {
-            refuse(format!("compress[{index}]: set exactly one of prune and quantize"));
-        }
-        if let Some(prune) = &step.prune
-            && prune.sparsity_percent.is_some() == prune.two_of_four
-        {
-            refuse(format!("compress[{index}].prune: set exactly one of sparsityPercent and twoOfFour"));
-        }
-        if step.prune.is_some() && spec.compress[..index].iter().any(|before| before.quantize.is_some()) {
-            refuse(format!("compress[{index}]: prune before quantize, which fixes the weights"));
-        }
-    }
-    let split = &spec.data.split;
-    let held_out = u32::from(split.validation_percent) + u32::from(split.test_percent);
-    if held_out >= 100 {
-        refuse("data.split: validationPercent and testPercent leave no rows to train on".into());
-    }
-    let h = &spec.hyperparameters;
-    if let Some(search) = &h.search
-        && let Err(mistake) = athanor_search::Search::new(search, h)
-    {
-        refuse(format!("hyperparameters.search: {mistake}"));
-    }
-    if h.epochs.is_some() && h.max_steps.is_some() {
-        refuse("hyperparameters: set epochs or maxSteps, not both".into());
-    }
-    for (index, gate) in spec.evaluate.gates.iter().enumerate() {
-        let limits = [&gate.minimum, &gate.minimum_gain, &gate.minimum_of_teacher];
-        if limits.into_iter().flatten().count() != 1 {
-            refuse(format!("evaluate.gates[{index}]: set exactly one of minimum, minimumGain and minimumOfTeacher"));
-        }
-        if gate.minimum_gain.is_some() && spec.evaluate.baseline.is_none() {
-            refuse(format!("evaluate.gates[{index}].minimumGain needs evaluate.baseline"));
-        }
-        if let Some(unknown) = gate.sources.iter().flatten().find(|name| !names.contains(name.as_str())) {
-            refuse(format!("evaluate.gates[{index}].sources: no source is named {unknown:?}"));
-        }
-    }
-    Ok(mistakes)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -290,7 +155,7 @@ spec:
     #[test]
     fn errors_name_the_field() {
         let cases = [
-            ("kind: FineTuneJob", "kind: Pod", "not FineTuneJob"),
+            ("kind: FineTuneJob", "kind: Pod", "expected a FineTuneJob of athanor.dev/v1alpha1"),
             ("task: TextClassification", "task: Nonsense", "spec.model.task"),
             ("uri: file:///data/reviews.jsonl", "columns: {}", "exactly one of uri and kafka"),
             ("podTemplate: {}", "hyperparameters: {batchSize: 0}", "batchSize"),
@@ -301,18 +166,26 @@ spec:
             (
                 "podTemplate: {}",
                 "objective: {terms: [{softLabel: {}}]}",
-                "objective.terms[0].softLabel needs a teacher",
+                "objective.terms[0].softLabel: requires a teacher",
             ),
             ("  data:", "  data:\n    annotate: {}", "data.annotate: set exactly one of endpoint and teacher"),
-            ("  data:", "  data:\n    annotate: {teacher: {}}", "data.annotate.teacher needs a teacher"),
+            ("  data:", "  data:\n    annotate: {teacher: {}}", "data.annotate.teacher: requires a teacher"),
             (
                 "  data:",
                 "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m}}",
-                "has to name the labels to choose from",
+                "data.annotate.endpoint.labels: required unless model.labels is set",
             ),
-            ("podTemplate: {}", "objective: {terms: [{}]}", "objective.terms[0]: a term is exactly one of"),
-            ("podTemplate: {}", "objective: {terms: [{contrastive: {}}]}", "is not for the task TextClassification"),
-            ("podTemplate: {}", "compress: [{quantize: {}}, {prune: {twoOfFour: true}}]", "prune before quantize"),
+            ("podTemplate: {}", "objective: {terms: [{}]}", "objective.terms[0]: set exactly one of crossEntropy"),
+            (
+                "podTemplate: {}",
+                "objective: {terms: [{contrastive: {}}]}",
+                "contrastive: the task TextClassification does not have this term",
+            ),
+            (
+                "podTemplate: {}",
+                "compress: [{quantize: {}}, {prune: {twoOfFour: true}}]",
+                "compress[1]: prune must come before quantize",
+            ),
             ("podTemplate: {}", "compress: [{prune: {}}]", "compress[0].prune: set exactly one of sparsityPercent"),
             (
                 "task: TextClassification",
@@ -324,7 +197,11 @@ spec:
                 "evaluate: {gates: [{metric: Accuracy, minimum: '0.5', sources: [x]}]}",
                 "no source is named \"x\"",
             ),
-            ("podTemplate: {}", "evaluate: {gates: [{metric: Accuracy, minimumGain: '0'}]}", "needs evaluate.baseline"),
+            (
+                "podTemplate: {}",
+                "evaluate: {gates: [{metric: Accuracy, minimumGain: '0'}]}",
+                "evaluate.gates[0].minimumGain: a gate with minimumGain requires evaluate.baseline",
+            ),
             ("name: reviews, uri", "name: Reviews, uri", "data.sources[0].name: \"Reviews\" does not match"),
             (
                 "file:///data/reviews.jsonl",
@@ -339,34 +216,34 @@ spec:
             (
                 "uri: file:///data/reviews.jsonl",
                 "kafka: {bootstrapServers: k, topic: t, ranges: [{partition: 0, begin: 3, end: 2}]}",
-                "data.sources[0] (reviews).kafka.ranges[0]: begin must not be after end",
+                "data.sources[0].kafka.ranges[0]: begin must not be after end",
             ),
             (
                 "uri: file:///data/reviews.jsonl",
                 "uri: file:///data/reviews.jsonl, columns: {pair: answer}",
-                "data.sources[0] (reviews).columns.pair is for the task Embedding",
+                "data.sources[0].columns.pair: requires the task Embedding",
             ),
             (
                 "file:///data/",
                 "pvc://reviews/data/",
-                "data.sources[0].uri: pvc://reviews/data/reviews.jsonl is on a volume of",
+                "data.sources[0].uri: pvc://reviews/data/reviews.jsonl is on a cluster's volume",
             ),
-            ("file:///models/", "pvc://models/", "model.from: pvc://models/minilm is on a volume of a cluster"),
+            ("file:///models/", "pvc://models/", "model.from: pvc://models/minilm is on a cluster's volume"),
             ("  data:", "  data:\n    clean: {minimumLength: 3, maximumLength: 2}", "minimumLength must not be above"),
             (
                 "  data:",
                 "  data:\n    clean: {nearDuplicates: {threshold: '0.4'}}",
-                "data.clean.nearDuplicates.threshold is from",
+                "data.clean.nearDuplicates.threshold: must be between 0.5 and 1",
             ),
             (
                 "  data:",
                 "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m, labels: [a, b], maximumCost: '1'}}",
-                "data.annotate.endpoint.maximumCost needs inputTokenPrice and outputTokenPrice",
+                "data.annotate.endpoint: maximumCost requires inputTokenPrice and outputTokenPrice",
             ),
             (
                 "  data:",
                 "  data:\n    annotate: {endpoint: {url: 'http://e/v1', model: m, labels: [a, b], temperature: '3'}}",
-                "data.annotate.endpoint.temperature is from",
+                "data.annotate.endpoint.temperature: must be between 0 and 2",
             ),
             (
                 "  data:",
@@ -381,27 +258,27 @@ spec:
             (
                 "podTemplate: {}",
                 "teacher: {from: 'file:///t'}\n  objective: {terms: [{crossEntropy: {}}]}",
-                "teacher: nothing uses it: objective.terms (crossEntropy) do not",
+                "teacher: nothing uses it: no term of objective.terms (crossEntropy)",
             ),
             (
                 "task: TextClassification}",
                 "task: TextRegression}\n  teacher: {from: 'file:///t'}",
-                "teacher: nothing uses it: objective.terms (meanSquaredError) do not",
+                "teacher: nothing uses it: no term of objective.terms (meanSquaredError)",
             ),
             (
                 "podTemplate: {}",
                 "teacher: {from: 'file:///t', outputs: Cached}\n  objective: {terms: [{hiddenState: {layers: [{student: 0, teacher: 0}]}}]}",
-                "teacher.outputs: Cached is for the task TextClassification without hiddenState terms",
+                "teacher.outputs: Cached requires the task TextClassification without hiddenState terms",
             ),
             (
                 "task: TextClassification}",
                 "task: MaskedLanguageModel}\n  teacher: {from: 'file:///t', outputs: Cached}",
-                "teacher.outputs: Cached is for the task TextClassification",
+                "teacher.outputs: Cached requires the task TextClassification",
             ),
             (
                 "podTemplate: {}",
                 "evaluate: {gates: [{metric: PearsonCorrelation, minimum: '0.5'}]}",
-                "evaluate.gates[0].metric: TextClassification has no PearsonCorrelation, but Accuracy or MacroF1",
+                "evaluate.gates[0].metric: the task TextClassification has no PearsonCorrelation; use Accuracy or MacroF1",
             ),
         ];
         for (from, to, part) in cases {

@@ -16,7 +16,6 @@ use crate::{
     curate::{augment::AugmentReport, select::SelectionReport},
     data::{Encoded, Parts},
     evaluate::{self, Evaluation, Others, SHARE_OF_TEACHER},
-    objectives,
     report::{History, page},
     training::Trained,
 };
@@ -141,7 +140,7 @@ impl Finished<'_> {
         let TrainingContext { job, prepared, encoder, .. } = self.context;
         let (spec, labels, dataset) = (job.spec(), &encoder.labels, &prepared.dataset);
         let history: &History = &self.trained.history;
-        let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
+        let terms = spec.objective_terms();
         let classes = compressed.evaluation.classes();
         let report = page::Report {
             job: &job.config.name,

@@ -6,20 +6,17 @@
 
 use std::{process::ExitStatus, sync::Arc};
 
-use athanor_contract::train::{DataSpec, Hyperparameters, TrainConfig, TrainResult, TrainSpec, exit_code};
+use athanor_contract::{
+    process::api,
+    train::{DataSpec, Hyperparameters, TrainConfig, TrainResult, TrainSpec, exit_code},
+};
 use athanor_search::{Next, Search, Trial, Unit, apply};
 use athanor_store::StoreError;
 use tokio::{process::Command, runtime::Handle, sync::OnceCell, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::{config, run};
-use crate::{
-    TrainError,
-    distributed::environment,
-    report::{Reading, termination},
-    tasks,
-    training::{LOSS_LOG, count_steps},
-};
+use crate::{TrainError, distributed::environment, report::Reading, tasks, training::count_steps};
 
 /// Runs the trials of the specification and returns the job with the values of the best one.
 ///
@@ -155,7 +152,7 @@ async fn train(config: &TrainConfig, key: &str, data: &Data) -> Result<f64, Trai
         tracing::info!(trial = config.name, "the data have changed since the trial: it runs again");
     }
     let manifest = serde_json::json!({
-        "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob",
+        "apiVersion": api::API_VERSION, "kind": api::FINE_TUNE_JOB,
         "metadata": {"name": config.name}, "spec": config.spec,
     });
     let file = tempfile::Builder::new().suffix(".json").tempfile().map_err(TrainError::other)?;
@@ -165,7 +162,7 @@ async fn train(config: &TrainConfig, key: &str, data: &Data) -> Result<f64, Trai
     let message = tempfile::NamedTempFile::new().map_err(TrainError::other)?;
     let mut command = Command::new(program);
     command.args(["run", "-f"]).arg(file.path()).kill_on_drop(true);
-    command.env(termination::PATH, message.path()).env(LOSS_LOG, "");
+    command.env(environment::TERMINATION_LOG, message.path()).env(environment::LOSS_LOG, "");
     command.env(environment::PARENT, std::process::id().to_string());
     let status: ExitStatus = command.status().await.map_err(TrainError::other)?;
     if !status.success() {

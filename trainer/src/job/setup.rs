@@ -12,7 +12,7 @@ use tch::Device;
 use crate::{
     TrainError,
     data::{Dataset, Parts},
-    objectives, tasks,
+    tasks,
     teacher::{Online, Student},
 };
 
@@ -45,17 +45,6 @@ pub fn choose_labels(
     let inherited = teacher.filter(|_| spec.data.teacher_annotates()).unwrap_or(parent);
     let inherited = EncoderConfig::load(inherited)?.labels();
     Ok(dataset.choose_labels(spec.model.labels.as_deref(), inherited.as_deref())?)
-}
-
-/// Whether training or the selection of rows asks the teacher; otherwise it may be there for annotation alone.
-pub fn learns_from_teacher(spec: &TrainSpec) -> bool {
-    spec.data.select.is_some() || objective_asks(spec)
-}
-
-/// Whether the objective asks the teacher.
-pub fn objective_asks(spec: &TrainSpec) -> bool {
-    let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
-    terms.iter().any(|term| objectives::needs_teacher(term, spec.model.task))
 }
 
 /// The model that is trained, before its first step.
@@ -103,7 +92,7 @@ pub fn load_teacher<'t>(
     texts: impl IntoIterator<Item = &'t str>,
     device: Device,
 ) -> Result<Online, TrainError> {
-    let by_token = spec.objective.terms.iter().any(|term| term.hidden_state.is_some());
+    let by_token = spec.objective.compares_hidden_states();
     let student = Student { task: spec.model.task, labels, folder: parent, by_token, max_length };
     let mut teacher = Online::load(folder, &student, device)?;
     teacher.read_rows(texts)?;

@@ -11,7 +11,7 @@ use super::{context::JobContext, prepare::Prepared, setup};
 use crate::{
     TrainError,
     data::{Dataset, Encoded},
-    objectives::{self, Objective, Teacher},
+    objectives::{Objective, Teacher},
     report::Reporter,
     tasks::{self, Rows, Task},
     training::Session,
@@ -96,9 +96,8 @@ impl<'a> TrainingContext<'a> {
     pub fn session<'s>(&'s self, training: Training<'s>) -> Result<Session<'s>, TrainError> {
         let (spec, process) = (self.spec(), self.job.process);
         let Training { stage, model, train, teacher, validation, reporter } = training;
-        let terms = objectives::terms(&spec.objective, spec.model.task, spec.teacher.as_ref());
         let seed = spec.hyperparameters.seed as u64;
-        let objective = Objective::new(terms, spec.model.task, model, teacher, seed, self.device())?;
+        let objective = Objective::new(spec.objective_terms(), spec.model.task, model, teacher, seed, self.device())?;
         Ok(Session {
             spec,
             stage,

@@ -5,7 +5,7 @@
 
 pub mod terms;
 
-use athanor_contract::train::{ObjectiveSpec, ObjectiveTerm, Task, TeacherSpec};
+use athanor_contract::train::{Task, WeightedTerm};
 use athanor_models::Model;
 use athanor_torch::Autocast;
 use tch::{Device, Kind, Tensor};
@@ -18,72 +18,9 @@ use crate::{TrainError, tasks};
 /// The terms of a job, with the parameters that they train next to the model's.
 pub struct Objective {
     task: &'static dyn tasks::Task,
-    specs: Vec<ObjectiveTerm>,
+    specs: Vec<WeightedTerm>,
     terms: Vec<Box<dyn Term>>,
     parameters: Vec<(String, Tensor)>,
-}
-
-/// The terms of a specification, defaults filled in.
-pub fn terms(spec: &ObjectiveSpec, task: Task, teacher: Option<&TeacherSpec>) -> Vec<ObjectiveTerm> {
-    let task = tasks::of(task);
-    match teacher {
-        _ if !spec.terms.is_empty() => spec.terms.clone(),
-        Some(_) => task.terms_with_teacher(),
-        None => vec![task.own_term()],
-    }
-}
-
-/// A term's name in a manifest; empty if the term sets no kind.
-pub fn name(term: &ObjectiveTerm) -> &'static str {
-    terms::of(term).map_or("", |term| term.name())
-}
-
-/// What is wrong with an objective, whatever the models are, besides numbers outside their bounds.
-pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_steps: u32) -> Vec<String> {
-    let mut mistakes = Vec::new();
-    for (index, term) in spec.terms.iter().enumerate() {
-        let place = format!("objective.terms[{index}]");
-        let kinds = [
-            term.cross_entropy.is_some(),
-            term.mean_squared_error.is_some(),
-            term.soft_label.is_some(),
-            term.hidden_state.is_some(),
-            term.masked_language_model.is_some(),
-            term.contrastive.is_some(),
-        ];
-        if kinds.iter().filter(|is_there| **is_there).count() != 1 {
-            mistakes.push(format!(
-                "{place}: a term is exactly one of crossEntropy, meanSquaredError, softLabel, hiddenState, maskedLanguageModel and \
-                 contrastive"
-            ));
-            continue;
-        }
-        let name = name(term);
-        let fits = match task {
-            Task::TextClassification => ["crossEntropy", "meanSquaredError", "softLabel", "hiddenState"].as_slice(),
-            Task::TextRegression => &["meanSquaredError", "hiddenState"],
-            Task::MaskedLanguageModel => &["maskedLanguageModel", "softLabel", "hiddenState"],
-            Task::Embedding => &["contrastive", "meanSquaredError", "hiddenState"],
-        };
-        if !fits.contains(&name) {
-            mistakes.push(format!("{place}.{name} is not for the task {task:?}: {} are", fits.join(", ")));
-        }
-        if needs_teacher(term, task) && !has_teacher {
-            mistakes.push(format!("{place}.{name} needs a teacher"));
-        }
-    }
-    if accumulate_steps > 1 && task == Task::Embedding {
-        mistakes.push(
-            "hyperparameters: accumulateSteps has to be 1 for contrastive terms, which compare all pairs of a batch"
-                .into(),
-        );
-    }
-    mistakes
-}
-
-/// Whether a term compares the model with a teacher.
-pub fn needs_teacher(term: &ObjectiveTerm, task: Task) -> bool {
-    terms::of(term).is_some_and(|term| term.needs_teacher(tasks::of(task)))
 }
 
 impl Objective {
@@ -92,7 +29,7 @@ impl Objective {
     /// # Errors
     /// Layers that a model does not have, and widths that differ without a projection, are user errors.
     pub fn new(
-        specs: Vec<ObjectiveTerm>,
+        specs: Vec<WeightedTerm>,
         task: Task,
         model: &Model,
         teacher: Option<&Teacher>,
@@ -104,7 +41,7 @@ impl Objective {
         let mut terms = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
             let user = |message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
-            let mut term = terms::of(spec).ok_or_else(|| user("the term sets no kind".into()))?;
+            let mut term = terms::of(&spec.term);
             term.prepare(&Models { index, task, student, teacher, seed, device }).map_err(user)?;
             terms.push(term);
         }
@@ -118,7 +55,7 @@ impl Objective {
         &self.parameters
     }
 
-    pub fn terms(&self) -> &[ObjectiveTerm] {
+    pub fn terms(&self) -> &[WeightedTerm] {
         &self.specs
     }
 
@@ -155,7 +92,7 @@ impl Objective {
 mod tests {
     use std::path::PathBuf;
 
-    use athanor_contract::train::HiddenStateLoss;
+    use athanor_contract::train::{HiddenStateLoss, ObjectiveTermSpec};
     use athanor_models::{Options, Shape};
 
     use super::*;
@@ -231,7 +168,8 @@ mod tests {
                 "layers": [{"student": 1, "teacher": 2}, {"student": 0, "teacher": 1}],
                 "loss": format!("{loss:?}"), "projection": true,
             }});
-            let terms = vec![serde_json::from_value(term).unwrap()];
+            let term: ObjectiveTermSpec = serde_json::from_value(term).unwrap();
+            let terms = vec![term.parse().unwrap()];
             let objective = Objective::new(terms, task, &model, Some(&teacher), 5, Device::Cpu).unwrap();
             let mut projections: Vec<Numbers> =
                 objective.parameters().iter().map(|(_, tensor)| numbers(&tensor.detach())).collect();

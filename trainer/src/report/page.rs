@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary, TrialOutcome};
+use athanor_contract::train::{Hyperparameters, TrainSummary, TrialOutcome, WeightedTerm};
 use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
@@ -21,7 +21,6 @@ use crate::{
     data::{Dataset, Parts},
     evaluate::SHARE_OF_TEACHER,
     job::cross_validation::{CrossValidation, FoldResult},
-    objectives,
 };
 
 pub const JSON: &str = "report.json";
@@ -77,9 +76,9 @@ pub struct Term {
 }
 
 impl Term {
-    pub fn new(term: &ObjectiveTerm) -> Self {
-        let name = objectives::name(term);
-        let whole = serde_json::to_value(term).unwrap_or_default();
+    pub fn new(term: &WeightedTerm) -> Self {
+        let name = term.name();
+        let whole = serde_json::to_value(&term.term).unwrap_or_default();
         let settings = match &whole[name] {
             serde_json::Value::Object(settings) => {
                 let word = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -260,7 +259,7 @@ fn matrix(labels: &[String], confusion: &[Confusion]) -> Vec<(String, Vec<(usize
 mod tests {
     use athanor_contract::{
         Decimal,
-        train::{DataSpec, Task},
+        train::{DataSpec, ObjectiveSpec, Task},
     };
 
     use super::*;
@@ -324,7 +323,8 @@ mod tests {
             history: &history,
             sources: sources(&dataset, &Parts { train: vec![0], validation: vec![], test: vec![1] }),
             teacher: Some("s3://b/teacher"),
-            objective: objectives::terms(&Default::default(), Task::TextClassification, None)
+            objective: ObjectiveSpec::default()
+                .terms_of(Task::TextClassification, false)
                 .iter()
                 .map(Term::new)
                 .collect(),

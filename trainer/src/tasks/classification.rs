@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use athanor_contract::train::{self, Metric, ObjectiveTerm};
+use athanor_contract::train::{self, Metric, WeightedTerm};
 use athanor_models::{self as models, Model};
 use tch::{Kind, Tensor};
 
-use super::task::{Rows, Task, term, with_soft_labels};
+use super::task::{Rows, Task};
 use crate::{
     TrainError,
     data::{Batch, Columns, Encoded, IGNORED, Part},
@@ -43,14 +43,6 @@ impl Task for Classification {
         matches!(head, models::Task::Classification(_))
     }
 
-    fn own_term(&self) -> ObjectiveTerm {
-        ObjectiveTerm { cross_entropy: Some(Default::default()), ..term(1.0) }
-    }
-
-    fn terms_with_teacher(&self) -> Vec<ObjectiveTerm> {
-        with_soft_labels(self.own_term())
-    }
-
     fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
         // At most 1,024 labels are found; a model that has more than 65,536 has none for the rest.
         let index: HashMap<&str, u16> = rows.labels.iter().map(String::as_str).zip(0..).collect();
@@ -81,7 +73,7 @@ impl Columns for Labels {
         Some(&self.0)
     }
 
-    fn collate(&self, part: &Part, _terms: &[ObjectiveTerm], pad_id: i64) -> Result<Batch, TrainError> {
+    fn collate(&self, part: &Part, _terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError> {
         let labels: Vec<i64> = part.rows.iter().map(|&row| self.0[row].map_or(IGNORED, i64::from)).collect();
         Ok(Batch { targets: Tensor::from_slice(&labels).to_device(part.device), ..part.texts(pad_id) })
     }

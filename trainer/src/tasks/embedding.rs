@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use athanor_contract::train::{self, Metric, ObjectiveTerm};
+use athanor_contract::train::{self, Metric, WeightedTerm};
 use athanor_models::{self as models, Model, tokenizer::TokenRows};
 use tch::{Kind, Tensor};
 
-use super::task::{Rows, Task, term};
+use super::task::{Rows, Task};
 use crate::{
     TrainError,
     data::{Batch, Columns, Dataset, Encoded, Part},
@@ -44,14 +44,6 @@ impl Task for Embedding {
         true
     }
 
-    fn own_term(&self) -> ObjectiveTerm {
-        ObjectiveTerm { contrastive: Some(Default::default()), ..term(1.0) }
-    }
-
-    fn terms_with_teacher(&self) -> Vec<ObjectiveTerm> {
-        vec![self.own_term(), ObjectiveTerm { mean_squared_error: Some(Default::default()), ..term(1.0) }]
-    }
-
     fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
         let second: Result<Vec<&str>, TrainError> = rows.rows.iter().map(|&row| pair(rows.dataset, row)).collect();
         Ok(Box::new(SecondTexts(rows.tokenizer.encode_rows(second?, rows.max_length)?)))
@@ -79,7 +71,7 @@ impl Columns for SecondTexts {
         Some(&self.0)
     }
 
-    fn collate(&self, part: &Part, _terms: &[ObjectiveTerm], pad_id: i64) -> Result<Batch, TrainError> {
+    fn collate(&self, part: &Part, _terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError> {
         Ok(part.texts(pad_id))
     }
 

@@ -1,12 +1,12 @@
 //! `MaskedLanguageModel`: the tokens that were masked.
 
-use athanor_contract::train::{self, Metric, ObjectiveTerm};
+use athanor_contract::train::{self, MaskedLanguageModelTerm, Metric, ObjectiveTerm, WeightedTerm};
 use athanor_models::{self as models, Model, tokenizer::MaskTokens};
 use tch::{Kind, Tensor};
 
 use super::{
     masking::Masked,
-    task::{Rows, Task, term, with_soft_labels},
+    task::{Rows, Task},
 };
 use crate::{
     TrainError,
@@ -35,14 +35,6 @@ impl Task for MaskedLanguageModel {
 
     fn accepts_teacher(&self, head: &models::Task) -> bool {
         *head == models::Task::MaskedLanguageModel
-    }
-
-    fn own_term(&self) -> ObjectiveTerm {
-        ObjectiveTerm { masked_language_model: Some(Default::default()), ..term(1.0) }
-    }
-
-    fn terms_with_teacher(&self) -> Vec<ObjectiveTerm> {
-        with_soft_labels(self.own_term())
     }
 
     fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
@@ -74,8 +66,12 @@ impl Columns for Maskable {
 
     fn extend(&mut self, _count: usize) {}
 
-    fn collate(&self, part: &Part, terms: &[ObjectiveTerm], pad_id: i64) -> Result<Batch, TrainError> {
-        let probability = terms.iter().find_map(|term| term.masked_language_model).unwrap_or_default().probability;
+    fn collate(&self, part: &Part, terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError> {
+        let probability = terms.iter().find_map(|term| match term.term {
+            ObjectiveTerm::MaskedLanguageModel(term) => Some(term.probability),
+            _ => None,
+        });
+        let probability = probability.unwrap_or_else(|| MaskedLanguageModelTerm::default().probability);
         let masked = |rows: &[usize]| -> Result<Masked, TrainError> {
             Ok(Masked::new(&part.train.ids, rows, self.tokens()?, probability, part.seed))
         };

@@ -1,10 +1,10 @@
 //! `TextRegression`: one number for each text.
 
-use athanor_contract::train::{self, Metric, ObjectiveTerm};
+use athanor_contract::train::{self, Metric, WeightedTerm};
 use athanor_models::{self as models, Model};
 use tch::Tensor;
 
-use super::task::{Rows, Task, term};
+use super::task::{Rows, Task};
 use crate::{
     TrainError,
     data::{Batch, Columns, Dataset, Encoded, Part},
@@ -34,10 +34,6 @@ impl Task for Regression {
         *head == models::Task::Regression
     }
 
-    fn own_term(&self) -> ObjectiveTerm {
-        ObjectiveTerm { mean_squared_error: Some(Default::default()), ..term(1.0) }
-    }
-
     fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
         let numbers: Result<_, TrainError> = rows.rows.iter().map(|&row| number(rows.dataset, row)).collect();
         Ok(Box::new(Numbers(numbers?)))
@@ -62,7 +58,7 @@ impl Columns for Numbers {
         self.0.resize(self.0.len() + count, f32::NAN);
     }
 
-    fn collate(&self, part: &Part, _terms: &[ObjectiveTerm], pad_id: i64) -> Result<Batch, TrainError> {
+    fn collate(&self, part: &Part, _terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError> {
         let values: Vec<f32> = part.rows.iter().map(|&row| self.0[row]).collect();
         Ok(Batch { targets: Tensor::from_slice(&values).unsqueeze(1).to_device(part.device), ..part.texts(pad_id) })
     }

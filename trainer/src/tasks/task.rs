@@ -1,6 +1,6 @@
 //! What a task is to the trainer: one trait that every `model.task` implements in a file of its own.
 
-use athanor_contract::train::{self, ObjectiveTerm};
+use athanor_contract::train;
 use athanor_models::{self as models, Model, Tokenizer};
 use tch::Tensor;
 
@@ -67,14 +67,6 @@ pub trait Task: Send + Sync {
     /// Whether a model with this head can teach the task.
     fn accepts_teacher(&self, head: &models::Task) -> bool;
 
-    /// The term that the task trains with where the specification names none.
-    fn own_term(&self) -> ObjectiveTerm;
-
-    /// The terms with a teacher, where the specification names none.
-    fn terms_with_teacher(&self) -> Vec<ObjectiveTerm> {
-        vec![self.own_term()]
-    }
-
     /// What the task keeps of each row besides its text.
     ///
     /// # Errors
@@ -83,29 +75,4 @@ pub trait Task: Send + Sync {
 
     /// What the task predicts from the last hidden states: one row for each row or target of the batch.
     fn outputs(&self, model: &Model, batch: &Batch, last: &Tensor, train: bool) -> Tensor;
-}
-
-/// A term without a kind: the basis of default terms.
-pub fn term(weight: f64) -> ObjectiveTerm {
-    ObjectiveTerm {
-        weight,
-        cross_entropy: None,
-        mean_squared_error: None,
-        soft_label: None,
-        hidden_state: None,
-        masked_language_model: None,
-        contrastive: None,
-    }
-}
-
-/// Weights of the task's own term and of soft labels, where the specification names no terms.
-const DISTILLATION: (f64, f64) = (0.5, 0.5);
-
-/// Half the task's own term, half soft labels.
-pub fn with_soft_labels(own: ObjectiveTerm) -> Vec<ObjectiveTerm> {
-    let (own_weight, soft_weight) = DISTILLATION;
-    vec![
-        ObjectiveTerm { weight: own_weight, ..own },
-        ObjectiveTerm { soft_label: Some(Default::default()), ..term(soft_weight) },
-    ]
 }

@@ -13,10 +13,6 @@ use crate::{
 pub struct Contrastive(pub ContrastiveTerm);
 
 impl Term for Contrastive {
-    fn name(&self) -> &'static str {
-        "contrastive"
-    }
-
     fn is_shared(&self) -> bool {
         true
     }

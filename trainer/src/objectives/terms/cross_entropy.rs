@@ -9,10 +9,6 @@ use crate::{TrainError, data::IGNORED};
 pub struct CrossEntropy(pub CrossEntropyTerm);
 
 impl Term for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "crossEntropy"
-    }
-
     fn value(&self, pass: &Pass) -> Result<Tensor, TrainError> {
         Ok(cross_entropy(pass.outputs, &pass.batch.targets, self.0.label_smoothing))
     }

@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{Device, Kind, Tensor};
 
 use super::{Models, Pass, Term};
-use crate::{TrainError, data::batches::mix, tasks::Task};
+use crate::{TrainError, data::batches::mix};
 
 pub struct HiddenState {
     spec: HiddenStateTerm,
@@ -22,14 +22,6 @@ impl HiddenState {
 }
 
 impl Term for HiddenState {
-    fn name(&self) -> &'static str {
-        "hiddenState"
-    }
-
-    fn needs_teacher(&self, _task: &dyn Task) -> bool {
-        true
-    }
-
     fn needs_states(&self) -> bool {
         true
     }

@@ -9,10 +9,6 @@ use crate::TrainError;
 pub struct MaskedTokens;
 
 impl Term for MaskedTokens {
-    fn name(&self) -> &'static str {
-        "maskedLanguageModel"
-    }
-
     fn value(&self, pass: &Pass) -> Result<Tensor, TrainError> {
         Ok(cross_entropy(pass.outputs, &pass.batch.targets, 0.0) * pass.batch.rows_per_target)
     }

@@ -3,19 +3,11 @@
 use tch::{Kind, Tensor};
 
 use super::{Models, Pass, Term};
-use crate::{TrainError, tasks::Task};
+use crate::TrainError;
 
 pub struct MeanSquaredError;
 
 impl Term for MeanSquaredError {
-    fn name(&self) -> &'static str {
-        "meanSquaredError"
-    }
-
-    fn needs_teacher(&self, task: &dyn Task) -> bool {
-        !task.labels_are_numbers()
-    }
-
     fn prepare(&mut self, models: &Models) -> Result<(), String> {
         let Some(teacher) = models.teacher.filter(|_| models.task.outputs_are_vectors()) else { return Ok(()) };
         let (own, wanted) = (models.student.hidden_size, teacher.hidden_size);

@@ -23,38 +23,20 @@ use crate::{
     teacher::Answer,
 };
 
-/// The kind of a term of the specification; `None` if the term sets no kind.
-pub fn of(term: &ObjectiveTerm) -> Option<Box<dyn Term>> {
-    let ObjectiveTerm {
-        weight: _,
-        cross_entropy,
-        mean_squared_error,
-        soft_label,
-        hidden_state,
-        masked_language_model,
-        contrastive,
-    } = term.clone();
-    let kinds: [Option<Box<dyn Term>>; 6] = [
-        cross_entropy.map(|spec| Box::new(cross_entropy::CrossEntropy(spec)) as _),
-        mean_squared_error.map(|_| Box::new(mean_squared_error::MeanSquaredError) as _),
-        soft_label.map(|spec| Box::new(soft_label::SoftLabel(spec)) as _),
-        hidden_state.map(|spec| Box::new(hidden_state::HiddenState::new(spec)) as _),
-        masked_language_model.map(|_| Box::new(masked_tokens::MaskedTokens) as _),
-        contrastive.map(|spec| Box::new(contrastive::Contrastive(spec)) as _),
-    ];
-    kinds.into_iter().flatten().next()
+/// The implementation of a term of the specification.
+pub fn of(term: &ObjectiveTerm) -> Box<dyn Term> {
+    match term {
+        ObjectiveTerm::CrossEntropy(spec) => Box::new(cross_entropy::CrossEntropy(*spec)),
+        ObjectiveTerm::MeanSquaredError => Box::new(mean_squared_error::MeanSquaredError),
+        ObjectiveTerm::SoftLabel(spec) => Box::new(soft_label::SoftLabel(*spec)),
+        ObjectiveTerm::HiddenState(spec) => Box::new(hidden_state::HiddenState::new(spec.clone())),
+        ObjectiveTerm::MaskedLanguageModel(_) => Box::new(masked_tokens::MaskedTokens),
+        ObjectiveTerm::Contrastive(spec) => Box::new(contrastive::Contrastive(*spec)),
+    }
 }
 
 /// One kind of term.
 pub trait Term {
-    /// The name in a manifest.
-    fn name(&self) -> &'static str;
-
-    /// Whether the term compares the model with a teacher.
-    fn needs_teacher(&self, _task: &dyn Task) -> bool {
-        false
-    }
-
     /// Whether the term compares hidden states of every layer, token by token.
     fn needs_states(&self) -> bool {
         false

@@ -4,19 +4,11 @@ use athanor_contract::train::{Divergence, SoftLabelTerm};
 use tch::{Kind, Tensor};
 
 use super::{Pass, Term};
-use crate::{TrainError, tasks::Task};
+use crate::TrainError;
 
 pub struct SoftLabel(pub SoftLabelTerm);
 
 impl Term for SoftLabel {
-    fn name(&self) -> &'static str {
-        "softLabel"
-    }
-
-    fn needs_teacher(&self, _task: &dyn Task) -> bool {
-        true
-    }
-
     fn value(&self, pass: &Pass) -> Result<Tensor, TrainError> {
         let sum = soft_label(pass.outputs, &pass.answer()?.outputs, self.0.temperature, self.0.divergence);
         Ok(sum * pass.batch.rows_per_target)
