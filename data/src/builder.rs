@@ -42,7 +42,7 @@ impl Builder {
         self.rows_of_source
     }
 
-    /// Whether a text is kept once, as it comes. Where cleaning is asked for, it decides once all rows are there.
+    /// Whether each text is kept once while it is read. With cleaning, duplicates are resolved when all rows are there.
     pub fn drops_duplicates(&self) -> bool {
         self.cleaners.is_none()
     }

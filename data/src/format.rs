@@ -1,4 +1,4 @@
-//! Files to rows: what a name says about format and compression, and one parser a format. Parsers read a stream and
+//! Files to rows: the format and compression that a name implies, and one parser for each format. Parsers read a stream and
 //! keep one row at a time. A malformed row is the user's error and names file, row and field.
 
 mod html;
@@ -37,7 +37,7 @@ pub(crate) enum Compression {
     Zstandard,
 }
 
-/// What the ending of a name says, unless `given` says the format.
+/// Format and compression by the ending of a name, unless the format is `given`.
 pub(crate) fn of_name(uri: &str, given: Option<DataFormat>) -> Result<(DataFormat, Compression), DataError> {
     let path = uri.split(['?', '#']).next().unwrap_or(uri);
     let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
@@ -51,7 +51,7 @@ pub(crate) fn of_name(uri: &str, given: Option<DataFormat>) -> Result<(DataForma
     match given.or_else(of_ending) {
         Some(format) => Ok((format, compression)),
         None => Err(DataError::User(format!(
-            "{uri}: the name does not say the format: it has to end in .jsonl, .csv, .tsv, .parquet, .txt, .pdf or \
+            "{uri}: unknown format: the name has to end in .jsonl, .csv, .tsv, .parquet, .txt, .pdf or \
              .html, each also with .gz or .zst behind it; or set the source's format"
         ))),
     }

@@ -36,7 +36,7 @@ pub(crate) use hub::Hub;
 use opened::{CHUNK, Opened};
 use pattern::is_pattern;
 
-/// What reading a source needs beside it.
+/// What reading a source requires besides it.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
     pub needs_labels: bool,
@@ -58,7 +58,7 @@ impl Input {
         }
     }
 
-    /// Where it is known before the file is opened.
+    /// Absent if it is unknown before the file is opened.
     fn size(&self) -> Option<u64> {
         match self {
             Self::Object(object) => object.size(),

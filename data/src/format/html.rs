@@ -93,7 +93,7 @@ impl Writer {
         } else if self.hidden.is_empty() {
             self.lay_out(name, opens);
         }
-        // The tokenizer knows no elements: their content's rules are the tree builder's to say.
+        // The tokenizer has no elements: the rules for their content are the tree builder's.
         match name {
             "script" if opens => TokenSinkResult::RawData(RawKind::ScriptData),
             "style" | "iframe" | "noembed" | "noframes" if opens => TokenSinkResult::RawData(RawKind::Rawtext),

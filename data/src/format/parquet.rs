@@ -41,7 +41,7 @@ pub(super) fn read(mut reader: impl Read, reading: &mut Reading) -> Result<(), D
     Ok(())
 }
 
-/// Copies, and tells a stream that cannot be read (damaged) from a disk that cannot be written.
+/// Copies, and distinguishes a stream that cannot be read (damaged) from a disk that cannot be written.
 fn copy(reader: &mut impl Read, file: &mut File, reading: &Reading) -> Result<(), DataError> {
     let mut buffer = vec![0; 256 << 10];
     loop {

@@ -13,9 +13,9 @@ use super::{
 };
 use crate::DataError;
 
-/// How the store's client refuses an answer whose length is not told.
+/// The error of the store's client for an answer without a length.
 const NO_LENGTH: &str = "Content-Length Header missing";
-/// Of a web address that the store's client does not open, a second and then two after a failure, and so on.
+/// Pauses after failures to open a web address that the store's client does not open: a second, then two, and so on.
 const RETRIES: usize = 3;
 
 pub(super) struct Object {
@@ -107,7 +107,7 @@ pub(super) fn without_query(uri: &str) -> &str {
     uri.split_once('?').filter(|_| uri.starts_with("http")).map_or(uri, |(place, _)| place)
 }
 
-/// A body that may come in chunks, as servers send what they make on the way: its end tells then that it is whole.
+/// A body that may come in chunks, as servers send generated content: its end shows that it is complete.
 /// `uri` is for messages.
 async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
     let failed = |error: reqwest::Error| broken(uri, &error.without_url());

@@ -34,7 +34,7 @@ const TIMED: usize = 40;
 pub struct Form {
     /// "trained", or the step in words.
     pub name: String,
-    /// Of the weights' file.
+    /// Size of the weights' file.
     pub bytes: u64,
     /// Share of zeros in the encoder's matrices.
     pub sparsity: f64,

@@ -50,7 +50,7 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    /// Of the words that occur in `texts`. `words` are the vocabulary's with their rows in `embeddings` [V, C]. Rank 0
+    /// The neighbours of the words that occur in `texts`. `words` are the vocabulary's with their rows in `embeddings` [V, C]. Rank 0
     /// decides for all, since cosines may differ in their last bit from machine to machine.
     pub fn find<'t>(
         texts: impl Iterator<Item = &'t str>,

@@ -49,7 +49,7 @@ pub fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: u64
     Batches { rows, starts, size: batch_size }
 }
 
-/// Of a rank's even share of a batch, the parts by which it may be smaller or larger.
+/// Parts of a rank's even share of a batch by which the share may be smaller or larger.
 const RUNS_A_SHARE: usize = 4;
 
 /// The rows of a batch that this rank computes, from the longest. Every rank pads its rows to its longest one, so each

@@ -1,4 +1,4 @@
-//! What the schema of a type says of numbers, lengths and patterns, checked where no API server does.
+//! The bounds of numbers, lengths and patterns in a type's schema, checked where no API server checks them.
 
 use regex::Regex;
 use schemars::{JsonSchema, generate::SchemaSettings};

@@ -22,7 +22,7 @@ use crate::{
 
 /// The models that the result is compared with, on the test rows.
 pub struct Compared {
-    /// With the rows' labels as the baseline has them.
+    /// Measured with the labels of the baseline.
     pub baseline: Option<Evaluation>,
     pub teacher: Option<Evaluation>,
 }

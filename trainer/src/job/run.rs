@@ -121,9 +121,9 @@ fn stage(reporter: &mut Option<Reporter>, stage: &str) {
 fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result<Option<TrainResult>, TrainError> {
     let mut prepared = prepare(job)?;
     let restored = prepared.restored.take();
+    let context = TrainingContext::new(job, &prepared)?;
     let parts = prepared.dataset.split(&job.spec().data.split)?;
     setup::check_gates(&job.spec().evaluate.gates, &prepared.dataset, &parts)?;
-    let context = TrainingContext::new(job, &prepared)?;
     let run = Run { held_out: HeldOut::new(&context.encoder, &parts), context: &context, parts: &parts };
     run.run(restored, reporter)
 }

@@ -73,7 +73,7 @@ impl Objective {
         let (states, outputs, answer) = (&states[..], &outputs, answer.as_ref());
         let pass = Pass { task: self.task, model, part, batch: &batch, states, outputs, answer };
         let mut values = self.terms.iter().map(|term| term.value(&pass)).collect::<Result<Vec<_>, _>>()?;
-        // Where nothing else is learned, the head and the layers above have a gradient, of zeros.
+        // If no term reads the outputs, the head and the layers above still get a gradient, of zeros.
         if self.terms.iter().all(|term| term.needs_states())
             && let Some(first) = values.first_mut()
         {
@@ -152,7 +152,7 @@ mod tests {
             device: Device::Cpu,
             bf16: false,
         };
-        // Of each row alone, so that nothing is padding: the states of every layer.
+        // The states of every layer, for each row alone, so that nothing is padding.
         let states = |model: &Model| -> Vec<Vec<Numbers>> {
             let of_row = |ids: &&[u32]| {
                 let (ids, _) = inputs(&[ids], 0, Device::Cpu);

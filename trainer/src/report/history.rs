@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Step, events::TRAINING, tensorboard::EventWriter};
 
-/// More points than this say nothing more in a picture.
+/// Most points of a curve: a picture shows no more.
 const MOST_POINTS: usize = 1000;
 
 /// Curves of a run: every point is the mean of `stride` steps, which doubles whenever there are too many points.

@@ -120,7 +120,7 @@ struct Page<'a> {
     failed_gates: &'a [String],
     /// (title, SVG).
     pictures: Vec<(&'static str, String)>,
-    /// Metrics of the result beside the baseline's, and the teacher's.
+    /// Name and value of each metric, with the baseline's and the teacher's.
     metrics: Vec<(String, String, String, String)>,
     /// For metrics that the teacher has too: the share of it in percent that the result reaches, and whether that is
     /// little.

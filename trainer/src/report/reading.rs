@@ -24,7 +24,7 @@ pub struct Reading {
 }
 
 struct Shown {
-    /// With its template: one of another kind begins its own, whose estimate is not that of the one before.
+    /// The bar and its template. Another kind of progress has a bar and an estimate of its own.
     bar: Option<(&'static str, ProgressBar)>,
     logged: Instant,
 }

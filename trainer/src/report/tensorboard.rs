@@ -37,7 +37,7 @@ impl EventWriter {
     pub fn create(folder: &Path, started: Timestamp) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let (seconds, nanoseconds) = (started.as_second(), started.subsec_nanosecond());
-        // Two processes may have begun at the same moment as far as their clocks can tell.
+        // Two processes may have begun at the same moment by their clocks.
         for number in 0.. {
             let path = folder.join(format!("events.out.tfevents.{seconds:010}.{nanoseconds:09}.{number}.athanor"));
             match File::options().append(true).create_new(true).open(&path) {
@@ -58,7 +58,7 @@ impl EventWriter {
         &self.path
     }
 
-    /// The run goes on at this step: what earlier files of the folder say about it and later steps is void.
+    /// The run goes on at this step: the records of earlier files about it and later steps are void.
     pub fn resume(&mut self, step: u64, wall_time: Timestamp) -> io::Result<()> {
         self.write(step, wall_time, What::SessionLog(SessionLog { status: SESSION_START }))
     }

@@ -1,5 +1,5 @@
 //! Which tokens of a text a masked language model has to predict (Devlin et al. 2019): a function of seed, step and row
-//! alone, so that every rank knows how many the whole batch has.
+//! alone, so that every rank can count those of the whole batch.
 
 use athanor_models::tokenizer::{MaskTokens, TokenRows};
 use rand::{Rng, SeedableRng, rngs::StdRng};

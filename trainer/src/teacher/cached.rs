@@ -20,7 +20,7 @@ pub const MOST_CACHED: usize = 1 << 26;
 /// Name of the answers in their file.
 const LOGITS: &str = "logits";
 
-/// Where answers are kept: `teacher` is its folder, `ids` are the tokens that it is asked about, and `identity` is all
+/// The location of kept answers: `teacher` is its folder, `ids` are the tokens that it is asked about, and `identity` is all
 /// else that the answers follow from.
 ///
 /// # Errors

@@ -207,7 +207,7 @@ fn balance(labels: &[String], found: &[i64]) -> Vec<LabelRows> {
     labels.iter().enumerate().map(|(index, label)| LabelRows { label: label.clone(), rows: rows(index) }).collect()
 }
 
-/// Of the rows that stay, in their order: whether they had a label before.
+/// Whether each of the rows that stay had a label before, in their order.
 fn of_rows_that_stay(had_label: &[bool], open: &[usize], found: &[i64]) -> Vec<bool> {
     let mut stays = vec![true; had_label.len()];
     open.iter().zip(found).for_each(|(&row, &label)| stays[row] = label >= 0);

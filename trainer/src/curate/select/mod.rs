@@ -257,7 +257,7 @@ fn representativeness(vectors: &Tensor, clusters: &[usize], rows: &[usize]) -> R
     for begin in (0..count).step_by(chunk as usize) {
         let part = vectors.narrow(0, begin, chunk.min(count - begin));
         let (closest, _) = part.matmul(&chosen.tr()).max_dim(1, false);
-        // Of unit vectors: |a - b|^2 = 2 - 2 a b.
+        // For unit vectors |a - b|^2 = 2 - 2 a b.
         nearest += (closest * -2.0 + 2.0).clamp_min(0).sqrt().sum(Kind::Double).double_value(&[]);
     }
     let mean = |x: &Tensor| x.mean_dim([0_i64].as_slice(), false, Kind::Float);

@@ -4,7 +4,10 @@ use athanor_contract::train::ContrastiveTerm;
 use athanor_torch::ProcessGroup;
 use tch::{Kind, Tensor};
 
-use super::{Pass, Term, cross_entropy::cross_entropy};
+use super::{
+    cross_entropy::cross_entropy,
+    term::{Pass, Term},
+};
 use crate::{
     TrainError,
     data::{Part, batches::inputs},

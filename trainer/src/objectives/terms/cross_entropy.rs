@@ -3,7 +3,7 @@
 use athanor_contract::train::CrossEntropyTerm;
 use tch::{Kind, Reduction, Tensor};
 
-use super::{Pass, Term};
+use super::term::{Pass, Term};
 use crate::{TrainError, data::IGNORED};
 
 pub struct CrossEntropy(pub CrossEntropyTerm);

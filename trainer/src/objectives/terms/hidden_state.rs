@@ -5,7 +5,7 @@ use athanor_contract::train::{HiddenStateLoss, HiddenStateTerm};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{Device, Kind, Tensor};
 
-use super::{Models, Pass, Term};
+use super::term::{Models, Pass, Term};
 use crate::{TrainError, data::batches::mix};
 
 pub struct HiddenState {

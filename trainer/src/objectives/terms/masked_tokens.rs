@@ -3,7 +3,10 @@
 
 use tch::Tensor;
 
-use super::{Pass, Term, cross_entropy::cross_entropy};
+use super::{
+    cross_entropy::cross_entropy,
+    term::{Pass, Term},
+};
 use crate::TrainError;
 
 pub struct MaskedTokens;

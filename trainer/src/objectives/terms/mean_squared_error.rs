@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Models, Pass, Term};
+use super::term::{Models, Pass, Term};
 use crate::TrainError;
 
 pub struct MeanSquaredError;

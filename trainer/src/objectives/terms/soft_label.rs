@@ -3,7 +3,7 @@
 use athanor_contract::train::{Divergence, SoftLabelTerm};
 use tch::{Kind, Tensor};
 
-use super::{Pass, Term};
+use super::term::{Pass, Term};
 use crate::TrainError;
 
 pub struct SoftLabel(pub SoftLabelTerm);
