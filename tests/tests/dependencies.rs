@@ -20,7 +20,8 @@ const TABLE: [(&str, &[&str], &[&str]); 14] = [
     ("tests", &["contract", "crds"], &["tch"]),
 ];
 
-/// Names of what a package of ours reaches through normal dependencies when it is built by itself (not for tests or build scripts).
+/// Names of what a package of ours reaches through normal dependencies when it is built by itself (not for tests or
+/// build scripts).
 fn reach(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--offline", "--edges=normal", "--prefix=none", "--format={p}", "--package", package])
@@ -56,7 +57,8 @@ fn crates_use_only_what_the_table_allows() {
     }
 }
 
-/// Kubernetes clients live in few places: the trainer never has one, serving only in its router, the operator only in three steps.
+/// Kubernetes clients are in few places: the trainer has none, serving only in its router, the operator only where it
+/// watches, writes and elects. The steps of a reconcile write through `Cluster`, which only `apply` and `status` have.
 #[test]
 fn the_kubernetes_client_stays_where_it_belongs() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
@@ -71,19 +73,45 @@ fn the_kubernetes_client_stays_where_it_belongs() {
             "{file} uses kube outside the router"
         );
     }
-    for kind in ["finetunejob", "modeldeployment"] {
-        let folder = format!("{root}/operator/src/{kind}");
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            // An HTTP client (for the routers' own counts) is another thing.
-            let text = std::fs::read_to_string(&path).unwrap().replace("reqwest::Client", "");
-            let names_client = text.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == "Client");
-            let step = path.file_stem().unwrap().to_str().unwrap();
+    let mut kinds = 0;
+    for path in sources(&format!("{root}/operator/src").into()) {
+        // An HTTP client (for the routers' counts) is another thing.
+        let text = std::fs::read_to_string(&path).unwrap().replace("reqwest::Client", "");
+        let names = |wanted| text.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == wanted);
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        if stem.ends_with("tests") {
+            continue;
+        }
+        let is_kind = path.components().any(|part| {
+            let part = part.as_os_str();
+            part == "finetunejob" || part == "modeldeployment"
+        });
+        kinds += usize::from(is_kind);
+        if is_kind {
+            assert!(!names("Client"), "{} names a Kubernetes client", path.display());
             assert!(
-                !names_client || ["dereference", "apply", "status"].contains(&step),
-                "{} names a Kubernetes client",
+                !names("Cluster") || ["apply", "status", "mod"].contains(&stem),
+                "{} names the writer to the cluster",
                 path.display()
             );
+        } else {
+            let may = ["cluster", "context", "controllers", "lease", "main"].contains(&stem);
+            assert!(!names("Client") || may, "{} names a Kubernetes client", path.display());
         }
     }
+    assert!(kinds > 20, "only {kinds} files of the two kinds were found");
+}
+
+/// All Rust files below a folder.
+fn sources(folder: &std::path::PathBuf) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    found
 }

@@ -1,24 +1,29 @@
 //! Which model a deployment should serve.
 //!
-//! `spec.model` names a base. Retrainings of the deployment that ended after the user's last change of `spec.model` compete with
-//! it: the newest wins. The current revision competes too, so that it stays when its job is deleted.
+//! `spec.model` names a base. Retrainings of the deployment that ended after the user's last change of `spec.model`
+//! compete with it, and the newest wins. The current revision competes as well, so that it stays when its job is
+//! deleted.
+
+use std::sync::Arc;
 
 use athanor_crds::{FineTuneJob, ModelDeploymentStatus, ObservedSource, RevisionStatus, condition as types};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
-use super::{names, validate::Source};
-use crate::condition;
+use crate::{
+    condition,
+    modeldeployment::{names, validate::Source},
+};
 
-/// The model to serve, or why there is none.
+/// The model to serve, or the reason that there is none.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Target {
     Model(RevisionStatus),
     Missing { reason: &'static str, message: String },
 }
 
-/// `spec.model` as seen now; its time moves when it changes.
+/// Returns `spec.model` as of now. Its time changes with its value.
 pub fn source(status: &ModelDeploymentStatus, source: &Source, now: Timestamp) -> ObservedSource {
     let value = match source {
         Source::Uri(uri) => uri.clone(),
@@ -31,12 +36,13 @@ pub fn source(status: &ModelDeploymentStatus, source: &Source, now: Timestamp) -
     }
 }
 
+/// Returns the model to serve.
 pub fn target(
     deployment: &str,
     base: &Source,
     observed: &ObservedSource,
     base_job: Option<&FineTuneJob>,
-    retrainings: &[FineTuneJob],
+    retrainings: &[Arc<FineTuneJob>],
     status: &ModelDeploymentStatus,
 ) -> Target {
     let after_change = |completed: Option<&Time>| match (&observed.since, completed) {
@@ -72,29 +78,42 @@ fn missing(name: &str, job: Option<&FineTuneJob>) -> Target {
     let Some(job) = job else {
         return Target::Missing {
             reason: "JobNotFound",
-            message: format!("there is no FineTuneJob {name} (spec.model.fromJob)"),
+            message: format!("FineTuneJob {name} does not exist (spec.model.fromJob)"),
         };
     };
-    let summary = outcome(job);
-    match summary {
-        Some(("False", reason, message)) => Target::Missing {
+    match outcome(job) {
+        Some(Outcome { status: "False", reason, message }) => Target::Missing {
             reason: "JobFailed",
-            message: format!("FineTuneJob {name} made no model: {reason}: {message}"),
+            message: format!("FineTuneJob {name} has no model: {reason}: {message}"),
         },
         _ => Target::Missing { reason: "WaitingForJob", message: format!("FineTuneJob {name} is not over") },
     }
 }
 
-/// Status, reason and message of a job's summary condition.
-pub fn outcome(job: &FineTuneJob) -> Option<(&str, &str, &str)> {
-    let condition = condition::get(&job.status.as_ref()?.conditions, types::SUCCEEDED)?;
-    Some((&condition.status, &condition.reason, &condition.message))
+/// The condition Succeeded of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome<'a> {
+    pub status: &'a str,
+    pub reason: &'a str,
+    pub message: &'a str,
 }
 
-/// The revision that a job's artifact makes, if it made one that passed its gates.
+impl Outcome<'_> {
+    pub fn is_over(&self) -> bool {
+        self.status != "Unknown"
+    }
+}
+
+/// Returns the condition Succeeded of a job.
+pub fn outcome(job: &FineTuneJob) -> Option<Outcome<'_>> {
+    let condition = condition::get(&job.status.as_ref()?.conditions, types::SUCCEEDED)?;
+    Some(Outcome { status: &condition.status, reason: &condition.reason, message: &condition.message })
+}
+
+/// Returns the revision of a job's artifact, if the job has one that passed its gates.
 fn revision(deployment: &str, job: &FineTuneJob) -> Option<RevisionStatus> {
     let status = job.status.as_ref()?;
-    let summary = status.summary.as_ref().filter(|_| outcome(job).is_some_and(|(value, ..)| value == "True"))?;
+    let summary = status.summary.as_ref().filter(|_| outcome(job).is_some_and(|outcome| outcome.status == "True"))?;
     Some(RevisionStatus {
         name: names::revision(deployment, Some(&summary.model_digest), &summary.artifact),
         model_uri: summary.artifact.clone(),

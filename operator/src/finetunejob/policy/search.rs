@@ -1,8 +1,10 @@
-//! The search for hyperparameters of a FineTuneJob, pure: which trials there are, from what the status says of them and from the
-//! child FineTuneJobs, and what happens next.
+//! The search for hyperparameters: which trials there are, from the status and the child FineTuneJobs, and what happens
+//! next.
 //!
-//! The status is the record; a child that it does not know yet carries its trial in an annotation. What comes next is a function of
-//! the trials alone, so an operator that was killed between two writes goes on as if it had not been.
+//! The status is the record. A child that is not in the status yet carries its trial in an annotation. What follows is
+//! a function of the trials alone, so an operator that was killed between two writes continues where it was.
+
+use std::sync::Arc;
 
 use athanor_contract::{
     Decimal,
@@ -17,38 +19,42 @@ use athanor_search::{Assignment, Next, Search, Trial, TrialState, apply};
 use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 
-use super::decide::{USER_ERROR, is_over};
-use crate::condition;
+use crate::{
+    cluster::Identity,
+    condition,
+    finetunejob::attempt::{USER_ERROR, is_over},
+};
 
-/// `-`, ten digits, `-` and the rung.
+/// Length of `-`, ten digits, `-` and the rung.
 const SUFFIX: usize = 13;
-/// Characters of a failure's message that are kept.
+/// Most characters of a failure's message that are kept.
 const MESSAGE: usize = 300;
 
 /// A child FineTuneJob to create.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewTrial {
-    /// Its name.
+    /// Name of the child.
     pub job: String,
-    pub mark: Mark,
-    /// What it trains.
+    pub annotation: TrialAnnotation,
+    /// Specification of the child's training.
     pub train: TrainSpec,
 }
 
-/// Which trial a child is of, and what for: the value of its annotation.
+/// The trial that a child belongs to, as the value of its annotation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Mark {
-    /// Place in the list of trials.
+pub struct TrialAnnotation {
+    /// Index in the list of trials.
     pub index: usize,
     pub rung: usize,
     pub assignment: Assignment,
 }
 
-/// What is known and what follows.
+/// State of a search and what follows.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
+pub struct Decision {
     pub status: SearchStatus,
+    /// Trials to create.
     pub start: Vec<NewTrial>,
     pub outcome: Outcome,
 }
@@ -58,9 +64,9 @@ pub enum Outcome {
     Searching {
         message: String,
     },
-    /// The job trains with the best trial's values.
-    Chosen(Box<Found>),
-    /// All trials failed, or one by the user's error, which the others have too.
+    /// The job trains with the values of the best trial.
+    Chosen(Box<SearchResult>),
+    /// All trials failed, or one of them by a user error, which the others have as well.
     Failed {
         reason: &'static str,
         message: String,
@@ -69,77 +75,48 @@ pub enum Outcome {
 
 /// The result of a search.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Found {
-    /// The job with the best trial's values.
+pub struct SearchResult {
+    /// The job's specification with the values of the best trial.
     pub train: TrainSpec,
     pub trials: Vec<TrialOutcome>,
 }
 
-/// A trial with what only a user needs.
+/// A trial with the reason of its failure, which only users read.
 struct Record {
     trial: Trial,
     message: Option<String>,
 }
 
-/// The plan of a job that has a search.
+/// Decides how the search of a job goes on.
 ///
 /// # Errors
-/// A status that says something else than this operator writes.
-pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> Result<Plan, String> {
+/// The specification, or a status that this operator did not write, cannot be read.
+pub fn decide(job: &FineTuneJob, spec: &SearchSpec, children: &[Arc<FineTuneJob>]) -> Result<Decision, String> {
     let train = &job.spec.train;
     let search = Search::new(spec, &train.hyperparameters)?.first_alone(train.data.endpoint_annotates());
     let recorded = job.status.as_ref().and_then(|status| status.search.clone()).unwrap_or_default();
     let mut records = recall(&recorded)?;
-    let key = spec.objective.key(&train.hyperparameters);
-    let mut refused = None;
     if !recorded.done {
         adopt(&mut records, children);
-        for record in records.iter_mut().filter(|record| record.trial.is_running()) {
-            if let Some(message) = settle(record, &job.name_any(), &key, children) {
-                let Trial { assignment, .. } = &record.trial;
-                refused.get_or_insert_with(|| format!("trial {} ({assignment}): {message}", record.trial.name()));
-            }
+        let key = spec.objective.key(&train.hyperparameters);
+        if let Some(message) = settle_all(&mut records, &job.name_any(), &key, children) {
+            let status = status(job, spec, &search, &records, false);
+            let outcome = Outcome::Failed { reason: USER_ERROR, message };
+            return Ok(Decision { status, start: Vec::new(), outcome });
         }
-    }
-    if let Some(message) = refused {
-        let search = status(job, spec, &search, &records, false);
-        return Ok(Plan {
-            status: search,
-            start: Vec::new(),
-            outcome: Outcome::Failed { reason: USER_ERROR, message },
-        });
     }
     let mut trials: Vec<Trial> = records.iter().map(|record| record.trial.clone()).collect();
-    let best = loop {
-        if recorded.done {
-            break Some(trials.iter().position(|trial| Some(trial.name()) == recorded.best));
-        }
-        match search.next(&trials) {
-            Next::Start(assignments) => trials.extend(assignments.into_iter().map(Trial::new)),
-            Next::Promote { trial, .. } => trials[trial].promote(),
-            Next::Wait => break None,
-            Next::Done { best } => break Some(best),
-        }
-    };
+    let best = advance(&search, &mut trials, &recorded);
     let messages = records.into_iter().map(|record| record.message).chain(std::iter::repeat(None));
     let records: Vec<Record> =
         trials.iter().cloned().zip(messages).map(|(trial, message)| Record { trial, message }).collect();
-
-    let mut start = Vec::new();
-    for (index, trial) in trials.iter().enumerate().filter(|(_, trial)| trial.is_running()) {
-        let name = child_name(&job.name_any(), &trial.name(), trial.rung());
-        if !children.iter().any(|child| child.name_any() == name) {
-            let train = search.specification(&trial.assignment, trial.rung(), train)?;
-            let mark = Mark { index, rung: trial.rung(), assignment: trial.assignment.clone() };
-            start.push(NewTrial { job: name, mark, train });
-        }
-    }
+    let start = missing(job, &search, &trials, children)?;
     let status = status(job, spec, &search, &records, best.is_some());
     let outcome = match best {
         None => Outcome::Searching { message: status.text.clone() },
         Some(Some(best)) => {
             let train = apply(&trials[best].assignment, train)?;
-            Outcome::Chosen(Box::new(Found { train, trials: Search::outcomes(&trials, best) }))
+            Outcome::Chosen(Box::new(SearchResult { train, trials: Search::outcomes(&trials, best) }))
         }
         Some(None) => {
             let last = records.last().and_then(|record| record.message.as_deref()).unwrap_or("for an unknown reason");
@@ -147,10 +124,53 @@ pub fn plan(job: &FineTuneJob, spec: &SearchSpec, children: &[FineTuneJob]) -> R
             Outcome::Failed { reason: "SearchFailed", message }
         }
     };
-    Ok(Plan { status, start, outcome })
+    Ok(Decision { status, start, outcome })
 }
 
-/// The trials that the status has.
+/// Returns the trials that are not over.
+pub fn unfinished(trials: &[Arc<FineTuneJob>]) -> Vec<Identity> {
+    let unfinished = trials
+        .iter()
+        .filter(|trial| trial.metadata.deletion_timestamp.is_none() && !trial.status.as_ref().is_some_and(is_over));
+    unfinished.map(|trial| Identity::from_object(&**trial)).collect()
+}
+
+/// Adds and promotes trials as far as the search allows. Returns the index of the best one when the search is over;
+/// `Some(None)` if no trial has a result.
+fn advance(search: &Search, trials: &mut Vec<Trial>, recorded: &SearchStatus) -> Option<Option<usize>> {
+    if recorded.done {
+        return Some(trials.iter().position(|trial| Some(trial.name()) == recorded.best));
+    }
+    loop {
+        match search.next(trials) {
+            Next::Start(assignments) => trials.extend(assignments.into_iter().map(Trial::new)),
+            Next::Promote { trial, .. } => trials[trial].promote(),
+            Next::Wait => return None,
+            Next::Done { best } => return Some(best),
+        }
+    }
+}
+
+/// Returns the running trials that have no child yet.
+fn missing(
+    job: &FineTuneJob,
+    search: &Search,
+    trials: &[Trial],
+    children: &[Arc<FineTuneJob>],
+) -> Result<Vec<NewTrial>, String> {
+    let mut missing = Vec::new();
+    for (index, trial) in trials.iter().enumerate().filter(|(_, trial)| trial.is_running()) {
+        let name = child_name(&job.name_any(), &trial.name(), trial.rung());
+        if !children.iter().any(|child| child.name_any() == name) {
+            let train = search.specification(&trial.assignment, trial.rung(), &job.spec.train)?;
+            let annotation = TrialAnnotation { index, rung: trial.rung(), assignment: trial.assignment.clone() };
+            missing.push(NewTrial { job: name, annotation, train });
+        }
+    }
+    Ok(missing)
+}
+
+/// Reads the trials that the status has.
 fn recall(status: &SearchStatus) -> Result<Vec<Record>, String> {
     let records = status.trials.iter().map(|trial| {
         let state = match trial.state {
@@ -165,14 +185,14 @@ fn recall(status: &SearchStatus) -> Result<Vec<Record>, String> {
     records.collect()
 }
 
-/// Takes in children that were made after the status was written.
-fn adopt(records: &mut Vec<Record>, children: &[FineTuneJob]) {
-    let mut marks: Vec<Mark> = children.iter().filter_map(mark).collect();
-    marks.sort_by_key(|mark| (mark.rung, mark.index));
-    for mark in marks {
-        match records.iter_mut().find(|record| record.trial.assignment == mark.assignment) {
-            None => records.push(Record { trial: Trial::new(mark.assignment), message: None }),
-            Some(record) if record.trial.state == TrialState::Finished && record.trial.rung() == mark.rung => {
+/// Adds the trials of children that were created after the status was written.
+fn adopt(records: &mut Vec<Record>, children: &[Arc<FineTuneJob>]) {
+    let mut annotations: Vec<TrialAnnotation> = children.iter().filter_map(|child| annotation(child)).collect();
+    annotations.sort_by_key(|annotation| (annotation.rung, annotation.index));
+    for annotation in annotations {
+        match records.iter_mut().find(|record| record.trial.assignment == annotation.assignment) {
+            None => records.push(Record { trial: Trial::new(annotation.assignment), message: None }),
+            Some(record) if record.trial.state == TrialState::Finished && record.trial.rung() == annotation.rung => {
                 record.trial.promote();
             }
             Some(_) => {}
@@ -180,12 +200,24 @@ fn adopt(records: &mut Vec<Record>, children: &[FineTuneJob]) {
     }
 }
 
-fn mark(child: &FineTuneJob) -> Option<Mark> {
+fn annotation(child: &FineTuneJob) -> Option<TrialAnnotation> {
     serde_json::from_str(child.annotations().get(TRIAL_ANNOTATION)?).ok()
 }
 
-/// Notes how the child of a running trial has ended, if it has; the message of a user's error, which other trials would have too.
-fn settle(record: &mut Record, parent: &str, key: &str, children: &[FineTuneJob]) -> Option<String> {
+/// Records the ends of running trials. Returns the message of a user error, which ends the search.
+fn settle_all(records: &mut [Record], parent: &str, key: &str, children: &[Arc<FineTuneJob>]) -> Option<String> {
+    let mut user_error = None;
+    for record in records.iter_mut().filter(|record| record.trial.is_running()) {
+        if let Some(message) = settle(record, parent, key, children) {
+            let Trial { assignment, .. } = &record.trial;
+            user_error.get_or_insert_with(|| format!("trial {} ({assignment}): {message}", record.trial.name()));
+        }
+    }
+    user_error
+}
+
+/// Records how the child of a running trial ended, if it did. Returns the message of a user error.
+fn settle(record: &mut Record, parent: &str, key: &str, children: &[Arc<FineTuneJob>]) -> Option<String> {
     let name = child_name(parent, &record.trial.name(), record.trial.rung());
     let child = children.iter().find(|child| child.name_any() == name)?;
     let status = child.status.as_ref().filter(|status| is_over(status))?;
@@ -196,7 +228,7 @@ fn settle(record: &mut Record, parent: &str, key: &str, children: &[FineTuneJob]
             record.trial.report(metric.get());
             return None;
         }
-        _ if condition.status == "True" => format!("FineTuneJob {name} tells no {key}"),
+        _ if condition.status == "True" => format!("FineTuneJob {name} has no metric {key}"),
         _ => format!("{}: {}", condition.reason, condition.message),
     };
     record.message = Some(failure.chars().take(MESSAGE).collect());
@@ -215,7 +247,7 @@ fn status(job: &FineTuneJob, spec: &SearchSpec, search: &Search, records: &[Reco
     let count = if done { trials.len() } else { spec.max_trials as usize };
     let trial_status = |record: &Record| {
         let trial = &record.trial;
-        // A trial that does not run has had its last child in the rung before.
+        // The last child of a trial that does not run was that of the rung before.
         let rung = if trial.state == TrialState::Finished { trial.rung().saturating_sub(1) } else { trial.rung() };
         TrialStatus {
             name: trial.name(),
@@ -238,7 +270,8 @@ fn status(job: &FineTuneJob, spec: &SearchSpec, search: &Search, records: &[Reco
     }
 }
 
-/// Name of the FineTuneJob that trains a trial in a rung. A long name of the parent is cut, and hashed with the trial's.
+/// Returns the name of the FineTuneJob that trains a trial in a rung. A long name of the parent is cut and hashed with
+/// the trial's.
 pub fn child_name(parent: &str, trial: &str, rung: usize) -> String {
     let end = if rung == 0 { String::new() } else { format!("-{rung}") };
     match parent.get(..LONGEST_JOB_NAME - SUFFIX) {

@@ -1,5 +1,7 @@
 //! Searches from beginning to end, with an operator that is killed between any two writes.
 
+use std::sync::Arc;
+
 use athanor_contract::{
     Decimal,
     train::{CrossValidationSpec, Hyperparameters, TrainConfig, TrainSummary},
@@ -7,21 +9,28 @@ use athanor_contract::{
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, TrialState, condition as types, label};
 use clap::Parser;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use serde_json::{Value, json};
 
-use super::{
-    apply::Applied,
-    build,
-    decide::{Phase, decide},
-    dereference::Observed,
-    search::child_name,
-    status,
-    tests::job,
-    validate::{InvalidJob, validate},
+use super::search::child_name;
+use crate::{
+    cluster::Identity,
+    condition::{self, State, Value as Condition},
+    finetunejob::{
+        apply::Applied,
+        build,
+        decide::{Decision, Phase},
+        dereference::Observed,
+        status,
+        tests::job,
+        validate::{InvalidJob, validate},
+    },
+    settings::Settings,
 };
-use crate::{condition, settings::Settings};
+
+fn decide(observed: &Observed, now: Timestamp) -> Decision {
+    crate::finetunejob::decide::decide(&validate(&observed.job).unwrap(), observed, now)
+}
 
 fn now() -> Timestamp {
     "2026-01-01T00:01:00Z".parse().unwrap()
@@ -47,14 +56,12 @@ fn searching(search: Value) -> FineTuneJob {
 /// Ends a trial's job: better the closer its learning rate is to 1e-4, and not at all above 1e-3.
 fn end(child: &mut FineTuneJob) {
     let h = &child.spec.train.hyperparameters;
-    let (state, reason) = if h.learning_rate > 1e-3 {
-        (condition::State::False, "TooManyRestarts")
-    } else {
-        (condition::State::True, "Succeeded")
-    };
+    let (state, reason) =
+        if h.learning_rate > 1e-3 { (State::False, "TooManyRestarts") } else { (State::True, "Succeeded") };
     let accuracy = 1.0 - (h.learning_rate.log10() + 4.0).abs() / 4.0 - 1.0 / h.max_steps.unwrap() as f64;
     let mut conditions = Vec::new();
-    condition::set(&mut conditions, types::SUCCEEDED, state, reason, "the loss was not finite", None, now());
+    let succeeded = Condition::new(state, reason, "the loss was not finite");
+    condition::set(&mut conditions, types::SUCCEEDED, &succeeded, None, now());
     let key = if h.cross_validation.is_some() { "crossValidation/accuracy" } else { "validation/accuracy" };
     let metrics = [(key.to_owned(), Decimal::new(accuracy).unwrap())].into();
     let summary = Some(TrainSummary { metrics, ..TrainSummary::default() });
@@ -76,15 +83,15 @@ impl Cluster {
     fn observed(&self) -> Observed {
         Observed {
             job: self.job.clone(),
-            jobs: vec![],
-            pods: Vec::<Pod>::new(),
+            batch_jobs: vec![],
+            pods: vec![],
             report: None,
-            trials: self.trials.clone(),
+            trials: self.trials.iter().cloned().map(Arc::new).collect(),
         }
     }
 
     /// One reconcile. An operator may be killed after so many writes, the status being the last.
-    fn reconcile(&mut self, writes: usize) -> (Phase, Option<build::Attempt>) {
+    fn reconcile(&mut self, writes: usize) -> (Phase, Option<build::AttemptChildren>) {
         let observed = self.observed();
         let decision = decide(&observed, now());
         let children = build::build(&validate(&self.job).unwrap(), &self.settings, &decision);
@@ -96,7 +103,7 @@ impl Cluster {
         }
         if writes > created {
             self.job.status =
-                Some(status::next(&observed, &decision, Ok(&Applied { created: children.attempt.is_some() }), now()));
+                Some(status::next(&observed, &decision, Ok(&Applied::assumed(children.attempt.is_some())), now()));
         }
         (decision.phase, children.attempt)
     }
@@ -105,8 +112,9 @@ impl Cluster {
         self.trials.iter().filter(|trial| trial.status.is_none()).count()
     }
 
-    /// Until the job itself begins, or fails; `writes` says after how many writes the operator is killed in which reconcile.
-    fn run(&mut self, writes: impl Fn(usize) -> usize) -> (Phase, Option<build::Attempt>) {
+    /// Until the job itself begins, or fails; `writes` says after how many writes the operator is killed in which
+    /// reconcile.
+    fn run(&mut self, writes: impl Fn(usize) -> usize) -> (Phase, Option<build::AttemptChildren>) {
         let limit = self.job.spec.train.hyperparameters.search.as_ref().unwrap().parallelism as usize;
         for turn in 0..1000 {
             let (phase, attempt) = self.reconcile(writes(turn));
@@ -154,7 +162,7 @@ fn the_job_trains_with_the_best_of_its_trials() {
         let written = |results: &[Decimal]| serde_json::to_value(results).unwrap();
         assert_eq!((&told.name, &told.parameters), (&best.name, &best.parameters));
         assert_eq!(written(&told.results), written(&best.results));
-        assert_eq!(config.trials.len(), found.trials.len(), "the report tells them all");
+        assert_eq!(config.trials.len(), found.trials.len(), "the report has all of them");
         assert_eq!(config.trials.iter().filter(|trial| trial.failed).count(), failed.len());
         let h = &config.spec.hyperparameters;
         assert_eq!(h.learning_rate.to_string(), best.parameters["learningRate"]);
@@ -204,7 +212,7 @@ fn trials_of_a_cross_validated_job_are_judged_by_their_folds() {
 }
 
 #[test]
-fn an_operator_that_is_killed_goes_on_identically() {
+fn an_operator_that_is_killed_continues_identically() {
     for search in [
         json!({"algorithm": "TPE", "maxTrials": 15, "parallelism": 1}),
         json!({"algorithm": "ASHA", "maxTrials": 18, "parallelism": 1, "asha": {"minimumSteps": 10}}),
@@ -252,13 +260,14 @@ fn a_users_error_in_a_trial_ends_the_search() {
     cluster.reconcile(usize::MAX);
     let mut conditions = Vec::new();
     let message = "data.sources[0]: no column 'text'";
-    condition::set(&mut conditions, types::SUCCEEDED, condition::State::False, "UserError", message, None, now());
+    let succeeded = Condition::new(State::False, "UserError", message);
+    condition::set(&mut conditions, types::SUCCEEDED, &succeeded, None, now());
     cluster.trials[1].status = Some(FineTuneJobStatus { conditions, ..FineTuneJobStatus::default() });
     let decision = decide(&cluster.observed(), now());
     let Phase::Failed { reason: "UserError", message, .. } = &decision.phase else { panic!("{:?}", decision.phase) };
     assert!(message.starts_with("trial ") && message.ends_with("): data.sources[0]: no column 'text'"), "{message}");
     assert!(!decision.create && decision.trials.is_empty(), "no trial follows");
-    let running: Vec<String> = decision.remove_trials.into_iter().map(|(name, _)| name).collect();
+    let running: Vec<String> = decision.remove_trials.into_iter().map(|trial| trial.name).collect();
     assert_eq!(running, [cluster.trials[0].name_any(), cluster.trials[2].name_any()], "the others stop");
     let search = decision.search.unwrap();
     assert_eq!((search.trials.len(), search.trials[1].state), (3, TrialState::Failed));
@@ -290,7 +299,7 @@ fn suspension_and_deadline_reach_the_trials() {
     cluster.job.spec.suspend = true;
     let decision = decide(&cluster.observed(), now());
     let running = cluster.trials[1].clone();
-    let expected = vec![(running.name_any(), running.uid().unwrap())];
+    let expected = vec![Identity::from_object(&running)];
     assert_eq!((&decision.phase, &decision.remove_trials), (&Phase::Suspended, &expected));
     assert!(decision.trials.is_empty());
     // It goes on with the trial that was stopped, and with a new one for the one that is over.
