@@ -25,17 +25,18 @@ pub async fn folder_digest(folder: &Path) -> Result<String, StoreError> {
     Ok(model_digest(&digests(folder, &names).await?))
 }
 
-/// Sends every file below the local folder `from`, then the manifest with their digests. `files` and `model_digest` of `manifest`
-/// are filled in here. A folder that holds this very model and metrics already is left untouched; another manifest is deleted
-/// before the first file changes. If another process writes into the folder at the same time, the last one writes it again, so
-/// that files and manifest come from one process.
+/// Sends every file below the local folder `from`, then the manifest with their digests. `files` and `model_digest` of
+/// `manifest` are filled in here. A folder that holds this very model and metrics already is left untouched; another
+/// manifest is deleted before the first file changes. If another process writes into the folder at the same time, the
+/// last one writes it again, so that files and manifest come from one process.
 ///
 /// # Errors
 /// [`StoreError::Conflict`] if another process keeps writing.
 pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Result<Manifest, StoreError> {
     let mut names = Vec::new();
     walk(from, from, &mut names)?;
-    // The file that distinguishes an artifact from a plain folder is sent first, so that an upload that was cut off is recognised.
+    // The file that distinguishes an artifact from a plain folder is sent first, so that an upload that was cut off is
+    // recognised.
     names.sort_by_key(|name| name != REFERENCE);
     manifest.files = digests(from, &names).await?;
     manifest.model_digest = model_digest(&manifest.files);
@@ -97,7 +98,8 @@ async fn send_all(from: &Path, names: &[String], manifest: &Manifest, to: &Locat
     Ok(sent)
 }
 
-/// Whether a file is still what was written. It is read again only if its ETag differs: some stores change it by themselves.
+/// Whether a file is still what was written. It is read again only if its ETag differs: some stores change it by
+/// themselves.
 async fn is_there(file: &Sent, to: &Location) -> Result<bool, StoreError> {
     let Some(etag) = &file.etag else { return Ok(true) };
     let location = to.child(&file.name);
@@ -122,8 +124,8 @@ async fn send(from: &Path, name: &str, manifest: &Manifest, to: &Location) -> Re
     Ok(Sent { name: name.to_owned(), sha256: entry.sha256.clone(), etag })
 }
 
-/// The pause before a folder is written again: of two processes, the one that waits longer writes alone. The last digits of the
-/// clock are random enough for that.
+/// The pause before a folder is written again: of two processes, the one that waits longer writes alone. The last
+/// digits of the clock are random enough for that.
 fn pause(attempt: u32) -> Duration {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Duration::from_micros(u64::from(clock.subsec_nanos() % 1000) * 200) * attempt

@@ -46,9 +46,9 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Fetches a model: an artifact, checked against its manifest (returned), or a plain model (`None`): a Hugging Face folder, whose
-/// weights are in one safetensors file or in several with their index, a folder with one GGUF file, or a GGUF file by its own name.
-/// Pickled weights are refused by name.
+/// Fetches a model: an artifact, checked against its manifest (returned), or a plain model (`None`): a Hugging Face
+/// folder, whose weights are in one safetensors file or in several with their index, a folder with one GGUF file, or a
+/// GGUF file by its own name. Pickled weights are refused by name.
 pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manifest>, StoreError> {
     if folder.uri.ends_with(GGUF) {
         let name = folder.uri.rsplit('/').next().unwrap_or("model.gguf");

@@ -1,8 +1,9 @@
-//! Files of any size to and from a store, in pieces: memory does not grow with the file. Digests are computed on the way.
+//! Files of any size to and from a store, in pieces: memory does not grow with the file. Digests are computed on the
+//! way.
 //!
-//! A process that is killed during an upload may leave parts in the store, which nothing shows and a lifecycle rule of the bucket
-//! removes (AbortIncompleteMultipartUpload); an upload that fails removes its own. A plain HTTP server takes no parts: a file that
-//! goes to one is held in memory.
+//! A process that is killed during an upload may leave parts in the store, which nothing shows and a lifecycle rule of
+//! the bucket removes (AbortIncompleteMultipartUpload); an upload that fails removes its own. A plain HTTP server takes
+//! no parts: a file that goes to one is held in memory.
 
 use std::{
     fs::File,
@@ -64,8 +65,8 @@ pub async fn measure_file(path: PathBuf) -> Result<FileEntry, StoreError> {
 }
 
 impl Location {
-    /// Sends the local file `from`, whose size and digest are `expected`, and returns the object's ETag if the store has one. The
-    /// object appears complete or not at all.
+    /// Sends the local file `from`, whose size and digest are `expected`, and returns the object's ETag if the store
+    /// has one. The object appears complete or not at all.
     ///
     /// # Errors
     /// [`StoreError::Io`] if the file is no longer as expected; nothing is written then.
@@ -125,8 +126,8 @@ impl Location {
         }
     }
 
-    /// Fetches the object into the local file `to`, whose folder is created. `to` appears when the object has arrived and is
-    /// `expected` (if given); until then its bytes are in a file of the same name with `.part` behind it.
+    /// Fetches the object into the local file `to`, whose folder is created. `to` appears when the object has arrived
+    /// and is `expected` (if given); until then its bytes are in a file of the same name with `.part` behind it.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] if size or digest differ from `expected`.
