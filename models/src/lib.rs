@@ -21,6 +21,7 @@ pub mod model;
 pub mod mpnet;
 pub mod quantize;
 pub mod tokenizer;
+pub mod weights;
 
 pub use builder::Initializer;
 pub use classifier::Classifier;

@@ -207,3 +207,25 @@ pub struct RowCounts {
     /// Rows of the final metrics and gates.
     pub test: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_gate_reaches_the_trainer_with_every_digit() {
+        let train = json!({
+            "model": {"from": "s3://m/a", "task": "TextClassification"},
+            "data": {"sources": []},
+            "evaluate": {"gates": [{"metric": "Accuracy", "minimum": "0.99999"}]},
+            "output": {"to": "s3://o"},
+        });
+        let spec: TrainSpec = serde_json::from_value(train).unwrap();
+        let mounted = serde_json::to_string(&spec).unwrap();
+        let again: TrainSpec = serde_json::from_str(&mounted).unwrap();
+        assert_eq!(again.evaluate.gates[0].minimum.unwrap().get(), 0.99999);
+        assert_eq!(again, spec);
+    }
+}

@@ -1,0 +1,3 @@
+//! Weights in files.
+
+pub mod gguf;
