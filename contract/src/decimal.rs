@@ -1,4 +1,5 @@
-//! A decimal number that travels as a string, as the Kubernetes API conventions ask of anything that is not a hyperparameter.
+//! A decimal number that travels as a string, as the Kubernetes API conventions ask of anything that is not a
+//! hyperparameter.
 
 use std::borrow::Cow;
 
