@@ -25,7 +25,8 @@ pub struct Manifest {
     pub code_version: String,
     /// Optimizer steps taken.
     pub step: u64,
-    /// Tokens that texts were cut to in training and for the metrics; a server cuts them alike. Absent in older artifacts.
+    /// Tokens that texts were cut to in training and for the metrics; a server cuts them alike. Absent in older
+    /// artifacts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<u32>,
     /// Every file of the folder but this one.
@@ -56,8 +57,8 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 /// Folder of the event files for TensorBoard, in an artifact and beside it.
 pub const EVENTS: &str = "tensorboard";
 
-/// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell times, and
-/// the same training gives the same model.
+/// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell
+/// times, and the same training gives the same model.
 pub fn model_digest(files: &BTreeMap<String, FileEntry>) -> String {
     let files = files.iter().filter(|(name, _)| !name.starts_with("report.") && !name.starts_with(EVENTS));
     let lines: String = files.map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();

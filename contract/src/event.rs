@@ -1,7 +1,8 @@
-//! The events of a deployment: CloudEvents 1.0 in Kafka's binary binding (attributes in `ce_*` headers, JSON in the value).
+//! The events of a deployment: CloudEvents 1.0 in Kafka's binary binding (attributes in `ce_*` headers, JSON in the
+//! value).
 //!
-//! Both kinds go to one topic and carry the request id as the Kafka key, so a prediction and its feedback share a partition and
-//! keep their order; a dataset is then a set of offset ranges of this one topic.
+//! Both kinds go to one topic and carry the request id as the Kafka key, so a prediction and its feedback share a
+//! partition and keep their order; a dataset is then a set of offset ranges of this one topic.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +25,8 @@ pub mod attribute {
 /// An event with its CloudEvents attributes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Unique for the source: `{request_id}/{index}` for a prediction, a UUID for feedback. Consumers drop a second event of one id.
+    /// Unique for the source: `{request_id}/{index}` for a prediction, a UUID for feedback. Consumers drop a second
+    /// event of one id.
     pub id: String,
     /// `/athanor/{namespace}/{deployment}`.
     pub source: String,

@@ -1,7 +1,8 @@
 //! Names that processes share: environment variables, ports, files, paths, headers, and the names of the API.
 //!
-//! One process sets such a name and another reads it, so it is written here and nowhere else; `tests/process.rs` searches the
-//! workspace for the literals. Names that only tests and scripts use (`ATHANOR_CACHE`, ...) are not part of it.
+//! One process sets such a name and another reads it, so it is written here and nowhere else; `tests/process.rs`
+//! searches the workspace for the literals. Names that only tests and scripts use (`ATHANOR_CACHE`, ...) are not part
+//! of it.
 
 /// Environment variables.
 pub mod variable {
@@ -149,8 +150,8 @@ pub mod label {
 
 /// Annotations of the objects that users and Athanor create.
 pub mod annotation {
-    /// Trial that a FineTuneJob trains, as JSON. The operator reads it if it was killed before it recorded the trial in the
-    /// search's status.
+    /// Trial that a FineTuneJob trains, as JSON. The operator reads it if it was killed before it recorded the trial in
+    /// the search's status.
     pub const TRIAL: &str = "athanor.dev/trial";
     /// Name of the retraining that may start, on a ModelDeployment with `approval: Manual`.
     pub const APPROVE: &str = "athanor.dev/approve";

@@ -1,4 +1,5 @@
-//! Names that processes share are written in `contract/src/process.rs` alone: a search of the workspace's production code.
+//! Names that processes share are written in `contract/src/process.rs` alone: a search of the workspace's production
+//! code.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +19,8 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Lines of production code, without comments and what follows `#[cfg(test)]`; attributes of kube's derive take literals only.
+/// Lines of production code, without comments and what follows `#[cfg(test)]`; attributes of kube's derive take
+/// literals only.
 fn production(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let lines = text.lines().enumerate().take_while(|(_, line)| line.trim() != "#[cfg(test)]");
     let lines = lines.map(|(number, line)| (number + 1, line.trim()));

@@ -1,8 +1,9 @@
-//! Athanor's custom resources: [`FineTuneJob`] says how to make a model, [`ModelDeployment`] how to serve it and when it is stale.
+//! Athanor's custom resources: [`FineTuneJob`] says how to make a model, [`ModelDeployment`] how to serve it and when
+//! it is stale.
 //!
-//! The training part of a job is [`athanor_contract::train::TrainSpec`], shared with the trainer; this crate adds what only a cluster
-//! needs. [`schema::definitions`] gives the CustomResourceDefinitions that `crdgen` writes beside this crate. There is no
-//! Kubernetes client here.
+//! The training part of a job is [`athanor_contract::train::TrainSpec`], shared with the trainer; this crate adds what
+//! only a cluster needs. [`schema::definitions`] gives the CustomResourceDefinitions that `crdgen` writes beside this
+//! crate. There is no Kubernetes client here.
 
 // Printer columns are attributes that repeat json_path and type_ by design.
 #![allow(clippy::duplicated_attributes)]

@@ -5,26 +5,27 @@ use serde::{Deserialize, Serialize};
 
 use super::{Task, rules};
 
-/// A trained model whose answers are learned from.
+/// A trained model whose outputs the model learns from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TeacherSpec {
-    /// A folder of a model trained for the same task and labels, such as another job's artifact.
+    /// Folder of a model that was trained for the same task and labels, such as another job's artifact.
     #[schemars(
         length(min = 1, max = 2048),
         regex(pattern = r"^((s3|gs|az|http|https|file)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
     )]
     pub from: String,
-    /// Absent: computed once where they are small and kept beside the output, for later epochs, restarts and trials.
+    /// When the teacher's outputs are computed. Absent: once where they are small (they are then kept next to the
+    /// output, for later epochs, restarts and trials), otherwise at each step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outputs: Option<TeacherOutputs>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum TeacherOutputs {
-    /// Computed once before training.
+    /// Outputs are computed once, before training.
     Cached,
-    /// Computed at each step; what hiddenState terms need.
+    /// Outputs are computed at each step; hiddenState terms require it.
     Online,
 }
 
@@ -32,7 +33,9 @@ pub enum TeacherOutputs {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ObjectiveSpec {
-    /// Terms of the sum. Absent: the task's own loss; with a teacher half of it and half soft labels at temperature 2.
+    /// Terms of the sum. Absent: the task's own loss; with a teacher and the task TextClassification or
+    /// MaskedLanguageModel half of it and half soft labels at temperature 2, with the task Embedding also the squared
+    /// error between the vectors.
     #[schemars(length(max = 16))]
     pub terms: Vec<ObjectiveTermSpec>,
 }
@@ -42,8 +45,8 @@ impl ObjectiveSpec {
         self.terms.is_empty()
     }
 
-    /// The terms that a training minimises, with the defaults of the task. An entry that is not exactly one kind of term is
-    /// skipped; [`mistakes`](super::mistakes) reports it.
+    /// The terms that a training minimises, with the defaults of the task. An entry that is not exactly one kind of
+    /// term is skipped; [`mistakes`](super::mistakes) reports it.
     pub fn terms_of(&self, task: Task, has_teacher: bool) -> Vec<WeightedTerm> {
         if !self.terms.is_empty() {
             return self.terms.iter().filter_map(ObjectiveTermSpec::parse).collect();
@@ -137,8 +140,8 @@ pub struct ObjectiveTermSpec {
     /// Cross entropy between the model's outputs and the label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cross_entropy: Option<CrossEntropyTerm>,
-    /// Squared error: for TextRegression between the output and the label's number; for TextClassification between the logits of
-    /// student and teacher; for Embedding between their vectors.
+    /// Squared error: for TextRegression between the output and the label's number; for TextClassification between the
+    /// logits of student and teacher; for Embedding between their vectors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean_squared_error: Option<NoSettings>,
     /// Divergence between the probabilities of student and teacher (Hinton et al. 2015).
@@ -156,7 +159,8 @@ pub struct ObjectiveTermSpec {
 }
 
 impl ObjectiveTermSpec {
-    /// The kinds in the order of the options. This is the only place that lists the options; the CEL rule follows from it.
+    /// The kinds in the order of the options. This is the only place that lists the options; the CEL rule follows from
+    /// it.
     pub(super) fn kinds(&self) -> [(&'static str, Option<ObjectiveTerm>); 6] {
         [
             ("crossEntropy", self.cross_entropy.map(ObjectiveTerm::CrossEntropy)),
@@ -200,7 +204,7 @@ pub struct NoSettings {}
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CrossEntropyTerm {
-    /// Share of the probability that is spread over all labels.
+    /// Share of the target probability that is spread evenly over all labels.
     #[schemars(range(min = 0.0, max = 0.9))]
     pub label_smoothing: f64,
 }
@@ -208,10 +212,11 @@ pub struct CrossEntropyTerm {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SoftLabelTerm {
-    /// Both logits are divided by it, and the term multiplied by its square, so that gradients keep their size.
+    /// Divisor of the logits of student and teacher. The term is multiplied by its square, so that gradients keep their
+    /// size.
     #[schemars(range(min = 0.1, max = 100.0))]
     pub temperature: f64,
-    /// Which way the distance is measured.
+    /// Divergence between the two distributions.
     pub divergence: Divergence,
 }
 
@@ -223,51 +228,54 @@ impl Default for SoftLabelTerm {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Divergence {
-    /// KL(teacher || student): the student covers all that the teacher thinks possible.
+    /// KL(teacher || student): the student covers everything that the teacher finds possible.
     #[default]
     ForwardKL,
-    /// KL(student || teacher): the student keeps to what the teacher thinks likely.
+    /// KL(student || teacher): the student concentrates on what the teacher finds likely.
     ReverseKL,
-    /// The mean of both against their mixture: symmetric and bounded.
+    /// Jensen-Shannon divergence: the mean KL of both against their mixture; symmetric and bounded.
     JensenShannon,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HiddenStateTerm {
-    /// Which states are compared; 0 is what the first layer reads, n what the n-th puts out.
+    /// Pairs of layers whose hidden states are compared: 0 is the input of the first layer, n the output of the n-th.
     #[schemars(length(min = 1, max = 128))]
     pub layers: Vec<LayerPair>,
-    /// How far two states are apart.
+    /// Distance between two hidden states.
     #[serde(default)]
     pub loss: HiddenStateLoss,
-    /// A learned matrix between the two widths. Needed where they differ; not part of the result.
+    /// Whether a learned matrix projects the student's states to the teacher's width. Required where the widths differ;
+    /// the matrix is not part of the artifact.
     #[serde(default)]
     pub projection: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerPair {
-    /// Layer of the student.
+    /// Index of the student's layer.
     #[schemars(range(min = 0, max = 128))]
     pub student: u32,
-    /// Layer of the teacher.
+    /// Index of the teacher's layer.
     #[schemars(range(min = 0, max = 128))]
     pub teacher: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum HiddenStateLoss {
+    /// Mean squared error.
     #[default]
     MSE,
-    /// One minus the cosine of the two vectors of a token.
+    /// One minus the cosine similarity of a token's two states.
     Cosine,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MaskedLanguageModelTerm {
-    /// Share of the tokens to predict: of these 80 % become the mask, 10 % another token, 10 % stay (Devlin et al. 2019).
+    /// Share of the tokens that are predicted. Of these 80 % are replaced by the mask token, 10 % by another token, and
+    /// 10 % stay (Devlin et al. 2019).
     #[schemars(range(min = 0.01, max = 0.9))]
     pub probability: f64,
 }
@@ -281,7 +289,7 @@ impl Default for MaskedLanguageModelTerm {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ContrastiveTerm {
-    /// Cosines are divided by it before the cross entropy.
+    /// Divisor of the cosine similarities before the cross entropy.
     #[schemars(range(min = 0.001, max = 10.0))]
     pub temperature: f64,
 }

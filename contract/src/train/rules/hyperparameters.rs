@@ -1,4 +1,5 @@
-//! Rules of `hyperparameters`. Those of a search's parameters and budgets are checked in the `search` crate, with the messages here.
+//! Rules of `hyperparameters`. Those of a search's parameters and budgets are checked in the `search` crate, with the
+//! messages here.
 
 use super::{Found, Rule, evaluate::check_metric};
 use crate::train::{Task, TrainSpec};

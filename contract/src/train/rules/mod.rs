@@ -1,10 +1,11 @@
 //! Rules between fields of a specification that need neither files nor a network.
 //!
-//! [`mistakes`] checks them all: the operator reports the result in a condition before any pod runs, the trainer before it reads
-//! data. The API server refuses some of them earlier, by a CEL expression: each such [`Rule`] is a constant next to the Rust rule that
-//! it mirrors and has the same message. `tests/rules.json` has examples for both; `tests/rules.rs` of this crate and the admission
-//! test against a real API server read it. Bounds of single fields (ranges, lengths, patterns) are in the schema and not repeated
-//! here; rules of a search's parameters are checked by the `search` crate, which parses them.
+//! [`mistakes`] checks them all: the operator reports the result in a condition before any pod runs, the trainer before
+//! it reads data. The API server refuses some of them earlier, by a CEL expression: each such [`Rule`] is a constant
+//! next to the Rust rule that it mirrors and has the same message. `tests/rules.json` has examples for both;
+//! `tests/rules.rs` of this crate and the admission test against a real API server read it. Bounds of single fields
+//! (ranges, lengths, patterns) are in the schema and not repeated here; rules of a search's parameters are checked by
+//! the `search` crate, which parses them.
 
 mod compress;
 mod data;
