@@ -232,7 +232,7 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Statistic {
-    /// PredictionPSI, ConfidenceKS or LabelledAccuracy.
+    /// PredictionPSI, ConfidenceKS, LabelledAccuracy or PositiveRatings.
     pub name: String,
     /// Its value in the newest window.
     pub value: Decimal,

@@ -3,7 +3,7 @@
 mod gates;
 mod metrics;
 
-use athanor_contract::artifact::Reference;
+use athanor_contract::artifact::ClassReference;
 use athanor_models::{Model, Packing, Task, tokenizer::TokenRows};
 use athanor_torch::{Autocast, ProcessGroup};
 use tch::{Device, Kind, Tensor};
@@ -232,7 +232,7 @@ pub fn forward(model: &Model, rows: &Encoded, batch: &[usize], device: Device, t
 }
 
 /// What the monitor compares live traffic with; without predictions of classes it only says how many rows there were.
-pub fn reference(labels: &[String], rows: &Encoded, predictions: Option<&Predictions>) -> Reference {
+pub fn reference(labels: &[String], rows: &Encoded, predictions: Option<&Predictions>) -> ClassReference {
     let nothing = Predictions::default();
     let predictions = predictions.unwrap_or(&nothing);
     let mut predicted = vec![0; labels.len()];
@@ -247,7 +247,7 @@ pub fn reference(labels: &[String], rows: &Encoded, predictions: Option<&Predict
     // Evenly spaced ranks keep the distribution's shape, both ends included.
     let kept = sorted.len().min(REFERENCE_CONFIDENCES);
     let confidences = (0..kept).map(|i| sorted[i * (sorted.len() - 1) / (kept.max(2) - 1)]).collect();
-    Reference { labels: labels.to_vec(), predicted, confidences, correct: correct as u64, rows: rows.len() as u64 }
+    ClassReference { labels: labels.to_vec(), predicted, confidences, correct: correct as u64, rows: rows.len() as u64 }
 }
 
 #[cfg(test)]
