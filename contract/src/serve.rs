@@ -226,7 +226,7 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Statistic {
-    /// Name of the statistic: PredictionPSI, ConfidenceKS or LabelledAccuracy.
+    /// Name of the statistic: PredictionPSI, ConfidenceKS, LabelledAccuracy or PositiveRatings.
     pub name: String,
     /// Value in the newest window.
     pub value: Decimal,

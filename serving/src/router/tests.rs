@@ -300,6 +300,10 @@ async fn predictions_and_feedback_become_events() {
         (item("abc", r#""expected_label": "bad""#), 404, json!("request_id"), "request_not_found"),
         (item(&id, r#""index": 1"#), 400, json!("expected_label"), "invalid_field"),
         (item(&id, r#""expected_label": "bad", "note": "x""#), 400, json!("note"), "invalid_field"),
+        (item(&id, r#""expected_label": "bad", "rating": 1"#), 400, json!("expected_label"), "invalid_field"),
+        (item(&id, r#""rating": 2"#), 400, json!("rating"), "invalid_field"),
+        (item(&id, r#""expected_text": "a better answer""#), 422, json!("expected_text"), "invalid_feedback"),
+        (item(&id, r#""preferred": 1"#), 422, json!("preferred"), "invalid_feedback"),
         (item(&id, r#""expected_label": "awful""#), 422, json!("expected_label"), "unknown_label"),
         (item(&id, r#""expected_label": "bad", "index": 2"#), 422, json!("index"), "no_such_input"),
         ("[]".into(), 422, Value::Null, "feedback_empty"),
@@ -332,6 +336,10 @@ async fn predictions_and_feedback_become_events() {
     let last = kept.events.lock().unwrap().last().unwrap().clone();
     let EventData::Feedback(feedback) = last.data else { panic!("{last:?}") };
     assert_eq!((feedback.index, feedback.comment.as_deref()), (1, Some("no")));
+
+    // A rating of an answer that was judged already is kept for the dataset, and not counted again.
+    assert_eq!(post(item(&id, r#""rating": -1"#)).await, (202, json!({"accepted": 1})));
+    assert_eq!(gateway.analysis.read().revisions["a"].feedback_total, 2);
 
     kept.broken.store(true, Ordering::Relaxed);
     assert_eq!(post(both.clone()).await.0, 503, "not accepted unless it is kept");

@@ -4,7 +4,7 @@ pub mod evaluation;
 mod gates;
 pub mod measuring;
 
-use athanor_contract::artifact::Reference;
+use athanor_contract::artifact::ClassReference;
 use athanor_models::{Model, Packing, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
@@ -63,7 +63,7 @@ pub fn embed(
 }
 
 /// What the monitor compares live traffic with; for tasks without classes only the number of rows.
-pub fn reference(labels: &[String], rows: usize, classes: Option<&Classes>) -> Reference {
+pub fn reference(labels: &[String], rows: usize, classes: Option<&Classes>) -> ClassReference {
     let nothing = Classes::default();
     let Classes { truth, predictions } = classes.unwrap_or(&nothing);
     let mut predicted = vec![0; labels.len()];
@@ -77,7 +77,7 @@ pub fn reference(labels: &[String], rows: usize, classes: Option<&Classes>) -> R
     // Evenly spaced ranks keep the distribution's shape, both ends included.
     let kept = sorted.len().min(REFERENCE_CONFIDENCES);
     let confidences = (0..kept).map(|i| sorted[i * (sorted.len() - 1) / (kept.max(2) - 1)]).collect();
-    Reference { labels: labels.to_vec(), predicted, confidences, correct: correct as u64, rows: rows as u64 }
+    ClassReference { labels: labels.to_vec(), predicted, confidences, correct: correct as u64, rows: rows as u64 }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use athanor_contract::artifact::{REFERENCE, Reference};
+use athanor_contract::artifact::{ClassReference, REFERENCE};
 use athanor_models::Model;
 
 use crate::TrainError;
@@ -16,7 +16,7 @@ pub fn write(
     model: &Model,
     quantized: Option<bool>,
     parent: &Path,
-    reference: &Reference,
+    reference: &ClassReference,
 ) -> Result<(), TrainError> {
     std::fs::create_dir_all(to).map_err(TrainError::at(to))?;
     match quantized {
