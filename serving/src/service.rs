@@ -180,3 +180,18 @@ fn highest(probabilities: &[f32]) -> usize {
     }
     best
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softmax_survives_large_logits_and_refuses_those_that_are_not_finite() {
+        assert_eq!(softmax(&[1000.0, 1000.0]), Some(vec![0.5, 0.5]));
+        let probabilities = softmax(&[0.0, 3f32.ln()]).unwrap();
+        assert!((probabilities[1] - 0.75).abs() < 1e-6, "{probabilities:?}");
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(softmax(&[0.0, bad]), None);
+        }
+    }
+}
