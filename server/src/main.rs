@@ -10,9 +10,11 @@ use athanor_contract::{
     serve::ServeConfig,
 };
 use athanor_serving::{
-    engine::Engine,
-    grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
-    http::{self, ApiError},
+    api::{
+        inference::{self, Inference, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+        openai::{self, ApiError},
+    },
+    engine::encode::Engine,
     lifecycle::{self, Servers},
     service::Service,
 };
@@ -69,13 +71,13 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
     let (service, _folder) = loaded;
-    let _ = current.send_replace(http::app(service.clone(), ops));
+    let _ = current.send_replace(openai::app(service.clone(), ops));
 
     let (health, health_service) = tonic_health::server::health_reporter();
-    let inference = GrpcInferenceServiceServer::new(grpc::Inference::new(service.clone(), ready.clone()))
+    let passing = GrpcInferenceServiceServer::new(Inference::new(service.clone(), ready.clone()))
         .max_decoding_message_size(config.limits.max_body_bytes.saturating_add(64 << 10));
-    health.set_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
-    let routes = grpc::reflection()?.add_service(health_service).add_service(inference);
+    health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
+    let routes = inference::reflection()?.add_service(health_service).add_service(passing);
     servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port).await?, routes);
 
     ready.set(true);
@@ -90,7 +92,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         let shutdown = shutdown.clone();
         async move {
             shutdown.cancelled().await;
-            health.set_not_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
+            health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
         }
     });
     let drain = Duration::from_secs(config.limits.drain_seconds);

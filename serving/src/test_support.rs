@@ -8,7 +8,10 @@ use std::sync::{
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
 use crate::{
-    engine::{Backend, BackendError, Engine},
+    engine::{
+        backend::{BackendError, EncodeBackend},
+        encode::Engine,
+    },
     service::{Service, Tokenize},
 };
 
@@ -31,7 +34,7 @@ pub struct Gate {
     pub batches: AtomicUsize,
 }
 
-impl Backend for Rule {
+impl EncodeBackend for Rule {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
         self.0.batches.fetch_add(1, Ordering::SeqCst);
         let _gate = self.0.lock.lock().map_err(|error| BackendError(error.to_string()))?;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, process::Command};
 
 /// Crates that each crate of ours may use of ours, and other crates it must not reach, directly or through others.
-const TABLE: [(&str, &[&str], &[&str]); 14] = [
+const TABLE: [(&str, &[&str], &[&str]); 15] = [
     ("contract", &[], &["kube", "tch", "tokio"]),
     ("telemetry", &[], &["kube", "tch"]),
     ("store", &["contract"], &["kube", "tch"]),
@@ -15,8 +15,9 @@ const TABLE: [(&str, &[&str], &[&str]); 14] = [
     ("search", &["contract"], &["kube", "tch", "tokio"]),
     ("operator", &["contract", "crds", "search", "telemetry"], &["tch", "rdkafka"]),
     ("trainer", &["contract", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &[]),
-    ("server", &["contract", "feedback", "models", "serving", "store", "telemetry", "torch"], &[]),
-    ("serving", &["contract", "feedback", "store", "telemetry"], &["tch"]),
+    ("router", &["contract", "feedback", "serving", "store", "telemetry"], &["tch"]),
+    ("server", &["contract", "models", "serving", "store", "telemetry", "torch"], &["kube", "rdkafka"]),
+    ("serving", &["contract", "telemetry"], &["kube", "rdkafka", "tch"]),
     ("tests", &["contract", "crds"], &["tch"]),
 ];
 
@@ -40,6 +41,33 @@ fn members() -> BTreeSet<String> {
     line.split('"').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
+/// The lines around the table of ARCHITECTURE.md.
+const MARKERS: [&str; 2] = ["<!-- dependencies: begin -->\n", "<!-- dependencies: end -->\n"];
+
+/// The table as ARCHITECTURE.md shows it.
+fn markdown() -> String {
+    let list = |names: &[&str], none: &str| if names.is_empty() { none.to_owned() } else { names.join(", ") };
+    let row = |(name, allowed, forbidden): &(&str, &[&str], &[&str])| {
+        format!("| {name} | {} | {} |\n", list(allowed, "nothing of ours"), list(forbidden, "-"))
+    };
+    let rows: String = TABLE.iter().map(row).collect();
+    format!("| crate | may use | must not reach |\n|---|---|---|\n{rows}")
+}
+
+/// `ATHANOR_REWRITE=1` writes the table into ARCHITECTURE.md instead of comparing.
+#[test]
+fn the_document_shows_the_table_of_this_test() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../ARCHITECTURE.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = text.split_once(MARKERS[0]).unwrap();
+    let (shown, after) = rest.split_once(MARKERS[1]).unwrap();
+    if std::env::var_os("ATHANOR_REWRITE").is_some() {
+        std::fs::write(path, [before, MARKERS[0], &markdown(), MARKERS[1], after].concat()).unwrap();
+        return;
+    }
+    assert_eq!(shown, markdown(), "run this test with ATHANOR_REWRITE=1");
+}
+
 #[test]
 fn crates_use_only_what_the_table_allows() {
     let listed: BTreeSet<String> = TABLE.iter().map(|row| row.0.to_owned()).collect();
@@ -57,20 +85,31 @@ fn crates_use_only_what_the_table_allows() {
     }
 }
 
-/// Kubernetes clients are in few places: the trainer has none, serving only in its router, the operator only where it
-/// watches, writes and elects. The steps of a reconcile write through `Cluster`, which only `apply` and `status` have.
+/// Kubernetes clients are in few places: trainer and servers have none, the router only where it reads its configuration,
+/// the operator only where it watches, writes and elects. The steps of a reconcile write through `Cluster`, which only
+/// `apply` and `status` have.
 #[test]
 fn the_kubernetes_client_stays_where_it_belongs() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
     let output = Command::new("grep")
-        .args(["-rlE", "\\bkube(::|_runtime)", "--include=*.rs", "trainer", "server", "serving", "models", "torch"])
+        .args([
+            "-rlE",
+            "\\bkube(::|_runtime)",
+            "--include=*.rs",
+            "trainer",
+            "server",
+            "serving",
+            "router",
+            "models",
+            "torch",
+        ])
         .current_dir(root)
         .output()
         .unwrap();
     for file in String::from_utf8(output.stdout).unwrap().lines() {
         assert!(
-            file.starts_with("serving/src/router/") || file == "serving/src/bin/athanor-router.rs",
-            "{file} uses kube outside the router"
+            ["router/src/source/kubernetes.rs", "router/src/main.rs"].contains(&file),
+            "{file} uses a Kubernetes client"
         );
     }
     let mut kinds = 0;

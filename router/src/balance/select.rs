@@ -82,7 +82,7 @@ mod tests {
     use rand::{SeedableRng, rngs::StdRng};
 
     use super::*;
-    use crate::router::{endpoints::Address, request_id::RequestIds};
+    use crate::{balance::endpoints::Address, record::request_id::RequestIds};
 
     #[test]
     fn the_order_follows_weights() {

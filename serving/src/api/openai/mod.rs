@@ -5,7 +5,6 @@
 
 pub mod body;
 mod error;
-pub mod headers;
 #[cfg(test)]
 mod tests;
 pub mod types;
@@ -27,7 +26,10 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 use types::{ClassifyRequest, ClassifyResponse, ClassifyResult, LabelScore, Model, ModelList, Usage};
 
-use crate::service::{Classified, Service};
+use crate::{
+    api::{headers, observe},
+    service::{Classified, Service},
+};
 
 /// The application: the API, and `ops` (`/metrics`, `/healthz`, `/readyz`) on the same port.
 pub fn app(service: Arc<Service>, ops: Router) -> Router {
@@ -49,19 +51,7 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
     let id = headers::request_id(request.headers());
     request.headers_mut().insert(headers::REQUEST_ID, id.clone());
     let mut response = if route == "/v1/classify" {
-        let span = tracing::info_span!(
-            "classify",
-            otel.kind = "server",
-            request_id = %id.to_str().unwrap_or_default(),
-            revision = %service.revision,
-            inputs = tracing::field::Empty,
-            tokens = tracing::field::Empty,
-            queue_ms = tracing::field::Empty,
-            batch_ms = tracing::field::Empty,
-            batch_inputs = tracing::field::Empty,
-        );
-        // Fails only when traces are off.
-        let _ = span.set_parent(athanor_telemetry::propagation::extract(request.headers()));
+        let span = observe::classification(id.to_str().unwrap_or_default(), &service.revision, request.headers());
         let response = next.run(request).instrument(span.clone()).await;
         if response.status().is_server_error() {
             span.set_status(SpanStatus::error(response.status().to_string()));
@@ -72,10 +62,9 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
     };
     let code = response.status().as_str().to_owned();
     if route.starts_with("/v1/") || route == "other" {
-        metrics::histogram!("athanor_server_request_seconds", "route" => route.clone())
-            .record(started.elapsed().as_secs_f64());
+        observe::timed(&route, started);
     }
-    metrics::counter!("athanor_server_requests_total", "code" => code, "route" => route).increment(1);
+    observe::counted(&route, code);
     response.headers_mut().insert(headers::REQUEST_ID, id);
     response.headers_mut().insert(headers::REVISION, headers::text(&service.revision));
     response
@@ -88,18 +77,8 @@ async fn classify(State(service): State<Arc<Service>>, request: Request) -> Resu
     let request: ClassifyRequest = body::parse(&bytes)?;
     service.check_model(request.model.as_deref())?;
     let classified = service.classify(request.input.0).await?;
-    record(&classified);
+    observe::classified(&classified);
     Ok(Json(response(&service, classified)))
-}
-
-/// Writes what the engine did into the current span.
-pub fn record(classified: &Classified) {
-    let span = tracing::Span::current();
-    span.record("inputs", classified.results.len());
-    span.record("tokens", classified.tokens);
-    span.record("queue_ms", classified.queued.as_secs_f64() * 1e3);
-    span.record("batch_ms", classified.computed.as_secs_f64() * 1e3);
-    span.record("batch_inputs", classified.batch_inputs);
 }
 
 fn response(service: &Service, classified: Classified) -> ClassifyResponse {

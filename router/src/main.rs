@@ -4,17 +4,18 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use athanor_contract::process::{port, variable};
-use athanor_serving::{
-    grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
-    lifecycle::{self, Servers},
-    router::{
-        events,
-        gateway::Gateway,
-        grpc::Passing,
-        http, kubernetes, labels,
+use athanor_router::{
+    gateway::Gateway,
+    proxy::{grpc::Passing, http},
+    record::{events, labels, request_id::RequestIds},
+    source::{
+        kubernetes,
         local::{self, EndpointArgument},
-        request_id::RequestIds,
     },
+};
+use athanor_serving::{
+    api::inference::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+    lifecycle::{self, Servers},
 };
 use athanor_telemetry::Readiness;
 use clap::Parser;
@@ -86,7 +87,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
     let passing = GrpcInferenceServiceServer::new(Passing::new(gateway.clone(), ready.clone()));
-    let routes = grpc::reflection()?.add_service(health_service).add_service(passing);
+    let routes = inference::reflection()?.add_service(health_service).add_service(passing);
     servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes);
 
     match (arguments.config_file, arguments.namespace, arguments.config_map) {

@@ -12,10 +12,10 @@ use std::{
 use athanor_contract::serve::RouterLimits;
 
 use super::{
-    analysis::Analysis,
     endpoints::{Endpoint, Registry, Snapshot},
     select::{self, Target},
 };
+use crate::analysis::Analysis;
 
 /// How long an endpoint is avoided that could not be reached or said that it is unavailable.
 pub const AVOID: Duration = Duration::from_secs(1);

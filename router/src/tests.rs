@@ -14,6 +14,19 @@ use athanor_contract::{
     event::{Event, EventData},
     serve::{EventsConfig, RouterConfig, RouterLimits, RouterRevision},
 };
+use athanor_serving::{
+    api::inference::{
+        Inference,
+        inference::{
+            InferTensorContents, ModelInferRequest, ModelMetadataRequest, ServerReadyRequest,
+            grpc_inference_service_client::GrpcInferenceServiceClient,
+            grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},
+            model_infer_request::InferInputTensor,
+        },
+        tensors,
+    },
+    test_support,
+};
 use axum::{
     Json, Router,
     body::{Body, to_bytes},
@@ -25,21 +38,11 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use super::{
-    endpoints::Address, events::EventSink, gateway::Gateway, grpc::Passing, http::app, request_id::RequestIds,
-};
 use crate::{
-    grpc::{
-        Inference,
-        inference::{
-            InferTensorContents, ModelInferRequest, ModelMetadataRequest, ServerReadyRequest,
-            grpc_inference_service_client::GrpcInferenceServiceClient,
-            grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},
-            model_infer_request::InferInputTensor,
-        },
-        tensors,
-    },
-    test_support,
+    balance::endpoints::Address,
+    gateway::Gateway,
+    proxy::{grpc::Passing, http::app},
+    record::{events::EventSink, request_id::RequestIds},
 };
 
 /// A server that answers every input with "good" and counts its requests, until its token is cancelled.
@@ -351,7 +354,11 @@ async fn predictions_and_feedback_become_events() {
 async fn labels_are_learned_from_the_servers() {
     let (address, _, _server) = healthy().await;
     let gateway = gateway(config(&[("a", 100)]), &[("a", &[address])]);
-    tokio::spawn(super::labels::learn(gateway.registry.clone(), gateway.client.clone(), gateway.labels.clone()));
+    tokio::spawn(crate::record::labels::learn(
+        gateway.registry.clone(),
+        gateway.client.clone(),
+        gateway.labels.clone(),
+    ));
     let begin = Instant::now();
     while gateway.labels.get("a").is_none() {
         assert!(begin.elapsed() < Duration::from_secs(5));

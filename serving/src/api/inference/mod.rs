@@ -12,11 +12,10 @@ use tonic::{
     metadata::{AsciiMetadataKey, MetadataMap, MetadataValue},
 };
 use tracing::Instrument;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::{
-    engine::EngineError,
-    http::{self, headers},
+    api::{headers, observe},
+    engine::encode::EngineError,
     service::{Service, ServiceError},
 };
 
@@ -65,7 +64,7 @@ impl Inference {
         tensors::check_outputs(&request).map_err(invalid)?;
         let texts = tensors::decode_texts(&request).map_err(invalid)?;
         let classified = self.service.classify(texts).await.map_err(status)?;
-        http::record(&classified);
+        observe::classified(&classified);
         let mut response = ModelInferResponse {
             model_name: self.service.model_name.clone(),
             model_version: self.service.revision.clone(),
@@ -87,7 +86,9 @@ fn status(error: ServiceError) -> Status {
         }
         ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),
         ServiceError::Engine(EngineError::Stopped) => Status::unavailable(message),
-        ServiceError::Engine(EngineError::Backend(_)) | ServiceError::Tokenizer(_) => Status::internal(message),
+        ServiceError::Engine(EngineError::Backend(_)) | ServiceError::NotFinite { .. } | ServiceError::Tokenizer(_) => {
+            Status::internal(message)
+        }
     }
 }
 
@@ -164,25 +165,12 @@ impl GrpcInferenceService for Inference {
         let incoming = metadata.into_headers();
         let id = headers::request_id(&incoming);
         let id = id.to_str().unwrap_or_default();
-        let span = tracing::info_span!(
-            "classify",
-            otel.kind = "server",
-            request_id = %id,
-            revision = %self.service.revision,
-            inputs = tracing::field::Empty,
-            tokens = tracing::field::Empty,
-            queue_ms = tracing::field::Empty,
-            batch_ms = tracing::field::Empty,
-            batch_inputs = tracing::field::Empty,
-        );
-        // Fails only when traces are off.
-        let _ = span.set_parent(athanor_telemetry::propagation::extract(&incoming));
+        let span = observe::classification(id, &self.service.revision, &incoming);
         let started = std::time::Instant::now();
         let mut answer = self.infer(request).instrument(span).await.map(Response::new);
         let code = answer.as_ref().map_or_else(|status| format!("{:?}", status.code()), |_| "Ok".to_owned());
-        metrics::counter!("athanor_server_requests_total", "code" => code, "route" => "ModelInfer").increment(1);
-        metrics::histogram!("athanor_server_request_seconds", "route" => "ModelInfer")
-            .record(started.elapsed().as_secs_f64());
+        observe::counted("ModelInfer", code);
+        observe::timed("ModelInfer", started);
         match &mut answer {
             Ok(response) => label(response.metadata_mut(), id, &self.service.revision),
             Err(status) => label(status.metadata_mut(), id, &self.service.revision),

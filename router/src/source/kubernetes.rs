@@ -18,9 +18,9 @@ use kube::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{
+use crate::{
+    balance::endpoints::{Address, Registry},
     config,
-    endpoints::{Address, Registry},
 };
 
 /// Label of an EndpointSlice that names its Service.

@@ -4,6 +4,13 @@
 use std::{sync::Arc, time::Instant};
 
 use athanor_contract::process::path;
+use athanor_serving::api::{
+    headers,
+    openai::{
+        ApiError, body, method_not_allowed, not_found,
+        types::{ClassifyRequest, ClassifyResponse},
+    },
+};
 use axum::{
     Json, Router,
     body::Body,
@@ -22,17 +29,18 @@ use opentelemetry::trace::Status as SpanStatus;
 use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::{
-    endpoints::{Endpoint, Snapshot},
-    feedback::{self, Accepted, Items},
-    forward::{self, Attempt, ForwardError, Forwarded, Policy},
-    gateway::{Answered, ClientError, Gateway},
-    request_id::RequestId,
-    select::Target,
-};
-use crate::http::{
-    ApiError, body, headers, method_not_allowed, not_found,
-    types::{ClassifyRequest, ClassifyResponse},
+use crate::{
+    balance::{
+        client::ClientError,
+        endpoints::{Endpoint, Snapshot},
+        forward::{self, Attempt, ForwardError, Forwarded, Policy},
+        select::Target,
+    },
+    gateway::{Answered, Gateway},
+    record::{
+        feedback::{self, Accepted, Items},
+        request_id::RequestId,
+    },
 };
 
 /// The most that an answer of a server may hold.

@@ -7,7 +7,7 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{engine::EngineError, service::ServiceError};
+use crate::{engine::encode::EngineError, service::ServiceError};
 
 /// `{"error": {"message", "type", "param", "code"}}` with a status.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,9 +90,9 @@ impl From<ServiceError> for ApiError {
             ServiceError::Engine(EngineError::Stopped) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine_stopped", message)
             }
-            ServiceError::Engine(EngineError::Backend(_)) | ServiceError::Tokenizer(_) => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
-            }
+            ServiceError::Engine(EngineError::Backend(_))
+            | ServiceError::NotFinite { .. }
+            | ServiceError::Tokenizer(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message),
         }
     }
 }

@@ -14,7 +14,7 @@ use athanor_contract::{
 use athanor_feedback::producer::Producer;
 use tokio_util::sync::CancellationToken;
 
-use super::endpoints::Registry;
+use crate::balance::endpoints::Registry;
 
 /// How long a change of configuration or a shutdown waits for events to be sent or spilled.
 const FLUSH: Duration = Duration::from_secs(9);

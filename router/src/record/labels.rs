@@ -6,10 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::{endpoints::Registry, gateway::Client};
-use crate::http::types::ModelList;
+use athanor_serving::api::openai::types::ModelList;
 
-/// Between attempts to learn the labels of revisions that have not told them yet.
+use crate::balance::{client::Client, endpoints::Registry};
+
+/// Between attempts to learn the labels of revisions whose labels are not known yet.
 const RETRY: Duration = Duration::from_secs(1);
 /// The most a `/v1/models` answer may hold.
 const MAX_BYTES: usize = 4 << 20;

@@ -4,9 +4,9 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 
-use super::{
+use crate::{
+    balance::endpoints::{Address, Registry},
     config,
-    endpoints::{Address, Registry},
 };
 
 /// Between looks at the file.

@@ -3,6 +3,18 @@
 
 use std::{error::Error as _, sync::Arc, time::Instant};
 
+use athanor_serving::api::{
+    headers,
+    inference::{
+        inference::{
+            ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
+            ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
+            ServerReadyRequest, ServerReadyResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+            grpc_inference_service_server::GrpcInferenceService,
+        },
+        label, tensors,
+    },
+};
 use athanor_telemetry::Readiness;
 use tonic::{
     Code, Request, Response, Status,
@@ -12,24 +24,14 @@ use tonic::{
 use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::{
-    endpoints::Endpoint,
-    forward::{self, Attempt, ForwardError, Forwarded, Policy},
-    gateway::{Answered, Gateway},
-    http::target,
-    request_id::RequestId,
-};
+use super::http::target;
 use crate::{
-    grpc::{
-        inference::{
-            ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
-            ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
-            ServerReadyRequest, ServerReadyResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
-            grpc_inference_service_server::GrpcInferenceService,
-        },
-        label, tensors,
+    balance::{
+        endpoints::Endpoint,
+        forward::{self, Attempt, ForwardError, Forwarded, Policy},
     },
-    http::headers,
+    gateway::{Answered, Gateway},
+    record::request_id::RequestId,
 };
 
 /// The most that an answer of a server may hold.

@@ -6,6 +6,7 @@ use athanor_contract::{
     event::{Event, EventData, Feedback, Judgement, JudgementError, Rating},
     serve::RouterConfig,
 };
+use athanor_serving::api::openai::ApiError;
 use axum::http::StatusCode;
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -13,8 +14,8 @@ use serde::{
 };
 use uuid::Uuid;
 
-use super::{events, gateway::Gateway};
-use crate::http::ApiError;
+use super::events;
+use crate::gateway::Gateway;
 
 /// Items of one request.
 const MAX_ITEMS: usize = 256;
