@@ -2,9 +2,19 @@
 
 use std::{env, path::PathBuf};
 
+/// The C ABI, one idea a file; they all call libtorch.
+const SHIM: [&str; 6] = [
+    "src/layer.cpp",
+    "src/linear.cpp",
+    "src/optimizers.cpp",
+    "src/process_groups.cpp",
+    "src/random.cpp",
+    "src/runtime.cpp",
+];
+
 fn main() {
-    for file in ["kernels.cpp", "kernels.hpp", "layer.cpp", "shim.cpp", "shim.hpp"] {
-        println!("cargo:rerun-if-changed=src/{file}");
+    for file in SHIM.iter().chain(&["src/kernels.cpp", "src/kernels.hpp", "src/shim.hpp"]) {
+        println!("cargo:rerun-if-changed={file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     let Some(libtorch) = env::var_os("LIBTORCH").map(PathBuf::from) else {
@@ -15,7 +25,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++20")
-        .files(["src/shim.cpp", "src/layer.cpp"])
+        .files(SHIM)
         .flag("-isystem")
         .flag(include.to_str().expect("LIBTORCH is valid Unicode"))
         .flag("-isystem")

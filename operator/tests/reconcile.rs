@@ -40,7 +40,7 @@ struct Server(Arc<Mutex<Objects>>);
 
 fn failure(code: StatusCode) -> (StatusCode, Json<Value>) {
     let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(),
-        "reason": code.canonical_reason(), "message": "refused by the test's server"});
+        "reason": code.canonical_reason().unwrap_or_default().replace(' ', ""), "message": "refused by the test's server"});
     (code, Json(status))
 }
 

@@ -34,7 +34,8 @@ pub struct Rendezvous<'a> {
     pub timeout: Duration,
 }
 
-/// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a time.
+/// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a
+/// time.
 pub struct ProcessGroup {
     handle: NonNull<c_void>,
     rank: usize,
@@ -100,8 +101,8 @@ impl ProcessGroup {
         })
     }
 
-    /// Overwrites tensors with those of rank `root`, many small ones in one message; shapes and kinds have to be the same on all
-    /// ranks.
+    /// Overwrites tensors with those of rank `root`, many small ones in one message; shapes and kinds have to be the
+    /// same on all ranks.
     pub fn broadcast_all(&self, tensors: &[Tensor], root: usize) -> Result<(), Error> {
         if tensors.is_empty() {
             return Ok(());
@@ -137,10 +138,11 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// DistributedDataParallel's reducer (Li et al. 2020): it hooks into the backward pass and averages gradients over the ranks,
-/// bucket by bucket, while the backward pass goes on. Gradients are views into the buckets.
+/// DistributedDataParallel's reducer (Li et al. 2020): it hooks into the backward pass and averages gradients over the
+/// ranks, bucket by bucket, while the backward pass goes on. Gradients are views into the buckets.
 ///
-/// Each step: [`Reducer::prepare_for_forward`], the forward pass, [`Reducer::prepare_for_backward`], then [`crate::backward`].
+/// Each step: [`Reducer::prepare_for_forward`], the forward pass, [`Reducer::prepare_for_backward`], then
+/// [`crate::backward`].
 pub struct Reducer<'group> {
     handle: NonNull<c_void>,
     group: PhantomData<&'group ProcessGroup>,
@@ -245,7 +247,8 @@ mod tests {
         });
     }
 
-    /// The loss of each rank is of its own rows; the averages of the gradients are those of the whole batch, bit for bit on all ranks.
+    /// The loss of each rank is of its own rows; the averages of the gradients are those of the whole batch, bit for
+    /// bit on all ranks.
     #[test]
     fn the_reducer_averages_gradients_over_the_ranks() {
         let world = 2;

@@ -4,8 +4,9 @@ use tch::Tensor;
 
 use crate::{Error, ffi};
 
-/// Zeroes each number with probability `p` in [0, 1) and scales the others by 1 / (1 - p). The mask follows from the default
-/// generator's state alone, whatever the number of threads. Other devices and kinds than FP32 and BF16 on the CPU are libtorch's.
+/// Zeroes each number with probability `p` in [0, 1) and scales the others by 1 / (1 - p). The mask follows from the
+/// default generator's state alone, whatever the number of threads. Other devices and kinds than FP32 and BF16 on the
+/// CPU are libtorch's.
 pub fn dropout(x: &Tensor, p: f64) -> Result<Tensor, Error> {
     if p == 0.0 {
         return Ok(x.shallow_clone());

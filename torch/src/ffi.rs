@@ -1,4 +1,4 @@
-//! The C ABI of `shim.cpp` and `layer.cpp`, and the translation of its statuses.
+//! The C ABI of the files in `src/*.cpp`, and the translation of its statuses.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -7,7 +7,8 @@ use crate::Error;
 /// `at::Tensor*`, as tch hands it out.
 pub type TensorPointer = *mut c_void;
 
-/// `athanor::AdamStep` of `kernels.hpp`: `w = w keep - size m / (sqrt(v) second_scale + epsilon)` after the moments' update.
+/// `athanor::AdamStep` of `kernels.hpp`: `w = w keep - size m / (sqrt(v) second_scale + epsilon)` after the moments'
+/// update.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct AdamStep {

@@ -14,7 +14,8 @@
 namespace athanor {
 namespace {
 
-// Sums are kept apart in so many lanes, alike on every machine: a sum may be vectorized only in an order that is written down.
+// Sums are kept apart in so many lanes, alike on every machine: a sum may be vectorized only in an order that is
+// written down.
 constexpr int kLanes = 16;
 
 // Random 32 bits of a position in a stream: two rounds of lowbias32 (Wellons 2018) with a key in each.
@@ -180,16 +181,16 @@ VECTORIZED void softmax_backward(const float* probabilities, float* gradient, in
   for (int64_t i = 0; i < count; i++) gradient[i] = probabilities[i] * (gradient[i] - mean);
 }
 
-VECTORIZED void quantize_rows(const float* x, int64_t rows, int64_t columns, uint8_t* q, float* scales) {
+VECTORIZED void quantize_rows(const float* x, int64_t rows, int64_t columns, int levels, uint8_t* q, float* scales) {
   for (int64_t row = 0; row < rows; row++) {
     const float* from = x + row * columns;
     uint8_t* to = q + row * columns;
     float largest = 0;
     for (int64_t i = 0; i < columns; i++) largest = std::max(largest, std::fabs(from[i]));
-    float factor = largest > 0 ? 127 / largest : 0;
-    scales[row] = largest / 127;
+    float factor = largest > 0 ? static_cast<float>(levels) / largest : 0;
+    scales[row] = largest / static_cast<float>(levels);
     // As in exp_negative, to even.
-    for (int64_t i = 0; i < columns; i++) to[i] = static_cast<uint8_t>(static_cast<int32_t>(from[i] * factor + 12582912.0f - 12582912.0f) + 128);
+    for (int64_t i = 0; i < columns; i++) to[i] = static_cast<uint8_t>(static_cast<int32_t>(from[i] * factor + 12582912.0f - 12582912.0f) + levels + 1);
   }
 }
 

@@ -1,13 +1,13 @@
-// Loops over rows of numbers, each compiled for several instruction sets: the fastest that the machine has is taken when a program
-// starts. Numbers are floats; rows of bfloat16 are widened into them and narrowed again.
+// Loops over rows of numbers, each compiled for several instruction sets: the fastest that the machine has is taken
+// when a program starts. Numbers are floats; rows of bfloat16 are widened into them and narrowed again.
 #pragma once
 
 #include <cstdint>
 
 namespace athanor {
 
-// Which numbers dropout keeps: a function of a seed and of a number's position, so that nothing is kept for the backward pass, and
-// any number of threads draws the same. Nothing is dropped where the threshold is 0.
+// Which numbers dropout keeps: a function of a seed and of a number's position, so that nothing is kept for the
+// backward pass, and any number of threads draws the same. Nothing is dropped where the threshold is 0.
 struct Drop {
   uint32_t key0 = 0, key1 = 0, threshold = 0;
   float scale = 1;
@@ -35,9 +35,11 @@ void add_to(const float* x, float* sum, int64_t count);
 
 float sum_of_squares(const float* x, int64_t count);
 
-// y = normalised * weight + shift, where `sum` is normalised to mean 0 and variance 1 in its place. Returns 1 / its deviation.
+// y = normalised * weight + shift, where `sum` is normalised to mean 0 and variance 1 in its place. Returns 1 / its
+// deviation.
 float layer_norm(float* sum, const float* weight, const float* shift, float eps, float* y, int64_t count);
-// The gradient by the sum, in place of the gradient by y; those by weight and shift are added to `weights` and `shifts`.
+// The gradient by the sum, in place of the gradient by y; those by weight and shift are added to `weights` and
+// `shifts`.
 void layer_norm_backward(float* gradient, const float* normalised, const float* weight, float reciprocal, float* weights,
                          float* shifts, int64_t count);
 
@@ -46,8 +48,9 @@ void softmax(float* scores, const float* bias, const uint8_t* allowed, int64_t c
 // The gradient by the scores, in place of the one by the probabilities.
 void softmax_backward(const float* probabilities, float* gradient, int64_t count);
 
-// Rounds rows to whole numbers from -127 to 127, kept as 1 to 255 with 128 for zero; the largest of a row becomes +-127.
-void quantize_rows(const float* x, int64_t rows, int64_t columns, uint8_t* q, float* scales);
+// Rounds rows to whole numbers from -levels to levels, kept with levels + 1 added; the largest of a row becomes
+// +-levels.
+void quantize_rows(const float* x, int64_t rows, int64_t columns, int levels, uint8_t* q, float* scales);
 // y = y * the row's scale + bias.
 void scale_rows(float* y, int64_t rows, int64_t columns, const float* scales, const float* bias);
 

@@ -1,13 +1,14 @@
-// A transformer layer that normalises behind each half, with its backward pass, for the CPU: what libtorch does in some sixty passes over
-// memory is here matrix products and one pass between each two. Under autocast all that is kept and handed on is bfloat16; sums are
-// floats.
+// A transformer layer that normalises behind each half, with its backward pass, for the CPU: what libtorch does in some
+// sixty passes over memory is here matrix products and one pass between each two. Under autocast all that is kept and
+// handed on is bfloat16; sums are floats.
 //
-// Shapes: B texts, T tokens, Q tokens of each text that have queries (all, or the first alone), C = hidden size, H heads of D = C / H,
-// I = intermediate size. Rows are tokens.
-#include <torch/torch.h>
+// Shapes: B texts, T tokens, Q tokens of each text that have queries (all, or the first alone), C = hidden size, H
+// heads of D = C / H, I = intermediate size. Rows are tokens.
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <array>
@@ -22,7 +23,8 @@ using athanor::Drop;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Sums over rows are of so many rows at a time, then of these sums: the result does not depend on the number of threads.
+// Sums over rows are of so many rows at a time, then of these sums: the result does not depend on the number of
+// threads.
 constexpr int64_t kRows = 32;
 
 // The places of the parameters in a call.
@@ -65,8 +67,8 @@ struct Rows {
   int64_t columns;
 };
 
-// For each row in turn: `body(row, scratch, sums)`, where scratch has room for `scratch` floats; the sums of all blocks are returned,
-// [sums], with zeros to begin with.
+// For each row in turn: `body(row, scratch, sums)`, where scratch has room for `scratch` floats; the sums of all blocks
+// are returned, [sums], with zeros to begin with.
 template <typename Body>
 at::Tensor by_rows(int64_t rows, int64_t scratch, int64_t sums, const Body& body) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
@@ -88,8 +90,8 @@ struct Shape {
   int64_t d() const { return c / h; }
 };
 
-// y = norm(residual + drop(branch + bias)), [rows, C]. Row r of the branch belongs to row r * stride of the residual. Returns y, the
-// normalised sum and the reciprocals of its deviations [rows].
+// y = norm(residual + drop(branch + bias)), [rows, C]. Row r of the branch belongs to row r * stride of the residual.
+// Returns y, the normalised sum and the reciprocals of its deviations [rows].
 std::array<at::Tensor, 3> add_norm(const at::Tensor& branch, const at::Tensor& bias, const at::Tensor& residual, int64_t stride,
                                    const at::Tensor& weight, const at::Tensor& shift, double eps, Drop drop) {
   const int64_t rows = branch.size(0), c = branch.size(1);
@@ -132,7 +134,8 @@ NormGradients add_norm_backward(const at::Tensor& gradient, const at::Tensor& no
   return {residual, branch, sums.narrow(0, 2 * c, c), sums.narrow(0, 0, c), sums.narrow(0, c, c)};
 }
 
-// Columns of projections, from `at` on, to heads: (columns + bias) * factor, [rows of B x tokens, ...] to [B, H, tokens, D].
+// Columns of projections, from `at` on, to heads: (columns + bias) * factor, [rows of B x tokens, ...] to [B, H,
+// tokens, D].
 at::Tensor to_heads(const at::Tensor& projected, int64_t at, const at::Tensor& bias, float factor, const Shape& shape, int64_t tokens) {
   auto heads = at::empty({shape.b, shape.h, tokens, shape.d()}, projected.options());
   const Rows from(projected), to(heads);
@@ -161,7 +164,8 @@ at::Tensor from_heads(const at::Tensor& heads, float factor, const at::Tensor& i
   });
 }
 
-// Softmax over the scores [B * H, Q, T] in place; returns them dropped too. `relative` [H, Q, T] or undefined, `mask` [B, T] or undefined.
+// Softmax over the scores [B * H, Q, T] in place; returns them dropped too. `relative` [H, Q, T] or undefined, `mask`
+// [B, T] or undefined.
 at::Tensor attend(at::Tensor& scores, const at::Tensor& relative, const at::Tensor& mask, const Shape& shape, Drop drop) {
   auto dropped = drop.threshold > 0 ? at::empty_like(scores) : scores;
   const Rows at(scores), to(dropped);
@@ -365,8 +369,6 @@ struct Layer : torch::autograd::Function<Layer> {
 }  // namespace
 
 extern "C" {
-
-int athanor_grad_enabled() { return at::GradMode::is_enabled(); }
 
 // `activation`: 0 ReLU, 1 GELU, 2 its tanh approximation. `relative` and `mask` may be null.
 int athanor_layer(at::Tensor* x, at::Tensor* const* parameters, at::Tensor* relative, at::Tensor* mask, int64_t heads, int first_token,

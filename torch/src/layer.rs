@@ -6,16 +6,17 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Activation, Error, ffi};
 
-/// A layer that normalises behind each half (Vaswani et al. 2017), with its gradient:
-/// `y = norm(x + drop(attention(x) W + b))`, then `norm(y + drop(act(y W + b) W + b))`.
+/// A layer that normalises behind each half (Vaswani et al. 2017), with its gradient: `y = norm(x + drop(attention(x) W
+/// + b))`, then `norm(y + drop(act(y W + b) W + b))`.
 ///
-/// Under autocast it hands on BF16 and keeps BF16 for the backward pass; sums and normalisation are FP32. Dropout's masks follow from
-/// the default generator's state alone. Nothing depends on the number of threads but what libtorch's matrix products do.
+/// Under autocast it hands on BF16 and keeps BF16 for the backward pass; sums and normalisation are FP32. Dropout's
+/// masks follow from the default generator's state alone. Nothing depends on the number of threads but what libtorch's
+/// matrix products do.
 ///
 /// Shapes: B texts, T tokens, Q = T or 1 tokens that ask, C = hidden size, H = heads, I = intermediate size.
 pub struct LayerCall<'a> {
-    /// Weight and bias each of query, key, value, attention's output [C, C], its norm [C], the inner layer [I, C], the outer [C, I]
-    /// and the last norm [C]; FP32.
+    /// Weight and bias each of query, key, value, attention's output [C, C], its norm [C], the inner layer [I, C], the
+    /// outer [C, I] and the last norm [C]; FP32.
     pub parameters: [&'a Tensor; 16],
     /// Added to the scores, [1, H, T, T].
     pub relative: Option<&'a Tensor>,
@@ -50,8 +51,8 @@ impl LayerCall<'_> {
         let parameters = self.parameters.map(ffi::pointer);
         let optional = |tensor: Option<&Tensor>| tensor.map_or(std::ptr::null_mut(), ffi::pointer);
         let into = Tensor::new();
-        // SAFETY: all tensors are alive for the call, and there are as many parameters as the shim reads; it checks shapes and assigns
-        // to the last tensor, which this function alone holds.
+        // SAFETY: all tensors are alive for the call, and there are as many parameters as the shim reads; it checks
+        // shapes and assigns to the last tensor, which this function alone holds.
         ffi::call(|message| unsafe {
             ffi::athanor_layer(
                 ffi::pointer(x),
@@ -245,7 +246,8 @@ mod tests {
                 }
                 // Along the gradient, where the change is largest.
                 let direction = &gradient / gradient.norm();
-                // A central difference: its error is of second order in the step, and rounding of the loss is divided by it.
+                // A central difference: its error is of second order in the step, and rounding of the loss is divided
+                // by it.
                 let step = 3e-3;
                 let shift = |by: f64| {
                     tch::no_grad(|| {

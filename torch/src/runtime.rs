@@ -55,7 +55,8 @@ pub fn has_nccl() -> bool {
     unsafe { ffi::athanor_has_nccl() != 0 }
 }
 
-/// Ends the process at once, without C++ destructors, which may wait for a peer that is gone. Flush what matters before.
+/// Ends the process at once, without C++ destructors, which may wait for a peer that is gone. Flush what matters
+/// before.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit does not return and touches no memory.
     unsafe { ffi::athanor_exit_now(code) };

@@ -1,8 +1,10 @@
-// What the parts of the C ABI share. Every function that can throw returns a status (0 ok, 1 error, 2 a peer is lost) and fills `message`,
-// to be freed by the caller with athanor_free.
+// A C ABI over what tch does not have of libtorch. Its functions take and assign `at::Tensor*`, the same pointers that
+// tch holds. Every function that can throw returns a status (0 ok, 1 error, 2 a peer is lost) and fills `message`, to
+// be freed by the caller with athanor_free. `ffi.rs` declares the same functions.
 #pragma once
 
-#include <torch/torch.h>
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/distributed/c10d/exception.h>
 
 #include <cstring>
@@ -11,8 +13,8 @@
 
 inline constexpr int kOk = 0, kError = 1, kLostPeer = 2;
 
-// What Gloo, NCCL and the store say when the other end is gone. The text is looked at besides the type because a failed collective
-// inside a backward pass reaches us as the autograd engine's rethrow.
+// What Gloo, NCCL and the store say when the other end is gone. The text is looked at besides the type because a failed
+// collective inside a backward pass reaches us as the autograd engine's rethrow.
 inline bool speaks_of_a_lost_peer(const std::string& text) {
   for (const char* part : {"Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused",
                            "gloo/transport", "Timed out waiting", "timed out", "Socket Timeout", "recvValue failed",

@@ -317,7 +317,7 @@ fn files_that_cannot_be_written_are_named_and_no_half_is_a_result() {
     let child = start("117000", "parent");
     place.finish("parent", child, 1);
     let message = failure(&place, "parent");
-    assert!(message.contains("parent/model.safetensors: ") && message.contains("File too large"), "{message}");
+    assert!(message.contains("parent/model.safetensors.part: ") && message.contains("File too large"), "{message}");
     assert!(place.find("parent", "manifest.json").is_empty());
 
     // 95 MB: the artifact can be written, the checkpoint's optimizer cannot.

@@ -176,7 +176,7 @@ fn corrections_of_generated_answers_are_judged_as_labels_are() {
     let same = |at| correction(at, "[Bank -\n ORGANIZATION]");
     let cases = [
         ("too few", 19, 2, Verdict::Unknown),
-        ("a tenth is corrected, as in the reference", 100, 10, Verdict::Stable),
+        ("a tenth is corrected, as in the reference", 600, 10, Verdict::Stable),
         ("half is corrected", 60, 2, Verdict::Drifted),
     ];
     for (name, answers, wrong_every, expected) in cases {
@@ -199,12 +199,12 @@ fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
     let first = || (0..20).map(|at| rating(at, at % 10 != 0));
     let cases: [(&str, Vec<Event>, Verdict); 3] = [
         ("the reference alone", first().collect(), Verdict::Unknown),
-        ("as at first", first().chain((20..160).map(|at| rating(at, at % 10 != 0))).collect(), Verdict::Stable),
+        ("as at first", first().chain((20..620).map(|at| rating(at, at % 10 != 0))).collect(), Verdict::Stable),
         ("half is negative now", first().chain((20..60).map(|at| rating(at, at % 2 == 0))).collect(), Verdict::Drifted),
     ];
     for (name, ratings, expected) in cases {
         let mut window = text_window();
-        feed(&mut window, (0..160).map(generation).chain(ratings));
+        feed(&mut window, (0..620).map(generation).chain(ratings));
         let status = window.status();
         assert_eq!((status.verdict, status.labelled), (expected, 0), "{name}: {status:?}");
     }

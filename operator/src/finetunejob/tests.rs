@@ -310,6 +310,7 @@ fn claims_are_mounted_read_only_and_read_as_files() {
     let train = &mut job.spec.train;
     train.data.sources[0].uri = Some("pvc://reviews/2026/*.jsonl".into());
     train.data.sources.push(train.data.sources[0].clone());
+    train.data.sources[1].name = "again".into();
     train.model.from = "pvc://models.shared/minilm".into();
     let settings = Settings::parse_from(["athanor-operator"]);
     let decision = decide(&observed(job.clone(), vec![]), at(0));
@@ -345,7 +346,7 @@ fn names_of_services_are_checked() {
     let gates = json!({"gates": [{"metric": "MacroF1", "minimum": "0.8"}]});
     numbers.spec.train.evaluate = serde_json::from_value(gates).unwrap();
     let message = validate(&numbers).err().unwrap().to_string();
-    assert!(message.starts_with("spec.evaluate.gates[0].metric: TextRegression has no MacroF1"), "{message}");
+    assert!(message.starts_with("spec.evaluate.gates[0].metric: the task TextRegression has no MacroF1"), "{message}");
     let long = "a".repeat(53);
     assert_eq!(validate(&job(&long, "u")).err(), Some(InvalidJob::Name(long)));
 }
