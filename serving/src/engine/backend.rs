@@ -15,3 +15,43 @@ pub trait EncodeBackend: Send + 'static {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("the model failed: {0}")]
 pub struct BackendError(pub String);
+
+/// A model that continues texts over a paged cache of keys and values.
+///
+/// The cache consists of `blocks` blocks of `block_size` positions. The engine owns the block tables; the backend owns
+/// the tensors.
+pub trait GenerateBackend: Send + 'static {
+    fn limits(&self) -> GenerateLimits;
+
+    /// Runs one step over all rows. Keys and values of every row are written before any row reads them. Returns one
+    /// entry per row, in order: logits `[vocabulary]` of the row's last token where `wants_logits` is set, an empty
+    /// vector elsewhere.
+    ///
+    /// An error fails every request of the step; the engine continues with the others.
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError>;
+}
+
+/// Sizes of a generating model and of its cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GenerateLimits {
+    /// Number of blocks in the cache.
+    pub blocks: usize,
+    /// Number of positions in a block.
+    pub block_size: usize,
+    /// Largest number of tokens of a sequence, prompt and answer together.
+    pub max_length: usize,
+    /// Number of entries in a row of logits.
+    pub vocabulary: usize,
+}
+
+/// Consecutive tokens of one sequence that a step computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a> {
+    pub tokens: &'a [u32],
+    /// Position of the first token.
+    pub start: usize,
+    /// Block table of the sequence: position `p` is stored in block `blocks[p / block_size]`. It covers at least
+    /// `start + tokens.len()` positions.
+    pub blocks: &'a [u32],
+    pub wants_logits: bool,
+}

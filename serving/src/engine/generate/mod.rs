@@ -1,0 +1,154 @@
+//! The generating engine: one thread owns the model and computes, in every step, tokens of all sequences that fit.
+//!
+//! - [`blocks`] and [`scheduler`] decide, without clock, thread or model, which tokens a step computes and where they
+//!   are stored;
+//! - [`sampling`] chooses tokens from logits; [`sequence`] holds one answer in progress;
+//! - [`request`] is what a client and the thread exchange; `worker` is the thread.
+//!
+//! An answer does not depend on the other requests in its batch, as far as the backend's logits do not.
+//!
+//! Every choice of a request has a channel with room for its longest answer. So a slow reader never delays another
+//! request, and what it leaves unread is bounded by `max_tokens`. A dropped receiver ends the sequence before the next
+//! step and frees its blocks.
+
+pub mod blocks;
+pub mod request;
+pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
+mod worker;
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::Instant,
+};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+pub use self::request::{Choice, Event, Finished, GenerateError, GenerateRequest};
+use self::{
+    request::{Item, Place, Progress},
+    sampling::Invalid,
+    scheduler::StepLimits,
+};
+use super::backend::{GenerateBackend, GenerateLimits};
+
+/// Bounds of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Largest number of sequences that wait to be admitted.
+    pub queue: usize,
+    pub step: StepLimits,
+}
+
+/// What the engine does at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Number of sequences that wait to be admitted.
+    pub waiting: usize,
+    pub running: usize,
+    pub used_blocks: usize,
+}
+
+/// A handle to the engine's thread, which ends when the last handle is dropped and all answers are complete.
+#[derive(Clone)]
+pub struct Engine {
+    // Unbounded, but an item needs places first, so it holds at most `capacity` sequences.
+    sender: mpsc::UnboundedSender<Item>,
+    places: Arc<Semaphore>,
+    capacity: usize,
+    limits: GenerateLimits,
+    progress: Arc<Progress>,
+    stopped: CancellationToken,
+}
+
+impl Engine {
+    /// Starts the thread.
+    pub fn start(backend: impl GenerateBackend, limits: EngineLimits) -> std::io::Result<Self> {
+        let capacity = limits.queue.clamp(1, Semaphore::MAX_PERMITS);
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let stopped = CancellationToken::new();
+        let progress = Arc::<Progress>::default();
+        let mut sizes = backend.limits();
+        sizes.block_size = sizes.block_size.max(1);
+        let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone());
+        // Dropped with the thread, also when it panics.
+        let alive = stopped.clone().drop_guard();
+        thread::Builder::new().name("generate".into()).spawn(move || {
+            let _alive = alive;
+            worker.run();
+        })?;
+        Ok(Self { sender, places: Arc::new(Semaphore::new(capacity)), capacity, limits: sizes, progress, stopped })
+    }
+
+    /// Largest number of tokens of prompt and answer together.
+    pub fn max_length(&self) -> usize {
+        self.limits.max_length.min(self.limits.blocks * self.limits.block_size)
+    }
+
+    /// Number of tokens in the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.limits.vocabulary
+    }
+
+    /// Queues a request. Returns one channel for each choice, or an error at once if the request can never be served or
+    /// the queue is full.
+    pub fn submit(&self, request: GenerateRequest) -> Result<Vec<Choice>, GenerateError> {
+        self.check(&request)?;
+        let full = GenerateError::QueueFull { capacity: self.capacity };
+        let count = u32::try_from(request.choices).map_err(|_| full.clone())?;
+        let mut places = self.places.clone().try_acquire_many_owned(count).map_err(|_| full)?;
+        let mut choices = Vec::with_capacity(request.choices);
+        let mut replies = Vec::with_capacity(request.choices);
+        while let Some(place) = places.split(1).filter(|_| choices.len() < request.choices) {
+            let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 1);
+            choices.push(receiver);
+            replies.push((sender, Place::new(place)));
+        }
+        let item = Item { request, since: Instant::now(), replies };
+        self.sender.send(item).map_err(|_| GenerateError::Stopped)?;
+        Ok(choices)
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
+        let vocabulary = self.limits.vocabulary;
+        if request.prompt.is_empty() {
+            return Err(GenerateError::EmptyPrompt);
+        }
+        if let Some(token) = request.prompt.iter().find(|&&token| token as usize >= vocabulary) {
+            let message = format!("token {token}; the vocabulary has {vocabulary} tokens");
+            return Err(Invalid::new("prompt", message).into());
+        }
+        if request.choices == 0 {
+            return Err(Invalid::new("n", "0 is less than 1").into());
+        }
+        let (prompt, max_tokens) = (request.prompt.len(), request.stopping.max_tokens);
+        if max_tokens == 0 {
+            return Err(Invalid::new("max_tokens", "0 is less than 1").into());
+        }
+        request.sampling.check(vocabulary)?;
+        let limit = self.max_length();
+        if prompt.saturating_add(max_tokens) > limit {
+            return Err(GenerateError::TooLong { prompt, max_tokens, limit });
+        }
+        Ok(())
+    }
+
+    pub fn load(&self) -> Load {
+        Load {
+            waiting: self.capacity - self.places.available_permits(),
+            running: self.progress.running.load(Ordering::Relaxed),
+            used_blocks: self.progress.used_blocks.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Resolves when the thread has ended, which it does only by a fault while handles exist.
+    pub async fn stopped(&self) {
+        self.stopped.cancelled().await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

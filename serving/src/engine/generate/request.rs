@@ -1,0 +1,102 @@
+//! What a client and the engine's thread exchange.
+
+use std::{
+    sync::atomic::AtomicUsize,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::{
+    sampling::{Invalid, LogitsError, Sampled, Sampling},
+    sequence::{FinishReason, Stopping},
+};
+use crate::engine::backend::BackendError;
+
+/// One prompt with one or more answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateRequest {
+    pub prompt: Vec<u32>,
+    /// Number of answers. Answer `i` is drawn with the seed plus `i`.
+    pub choices: usize,
+    pub sampling: Sampling,
+    pub stopping: Stopping,
+}
+
+/// The events of one answer. The last one is `Event::Finished` or an error; a channel that closes without either means
+/// that the engine has stopped ([`GenerateError::Stopped`]).
+pub type Choice = mpsc::Receiver<Result<Event, GenerateError>>;
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    Token(Sampled),
+    Finished(Finished),
+}
+
+/// The end of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finished {
+    pub reason: FinishReason,
+    /// Number of prompt tokens that the prefix cache had.
+    pub cached_tokens: usize,
+    /// Time from the request to its admission.
+    pub queued: Duration,
+    /// Time from the admission to the end.
+    pub computed: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum GenerateError {
+    /// The client can try again a little later.
+    #[error("the queue is full: at most {capacity} sequences wait")]
+    QueueFull { capacity: usize },
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    #[error("{prompt} tokens of prompt and {max_tokens} of answer exceed the context of {limit} tokens")]
+    TooLong { prompt: usize, max_tokens: usize, limit: usize },
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    #[error(transparent)]
+    Logits(#[from] LogitsError),
+    #[error("the model failed: {0}")]
+    Backend(String),
+    /// The thread has ended; the process should end as well.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+impl From<BackendError> for GenerateError {
+    fn from(error: BackendError) -> Self {
+        Self::Backend(error.0)
+    }
+}
+
+/// What the thread publishes about itself.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) running: AtomicUsize,
+    pub(super) used_blocks: AtomicUsize,
+}
+
+/// A place in the queue, given back when the sequence is admitted or its request goes away.
+pub(super) struct Place(#[expect(dead_code, reason = "held, never read")] OwnedSemaphorePermit);
+
+impl Place {
+    pub(super) fn new(permit: OwnedSemaphorePermit) -> Self {
+        metrics::gauge!("athanor_server_queue_inputs").increment(1.0);
+        Self(permit)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        metrics::gauge!("athanor_server_queue_inputs").decrement(1.0);
+    }
+}
+
+/// A request on its way to the thread: one reply and one place for each choice.
+pub(super) struct Item {
+    pub(super) request: GenerateRequest,
+    pub(super) since: Instant,
+    pub(super) replies: Vec<(mpsc::Sender<Result<Event, GenerateError>>, Place)>,
+}

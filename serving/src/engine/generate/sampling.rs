@@ -1,0 +1,264 @@
+//! From logits to a token.
+//!
+//! The order is: bias, penalties, temperature, `min_p`, `top_k`, `top_p`, draw. The draw depends on the seed and on the
+//! token's position alone, so a request with a seed gives the same text alone, in a batch and after a preemption.
+
+use std::collections::HashMap;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How tokens are chosen. The field names are those of the OpenAI API.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 chooses the most probable token.
+    pub temperature: f32,
+    /// Number of most probable tokens to draw from; 0: all. Among equal logits the lower token id comes first.
+    pub top_k: usize,
+    /// Draws from the smallest set of most probable tokens whose probabilities sum to at least this, after `top_k`.
+    pub top_p: f32,
+    /// Leaves out tokens less probable than this share of the most probable one.
+    pub min_p: f32,
+    /// Divides positive logits, multiplies negative logits of tokens in prompt or answer (Hugging Face's definition);
+    /// 1: none.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the answer.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits once for each occurrence in the answer.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    pub seed: u64,
+    /// Number of most probable tokens to report with each token; absent: no log-probabilities.
+    pub logprobs: Option<usize>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            logprobs: None,
+        }
+    }
+}
+
+/// A field of a request that is out of range.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{field}: {message}")]
+pub struct Invalid {
+    pub field: &'static str,
+    pub message: String,
+}
+
+impl Invalid {
+    pub(super) fn new(field: &'static str, message: impl Into<String>) -> Self {
+        Self { field, message: message.into() }
+    }
+}
+
+impl Sampling {
+    /// Checks every range; `vocabulary` bounds the token ids.
+    pub fn check(&self, vocabulary: usize) -> Result<(), Invalid> {
+        let within = |field, value: f32, low: f32, high: f32| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            Err(Invalid::new(field, format!("{value} is not between {low} and {high}")))
+        };
+        let positive = |field, value: f32| match value > 0.0 {
+            true => Ok(()),
+            false => Err(Invalid::new(field, format!("{value} is not greater than 0"))),
+        };
+        within("temperature", self.temperature, 0.0, 2.0)?;
+        within("top_p", self.top_p, 0.0, 1.0)?;
+        positive("top_p", self.top_p)?;
+        within("min_p", self.min_p, 0.0, 1.0)?;
+        within("repetition_penalty", self.repetition_penalty, 0.0, 100.0)?;
+        positive("repetition_penalty", self.repetition_penalty)?;
+        within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        for &(token, bias) in &self.logit_bias {
+            within("logit_bias", bias, -100.0, 100.0)?;
+            if token as usize >= vocabulary {
+                return Err(Invalid::new(
+                    "logit_bias",
+                    format!("token {token}; the vocabulary has {vocabulary} tokens"),
+                ));
+            }
+        }
+        if self.logprobs.is_some_and(|count| count > 20) {
+            return Err(Invalid::new("top_logprobs", "more than 20"));
+        }
+        Ok(())
+    }
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    pub token: u32,
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Log-probabilities of the model's own distribution, before bias, penalties and temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    pub chosen: f32,
+    /// The most probable tokens, the most probable first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What the next token depends on besides the logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    pub prompt: &'a [u32],
+    pub answer: &'a [u32],
+    /// Tokens that must not come next: end tokens before the minimum length.
+    pub forbidden: &'a [u32],
+}
+
+/// The logits cannot be sampled from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LogitsError {
+    #[error("the model returned {found} logits instead of {wanted}")]
+    Length { found: usize, wanted: usize },
+    #[error("the model returned a logit that is not finite, at token {token}")]
+    NotFinite { token: usize },
+    #[error("every token is forbidden")]
+    NothingLeft,
+}
+
+/// Chooses the next token from `logits` `[vocabulary]`.
+pub fn sample(
+    logits: &[f32],
+    vocabulary: usize,
+    sampling: &Sampling,
+    context: Context<'_>,
+) -> Result<Sampled, LogitsError> {
+    if logits.len() != vocabulary {
+        return Err(LogitsError::Length { found: logits.len(), wanted: vocabulary });
+    }
+    if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+        return Err(LogitsError::NotFinite { token });
+    }
+    let scores = scores(logits, sampling, context);
+    let best = (0..scores.len()).reduce(|best, next| if scores[next] > scores[best] { next } else { best });
+    let best = best.filter(|&best| scores[best] > f32::NEG_INFINITY).ok_or(LogitsError::NothingLeft)?;
+    let token = match sampling.temperature > 0.0 {
+        true => draw(&scores, scores[best], sampling, context.prompt.len() + context.answer.len()),
+        false => best,
+    };
+    let logprobs = sampling.logprobs.map(|count| logprobs(logits, token, count));
+    Ok(Sampled { token: token as u32, logprobs })
+}
+
+/// Logits after bias and penalties; forbidden tokens are minus infinity.
+fn scores(logits: &[f32], sampling: &Sampling, context: Context<'_>) -> Vec<f32> {
+    let mut scores = logits.to_vec();
+    let position = |token: u32| Some(token as usize).filter(|&index| index < logits.len());
+    for &(token, bias) in &sampling.logit_bias {
+        if let Some(index) = position(token) {
+            scores[index] += bias;
+        }
+    }
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    if sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0 {
+        context.answer.iter().for_each(|&token| *counts.entry(token).or_default() += 1);
+    }
+    if sampling.repetition_penalty != 1.0 {
+        let mut seen = counts.clone();
+        context.prompt.iter().for_each(|&token| {
+            seen.entry(token).or_default();
+        });
+        for index in seen.into_keys().filter_map(position) {
+            let score = &mut scores[index];
+            *score = match *score > 0.0 {
+                true => *score / sampling.repetition_penalty,
+                false => *score * sampling.repetition_penalty,
+            };
+        }
+    }
+    for (token, count) in counts {
+        if let Some(index) = position(token) {
+            scores[index] -= sampling.presence_penalty + sampling.frequency_penalty * count as f32;
+        }
+    }
+    for index in context.forbidden.iter().copied().filter_map(position) {
+        scores[index] = f32::NEG_INFINITY;
+    }
+    scores
+}
+
+/// Draws from the softmax of the scores over the temperature, cut by `min_p`, `top_k` and `top_p`. `highest` is the
+/// highest score.
+fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> usize {
+    // Weights relative to the highest, which has weight 1: the sum cannot overflow, and `min_p` is a comparison.
+    let weight = |score: f32| ((f64::from(score) - f64::from(highest)) / f64::from(sampling.temperature)).exp();
+    let mut kept: Vec<(usize, f64)> = scores
+        .iter()
+        .map(|&score| weight(score))
+        .enumerate()
+        .filter(|(_, weight)| *weight > 0.0 && *weight >= f64::from(sampling.min_p))
+        .collect();
+    let order = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if (1..kept.len()).contains(&sampling.top_k) {
+        kept.select_nth_unstable_by(sampling.top_k - 1, order);
+        kept.truncate(sampling.top_k);
+    }
+    if sampling.top_p < 1.0 {
+        kept.sort_unstable_by(order);
+        let enough = f64::from(sampling.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        let mut sum = 0.0;
+        let reached = kept.iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= enough
+        });
+        kept.truncate(reached.map_or(kept.len(), |index| index + 1));
+    }
+    // In the order of the ids, so that the draw does not depend on how the set was found.
+    kept.sort_unstable_by_key(|&(index, _)| index);
+    let sum: f64 = kept.iter().map(|(_, weight)| weight).sum();
+    let mut left = uniform(sampling.seed, position) * sum;
+    for &(index, weight) in &kept {
+        left -= weight;
+        if left < 0.0 {
+            return index;
+        }
+    }
+    // Rounding may leave a remainder after the last.
+    kept.last().map_or(0, |&(index, _)| index)
+}
+
+/// A number in [0, 1) that depends on the arguments alone.
+fn uniform(seed: u64, position: usize) -> f64 {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    generator.set_stream(position as u64);
+    generator.random()
+}
+
+fn logprobs(logits: &[f32], token: usize, count: usize) -> Logprobs {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    let logprob = |index: usize| (f64::from(logits[index] - highest) - sum.ln()) as f32;
+    let mut indices: Vec<usize> = (0..logits.len()).collect();
+    let order = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    if (1..indices.len()).contains(&count) {
+        indices.select_nth_unstable_by(count - 1, order);
+    }
+    indices.truncate(count);
+    indices.sort_unstable_by(order);
+    let top = indices.into_iter().map(|index| (index as u32, logprob(index))).collect();
+    Logprobs { chosen: logprob(token), top }
+}
+
+#[cfg(test)]
+#[path = "sampling_tests.rs"]
+mod tests;

@@ -1,0 +1,142 @@
+use super::*;
+
+fn greedy() -> Sampling {
+    Sampling { temperature: 0.0, ..Sampling::default() }
+}
+
+fn choose(logits: &[f32], sampling: &Sampling, prompt: &[u32], answer: &[u32]) -> u32 {
+    let context = Context { prompt, answer, forbidden: &[] };
+    sample(logits, logits.len(), sampling, context).unwrap().token
+}
+
+/// Shares of the tokens over many seeds.
+fn shares(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
+    const DRAWS: u64 = 20_000;
+    let mut counts = vec![0.0; logits.len()];
+    for seed in 0..DRAWS {
+        counts[choose(logits, &Sampling { seed, ..sampling.clone() }, &[], &[]) as usize] += 1.0 / DRAWS as f64;
+    }
+    counts
+}
+
+/// Softmax of `logits / temperature` over the tokens in `kept`, written from the definition.
+fn expected(logits: &[f32], temperature: f64, kept: &[usize]) -> Vec<f64> {
+    let exponents: Vec<f64> = (0..logits.len())
+        .map(|index| if kept.contains(&index) { (f64::from(logits[index]) / temperature).exp() } else { 0.0 })
+        .collect();
+    let sum: f64 = exponents.iter().sum();
+    exponents.iter().map(|exponent| exponent / sum).collect()
+}
+
+#[test]
+fn temperature_zero_chooses_the_highest_logit_and_the_first_of_equals() {
+    assert_eq!(choose(&[0.0, 3.0, 3.0, -1.0], &greedy(), &[], &[]), 1);
+}
+
+#[test]
+fn draws_follow_the_definitions() {
+    // Probabilities at temperature 1: 0.5, 0.2, 0.15, 0.1, 0.05.
+    let logits = [0.5f32, 0.2, 0.15, 0.1, 0.05].map(f32::ln);
+    let base = Sampling::default();
+    for (case, sampling, temperature, kept) in [
+        ("all", base.clone(), 1.0, &[0, 1, 2, 3, 4][..]),
+        ("hot", Sampling { temperature: 2.0, ..base.clone() }, 2.0, &[0, 1, 2, 3, 4]),
+        ("cold", Sampling { temperature: 0.5, ..base.clone() }, 0.5, &[0, 1, 2, 3, 4]),
+        ("top_k 2", Sampling { top_k: 2, ..base.clone() }, 1.0, &[0, 1]),
+        ("top_k beyond the vocabulary", Sampling { top_k: 9, ..base.clone() }, 1.0, &[0, 1, 2, 3, 4]),
+        ("top_p reached by two", Sampling { top_p: 0.69, ..base.clone() }, 1.0, &[0, 1]),
+        ("top_p just above two", Sampling { top_p: 0.71, ..base.clone() }, 1.0, &[0, 1, 2]),
+        ("a tiny top_p keeps one", Sampling { top_p: 1e-6, ..base.clone() }, 1.0, &[0]),
+        // Renormalised after top_k: 0.5 / 0.85 = 0.588 < 0.6.
+        ("top_p after top_k", Sampling { top_k: 3, top_p: 0.6, ..base.clone() }, 1.0, &[0, 1]),
+        ("min_p", Sampling { min_p: 0.25, ..base.clone() }, 1.0, &[0, 1, 2]),
+    ] {
+        let (found, wanted) = (shares(&logits, &sampling), expected(&logits, temperature, kept));
+        for (index, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+            // Five standard deviations of a share of 20,000 draws are below 0.018.
+            assert!((found - wanted).abs() < 0.018, "{case}: token {index} has {found}, not {wanted}");
+            assert!(*wanted > 0.0 || *found == 0.0, "{case}: token {index} was cut but drawn");
+        }
+    }
+}
+
+#[test]
+fn penalties_and_bias_follow_openai_and_hugging_face() {
+    let logits = [2.0, 1.5, -1.0, 0.5];
+    for (case, sampling, prompt, answer, token) in [
+        ("none", greedy(), &[0u32][..], &[0u32, 0][..], 0),
+        ("repetition counts the prompt", Sampling { repetition_penalty: 1.5, ..greedy() }, &[0], &[], 1),
+        ("presence does not count the prompt", Sampling { presence_penalty: 1.0, ..greedy() }, &[0], &[], 0),
+        ("presence counts once", Sampling { presence_penalty: 0.4, ..greedy() }, &[], &[0, 0, 0], 0),
+        ("frequency counts each", Sampling { frequency_penalty: 0.2, ..greedy() }, &[], &[0, 0, 0], 1),
+        ("bias", Sampling { logit_bias: vec![(3, 2.0)], ..greedy() }, &[], &[], 3),
+        ("tokens outside the vocabulary", Sampling { repetition_penalty: 1.5, ..greedy() }, &[9], &[9], 0),
+    ] {
+        assert_eq!(choose(&logits, &sampling, prompt, answer), token, "{case}");
+    }
+    let sampling = Sampling { repetition_penalty: 2.0, presence_penalty: 0.25, frequency_penalty: 0.5, ..greedy() };
+    let context = Context { prompt: &[2], answer: &[0, 0], forbidden: &[3] };
+    assert_eq!(scores(&logits, &sampling, context), [1.0 - 0.25 - 1.0, 1.5, -2.0, f32::NEG_INFINITY]);
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_unmodified_logits() {
+    let logits = [0.5f32, 0.2, 0.2, 0.1].map(f32::ln);
+    let sampling = Sampling { logit_bias: vec![(3, 50.0)], logprobs: Some(2), ..greedy() };
+    let sampled = sample(&logits, 4, &sampling, Context { prompt: &[], answer: &[], forbidden: &[] }).unwrap();
+    let found = sampled.logprobs.unwrap();
+    assert_eq!(sampled.token, 3);
+    assert!((found.chosen - 0.1f32.ln()).abs() < 1e-6);
+    assert_eq!(found.top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [0, 1]);
+    assert!((found.top[1].1 - 0.2f32.ln()).abs() < 1e-6);
+    let none = Sampling { logprobs: Some(0), ..greedy() };
+    let sampled = sample(&logits, 4, &none, Context { prompt: &[], answer: &[], forbidden: &[] }).unwrap();
+    assert_eq!(sampled.logprobs.unwrap().top, []);
+}
+
+#[test]
+fn the_draw_depends_on_seed_and_position_alone() {
+    let logits = vec![0.0; 1000];
+    let at = |seed, length| choose(&logits, &Sampling { seed, ..Sampling::default() }, &vec![0; length], &[]);
+    assert_eq!(at(7, 3), at(7, 3));
+    assert_ne!(at(7, 3), at(8, 3));
+    assert_ne!(at(7, 3), at(7, 4));
+    // The same position counts whether its tokens are of the prompt or of the answer.
+    let sampling = Sampling { seed: 7, ..Sampling::default() };
+    assert_eq!(choose(&logits, &sampling, &[0, 0], &[0]), at(7, 3));
+}
+
+#[test]
+fn logits_that_cannot_be_sampled_are_errors() {
+    let context = Context { prompt: &[], answer: &[], forbidden: &[0, 1] };
+    for (logits, error) in [
+        (vec![0.0], LogitsError::Length { found: 1, wanted: 2 }),
+        (vec![0.0, f32::NAN], LogitsError::NotFinite { token: 1 }),
+        (vec![f32::INFINITY, 0.0], LogitsError::NotFinite { token: 0 }),
+        (vec![0.0, 0.0], LogitsError::NothingLeft),
+    ] {
+        assert_eq!(sample(&logits, 2, &Sampling::default(), context), Err(error));
+    }
+}
+
+#[test]
+fn values_out_of_range_are_refused_with_their_field() {
+    let base = Sampling::default();
+    for (field, sampling) in [
+        ("temperature", Sampling { temperature: f32::NAN, ..base.clone() }),
+        ("temperature", Sampling { temperature: -0.1, ..base.clone() }),
+        ("temperature", Sampling { temperature: f32::INFINITY, ..base.clone() }),
+        ("top_p", Sampling { top_p: 0.0, ..base.clone() }),
+        ("top_p", Sampling { top_p: 1.1, ..base.clone() }),
+        ("min_p", Sampling { min_p: -0.1, ..base.clone() }),
+        ("repetition_penalty", Sampling { repetition_penalty: 0.0, ..base.clone() }),
+        ("presence_penalty", Sampling { presence_penalty: 2.1, ..base.clone() }),
+        ("frequency_penalty", Sampling { frequency_penalty: -2.1, ..base.clone() }),
+        ("logit_bias", Sampling { logit_bias: vec![(4, 0.0)], ..base.clone() }),
+        ("logit_bias", Sampling { logit_bias: vec![(3, f32::NAN)], ..base.clone() }),
+        ("top_logprobs", Sampling { logprobs: Some(21), ..base.clone() }),
+    ] {
+        assert_eq!(sampling.check(4).unwrap_err().field, field, "{sampling:?}");
+    }
+    assert_eq!(base.check(4), Ok(()));
+}

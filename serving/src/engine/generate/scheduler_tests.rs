@@ -1,0 +1,168 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::engine::generate::{sampling::Sampling, sequence::Stopping};
+
+fn sequence(id: u64, request: u64, prompt: &[u32], answer: usize) -> Sequence {
+    let stopping = Stopping { max_tokens: answer, min_tokens: 0, stop_tokens: vec![] };
+    Sequence::new(id, request, prompt.to_vec(), Sampling::default(), stopping)
+}
+
+fn scheduler(blocks: usize, size: usize, tokens: usize, sequences: usize) -> Scheduler {
+    Scheduler::new(Blocks::new(blocks, size), StepLimits { tokens, sequences })
+}
+
+/// `(id, start, length, wants logits)` of a step, after which each sequence that wants one has a further token and full
+/// answers are gone.
+fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize, bool)> {
+    let plan = scheduler.plan();
+    let ids: Vec<_> = plan.work.iter().map(|work| scheduler.running()[work.index].id).collect();
+    for work in &plan.work {
+        scheduler.advance(work);
+        if work.wants_logits {
+            scheduler.push(work.index, 9);
+        }
+    }
+    scheduler.retain(|sequence| sequence.finished().is_none());
+    plan.work.iter().zip(ids).map(|(work, id)| (id, work.start, work.length, work.wants_logits)).collect()
+}
+
+#[test]
+fn a_long_prompt_is_computed_in_chunks_behind_the_answers_in_progress() {
+    let mut scheduler = scheduler(100, 4, 5, 3);
+    scheduler.add(sequence(1, 1, &[1, 2], 9));
+    assert_eq!(step(&mut scheduler), [(1, 0, 2, true)]);
+    scheduler.add(sequence(2, 2, &[5; 10], 9));
+    scheduler.add(sequence(3, 3, &[6; 2], 9));
+    assert_eq!(step(&mut scheduler), [(1, 2, 1, true), (2, 0, 4, false)]);
+    assert_eq!(step(&mut scheduler), [(1, 3, 1, true), (2, 4, 4, false)]);
+    // The end of one prompt and the start of the next share a step.
+    assert_eq!(step(&mut scheduler), [(1, 4, 1, true), (2, 8, 2, true), (3, 0, 2, true)]);
+    assert_eq!(step(&mut scheduler), [(1, 5, 1, true), (2, 10, 1, true), (3, 2, 1, true)]);
+}
+
+#[test]
+fn no_more_sequences_run_than_allowed_and_the_first_come_is_the_first_served() {
+    let mut scheduler = scheduler(100, 4, 100, 2);
+    for id in 1..=4 {
+        scheduler.add(sequence(id, id, &[id as u32], 2));
+    }
+    let ids = |work: Vec<(u64, usize, usize, bool)>| work.into_iter().map(|(id, ..)| id).collect::<Vec<_>>();
+    assert_eq!(ids(step(&mut scheduler)), [1, 2]);
+    assert_eq!(ids(step(&mut scheduler)), [1, 2]);
+    assert_eq!(ids(step(&mut scheduler)), [3, 4]);
+}
+
+#[test]
+fn admission_stops_at_the_first_that_does_not_fit() {
+    let mut scheduler = scheduler(4, 2, 100, 8);
+    scheduler.add(sequence(1, 1, &[1; 3], 5));
+    scheduler.add(sequence(2, 2, &[2; 6], 2));
+    scheduler.add(sequence(3, 3, &[3; 1], 1));
+    assert_eq!(step(&mut scheduler), [(1, 0, 3, true)]);
+    assert_eq!(scheduler.waiting(), 2, "the small one does not overtake the large one");
+}
+
+#[test]
+fn the_youngest_is_preempted_and_comes_back_first_with_what_the_cache_kept() {
+    let mut scheduler = scheduler(4, 2, 100, 8);
+    scheduler.add(sequence(1, 1, &[1, 1, 1], 4));
+    scheduler.add(sequence(2, 2, &[2, 2, 2, 2], 4));
+    scheduler.add(sequence(3, 3, &[3], 1));
+    assert_eq!(step(&mut scheduler), [(1, 0, 3, true), (2, 0, 4, true)]);
+    // 2 needs a third block; none is free and it is itself the youngest.
+    assert_eq!(step(&mut scheduler), [(1, 3, 1, true)]);
+    assert_eq!((scheduler.running().len(), scheduler.waiting()), (1, 2));
+    // Its five tokens need three blocks, the two sealed ones included; 1 takes one of these for itself.
+    assert_eq!(step(&mut scheduler), [(1, 4, 1, true)]);
+    assert_eq!(step(&mut scheduler), [(1, 5, 1, true)]);
+    // 1 has ended. The first block of 2 is still cached; 3 has its turn in the same step.
+    assert_eq!(step(&mut scheduler), [(2, 2, 3, true), (3, 0, 1, true)]);
+}
+
+#[test]
+fn the_answers_of_one_request_share_the_blocks_of_its_prompt() {
+    let mut scheduler = scheduler(8, 2, 100, 8);
+    for id in 1..=3 {
+        scheduler.add(sequence(id, 1, &[1, 2, 3, 4, 5], 4));
+    }
+    scheduler.add(sequence(4, 2, &[7], 4));
+    assert_eq!(step(&mut scheduler), [(1, 0, 5, true), (4, 0, 1, true)], "the others wait for the prompt");
+    assert_eq!(step(&mut scheduler), [(1, 5, 1, true), (4, 1, 1, true), (2, 4, 1, true), (3, 4, 1, true)]);
+    // Two shared blocks, one of its own for each of the three, one for the fourth sequence.
+    assert_eq!(scheduler.blocks().used(), 6);
+}
+
+#[test]
+fn a_removed_sequence_frees_its_blocks_waiting_or_running() {
+    let mut scheduler = scheduler(8, 2, 100, 1);
+    scheduler.add(sequence(1, 1, &[1, 2, 3], 4));
+    scheduler.add(sequence(2, 2, &[1, 2, 3], 4));
+    step(&mut scheduler);
+    scheduler.retain(|_| false);
+    assert!(scheduler.is_idle());
+    assert_eq!(scheduler.blocks().used(), 0);
+}
+
+/// Number of choices less one, prompt, longest answer, and whether an earlier sequence is cancelled at the same time.
+fn arrival() -> impl Strategy<Value = (usize, Vec<u32>, usize, bool)> {
+    (0usize..4, proptest::collection::vec(0u32..2, 1..10), 1usize..8, any::<bool>())
+}
+
+proptest! {
+    /// Whatever comes and goes: each step has work within its bounds, no block is written by two sequences, every
+    /// sequence ends, and at the end all blocks are free.
+    #[test]
+    fn every_sequence_ends_and_every_block_returns(
+        arrivals in proptest::collection::vec(arrival(), 1..30),
+        blocks in 6usize..12,
+        tokens in 1usize..12,
+        sequences in 1usize..6,
+    ) {
+        let mut scheduler = scheduler(blocks, 3, tokens, sequences);
+        let mut id = 0;
+        let mut most = 0;
+        let mut arrivals = arrivals.into_iter();
+        loop {
+            for (choices, prompt, answer, cancel) in arrivals.by_ref().take(2) {
+                // At most 9 + 7 tokens fit into 6 blocks of 3.
+                for _ in 0..=choices {
+                    id += 1;
+                    scheduler.add(sequence(id, prompt.len() as u64, &prompt, answer));
+                    most += prompt.len() + answer;
+                }
+                if cancel {
+                    scheduler.retain(|sequence| sequence.id + 2 != id);
+                }
+            }
+            if scheduler.is_idle() {
+                break;
+            }
+            let plan = scheduler.plan();
+            prop_assert!(!plan.work.is_empty(), "a step without work");
+            prop_assert!(plan.work.iter().map(|work| work.length).sum::<usize>() <= tokens.max(sequences + 1));
+            prop_assert!(scheduler.running().len() <= sequences);
+            let size = scheduler.blocks().size();
+            let mut written = std::collections::HashSet::new();
+            for work in &plan.work {
+                let sequence = &scheduler.running()[work.index];
+                prop_assert!(sequence.table.len() * size >= work.start + work.length);
+                for block in &sequence.table[work.start / size..=(work.start + work.length - 1) / size] {
+                    prop_assert_eq!(scheduler.blocks().references(*block), 1, "a shared block is written");
+                    prop_assert!(written.insert(*block));
+                }
+            }
+            for work in &plan.work {
+                scheduler.advance(work);
+                if work.wants_logits {
+                    scheduler.push(work.index, 1);
+                }
+            }
+            scheduler.retain(|sequence| sequence.finished().is_none());
+            // Preemptions cost steps, but never without bound: the oldest advances in every step.
+            most -= 1;
+            prop_assert!(most > 0, "more steps than tokens: a sequence starves");
+        }
+        prop_assert_eq!(scheduler.blocks().used(), 0);
+    }
+}

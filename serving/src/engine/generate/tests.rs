@@ -1,0 +1,353 @@
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
+};
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::*;
+use crate::engine::{
+    backend::{BackendError, Row},
+    generate::{
+        sampling::{Context, LogitsError, Sampling},
+        sequence::{FinishReason, Stopping},
+    },
+};
+
+const VOCABULARY: usize = 24;
+/// Prompts that contain this token make the model fail; the next one makes it panic, the one after it makes its logits
+/// NaN.
+const FAILS: u32 = 21;
+const PANICS: u32 = 22;
+const NOT_FINITE: u32 = 23;
+
+/// Logits are a hash of the whole prefix, which is read back through the block table: a wrong table, a wrong position
+/// or the block of another prefix gives other tokens.
+struct Fake {
+    limits: GenerateLimits,
+    /// `(position, token)` of each slot.
+    slots: Vec<Option<(usize, u32)>>,
+    seen: Arc<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    /// A test that holds it stops the model before its next step.
+    gate: Mutex<()>,
+    tokens: AtomicU64,
+}
+
+fn mix(state: u64, value: u64) -> u64 {
+    let mixed = (state ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) ^ (mixed >> 32)
+}
+
+/// The logits after a prefix of `(position, token)`.
+fn logits(prefix: impl Iterator<Item = (usize, u32)>) -> Vec<f32> {
+    let hash = prefix.fold(1, |hash, (position, token)| mix(mix(hash, position as u64), u64::from(token)));
+    let logit = |token: u64| match token < u64::from(FAILS) {
+        true => (mix(hash, token) % 1000) as f32 / 150.0,
+        // The model never chooses the faults.
+        false => -1000.0,
+    };
+    (0..VOCABULARY as u64).map(logit).collect()
+}
+
+impl GenerateBackend for Fake {
+    fn limits(&self) -> GenerateLimits {
+        self.limits
+    }
+
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let _gate = self.seen.gate.lock();
+        let size = self.limits.block_size;
+        let slot = |blocks: &[u32], position: usize| blocks[position / size] as usize * size + position % size;
+        for row in rows {
+            assert!(!row.tokens.contains(&PANICS), "a fault of the test");
+            if row.tokens.contains(&FAILS) {
+                return Err(BackendError("out of memory".into()));
+            }
+            self.seen.tokens.fetch_add(row.tokens.len() as u64, Ordering::SeqCst);
+            for (position, token) in (row.start..).zip(row.tokens) {
+                self.slots[slot(row.blocks, position)] = Some((position, *token));
+            }
+        }
+        let answer = |row: &Row<'_>| {
+            if !row.wants_logits {
+                return Vec::new();
+            }
+            if row.tokens.contains(&NOT_FINITE) {
+                return vec![f32::NAN; VOCABULARY];
+            }
+            let end = row.start + row.tokens.len();
+            // A slot that was never written reads as something that no prefix has.
+            logits((0..end).map(|position| self.slots[slot(row.blocks, position)].unwrap_or((usize::MAX, 0))))
+        };
+        Ok(rows.iter().map(answer).collect())
+    }
+}
+
+fn engine(blocks: usize, limits: EngineLimits) -> (Engine, Arc<Seen>) {
+    let seen = Arc::<Seen>::default();
+    let limits_of_model = GenerateLimits { blocks, block_size: 4, max_length: 64, vocabulary: VOCABULARY };
+    let backend = Fake { limits: limits_of_model, slots: vec![None; blocks * 4], seen: seen.clone() };
+    (Engine::start(backend, limits).unwrap(), seen)
+}
+
+fn limits(tokens: usize, sequences: usize) -> EngineLimits {
+    EngineLimits { queue: 1000, step: StepLimits { tokens, sequences } }
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.to_vec(),
+        choices: 1,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        stopping: Stopping { max_tokens, min_tokens: 0, stop_tokens: vec![] },
+    }
+}
+
+/// The answer written from its definition: one prefix, no engine, no cache.
+fn alone(request: &GenerateRequest, choice: u64) -> Vec<u32> {
+    let sampling = Sampling { seed: request.sampling.seed.wrapping_add(choice), ..request.sampling.clone() };
+    let mut answer = Vec::new();
+    while answer.len() < request.stopping.max_tokens {
+        let logits = logits(request.prompt.iter().chain(&answer).copied().enumerate());
+        let forbidden = match answer.len() < request.stopping.min_tokens {
+            true => request.stopping.stop_tokens.clone(),
+            false => vec![],
+        };
+        let context = Context { prompt: &request.prompt, answer: &answer, forbidden: &forbidden };
+        let token = sampling::sample(&logits, VOCABULARY, &sampling, context).unwrap().token;
+        answer.push(token);
+        if request.stopping.stop_tokens.contains(&token) {
+            break;
+        }
+    }
+    answer
+}
+
+async fn read(mut choice: Choice) -> Result<(Vec<u32>, Finished), GenerateError> {
+    let mut tokens = Vec::new();
+    loop {
+        match choice.recv().await.unwrap_or(Err(GenerateError::Stopped))? {
+            Event::Token(sampled) => tokens.push(sampled.token),
+            Event::Finished(finished) => {
+                assert!(choice.recv().await.is_none(), "nothing follows the end");
+                return Ok((tokens, finished));
+            }
+        }
+    }
+}
+
+async fn run(engine: &Engine, request: GenerateRequest) -> Result<(Vec<u32>, Finished), GenerateError> {
+    read(engine.submit(request)?.pop().unwrap()).await
+}
+
+async fn until(engine: &Engine, what: &str, reached: impl Fn(Load) -> bool) {
+    for _ in 0..5000 {
+        if reached(engine.load()) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("{what}: {:?}", engine.load());
+}
+
+const IDLE: Load = Load { waiting: 0, running: 0, used_blocks: 0 };
+
+/// Prompts share beginnings, so that prefixes are found again; every kind of sampling occurs.
+fn random_request(random: &mut StdRng) -> GenerateRequest {
+    let shared = random.random_range(0..3u32);
+    let common = random.random_range(0..13usize);
+    let mut prompt: Vec<u32> = (0..common as u32).map(|index| (shared * 7 + index) % 20).collect();
+    prompt.extend((0..random.random_range(1..8)).map(|_| random.random_range(0..20u32)));
+    let drawn = random.random_bool(0.7);
+    let max_tokens = random.random_range(1..24);
+    GenerateRequest {
+        prompt,
+        choices: random.random_range(1..4),
+        sampling: Sampling {
+            temperature: if drawn { 0.9 } else { 0.0 },
+            top_p: if random.random_bool(0.5) { 0.9 } else { 1.0 },
+            top_k: random.random_range(0..10),
+            repetition_penalty: if random.random_bool(0.3) { 1.2 } else { 1.0 },
+            frequency_penalty: if random.random_bool(0.3) { 0.5 } else { 0.0 },
+            seed: random.random(),
+            ..Sampling::default()
+        },
+        stopping: Stopping { max_tokens, min_tokens: random.random_range(0..4), stop_tokens: vec![0, 1] },
+    }
+}
+
+#[tokio::test]
+async fn an_answer_does_not_depend_on_the_other_requests() {
+    let mut random = StdRng::seed_from_u64(11);
+    let requests: Vec<GenerateRequest> = (0..200).map(|_| random_request(&mut random)).collect();
+    // 13 blocks of 4 positions: one sequence needs up to 11.
+    let (engine, seen) = engine(13, limits(9, 6));
+    let mut readers = Vec::new();
+    for (index, request) in requests.iter().enumerate() {
+        for (choice, receiver) in (0..).zip(engine.submit(request.clone()).unwrap()) {
+            readers.push((index, choice, tokio::spawn(read(receiver))));
+        }
+        if random.random_bool(0.3) {
+            tokio::time::sleep(Duration::from_micros(random.random_range(0..300))).await;
+        }
+    }
+    let (mut needed, mut cached) = (0, 0);
+    for (index, choice, reader) in readers {
+        let (tokens, finished) = reader.await.unwrap().unwrap();
+        let request = &requests[index];
+        assert_eq!(tokens, alone(request, choice), "request {index}, choice {choice}");
+        let stopped = tokens.last().is_some_and(|token| [0, 1].contains(token));
+        assert_eq!(finished.reason, if stopped { FinishReason::Stop } else { FinishReason::Length });
+        needed += request.prompt.len() + tokens.len() - 1 - finished.cached_tokens;
+        cached += finished.cached_tokens;
+    }
+    assert!(cached > 0, "no prefix was reused: the test shows nothing");
+    let computed = seen.tokens.load(Ordering::SeqCst);
+    assert!(computed > needed as u64, "no sequence was preempted: the test shows nothing ({computed}, {needed})");
+    until(&engine, "everything is free", |load| load == IDLE).await;
+}
+
+#[tokio::test]
+async fn the_choices_of_a_request_differ_by_their_seeds_and_share_its_prompt() {
+    let (engine, seen) = engine(40, limits(100, 8));
+    let mut request = request(&[5; 17], 4);
+    request.choices = 3;
+    request.sampling.temperature = 2.0;
+    let mut answers = Vec::new();
+    for (choice, receiver) in (0..).zip(engine.submit(request.clone()).unwrap()) {
+        let (tokens, finished) = read(receiver).await.unwrap();
+        assert_eq!(tokens, alone(&request, choice));
+        assert_eq!(finished.cached_tokens, if choice == 0 { 0 } else { 16 });
+        answers.push(tokens);
+    }
+    assert_ne!(answers[0], answers[1]);
+    assert_eq!(seen.tokens.load(Ordering::SeqCst), 17 + 2 + 3 * 3);
+}
+
+#[tokio::test]
+async fn a_dropped_receiver_frees_its_blocks_running_or_waiting() {
+    let (engine, seen) = engine(16, limits(100, 1));
+    let gate = seen.gate.lock().unwrap();
+    let running = engine.submit(request(&[1, 2, 3], 60)).unwrap();
+    let waiting = engine.submit(request(&[1, 2, 3], 60)).unwrap();
+    // The first is admitted, and the model stands still in its first step.
+    while engine.load().waiting != 1 {
+        thread::yield_now();
+    }
+    drop((running, waiting));
+    drop(gate);
+    until(&engine, "both are gone", |load| load == IDLE).await;
+    // The longest answer needs every block.
+    let longest = request(&[4, 5, 6], 61);
+    assert_eq!(run(&engine, longest.clone()).await.unwrap().0, alone(&longest, 0));
+    assert_eq!(seen.tokens.load(Ordering::SeqCst), 3 + 63, "the first ended after one step, the second never started");
+}
+
+#[tokio::test]
+async fn a_reader_that_does_not_read_delays_nobody_and_loses_nothing() {
+    let (engine, _) = engine(40, limits(100, 2));
+    let slow = engine.submit(request(&[1], 50)).unwrap().pop().unwrap();
+    for _ in 0..3 {
+        run(&engine, request(&[2], 50)).await.unwrap();
+    }
+    until(&engine, "the slow one is complete as well", |load| load == IDLE).await;
+    assert_eq!(read(slow).await.unwrap().0, alone(&request(&[1], 50), 0));
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once() {
+    let (engine, seen) = engine(40, EngineLimits { queue: 2, step: StepLimits { tokens: 100, sequences: 1 } });
+    let gate = seen.gate.lock().unwrap();
+    let first = engine.submit(request(&[1], 9)).unwrap();
+    // The first leaves the queue when it is admitted, before the model stands still.
+    while engine.load().waiting > 0 {
+        thread::yield_now();
+    }
+    let others = engine.submit(GenerateRequest { choices: 2, ..request(&[2], 9) }).unwrap();
+    assert_eq!(engine.submit(request(&[3], 9)).unwrap_err(), GenerateError::QueueFull { capacity: 2 });
+    drop(gate);
+    for choice in first.into_iter().chain(others) {
+        read(choice).await.unwrap();
+    }
+    run(&engine, request(&[3], 9)).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_can_never_be_served_is_refused() {
+    let (engine, _) = engine(8, limits(100, 4));
+    assert_eq!(engine.max_length(), 32);
+    let biased = Sampling { temperature: 3.0, ..Sampling::default() };
+    for (request, message) in [
+        (request(&[], 1), "the prompt is empty"),
+        (request(&[1; 30], 3), "30 tokens of prompt and 3 of answer exceed the context of 32 tokens"),
+        (
+            request(&[1], usize::MAX),
+            "1 tokens of prompt and 18446744073709551615 of answer exceed the context of 32 tokens",
+        ),
+        (request(&[24], 1), "prompt: token 24; the vocabulary has 24 tokens"),
+        (request(&[1], 0), "max_tokens: 0 is less than 1"),
+        (GenerateRequest { choices: 0, ..request(&[1], 1) }, "n: 0 is less than 1"),
+        (GenerateRequest { sampling: biased, ..request(&[1], 1) }, "temperature: 3 is not between 0 and 2"),
+    ] {
+        assert_eq!(engine.submit(request).unwrap_err().to_string(), message);
+    }
+    assert!(run(&engine, request(&[1; 30], 2)).await.is_ok(), "the longest that fits");
+}
+
+#[tokio::test]
+async fn an_answer_ends_with_a_stop_token_but_not_before_its_minimum() {
+    let (engine, _) = engine(40, limits(100, 4));
+    let plain = run(&engine, request(&[3, 4], 20)).await.unwrap().0;
+    let stop = plain[2];
+    let mut stopping = request(&[3, 4], 20);
+    stopping.stopping.stop_tokens = vec![stop];
+    let (tokens, finished) = run(&engine, stopping.clone()).await.unwrap();
+    let first = plain.iter().position(|token| *token == stop).unwrap();
+    assert_eq!((tokens.as_slice(), finished.reason), (&plain[..=first], FinishReason::Stop));
+    stopping.stopping.min_tokens = 6;
+    let (tokens, _) = run(&engine, stopping.clone()).await.unwrap();
+    assert!(tokens.len() > 6 && !tokens[..6].contains(&stop), "{tokens:?}");
+    assert_eq!(tokens, alone(&stopping, 0));
+}
+
+#[tokio::test]
+async fn a_failing_step_fails_its_requests_and_the_engine_continues() {
+    let (engine, _) = engine(40, limits(100, 4));
+    let failed = run(&engine, request(&[1, FAILS], 5)).await;
+    assert_eq!(failed.unwrap_err(), GenerateError::Backend("out of memory".into()));
+    let failed = run(&engine, request(&[1, NOT_FINITE], 5)).await;
+    assert_eq!(failed.unwrap_err(), GenerateError::Logits(LogitsError::NotFinite { token: 0 }));
+    until(&engine, "their blocks are free", |load| load == IDLE).await;
+    assert_eq!(run(&engine, request(&[1], 5)).await.unwrap().0, alone(&request(&[1], 5), 0));
+}
+
+#[tokio::test]
+async fn a_panic_stops_the_engine_and_every_request_learns_of_it() {
+    let (engine, seen) = engine(40, limits(100, 4));
+    let gate = seen.gate.lock().unwrap();
+    let bad = engine.submit(request(&[1, PANICS], 5)).unwrap().pop().unwrap();
+    let good = engine.submit(request(&[1], 5)).unwrap().pop().unwrap();
+    drop(gate);
+    assert_eq!(read(bad).await.unwrap_err(), GenerateError::Stopped);
+    assert_eq!(read(good).await.unwrap_err(), GenerateError::Stopped);
+    engine.stopped().await;
+    assert_eq!(engine.submit(request(&[1], 5)).unwrap_err(), GenerateError::Stopped);
+}
+
+#[tokio::test]
+async fn a_prompt_that_was_seen_is_not_computed_again() {
+    let (engine, seen) = engine(40, limits(100, 4));
+    let mut counts = HashMap::new();
+    for turn in 0..2 {
+        let before = seen.tokens.load(Ordering::SeqCst);
+        let (tokens, finished) = run(&engine, request(&[6; 13], 1)).await.unwrap();
+        assert_eq!(tokens, alone(&request(&[6; 13], 1), 0));
+        counts.insert(turn, (seen.tokens.load(Ordering::SeqCst) - before, finished.cached_tokens));
+    }
+    assert_eq!(counts, HashMap::from([(0, (13, 0)), (1, (1, 12))]));
+}

@@ -1,0 +1,232 @@
+//! The thread that owns the model: takes requests in, runs steps, sends tokens out.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use tokio::sync::mpsc;
+
+use super::{
+    blocks::Blocks,
+    request::{Event, Finished, GenerateError, Item, Place, Progress},
+    sampling::{self, Context, Sampled},
+    scheduler::{Plan, Scheduler, StepLimits, Work},
+    sequence::{Sequence, SequenceId},
+};
+use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row};
+
+/// The request behind a sequence.
+struct Client {
+    reply: mpsc::Sender<Result<Event, GenerateError>>,
+    place: Option<Place>,
+    since: Instant,
+    admitted: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Client {
+    /// The channel has room for the longest answer and its end, so sending fails only if the client is gone; the next
+    /// step sees that.
+    fn send(&self, event: Result<Event, GenerateError>) {
+        let _ = self.reply.try_send(event);
+    }
+
+    fn record_token(&mut self, now: Instant) {
+        match self.last_token.replace(now) {
+            Some(last) => {
+                let seconds = now.saturating_duration_since(last).as_secs_f64();
+                metrics::histogram!("athanor_server_inter_token_seconds").record(seconds);
+            }
+            None => {
+                let seconds = now.saturating_duration_since(self.since).as_secs_f64();
+                metrics::histogram!("athanor_server_time_to_first_token_seconds").record(seconds);
+            }
+        }
+    }
+}
+
+pub(super) struct Worker<B> {
+    backend: B,
+    receiver: mpsc::UnboundedReceiver<Item>,
+    limits: GenerateLimits,
+    scheduler: Scheduler,
+    clients: HashMap<SequenceId, Client>,
+    progress: Arc<Progress>,
+    sequences: SequenceId,
+    requests: u64,
+}
+
+impl<B: GenerateBackend> Worker<B> {
+    pub(super) fn new(
+        backend: B,
+        receiver: mpsc::UnboundedReceiver<Item>,
+        limits: GenerateLimits,
+        step: StepLimits,
+        progress: Arc<Progress>,
+    ) -> Self {
+        let scheduler = Scheduler::new(Blocks::new(limits.blocks, limits.block_size), step);
+        let clients = HashMap::new();
+        Self { backend, receiver, limits, scheduler, clients, progress, sequences: 0, requests: 0 }
+    }
+
+    /// Runs until all handles are gone and all answers are complete.
+    pub(super) fn run(mut self) {
+        loop {
+            if self.scheduler.is_idle() {
+                match self.receiver.blocking_recv() {
+                    Some(item) => self.accept(item),
+                    None => return,
+                }
+            }
+            while let Ok(item) = self.receiver.try_recv() {
+                self.accept(item);
+            }
+            self.remove_closed();
+            if !self.scheduler.is_idle() {
+                self.step();
+            }
+            self.publish();
+        }
+    }
+
+    fn accept(&mut self, item: Item) {
+        self.requests += 1;
+        for (index, (reply, place)) in (0u64..).zip(item.replies) {
+            let mut sampling = item.request.sampling.clone();
+            sampling.seed = sampling.seed.wrapping_add(index);
+            self.sequences += 1;
+            let (prompt, stopping) = (item.request.prompt.clone(), item.request.stopping.clone());
+            self.scheduler.add(Sequence::new(self.sequences, self.requests, prompt, sampling, stopping));
+            let client = Client { reply, place: Some(place), since: item.since, admitted: None, last_token: None };
+            self.clients.insert(self.sequences, client);
+        }
+    }
+
+    /// Removes the sequences whose reader is gone, waiting ones included.
+    fn remove_closed(&mut self) {
+        let before = self.clients.len();
+        self.clients.retain(|_, client| !client.reply.is_closed());
+        if self.clients.len() < before {
+            metrics::counter!("athanor_server_cancelled_sequences_total")
+                .increment((before - self.clients.len()) as u64);
+            self.remove_ended();
+        }
+    }
+
+    /// Frees the blocks of sequences without a client.
+    fn remove_ended(&mut self) {
+        let clients = &self.clients;
+        self.scheduler.retain(|sequence| clients.contains_key(&sequence.id));
+    }
+
+    fn step(&mut self) {
+        let plan = self.scheduler.plan();
+        // Otherwise the thread would spin for ever; see the scheduler for why each step makes progress.
+        assert!(!plan.work.is_empty(), "a step without work while sequences wait");
+        let started = Instant::now();
+        self.record_admissions(&plan, started);
+        let answers = self.compute(&plan.work);
+        metrics::histogram!("athanor_server_batch_seconds").record(started.elapsed().as_secs_f64());
+        match answers {
+            Ok(answers) => {
+                let now = Instant::now();
+                for (work, logits) in plan.work.iter().zip(answers) {
+                    self.scheduler.advance(work);
+                    if work.wants_logits {
+                        self.choose(work.index, &logits, now);
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, sequences = plan.work.len(), "a step failed");
+                for work in &plan.work {
+                    self.fail(self.scheduler.running()[work.index].id, error.clone().into());
+                }
+            }
+        }
+        self.remove_ended();
+    }
+
+    fn record_admissions(&mut self, plan: &Plan, now: Instant) {
+        metrics::counter!("athanor_server_preemptions_total").increment(plan.preempted as u64);
+        for id in &plan.admitted {
+            if let Some(client) = self.clients.get_mut(id) {
+                client.place.take();
+                client.admitted = Some(now);
+                let queued = now.saturating_duration_since(client.since);
+                metrics::histogram!("athanor_server_queue_seconds").record(queued.as_secs_f64());
+            }
+        }
+        let admitted = self.scheduler.running().iter().filter(|sequence| plan.admitted.contains(&sequence.id));
+        let cached: usize = admitted.map(Sequence::cached).sum();
+        metrics::counter!("athanor_server_prefix_cached_tokens_total").increment(cached as u64);
+    }
+
+    fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let running = self.scheduler.running();
+        let rows: Vec<Row<'_>> = work
+            .iter()
+            .map(|work| Row {
+                tokens: &running[work.index].tokens[work.start..work.start + work.length],
+                start: work.start,
+                blocks: &running[work.index].table,
+                wants_logits: work.wants_logits,
+            })
+            .collect();
+        let tokens: usize = work.iter().map(|work| work.length).sum();
+        metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
+        metrics::counter!("athanor_server_tokens_total").increment(tokens as u64);
+        let answers = self.backend.step(&rows)?;
+        if answers.len() != rows.len() {
+            return Err(BackendError(format!("{} rows of logits for {} rows of tokens", answers.len(), rows.len())));
+        }
+        Ok(answers)
+    }
+
+    /// Chooses the next token of a sequence, sends it, and ends the sequence if it is complete.
+    fn choose(&mut self, index: usize, logits: &[f32], now: Instant) {
+        let sequence = &self.scheduler.running()[index];
+        let id = sequence.id;
+        let context = Context { prompt: sequence.prompt(), answer: sequence.answer(), forbidden: sequence.forbidden() };
+        let sampled: Sampled = match sampling::sample(logits, self.limits.vocabulary, &sequence.sampling, context) {
+            Ok(sampled) => sampled,
+            Err(error) => {
+                tracing::error!(%error, "a sequence failed");
+                self.fail(id, error.into());
+                return;
+            }
+        };
+        self.scheduler.push(index, sampled.token);
+        metrics::counter!("athanor_server_generated_tokens_total").increment(1);
+        let sequence = &self.scheduler.running()[index];
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        client.record_token(now);
+        client.send(Ok(Event::Token(sampled)));
+        if let Some(reason) = sequence.finished() {
+            let admitted = client.admitted.unwrap_or(client.since);
+            client.send(Ok(Event::Finished(Finished {
+                reason,
+                cached_tokens: sequence.cached(),
+                queued: admitted.saturating_duration_since(client.since),
+                computed: now.saturating_duration_since(admitted),
+            })));
+            self.clients.remove(&id);
+        }
+    }
+
+    fn fail(&mut self, id: SequenceId, error: GenerateError) {
+        if let Some(client) = self.clients.remove(&id) {
+            client.send(Err(error));
+        }
+    }
+
+    fn publish(&self) {
+        let (running, blocks) = (self.scheduler.running().len(), self.scheduler.blocks());
+        self.progress.running.store(running, Ordering::Relaxed);
+        self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
+        metrics::gauge!("athanor_server_running_sequences").set(running as f64);
+        metrics::gauge!("athanor_server_kv_cache_usage_ratio").set(blocks.used() as f64 / blocks.count().max(1) as f64);
+    }
+}
