@@ -5,9 +5,9 @@
 (b) a model from 30 % of the rows by each method of selection, against all of them and against random ones, each with as many steps;
 (c) the distilled student in eight bits.
 
-The rows are those of the demo (four domains, |rating| >= 0.5, binary). Nothing is tuned on the test rows: hyperparameters are the
-defaults or stated below, and the best epoch is chosen by validation rows. A run whose report exists is not run again, so this goes
-on where it was stopped; --fresh begins anew.
+The rows are those of the demo (four domains, |rating| >= 0.5, binary). Hyperparameters are the defaults or stated below, and the
+best epoch is chosen by validation rows; docs/quality.md lists the decisions that were made after looking at test rows. A run whose
+report exists is not repeated, so an interrupted benchmark continues; --fresh repeats all runs.
 """
 
 import argparse

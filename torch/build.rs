@@ -3,17 +3,7 @@
 use std::{env, path::PathBuf};
 
 fn main() {
-    for file in [
-        "kernels.cpp",
-        "kernels.hpp",
-        "layer.cpp",
-        "shared_matrices.cpp",
-        "shared_matrices.hpp",
-        "shared_memory.cpp",
-        "shared_memory.hpp",
-        "shim.cpp",
-        "shim.hpp",
-    ] {
+    for file in ["kernels.cpp", "kernels.hpp", "layer.cpp", "shim.cpp", "shim.hpp"] {
         println!("cargo:rerun-if-changed=src/{file}");
     }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -25,7 +15,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++20")
-        .files(["src/shim.cpp", "src/layer.cpp", "src/shared_matrices.cpp", "src/shared_memory.cpp"])
+        .files(["src/shim.cpp", "src/layer.cpp"])
         .flag("-isystem")
         .flag(include.to_str().expect("LIBTORCH is valid Unicode"))
         .flag("-isystem")

@@ -25,7 +25,8 @@ pub struct Manifest {
     pub code_version: String,
     /// Optimizer steps taken.
     pub step: u64,
-    /// Tokens that texts were cut to in training and for the metrics; a server cuts them alike. Absent in older artifacts.
+    /// Tokens that texts were cut to in training and for the metrics; a server cuts them alike. Absent in older
+    /// artifacts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sequence_length: Option<u32>,
     /// Every file of the folder but this one.
@@ -56,24 +57,58 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 /// Folder of the event files for TensorBoard, in an artifact and beside it.
 pub const EVENTS: &str = "tensorboard";
 
-/// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell times, and
-/// the same training gives the same model.
+/// The digest of a set of files, independent of their order on disk. Reports and event files are left out: they tell
+/// times, and the same training gives the same model.
 pub fn model_digest(files: &BTreeMap<String, FileEntry>) -> String {
     let files = files.iter().filter(|(name, _)| !name.starts_with("report.") && !name.starts_with(EVENTS));
     let lines: String = files.map(|(name, entry)| format!("{}  {name}\n", entry.sha256)).collect();
     sha256_hex(lines.as_bytes())
 }
 
-/// What the model did on its held-out rows, as the baseline of drift detection.
+/// What the model did on its test rows, as the baseline of drift detection: the content of [`REFERENCE`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Reference {
+    Classes(ClassReference),
+    Text(TextReference),
+}
+
+impl Reference {
+    /// Share of right answers on the test rows; `None` without test rows.
+    pub fn accuracy(&self) -> Option<f64> {
+        let (correct, rows) = match self {
+            Self::Classes(reference) => (reference.correct, reference.rows),
+            Self::Text(reference) => (reference.correct, reference.rows),
+        };
+        (rows > 0).then(|| correct as f64 / rows as f64)
+    }
+}
+
+/// The baseline of a classifier.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Reference {
+pub struct ClassReference {
     pub labels: Vec<String>,
     /// Predicted label counts on the test rows, in the order of `labels`.
     pub predicted: Vec<u64>,
     /// The winning probability of each test row, at most 2,048 of them, sorted.
     pub confidences: Vec<f32>,
-    /// Correct predictions and rows of the test set.
+    /// Number of correct predictions.
     pub correct: u64,
+    /// Number of test rows.
+    pub rows: u64,
+}
+
+/// The baseline of a language model, from the answers that it generated for test rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TextReference {
+    /// Number of tokens of each answer, at most 2,048 of them, sorted.
+    pub answer_tokens: Vec<u32>,
+    /// Mean natural logarithm of the token probabilities of each answer, at most 2,048 of them, sorted.
+    pub mean_log_probabilities: Vec<f32>,
+    /// Number of answers that equal the expected text, differences in white space apart.
+    pub correct: u64,
+    /// Number of answers.
     pub rows: u64,
 }

@@ -2,12 +2,14 @@
 //!
 //! - [`train`]: the training part of a `FineTuneJob`, what the operator mounts into a trainer, and what comes back;
 //! - [`serve`]: configuration of server, router and monitor, and the monitor's verdict;
+//! - [`process`]: environment variables, ports, files and names that two processes share;
 //! - [`event`]: the CloudEvents on a deployment's Kafka topic;
 //! - [`artifact`]: the manifest that makes a folder a model or a checkpoint.
 
 pub mod artifact;
 mod decimal;
 pub mod event;
+pub mod process;
 pub mod serve;
 pub mod train;
 

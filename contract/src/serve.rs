@@ -1,18 +1,12 @@
-//! Serving: what the operator mounts into server, router and monitor, and the verdict the monitor publishes.
+//! Serving: configuration that the operator mounts into server, router and monitor, and the verdict that the monitor
+//! publishes.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Decimal, train::OffsetRange};
+use crate::{Decimal, process::port, train::OffsetRange};
 
-/// Response and request headers of the serving path.
-pub mod header {
-    pub const REQUEST_ID: &str = "x-request-id";
-    pub const REVISION: &str = "x-athanor-revision";
-    pub const TRACE_PARENT: &str = "traceparent";
-}
-
-/// Mounted as `serve.json` into `athanor-server`: one model revision.
+/// Content of `serve.json`, which the operator mounts into `athanor-server`: one model revision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServeConfig {
@@ -22,23 +16,20 @@ pub struct ServeConfig {
     pub revision: String,
     /// Folder of the artifact: s3://, gs://, az://, file://.
     pub model_uri: String,
-    #[serde(default)]
-    pub http_port: Port<8080>,
-    #[serde(default)]
-    pub grpc_port: Port<8081>,
+    #[serde(default = "http_port")]
+    pub http_port: u16,
+    #[serde(default = "grpc_port")]
+    pub grpc_port: u16,
     #[serde(default)]
     pub limits: ServeLimits,
 }
 
-/// A port with a default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Port<const DEFAULT: u16>(pub u16);
+fn http_port() -> u16 {
+    port::HTTP
+}
 
-impl<const DEFAULT: u16> Default for Port<DEFAULT> {
-    fn default() -> Self {
-        Self(DEFAULT)
-    }
+fn grpc_port() -> u16 {
+    port::GRPC
 }
 
 /// Bounds of one server; beyond them a request gets a 4xx (413, 429), never an unbounded queue.
@@ -46,16 +37,16 @@ impl<const DEFAULT: u16> Default for Port<DEFAULT> {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ServeLimits {
     pub max_body_bytes: usize,
-    /// Inputs of one request.
+    /// Largest number of inputs in one request.
     pub max_inputs: usize,
-    /// Inputs waiting for a batch; a full queue answers 429.
+    /// Largest number of inputs that wait for a batch; a full queue answers 429.
     pub queue_inputs: usize,
-    /// Inputs of one batch.
+    /// Largest number of inputs in one batch.
     pub max_batch_inputs: usize,
-    /// Inputs times the longest of them, in tokens, of one batch.
+    /// Largest product of the number of inputs in a batch and the tokens of the longest of them.
     pub max_batch_tokens: usize,
     pub max_sequence_length: usize,
-    /// Seconds a shutdown waits for requests under way.
+    /// Seconds that a shutdown waits for requests in progress.
     pub drain_seconds: u64,
 }
 
@@ -114,7 +105,7 @@ impl Default for RouterLimits {
     }
 }
 
-/// Where events go.
+/// Kafka topic of the events.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EventsConfig {
@@ -122,7 +113,7 @@ pub struct EventsConfig {
     pub topic: String,
 }
 
-/// `GET /analysis` of a router's ops port: what a canary is judged by, counted since that router started.
+/// Response of `GET /analysis` on a router's ops port: counts since the router started, by which a canary is analysed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RouterAnalysis {
     /// By revision name.
@@ -131,13 +122,13 @@ pub struct RouterAnalysis {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RevisionAnalysis {
-    /// Attempts, failed ones included.
+    /// Number of attempts, including failed ones.
     pub requests: u64,
-    /// Attempts that failed or were answered with a 5xx.
+    /// Number of attempts that failed or were answered with a 5xx.
     pub errors: u64,
-    /// 0 without answers.
+    /// 95th percentile of latency in milliseconds; 0 without answers.
     pub latency_p95_ms: f64,
-    /// Feedback to answers that this router remembers, each counted once.
+    /// Number of remembered answers with feedback, each counted once.
     pub feedback_total: u64,
     pub feedback_correct: u64,
 }
@@ -161,21 +152,23 @@ pub struct MonitoredRevision {
     pub model_uri: String,
 }
 
-/// When a model counts as stale.
+/// Thresholds beyond which a model is considered stale.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MonitorSpec {
-    /// Predictions in a window.
+    /// Number of predictions in a window.
     #[schemars(range(min = 50, max = 1_000_000))]
     pub window_predictions: u32,
-    /// Population stability index of predicted labels above which the prediction distribution has drifted.
+    /// Threshold of the population stability index of predicted labels; above it the distribution of predictions has
+    /// drifted.
     pub prediction_psi: Decimal,
-    /// p-value of the two-sample Kolmogorov-Smirnov test on confidences below which confidence has drifted.
+    /// Threshold of the p-value of a two-sample Kolmogorov-Smirnov test of confidences; below it the confidences have
+    /// drifted.
     pub confidence_p_value: Decimal,
-    /// Accuracy on labelled requests that may be lost against the reference before the sequential test (Wald's SPRT at
-    /// 1 % errors either way) calls it drift.
+    /// Loss of accuracy on labelled requests, compared with the test rows, at which a sequential test (Wald's SPRT with
+    /// 1 % errors of either kind) reports drift.
     pub accuracy_loss: Decimal,
-    /// Labelled requests before an accuracy verdict.
+    /// Number of labelled requests that a verdict on accuracy requires.
     #[schemars(range(min = 10, max = 1_000_000))]
     pub minimum_labels: u32,
 }
@@ -193,25 +186,25 @@ impl Default for MonitorSpec {
     }
 }
 
-/// `status.monitor` of a ModelDeployment, written by the monitor alone (field manager `athanor-monitor`).
+/// `status.monitor` of a ModelDeployment. Only the monitor writes it (field manager `athanor-monitor`).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MonitorStatus {
-    /// Revision the statistics are about: that with the most traffic.
+    /// Revision that the statistics describe: the one with the most traffic.
     #[serde(default)]
     pub revision: String,
-    /// Whether the model is stale.
+    /// Verdict on whether the model is stale.
     pub verdict: Verdict,
-    /// Each statistic with its threshold, newest window.
+    /// Statistics of the newest window, with their thresholds.
     #[serde(default)]
     pub statistics: Vec<Statistic>,
-    /// Predictions since the revision took over.
+    /// Number of predictions since the revision received all traffic.
     #[serde(default)]
     pub predictions: u64,
-    /// Predictions among them with feedback.
+    /// Number of these predictions that have feedback.
     #[serde(default)]
     pub labelled: u64,
-    /// Offsets of the events since the revision took over: what a retraining would be trained on.
+    /// Offset ranges of the events since the revision received all traffic: the rows of a retraining.
     #[serde(default)]
     pub ranges: Vec<OffsetRange>,
     /// Time of the verdict, RFC 3339.
@@ -221,23 +214,24 @@ pub struct MonitorStatus {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Verdict {
-    /// Too few events so far.
+    /// There are too few events so far.
     #[default]
     Unknown,
+    /// No statistic is beyond its threshold.
     Stable,
-    /// The labelled accuracy has fallen, or, without enough labels, both distributions moved.
+    /// The accuracy on labelled requests has fallen, or, with too few labels, both distributions have drifted.
     Drifted,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Statistic {
-    /// PredictionPSI, ConfidenceKS or LabelledAccuracy.
+    /// Name of the statistic: PredictionPSI, ConfidenceKS, LabelledAccuracy or PositiveRatings.
     pub name: String,
-    /// Its value in the newest window.
+    /// Value in the newest window.
     pub value: Decimal,
-    /// Beyond this it has drifted.
+    /// Threshold beyond which it has drifted.
     pub threshold: Decimal,
-    /// Whether it is beyond the threshold.
+    /// Whether the value is beyond the threshold.
     pub drifted: bool,
 }

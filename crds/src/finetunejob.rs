@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::PodOverrides;
 
-/// Trains a model on many processes, evaluates it and writes an artifact. The specification cannot change once created, except
-/// for suspend and ttlSecondsAfterFinished.
+/// A FineTuneJob trains a model on one or more processes, evaluates it and writes an artifact. Its specification is
+/// immutable, except for suspend and ttlSecondsAfterFinished.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "athanor.dev",
@@ -26,7 +26,7 @@ use crate::PodOverrides;
     namespaced,
     derive = "PartialEq",
     status = "FineTuneJobStatus",
-    doc = "Trains a model on many processes, evaluates it and writes an artifact. The specification cannot change once created, except for suspend and ttlSecondsAfterFinished.",
+    doc = "A FineTuneJob trains a model on one or more processes, evaluates it and writes an artifact. Its specification is immutable, except for suspend and ttlSecondsAfterFinished.",
     printcolumn(name = "Progress", type_ = "string", json_path = ".status.progress.percentText"),
     printcolumn(name = "Step", type_ = "integer", json_path = ".status.progress.step"),
     printcolumn(name = "Loss", type_ = "string", json_path = ".status.progress.loss"),
@@ -48,145 +48,149 @@ pub struct FineTuneJobSpec {
     /// Model, data, hyperparameters, evaluation, output: the part that the trainer reads.
     #[serde(flatten)]
     pub train: TrainSpec,
-    /// Secret of the same namespace whose keys become environment of the trainer: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-    /// AWS_ENDPOINT_URL, ...
+    /// Name of a Secret in the same namespace whose keys become environment variables of the trainer:
+    /// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ... Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub credentials_secret_name: Option<String>,
     /// Resources, placement and environment of the trainer's pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodOverrides>,
-    /// Image of the trainer, instead of the operator's default.
+    /// Image of the trainer. Absent: the operator's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
-    /// Stops the pods and keeps the checkpoints; set to false again, training goes on from the last of them.
+    /// Whether the pods are stopped; checkpoints are kept, and training continues from the last one when this is false
+    /// again.
     #[serde(default)]
     pub suspend: bool,
-    /// Seconds after the start in which the job must end; after them it fails. Absent: no limit.
+    /// Time limit of the job in seconds after its start; a job that takes longer fails. Absent: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub active_deadline_seconds: Option<u32>,
-    /// Seconds after its end in which a finished job is deleted, its artifact kept. Absent: it stays.
+    /// Seconds after which a finished job is deleted; its artifact is kept. Absent: it is not deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31_536_000))]
     pub ttl_seconds_after_finished: Option<u32>,
 }
 
-/// What has been observed of a FineTuneJob.
+/// Observed state of a FineTuneJob.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobStatus {
-    /// Succeeded sums up: Unknown while the job is not over, then True or False with the reason. Running: all pods run.
+    /// Conditions of the job. Succeeded is Unknown until the job is over, then True or False with the reason. Running
+    /// is True while all pods run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// Where training stands, as last reported.
+    /// Progress of the training, as last reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// Restarts of the gang that counted against failurePolicy.maxRestarts.
+    /// Number of restarts that count against failurePolicy.maxRestarts.
     #[serde(default)]
     pub restarts: u32,
-    /// Restarts after a preemption, which do not count.
+    /// Number of restarts after a preemption, which do not count.
     #[serde(default)]
     pub preemptions: u32,
     /// Number of the current attempt, from 0; its Kubernetes Job is named {name}-{attempt}.
     #[serde(default)]
     pub attempt: u32,
-    /// When the first pod was asked for.
+    /// Time at which the first pod was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
-    /// When the job was over.
+    /// Time at which the job was over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// The result: artifact, digests, metrics on the test rows.
+    /// Result of the training: artifact, digests, metrics on the test rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub summary: Option<TrainSummary>,
-    /// The search for hyperparameters, if the specification has one.
+    /// State of the search for hyperparameters, if the specification has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchStatus>,
-    /// Seconds from the object's creation to: admitted, podsRunning, processStart, dataReady, firstStep, finished.
+    /// Seconds from the creation of the object to admitted, podsRunning, processStart, dataReady, firstStep and
+    /// finished.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
     pub timeline: BTreeMap<String, Decimal>,
 }
 
-/// Where training stands.
+/// Progress of a training.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Progress {
-    /// Preparing, Training, Evaluating or Writing; in a cross-validation the fold that is trained, such as Fold 2 of 5.
+    /// Current stage, such as Preparing, Training, Evaluating or Writing; in a cross-validation the current fold, such
+    /// as Fold 2 of 5.
     #[schemars(length(max = 64))]
     pub stage: String,
-    /// Optimizer steps done.
+    /// Number of optimizer steps done.
     pub step: u64,
-    /// Optimizer steps in all; 0 while not known.
+    /// Number of optimizer steps in total; 0 until it is known.
     pub total_steps: u64,
-    /// step of totalSteps in percent, rounded down.
+    /// Percentage of steps done, rounded down.
     #[schemars(range(min = 0, max = 100))]
     pub percent: u8,
-    /// The same with its sign, for kubectl get.
+    /// The percentage with a percent sign, for kubectl get.
     #[schemars(length(max = 8))]
     pub percent_text: String,
-    /// Newest training loss.
+    /// Most recent training loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<Decimal>,
-    /// Time left, such as 1m20s.
+    /// Estimated remaining time, such as 1m20s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub eta: Option<String>,
-    /// Rows a second over all processes.
+    /// Rows per second over all processes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples_per_second: Option<Decimal>,
-    /// Newest metrics on the validation rows.
+    /// Most recent metrics on the validation rows.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 64))]
     pub metrics: BTreeMap<String, Decimal>,
-    /// Newest step that a checkpoint holds: a restart goes on from here.
+    /// Step of the last checkpoint, from which a restart continues.
     #[serde(default)]
     pub checkpoint_step: u64,
 }
 
-/// What has been tried.
+/// State of a search for hyperparameters.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SearchStatus {
-    /// In a few words, for kubectl get: trials that are over, all of them, and the best result.
+    /// Summary for kubectl get: finished trials, all trials, and the best result.
     #[schemars(length(max = 128))]
     pub text: String,
-    /// Name of the best trial so far; once the search is over, of the one that the job trains with.
+    /// Name of the best trial so far; after the search, of the trial whose values the job trains with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16))]
     pub best: Option<String>,
-    /// The search is over.
+    /// Whether the search is over.
     #[serde(default)]
     pub done: bool,
-    /// In the order in which they were started.
+    /// Trials in the order in which they were started.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub trials: Vec<TrialStatus>,
 }
 
-/// One assignment of hyperparameters and what became of it.
+/// One assignment of hyperparameters and its results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TrialStatus {
-    /// A hash of the assignment.
+    /// Name of the trial: a hash of the assignment.
     #[schemars(length(min = 1, max = 16))]
     pub name: String,
-    /// The hyperparameters that are searched for, with the trial's values.
+    /// Values of the hyperparameters that are searched for.
     #[schemars(extend("maxProperties" = 16))]
     pub parameters: BTreeMap<String, String>,
-    /// Running, Finished or Failed.
+    /// State of the trial.
     pub state: TrialState,
-    /// The objective's metric on the validation rows or over the folds, one value for each budget that the trial was given.
+    /// Values of the objective's metric on the validation rows or over the folds, one for each budget of the trial.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub results: Vec<Decimal>,
-    /// FineTuneJob that trains it, or was the last to.
+    /// Name of the most recent FineTuneJob that trains it.
     #[schemars(length(max = 63))]
     pub job: String,
-    /// Why it failed.
+    /// Reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub message: Option<String>,

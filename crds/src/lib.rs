@@ -1,8 +1,9 @@
-//! Athanor's custom resources: [`FineTuneJob`] says how to make a model, [`ModelDeployment`] how to serve it and when it is stale.
+//! Athanor's custom resources: [`FineTuneJob`] says how to make a model, [`ModelDeployment`] how to serve it and when
+//! it is stale.
 //!
-//! The training part of a job is [`athanor_contract::train::TrainSpec`], shared with the trainer; this crate adds what only a cluster
-//! needs. [`schema::definitions`] gives the CustomResourceDefinitions that `crdgen` writes beside this crate. There is no
-//! Kubernetes client here.
+//! The training part of a job is [`athanor_contract::train::TrainSpec`], shared with the trainer; this crate adds what
+//! only a cluster needs. [`schema::definitions`] gives the CustomResourceDefinitions that `crdgen` writes beside this
+//! crate. There is no Kubernetes client here.
 
 // Printer columns are attributes that repeat json_path and type_ by design.
 #![allow(clippy::duplicated_attributes)]
@@ -12,24 +13,15 @@ mod modeldeployment;
 mod pod;
 pub mod schema;
 
+pub use athanor_contract::process::annotation::{APPROVE as APPROVE_ANNOTATION, TRIAL as TRIAL_ANNOTATION};
+/// API group of both kinds.
+pub use athanor_contract::process::api::GROUP;
+/// Labels of the objects that Athanor creates.
+pub use athanor_contract::process::label;
+
 pub use finetunejob::*;
 pub use modeldeployment::*;
 pub use pod::PodOverrides;
-
-/// API group of both kinds.
-pub const GROUP: &str = "athanor.dev";
-
-/// Labels that Athanor puts on what it creates.
-pub mod label {
-    /// Name of the FineTuneJob that an object belongs to.
-    pub const FINE_TUNE_JOB: &str = "athanor.dev/finetunejob";
-    /// Name of the ModelDeployment that an object (a retraining included) belongs to.
-    pub const DEPLOYMENT: &str = "athanor.dev/deployment";
-    /// Name of the FineTuneJob whose search for hyperparameters an object is a trial of.
-    pub const SEARCH: &str = "athanor.dev/search";
-    /// Name of the revision that an object belongs to.
-    pub const REVISION: &str = "athanor.dev/revision";
-}
 
 /// Types of conditions.
 pub mod condition {
@@ -47,8 +39,23 @@ pub mod condition {
     pub const RETRAINING: &str = "Retraining";
 }
 
-/// Annotation of a trial's FineTuneJob: which trial it is, as JSON. It is read if the operator was killed before it could note the
-/// trial in the search's status.
-pub const TRIAL_ANNOTATION: &str = "athanor.dev/trial";
-/// Annotation of a ModelDeployment with `approval: Manual`: its value is the name of the retraining that may start.
-pub const APPROVE_ANNOTATION: &str = "athanor.dev/approve";
+#[cfg(test)]
+mod tests {
+    use athanor_contract::process::api;
+    use kube::CustomResourceExt;
+
+    use super::*;
+
+    #[test]
+    fn the_derives_have_the_names_of_the_contract() {
+        let definitions = [
+            (FineTuneJob::crd(), api::FINE_TUNE_JOB, api::FINE_TUNE_JOBS),
+            (ModelDeployment::crd(), api::MODEL_DEPLOYMENT, api::MODEL_DEPLOYMENTS),
+        ];
+        for (definition, kind, plural) in definitions {
+            let spec = definition.spec;
+            assert_eq!((spec.group.as_str(), spec.versions[0].name.as_str()), (api::GROUP, api::VERSION));
+            assert_eq!((spec.names.kind.as_str(), spec.names.plural.as_str()), (kind, plural));
+        }
+    }
+}

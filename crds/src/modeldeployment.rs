@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{FineTuneJobSpec, PodOverrides};
 
-/// Serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls new models out behind a canary, records what
-/// users asked and what they thought of the answers, and retrains when the model has gone stale.
+/// A ModelDeployment serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls out new models
+/// behind a canary, records requests, answers and feedback, and retrains the model when it has become stale.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "athanor.dev",
@@ -27,7 +27,7 @@ use crate::{FineTuneJobSpec, PodOverrides};
     namespaced,
     derive = "PartialEq",
     status = "ModelDeploymentStatus",
-    doc = "Serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls new models out behind a canary, records what users asked and what they thought of the answers, and retrains when the model has gone stale.",
+    doc = "A ModelDeployment serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls out new models behind a canary, records requests, answers and feedback, and retrains the model when it has become stale.",
     scale(
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",
@@ -49,36 +49,37 @@ use crate::{FineTuneJobSpec, PodOverrides};
 )]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.monitor) || has(self.feedback)", "message": "monitor needs feedback: drift is measured on recorded events"},
-    {"rule": "!has(self.retrain) || has(self.monitor)", "message": "retrain needs monitor: a drift verdict starts a retraining"}]))]
+    {"rule": "!has(self.monitor) || has(self.feedback)", "message": "monitor requires feedback: drift is measured on recorded events"},
+    {"rule": "!has(self.retrain) || has(self.monitor)", "message": "retrain requires monitor: a drift verdict starts a retraining"}]))]
 pub struct ModelDeploymentSpec {
-    /// The model to serve.
+    /// Model to serve.
     pub model: ModelSource,
-    /// Server pods of the current revision; a candidate gets the same number.
+    /// Number of server pods of the current revision; a candidate has the same number.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 1000))]
     pub replicas: i32,
-    /// Secret of the same namespace whose keys become environment of server and monitor: AWS_ACCESS_KEY_ID, ...
+    /// Name of a Secret in the same namespace whose keys become environment variables of server and monitor:
+    /// AWS_ACCESS_KEY_ID, ... Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub credentials_secret_name: Option<String>,
     /// Resources, placement and environment of the server's pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodOverrides>,
-    /// Image of the server, instead of the operator's default.
+    /// Image of the server. Absent: the operator's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
-    /// How a new model takes over from the current one.
+    /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,
-    /// Where requests, answers and feedback are recorded. Absent: nothing is.
+    /// Where requests, answers and feedback are recorded. Absent: they are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feedback: Option<FeedbackSpec>,
-    /// When the model counts as stale. Absent: no monitor runs.
+    /// Thresholds beyond which the model is considered stale. Absent: no monitor runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorSpec>,
-    /// What to train when the model has gone stale. Absent: drift is reported only.
+    /// Retraining of a stale model. Absent: drift is only reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retrain: Option<RetrainSpec>,
 }
@@ -93,11 +94,12 @@ fn one() -> i32 {
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "has(self.from) != has(self.fromJob)", "message": "set exactly one of from and fromJob"}]))]
 pub struct ModelSource {
-    /// Folder of an artifact: s3://, gs://, az://, https://, file://.
+    /// Folder of an artifact at s3://, gs://, az://, https:// or file://.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(s3|gs|az|http|https|file)://.+"))]
     pub from: Option<String>,
-    /// The output of a FineTuneJob of the same namespace, or of the newest retraining of this deployment that passed its gates.
+    /// FineTuneJob of the same namespace whose artifact is served, or that of the newest retraining of this deployment
+    /// that passed its gates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from_job: Option<JobReference>,
 }
@@ -106,30 +108,32 @@ pub struct ModelSource {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct JobReference {
-    /// Name of the FineTuneJob. It may appear later.
+    /// Name of the FineTuneJob, which may be created later.
     #[schemars(length(min = 1, max = 253))]
     pub name: String,
 }
 
-/// How a new model takes over.
+/// How a new model replaces the current one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutSpec {
-    /// Steps of traffic, each analysed before the next. The first revision of a deployment takes all traffic at once.
+    /// Canary of a new revision. The first revision of a deployment receives all traffic at once.
     #[serde(default)]
     pub canary: CanarySpec,
 }
 
-/// Steps of traffic and what a candidate must keep to in each.
+/// Steps of a canary, and the limits that a candidate must keep in each of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CanarySpec {
-    /// Shares of traffic in turn; after the last the candidate is the current revision. Default: 10, 50, 100 percent, 5 s each.
+    /// Steps in order; after the last one the candidate becomes the current revision. Default: 10, 50 and 100 percent,
+    /// 5 s each.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "atomic", "x-kubernetes-validations" = [
-        {"rule": "self.map(s, s.trafficPercent).isSorted()", "message": "trafficPercent must not fall from step to step"}]))]
+        {"rule": "self.map(s, s.trafficPercent).isSorted()", "message": "trafficPercent must not decrease from step to step"}]))]
     pub steps: Vec<CanaryStep>,
-    /// Limits on the candidate's traffic: within them it goes on, beyond them it is rolled back, and with too few requests to say it
-    /// holds. Errors are counted anew in each step; latency is that of all its answers so far.
+    /// Limits on the candidate's traffic. Within them the rollout continues; beyond them it is rolled back; with too
+    /// few requests it waits. Errors are counted from the start of each step, latency over all answers of the
+    /// candidate.
     pub analysis: AnalysisSpec,
 }
 
@@ -144,10 +148,10 @@ impl Default for CanarySpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CanaryStep {
-    /// Share of requests that the candidate answers.
+    /// Percentage of requests that the candidate answers.
     #[schemars(range(min = 1, max = 100))]
     pub traffic_percent: u32,
-    /// Seconds that the step lasts at least.
+    /// Least duration of the step in seconds.
     #[serde(default = "default_pause")]
     #[schemars(range(min = 0, max = 604_800))]
     pub pause_seconds: u32,
@@ -161,13 +165,13 @@ fn default_pause() -> u32 {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AnalysisSpec {
-    /// Requests the candidate may fail, in percent.
+    /// Largest percentage of failed requests.
     pub max_error_percent: Decimal,
-    /// Limit on the 95th percentile of latency, in milliseconds. Absent: latency is not judged.
+    /// Largest 95th percentile of latency in milliseconds. Absent: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 600_000))]
     pub max_latency_p95_ms: Option<u32>,
-    /// Requests of the candidate in a step before a verdict that lets it go on; 0: the pause alone decides.
+    /// Number of requests in a step that the rollout requires to continue. 0: only the pause is required.
     #[schemars(range(min = 0, max = 1_000_000_000))]
     pub minimum_requests: u64,
 }
@@ -186,7 +190,7 @@ impl Default for AnalysisSpec {
     {"rule": "has(self.kafka.topic) == has(oldSelf.kafka.topic) && (!has(self.kafka.topic) || self.kafka.topic == oldSelf.kafka.topic)",
      "message": "topic is immutable: offsets of the old topic would be read from the new one"}]))]
 pub struct FeedbackSpec {
-    /// The Kafka cluster and topic.
+    /// Kafka cluster and topic.
     pub kafka: KafkaSpec,
 }
 
@@ -194,7 +198,7 @@ pub struct FeedbackSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KafkaSpec {
-    /// host:port, comma separated.
+    /// Addresses of the brokers, host:port, separated by commas.
     #[schemars(length(min = 1, max = 1024))]
     pub bootstrap_servers: String,
     /// Topic for predictions and feedback. Absent: athanor.{namespace}.{name}.
@@ -203,27 +207,27 @@ pub struct KafkaSpec {
     pub topic: Option<String>,
 }
 
-/// What happens when the model has gone stale.
+/// Retraining of a stale model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "size(self.template.spec.data.sources) < 32", "message": "the template may have 31 sources: one is added for the recorded events"}]))]
 pub struct RetrainSpec {
-    /// The FineTuneJob to create. Recorded events become one more of its sources and the current artifact its
+    /// FineTuneJob to create. The recorded events are added to its sources, and the current artifact becomes its
     /// evaluate.baseline; the rest stays as written.
     pub template: RetrainTemplate,
-    /// Whether a retraining starts by itself.
+    /// Whether a retraining starts automatically.
     #[serde(default)]
     pub approval: Approval,
-    /// Requests with feedback, since the current revision took over, that a retraining needs.
+    /// Number of requests with feedback, since the current revision received all traffic, that a retraining requires.
     #[serde(default = "default_minimum_samples")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub minimum_samples: u64,
-    /// Seconds between the end of a retraining and the start of the next.
+    /// Seconds between the end of a retraining and the start of the next one.
     #[serde(default = "default_cooldown")]
     #[schemars(range(min = 0, max = 31_536_000))]
     pub cooldown_seconds: u32,
-    /// Name of the added source, also of its slice in metrics and gates.
+    /// Name of the added source; metrics and gates refer to its rows by it.
     #[serde(default = "default_source_name")]
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub source_name: String,
@@ -241,11 +245,11 @@ fn default_source_name() -> String {
     "feedback".into()
 }
 
-/// A FineTuneJob to be.
+/// Template of a FineTuneJob.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RetrainTemplate {
-    /// Labels of the FineTuneJob, such as a queue's name.
+    /// Labels of the FineTuneJob, such as the name of a queue.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 64))]
     pub labels: BTreeMap<String, String>,
@@ -253,57 +257,60 @@ pub struct RetrainTemplate {
     pub spec: FineTuneJobSpec,
 }
 
-/// Whether a retraining starts by itself.
+/// Whether a retraining starts automatically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Approval {
-    /// At once.
+    /// The retraining starts at once.
     #[default]
     Automatic,
-    /// When the annotation athanor.dev/approve has the retraining's name, which the condition Retraining tells.
+    /// The retraining starts when the annotation athanor.dev/approve has its name, which the condition Retraining
+    /// gives.
     Manual,
 }
 
-/// What has been observed of a ModelDeployment.
+/// Observed state of a ModelDeployment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentStatus {
-    /// Ready sums up; Progressing: a candidate is on its way; Drifted: the monitor's verdict; Retraining: a job runs.
+    /// Conditions of the deployment. Ready: the current revision answers with all replicas. Progressing: a candidate is
+    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// The revision that has (or, during a canary, had) all traffic.
+    /// Revision that has all traffic, or had it before the current canary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub current_revision: Option<RevisionStatus>,
-    /// The revision on its way to become current.
+    /// Revision that is being rolled out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub candidate: Option<CandidateStatus>,
-    /// The revision before the current one, until its requests have drained.
+    /// Revision before the current one, until its requests have drained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous_revision: Option<RetiredRevision>,
-    /// Revisions that were rolled back, newest last: they are not tried again.
+    /// Names of the revisions that were rolled back, newest last; they are not tried again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
     pub failed_revisions: Vec<String>,
-    /// The monitor's verdict, written by the monitor alone.
+    /// Verdict of the monitor, which is the only writer of this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorStatus>,
-    /// The newest retraining, until it is over.
+    /// Newest retraining, until it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retraining: Option<RetrainingStatus>,
-    /// When the last retraining was over: the cooldown counts from here.
+    /// Time at which the last retraining was over; the cooldown starts here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_retrained_at: Option<Time>,
-    /// How the last retraining ended.
+    /// Outcome of the last retraining.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_retraining: Option<RetrainingOutcome>,
-    /// spec.model as last seen, and since when: a retraining that ended before a change does not replace the user's new choice.
+    /// spec.model as last observed, and since when. A retraining that ended before a change does not replace the user's
+    /// new choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<ObservedSource>,
     /// Label selector of the current revision's pods, for the scale subresource.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     pub selector: Option<String>,
-    /// Server pods of the current revision, for the scale subresource.
+    /// Number of server pods of the current revision, for the scale subresource.
     #[serde(default)]
     pub replicas: i32,
 }
@@ -312,87 +319,88 @@ pub struct ModelDeploymentStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RevisionStatus {
-    /// {deployment}-{first 8 digits of the model's digest, or of the hash of its address}.
+    /// Name of the revision: {deployment}-{first 8 digits of the model's digest, or of the hash of its address}.
     #[schemars(length(max = 253))]
     pub name: String,
     /// Folder of the artifact.
     #[schemars(length(max = 2048))]
     pub model_uri: String,
-    /// sha256 over the artifact's files; absent where the model was given by its address.
+    /// sha256 over the artifact's files. Absent if the model was given by its address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub model_digest: Option<String>,
-    /// The FineTuneJob that made it.
+    /// Name of the FineTuneJob that trained it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub job: Option<String>,
-    /// When that job was over: among models of jobs the newest is served.
+    /// Time at which that job was over; among the models of jobs the newest one is served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completed_at: Option<Time>,
-    /// When all its pods were ready for the first time. A current revision that never was is replaced without a canary.
+    /// Time at which all its pods were ready for the first time. A current revision that was never ready is replaced
+    /// without a canary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_at: Option<Time>,
 }
 
-/// A revision on its way.
+/// A revision that is being rolled out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CandidateStatus {
     /// Name, address and origin of the model.
     #[serde(flatten)]
     pub revision: RevisionStatus,
-    /// Step of the canary, from 0.
+    /// Index of the canary's step, from 0.
     #[schemars(range(min = 0, max = 64))]
     pub step_index: u32,
-    /// Share of requests it answers, in percent.
+    /// Percentage of requests that it answers.
     #[schemars(range(min = 0, max = 100))]
     pub weight: u32,
-    /// When the step began.
+    /// Time at which the step began.
     pub since: Time,
-    /// What the analysis says at the moment.
+    /// Current result of the analysis.
     #[schemars(length(max = 1024))]
     pub message: String,
-    /// Requests the routers had counted for it when the step began.
+    /// Number of requests that the routers had counted for it when the step began.
     #[serde(default)]
     pub baseline_requests: u64,
-    /// Failed requests among them.
+    /// Number of failed requests among them.
     #[serde(default)]
     pub baseline_errors: u64,
 }
 
-/// A revision that answers its last requests.
+/// A revision that is answering its last requests.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RetiredRevision {
     /// Name of the revision.
     #[schemars(length(max = 253))]
     pub name: String,
-    /// When it lost its traffic.
+    /// Time at which it stopped receiving traffic.
     pub since: Time,
 }
 
-/// A retraining under way.
+/// A retraining in progress.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RetrainingStatus {
     /// Name of the FineTuneJob.
     #[schemars(length(max = 253))]
     pub job: String,
-    /// Offsets of the events it is trained on.
+    /// Offset ranges of the events that it is trained on.
     #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
     pub ranges: Vec<OffsetRange>,
-    /// When it was created.
+    /// Time at which it was created.
     pub started_at: Time,
 }
 
-/// How a retraining ended.
+/// Outcome of a retraining.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RetrainingOutcome {
     /// Name of the FineTuneJob.
     #[schemars(length(max = 253))]
     pub job: String,
-    /// Reason of its condition Succeeded, such as Succeeded or GateFailed.
+    /// Reason of the job's condition Succeeded, such as Succeeded or GateFailed.
     #[schemars(length(max = 128))]
     pub reason: String,
     /// Message of that condition.
@@ -400,14 +408,14 @@ pub struct RetrainingOutcome {
     pub message: String,
 }
 
-/// spec.model as last seen.
+/// spec.model as last observed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ObservedSource {
-    /// The address, or job/{name}.
+    /// Address, or job/{name}.
     #[schemars(length(max = 2048))]
     pub value: String,
-    /// When it became this. Absent: it was this from the beginning.
+    /// Time of the last change. Absent: it has not changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Time>,
 }

@@ -1,4 +1,4 @@
-//! What a user may change in the pods that Athanor makes.
+//! Fields of the pods that a user may set.
 
 use std::collections::BTreeMap;
 
@@ -6,38 +6,38 @@ use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements, Toleration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Additions to the pods of a trainer or a server. Security settings are Athanor's own (the `restricted` profile) and stay.
+/// Additions to the pods of a trainer or a server. The security settings (the `restricted` profile) cannot be changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodOverrides {
-    /// Resources of the main container, such as `limits: {nvidia.com/gpu: 8}`.
+    /// Resource requests and limits of the main container, such as `limits: {nvidia.com/gpu: 8}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourceRequirements>,
-    /// Labels a node must have.
+    /// Labels that a node must have.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 64))]
     pub node_selector: BTreeMap<String, String>,
-    /// Taints the pods tolerate.
+    /// Taints that the pods tolerate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub tolerations: Vec<Toleration>,
-    /// Labels of the pods, besides Athanor's own.
+    /// Labels of the pods, in addition to Athanor's own.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 64))]
     pub labels: BTreeMap<String, String>,
-    /// Annotations of the pods, besides Athanor's own.
+    /// Annotations of the pods, in addition to Athanor's own.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 64))]
     pub annotations: BTreeMap<String, String>,
-    /// ServiceAccount of the pods, for workload identity. Its token is not mounted.
+    /// Name of the pods' ServiceAccount, for workload identity; its token is not mounted. Absent: default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub service_account_name: Option<String>,
-    /// Environment of the main container, besides Athanor's own variables.
+    /// Environment variables of the main container, in addition to Athanor's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 128), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
-    /// PriorityClass of the pods.
+    /// Name of the pods' PriorityClass.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,

@@ -1,10 +1,11 @@
-//! The CustomResourceDefinitions as they are installed: what the derives give, made stricter where the API server wants it.
+//! The CustomResourceDefinitions as they are installed: what the derives give, made stricter where the API server wants
+//! it.
 //!
-//! Besides the derives there are six changes: every string, list and map gets a bound (the cost of a CEL rule is estimated by
-//! bounds); formats that Kubernetes does not know go; `nullable` goes, since no type of ours writes null; a FineTuneJob's
-//! specification becomes immutable (not in the type, because ModelDeployment has the same type in its template, which may change);
-//! that
-//! template may leave out a baseline; and names are such that the children's names are valid.
+//! Besides the derives there are six changes: every string, list and map gets a bound (the cost of a CEL rule is
+//! estimated by bounds); formats that Kubernetes does not know go; `nullable` goes, since no type of ours writes null;
+//! a FineTuneJob's specification becomes immutable (not in the type, because ModelDeployment has the same type in its
+//! template, which may change); that template may leave out a baseline; and names are such that the children's names
+//! are valid.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
@@ -53,7 +54,8 @@ fn strict(definition: CustomResourceDefinition, longest: usize, change: fn(&mut 
     serde_json::from_value(value).expect("the changes keep it a definition")
 }
 
-/// A retraining's baseline is the current artifact, which the operator fills in: a template may have gates with minimumGain alone.
+/// A retraining's baseline is the current artifact, which the operator fills in: a template may have gates with
+/// minimumGain alone.
 fn without_baseline_rule(spec: &mut Value) {
     let template = &mut spec["properties"]["retrain"]["properties"]["template"]["properties"]["spec"];
     if let Some(evaluate) = template["properties"]["evaluate"].as_object_mut() {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use athanor_contract::train::{DataSpec, SplitSpec};
-use athanor_data::Progress;
+use athanor_data::{Progress, mix};
 use serde_json::json;
 
 type Error = Box<dyn std::error::Error>;
@@ -131,11 +131,4 @@ fn sentence(row: u64) -> String {
     text.pop();
     text.push(char::from(b'a' + (next() % 26) as u8));
     text
-}
-
-/// The finaliser of SplitMix64.
-fn mix(mut state: u64) -> u64 {
-    state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    state ^ (state >> 31)
 }

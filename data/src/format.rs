@@ -1,5 +1,5 @@
-//! Files to rows: what a name says about format and compression, and one parser a format. Parsers read a stream and keep one row
-//! at a time. A malformed row is the user's error and names file, row and field.
+//! Files to rows: the format and compression that a name implies, and one parser for each format. Parsers read a stream and
+//! keep one row at a time. A malformed row is the user's error and names file, row and field.
 
 mod html;
 mod json_lines;
@@ -13,10 +13,7 @@ use std::io::{BufReader, Read};
 
 use athanor_contract::train::DataFormat;
 
-use crate::{DataError, read::Reading};
-
-/// Bytes that a row may have; more is a mistake, such as a file without line ends, and would fill the memory.
-pub(crate) const LONGEST_ROW: usize = 64 << 20;
+use crate::{DataError, reading::Reading};
 
 /// Endings that name a format.
 const ENDINGS: [(&str, DataFormat); 10] = [
@@ -40,7 +37,7 @@ pub(crate) enum Compression {
     Zstandard,
 }
 
-/// What the ending of a name says, unless `given` says the format.
+/// Format and compression by the ending of a name, unless the format is `given`.
 pub(crate) fn of_name(uri: &str, given: Option<DataFormat>) -> Result<(DataFormat, Compression), DataError> {
     let path = uri.split(['?', '#']).next().unwrap_or(uri);
     let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
@@ -54,13 +51,16 @@ pub(crate) fn of_name(uri: &str, given: Option<DataFormat>) -> Result<(DataForma
     match given.or_else(of_ending) {
         Some(format) => Ok((format, compression)),
         None => Err(DataError::User(format!(
-            "{uri}: the format follows the name, which has to end in .jsonl, .csv, .tsv, .parquet, .txt, .pdf or .html, each also \
-             with .gz or .zst behind it; or say it in the source's format"
+            "{uri}: unknown format: the name has to end in .jsonl, .csv, .tsv, .parquet, .txt, .pdf or \
+             .html, each also with .gz or .zst behind it; or set the source's format"
         ))),
     }
 }
 
-/// Reads all rows of a file, or tells its first mistakes.
+/// Reads all rows of a file.
+///
+/// # Errors
+/// The first mistakes of the file.
 pub(crate) fn parse(
     format: DataFormat,
     compression: Compression,
@@ -104,19 +104,6 @@ fn parse_plain(format: DataFormat, mut reader: BufReader<impl Read>, reading: &m
         DataFormat::Pdf => pdf::read(&mut reader, reading),
         DataFormat::Html => html::read(&mut reader, reading),
     }
-}
-
-/// The whole of a document, which is no longer than `limit`.
-fn whole(reader: &mut impl Read, limit: usize, reading: &Reading) -> Result<Vec<u8>, DataError> {
-    let mut bytes = Vec::new();
-    reader.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(|error| reading.damaged(1, &error))?;
-    if bytes.len() > limit {
-        return Err(reading.user(format!("longer than {} MiB", limit >> 20)));
-    }
-    if bytes.is_empty() {
-        return Err(reading.user("the file is empty"));
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -1,15 +1,19 @@
-//! Sources to the rows of a dataset: read in any format, cleaned, annotated, and split. The same digest gives the same rows.
+//! Sources to the rows of a dataset: read in any format, cleaned, annotated, and split. The same digest gives the same
+//! rows.
 //!
-//! Files are streamed: bytes of an object go through a decompressor into a parser, and only the rows stay, by column. Leaves out
-//! tokens and tensors: those are the trainer's.
+//! Files are streamed: bytes of an object go through a decompressor into a parser, and only the rows stay, by column.
+//! Leaves out tokens and tensors: those are the trainer's.
 
 pub mod annotate;
+mod builder;
 pub mod clean;
 mod dataset;
 mod error;
 mod format;
 mod progress;
+mod random;
 mod read;
+mod reading;
 mod rows;
 mod source;
 mod split;
@@ -18,6 +22,7 @@ mod strings;
 pub use dataset::Dataset;
 pub use error::DataError;
 pub use progress::Progress;
+pub use random::mix;
 pub use read::read;
 pub use rows::Rows;
 pub use split::{Fold, Part, Parts, part_of};

@@ -2,6 +2,8 @@
 
 mod hub;
 mod object;
+mod opened;
+mod pattern;
 mod pipe;
 
 use std::{
@@ -14,30 +16,27 @@ use std::{
 
 use athanor_contract::{
     artifact::sha256_hex,
-    train::{KafkaSource, Source},
+    train::{DataFormat, KafkaSource, Source},
 };
 use athanor_feedback::LabelledRow;
-use bytes::Bytes;
-use futures::{TryStreamExt, stream::BoxStream};
-use globset::{GlobBuilder, GlobMatcher};
+use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
 
 use crate::{
     DataError, Progress,
+    builder::Builder,
     format::{self, Compression},
     progress::Report,
-    read::{Builder, Reading},
+    reading::Reading,
     rows::{Fields, Origin},
     strings::Strings,
 };
-use athanor_contract::train::DataFormat;
 
 pub(crate) use hub::Hub;
+use opened::{CHUNK, Opened};
+use pattern::is_pattern;
 
-/// Bytes that go to the parser at once.
-const CHUNK: usize = 256 << 10;
-
-/// What reading a source needs beside it.
+/// What reading a source requires besides it.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
     pub needs_labels: bool,
@@ -51,13 +50,6 @@ enum Input {
     Hub(hub::HubFile),
 }
 
-/// A file's bytes.
-struct Opened {
-    /// Where the store tells it.
-    size: Option<u64>,
-    bytes: BoxStream<'static, Result<Bytes, DataError>>,
-}
-
 impl Input {
     fn uri(&self) -> &str {
         match self {
@@ -66,7 +58,7 @@ impl Input {
         }
     }
 
-    /// Where it is known before the file is opened.
+    /// Absent if it is unknown before the file is opened.
     fn size(&self) -> Option<u64> {
         match self {
             Self::Object(object) => object.size(),
@@ -82,7 +74,8 @@ impl Input {
     }
 }
 
-/// Reads a source onto the rows of those before it. Also returns the digest of its content, or of its rows in the offset ranges.
+/// Reads a source onto the rows of those before it. Also returns the digest of its content, or of its rows in the
+/// offset ranges.
 pub(crate) async fn read(
     source: &Source,
     index: usize,
@@ -210,7 +203,8 @@ impl Position<'_> {
     }
 }
 
-/// Streams a file into its parser, which has a thread of its own. Also returns the sha256 of the bytes as they are stored.
+/// Streams a file into its parser, which has a thread of its own. Also returns the sha256 of the bytes as they are
+/// stored.
 async fn read_file(
     input: &Input,
     (format, compression): (DataFormat, Compression),
@@ -262,28 +256,6 @@ async fn read_file(
     })??;
     position.report(uri);
     Ok((digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(), reading))
-}
-
-/// Whether a URI means the files that match it. In one of HTTP these characters are the server's matter.
-fn is_pattern(uri: &str) -> bool {
-    !uri.starts_with("http") && uri.contains(['*', '?', '[', '{'])
-}
-
-/// Divides a pattern into the folder above its first wildcard and what is below it.
-fn divide(pattern: &str) -> (&str, &str) {
-    let wildcard = pattern.find(['*', '?', '[', '{']).unwrap_or(pattern.len());
-    let slash = pattern[..wildcard].rfind('/').map_or(0, |slash| slash + 1);
-    pattern.split_at(slash)
-}
-
-fn matcher(uri: &str, pattern: &str) -> Result<GlobMatcher, DataError> {
-    let glob = GlobBuilder::new(pattern).literal_separator(true).build();
-    glob.map(|glob| glob.compile_matcher())
-        .map_err(|error| DataError::User(format!("{uri}: not a pattern of file names: {}", error.kind())))
-}
-
-fn nothing_matches(uri: &str) -> DataError {
-    DataError::User(format!("{uri}: no file matches"))
 }
 
 #[cfg(test)]

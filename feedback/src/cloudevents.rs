@@ -2,7 +2,8 @@
 //! value), keyed by the request id. Nothing here talks to Kafka.
 
 use athanor_contract::event::{
-    CONTENT_TYPE, Event, EventData, FEEDBACK, Feedback, PREDICTION, Prediction, SPEC_VERSION, attribute,
+    CONTENT_TYPE, Event, EventData, FEEDBACK, Feedback, GENERATION, Generation, PREDICTION, Prediction, SPEC_VERSION,
+    attribute,
 };
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use serde::de::DeserializeOwned;
@@ -28,7 +29,7 @@ pub enum MalformedEvent {
     SpecVersion { found: String },
     #[error("header content-type is {found:?}, not application/json")]
     ContentType { found: String },
-    #[error("header ce_type is {found:?}, which is no event of Athanor")]
+    #[error("header ce_type is {found:?}, which is not an event of Athanor")]
     Type { found: String },
     #[error("header ce_time is {found:?}, not an RFC 3339 time")]
     Time { found: String },
@@ -45,10 +46,11 @@ pub enum MalformedEvent {
 /// Writes an event as a record.
 ///
 /// # Errors
-/// When the data cannot be JSON: a confidence or latency that is not finite.
+/// The data cannot be JSON: a confidence, log probability or latency is not finite.
 pub fn encode(event: &Event) -> Result<Record, serde_json::Error> {
     let payload = match &event.data {
         EventData::Prediction(prediction) => serde_json::to_vec(prediction)?,
+        EventData::Generation(generation) => serde_json::to_vec(generation)?,
         EventData::Feedback(feedback) => serde_json::to_vec(feedback)?,
     };
     let mut headers = OwnedHeaders::new_with_capacity(7)
@@ -82,6 +84,7 @@ pub fn decode<M: Message>(message: &M) -> Result<Event, MalformedEvent> {
     let payload = message.payload().ok_or(MalformedEvent::NoValue)?;
     let data = match required(attribute::TYPE)?.as_str() {
         PREDICTION => EventData::Prediction(prediction(payload)?),
+        GENERATION => EventData::Generation(value::<Generation>(GENERATION, payload)?),
         FEEDBACK => EventData::Feedback(value::<Feedback>(FEEDBACK, payload)?),
         found => return Err(MalformedEvent::Type { found: found.to_owned() }),
     };
@@ -120,6 +123,7 @@ fn optional_header<H: Headers>(headers: Option<&H>, name: &'static str) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use athanor_contract::event::{GenerationInput, Judgement, Rating, TokenUsage};
     use rdkafka::message::{OwnedMessage, Timestamp};
 
     fn event() -> Event {
@@ -154,14 +158,33 @@ mod tests {
 
     #[test]
     fn a_record_reads_back_as_the_same_event() {
-        let mut events = vec![event(), event()];
-        events[1].trace_parent = None;
-        events[1].data = EventData::Feedback(Feedback {
-            request_id: "r-1".into(),
-            index: 0,
-            expected_label: "negative".into(),
-            comment: None,
-        });
+        let with = |data| Event { trace_parent: None, data, ..event() };
+        let feedback = |judgement| {
+            with(EventData::Feedback(Feedback { request_id: "r-1".into(), index: 0, judgement, comment: None }))
+        };
+        let generation = |input| {
+            with(EventData::Generation(Generation {
+                request_id: "r-1".into(),
+                index: 1,
+                revision: "chat-1".into(),
+                adapter: None,
+                input,
+                answer: "[Bank - ORGANIZATION]".into(),
+                finish_reason: "stop".into(),
+                usage: TokenUsage { prompt_tokens: 40, completion_tokens: 7 },
+                mean_log_probability: Some(-0.25),
+                latency_ms: 310.5,
+            }))
+        };
+        let events = vec![
+            event(),
+            feedback(Judgement::ExpectedLabel("negative".into())),
+            feedback(Judgement::ExpectedText("No entities found".into())),
+            feedback(Judgement::Rating(Rating::Positive)),
+            feedback(Judgement::Preferred(1)),
+            generation(GenerationInput::Prompt("Once upon a time".into())),
+            generation(GenerationInput::Messages(vec![serde_json::json!({"role": "user", "content": "Hi"})])),
+        ];
         for event in events {
             let record = encode(&event).expect("finite numbers");
             assert_eq!(record.key, "r-1");
@@ -189,7 +212,7 @@ mod tests {
             (with_header("ce_id", None), "header ce_id is missing"),
             (with_header("ce_specversion", Some("0.3")), "header ce_specversion is \"0.3\", not \"1.0\""),
             (with_header("content-type", Some("text/plain")), "header content-type is \"text/plain\", not"),
-            (with_header("ce_type", Some("other")), "header ce_type is \"other\", which is no event of Athanor"),
+            (with_header("ce_type", Some("other")), "header ce_type is \"other\", which is not an event of Athanor"),
             (with_header("ce_time", Some("noon")), "header ce_time is \"noon\", not an RFC 3339 time"),
             (with_value("{}"), "the value is not a dev.athanor.prediction.v1: missing field `requestId`"),
             (with_value(&confidence), "field confidence is 1.5, not between 0 and 1"),

@@ -1,20 +1,23 @@
-//! Exact offset ranges of a deployment's topic as labelled rows: what a retraining is trained on.
+//! Exact offset ranges of a deployment's topic as rows: what a retraining is trained on.
 //!
-//! The same ranges give the same rows in the same order, whoever reads them and however Kafka interleaves its partitions. Only
-//! those ranges are read, by assignment: no consumer group is joined and no offset committed.
+//! The same ranges give the same rows in the same order, independent of the reader and of how Kafka interleaves its partitions.
+//! Only those ranges are read, by assignment: no consumer group is joined and no offset committed.
 
 mod join;
 mod read;
 
 use std::time::Duration;
 
-use athanor_contract::train::{KafkaSource, OffsetRange};
+use athanor_contract::{
+    event::GenerationInput,
+    train::{KafkaSource, OffsetRange},
+};
 use tokio_util::sync::CancellationToken;
 
 /// How long a broker may stay silent.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A text and what it should have been labelled.
+/// A text and the label that it should have had.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelledRow {
     /// `{request_id}/{index}`.
@@ -23,20 +26,33 @@ pub struct LabelledRow {
     pub label: String,
 }
 
-/// The labelled rows of some offset ranges.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// A request to a language model and the text that its answer should have been.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CorrectedAnswer {
+    /// `{request_id}/{index}`.
+    pub id: String,
+    pub input: GenerationInput,
+    pub expected: String,
+}
+
+/// The rows of some offset ranges.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
-    /// In the order of the predictions' partitions and offsets.
+    /// Classified texts with feedback, in the order of the predictions' partitions and offsets.
     pub rows: Vec<LabelledRow>,
+    /// Generated answers with a correction, in the order of the answers' partitions and offsets.
+    pub corrections: Vec<CorrectedAnswer>,
     /// Distinct prediction events in the ranges.
     pub predictions: u64,
+    /// Distinct generation events in the ranges.
+    pub generations: u64,
     /// Distinct feedback events in the ranges.
     pub feedbacks: u64,
-    /// Events dropped because one with their id, or a prediction for the same input, came before.
+    /// Events dropped because an event with the same id, or an answer for the same input, came before.
     pub duplicates: u64,
-    /// Feedback whose prediction lies outside the ranges.
+    /// Feedback whose answer lies outside the ranges.
     pub orphans: u64,
-    /// Records that are no events; each is logged with partition and offset.
+    /// Records that are not events; each is logged with partition and offset.
     pub malformed: u64,
     /// Hexadecimal sha256 over the rows: equal digests mean equal rows.
     pub digest: String,
@@ -68,8 +84,8 @@ impl SnapshotError {
     }
 }
 
-/// Reads the source's ranges and joins each feedback to its prediction; of several, the newest counts. Predictions without
-/// feedback are counted, but are no rows.
+/// Reads the source's ranges and joins each feedback to its answer; if there are several, the newest counts. Answers without
+/// feedback are counted, but are not rows. Ratings and preferences are counted as feedback and make no row.
 ///
 /// # Errors
 /// See [`SnapshotError`]; a broker that cannot be reached is given 30 seconds.

@@ -231,7 +231,7 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use athanor_contract::event::{EventData, Feedback};
+    use athanor_contract::event::{EventData, Feedback, Judgement};
 
     fn events(ids: std::ops::Range<u32>) -> Vec<Event> {
         ids.map(|id| Event {
@@ -242,7 +242,7 @@ mod tests {
             data: EventData::Feedback(Feedback {
                 request_id: format!("r-{id}"),
                 index: 0,
-                expected_label: "line\nbreak".into(),
+                judgement: Judgement::ExpectedLabel("line\nbreak".into()),
                 comment: None,
             }),
         })

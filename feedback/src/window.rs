@@ -1,10 +1,11 @@
 //! From a deployment's events to the monitor's verdict: a pure state machine for one revision.
 //!
-//! Feed it every record of the topic from the beginning of the revision's offset ranges on; feeding the same records again, in any
-//! interleaving of the partitions, gives the same counts and windows. Windows are ordered by the events' times. Memory is bounded:
-//! an input whose feedback comes more than [`TRACKED`] predictions later no longer counts as labelled.
+//! It takes every record of the topic from the beginning of the revision's offset ranges on. The same records in any interleaving
+//! of the partitions give the same counts and windows. Windows are ordered by the events' times. Memory is bounded: an answer
+//! whose feedback comes more than [`TRACKED`] answers later does not count as labelled.
 
 mod bounded;
+mod proportion;
 #[cfg(test)]
 mod tests;
 
@@ -12,31 +13,36 @@ use std::collections::{BTreeMap, HashMap};
 
 use athanor_contract::{
     Decimal,
-    artifact::Reference,
-    event::{Event, EventData, Feedback, Prediction},
+    artifact::{ClassReference, Reference, sha256_hex},
+    event::{Event, EventData, Feedback, Generation, Judgement, Prediction, Rating},
     serve::{MonitorSpec, MonitorStatus, Statistic, Verdict},
     train::OffsetRange,
 };
 
 use crate::{
     cloudevents::event_time,
-    drift::{Decision, SequentialTest, kolmogorov_smirnov, population_stability_index},
+    drift::{kolmogorov_smirnov, population_stability_index},
 };
 use bounded::BoundedMap;
+use proportion::{Proportion, Ratings};
 
-/// Event ids, and predictions that wait for feedback, that are remembered.
+/// Number of event ids, and of answers without feedback so far, that are kept.
 pub const TRACKED: usize = 200_000;
-/// Feedback that came before its prediction, or to another revision's.
+/// Number of feedback events that are kept until their answer is read; those to other revisions are among them.
 const TRACKED_FEEDBACK: usize = 20_000;
+/// Number of feedback events to one answer that are kept until the answer is read.
+const EARLY_FEEDBACK_OF_ONE: usize = 8;
 
 pub const PREDICTION_PSI: &str = "PredictionPSI";
 pub const CONFIDENCE_KS: &str = "ConfidenceKS";
 pub const LABELLED_ACCURACY: &str = "LabelledAccuracy";
+pub const POSITIVE_RATINGS: &str = "PositiveRatings";
 
-/// What a record was.
+/// Kind of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observed {
     Prediction,
+    Generation,
     Feedback,
     /// An event whose id was seen before.
     Duplicate,
@@ -48,6 +54,7 @@ impl Observed {
     pub fn name(self) -> &'static str {
         match self {
             Self::Prediction => "prediction",
+            Self::Generation => "generation",
             Self::Feedback => "feedback",
             Self::Duplicate => "duplicate",
             Self::Malformed => "malformed",
@@ -60,6 +67,28 @@ type Place = (jiff::Timestamp, i32, i64);
 /// Request id and index.
 type Input = (String, u32);
 
+/// What feedback is compared with: a label, or the SHA-256 of a generated text without differences in white space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Answer {
+    Label(String),
+    Text(String),
+}
+
+impl Answer {
+    fn text(text: &str) -> Self {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        Self::Text(sha256_hex(words.join(" ").as_bytes()))
+    }
+}
+
+/// Whether an answer's feedback was counted: the first label or correction, and the first rating.
+#[derive(Debug)]
+struct Answered {
+    /// `None` once it was compared.
+    answer: Option<Answer>,
+    rated: bool,
+}
+
 /// The statistics of one revision.
 #[derive(Debug)]
 pub struct Window {
@@ -69,36 +98,23 @@ pub struct Window {
     /// Partition to begin and end, from the revision's first event there.
     ranges: BTreeMap<i32, (i64, i64)>,
     seen: BoundedMap<(String, String), ()>,
-    /// Predicted label of each input of this revision, `None` once its feedback was counted.
-    predicted: BoundedMap<Input, Option<String>>,
-    early_feedback: BoundedMap<Input, (Place, String)>,
+    answered: BoundedMap<Input, Answered>,
+    early_feedback: BoundedMap<Input, Vec<(Place, Judgement)>>,
     predictions: u64,
     labelled: u64,
-    /// Label and confidence of the newest predictions.
+    /// Label and confidence of the newest predictions; empty for a language model.
     newest: BTreeMap<Place, (String, f32)>,
-    /// Whether the newest labelled answers were right.
-    newest_labelled: BTreeMap<Place, bool>,
-    accuracy: Option<AccuracyTest>,
-}
-
-#[derive(Debug)]
-struct AccuracyTest {
-    test: SequentialTest,
-    reference: f64,
-    /// H0 was accepted at least once.
-    accepted: bool,
-    /// Final: only another revision ends it.
-    drifted: bool,
+    /// Labelled answers of a classifier, corrected answers of a language model.
+    accuracy: Option<Proportion>,
+    ratings: Ratings,
 }
 
 impl Window {
-    /// Begins with the revision's first event. Without a reference only counts and ranges are kept.
+    /// Begins with the revision's first event. Without a reference only counts, ranges and ratings are kept.
     pub fn new(revision: impl Into<String>, reference: Option<Reference>, spec: MonitorSpec) -> Self {
-        let rows = reference.as_ref().filter(|reference| reference.rows > 0);
-        let accuracy = rows.map(|reference| {
-            let accuracy = reference.correct as f64 / reference.rows as f64;
-            let test = SequentialTest::new(accuracy, spec.accuracy_loss.get());
-            AccuracyTest { test, reference: accuracy, accepted: false, drifted: false }
+        let accuracy = reference.as_ref().and_then(Reference::accuracy).map(|accuracy| {
+            let window = spec.window_predictions as usize;
+            Proportion::new(accuracy, spec.accuracy_loss.get(), spec.minimum_labels.into(), window)
         });
         Self {
             revision: revision.into(),
@@ -106,31 +122,30 @@ impl Window {
             spec,
             ranges: BTreeMap::new(),
             seen: BoundedMap::new(TRACKED),
-            predicted: BoundedMap::new(TRACKED),
+            answered: BoundedMap::new(TRACKED),
             early_feedback: BoundedMap::new(TRACKED_FEEDBACK),
             predictions: 0,
             labelled: 0,
             newest: BTreeMap::new(),
-            newest_labelled: BTreeMap::new(),
             accuracy,
+            ratings: Ratings::default(),
         }
     }
 
-    /// Takes over what cannot be rebuilt from the events: the sequential test saw labels in another order, so that its decision
-    /// for drift, once published under the same threshold, must not be lost with a restart.
+    /// Takes over what cannot be rebuilt from the events: the sequential test saw labels in another order, so its decision for
+    /// drift, once published under the same threshold, must outlive a restart. (The reference of ratings is rebuilt from the
+    /// events and may differ by their order, so that their decision is made again.)
     pub fn resume(&mut self, published: &MonitorStatus) {
-        let threshold = self.accuracy_threshold().map(|threshold| threshold.to_string());
-        let decided = published.statistics.iter().any(|statistic| {
+        let Some(accuracy) = self.accuracy.as_mut().filter(|_| published.revision == self.revision) else { return };
+        let threshold = accuracy.threshold().map(|threshold| threshold.to_string());
+        accuracy.drifted = published.statistics.iter().any(|statistic| {
             statistic.name == LABELLED_ACCURACY
                 && statistic.drifted
                 && Some(statistic.threshold.to_string()) == threshold
         });
-        if let Some(accuracy) = self.accuracy.as_mut().filter(|_| decided && published.revision == self.revision) {
-            accuracy.drifted = true;
-        }
     }
 
-    /// Takes the record at `offset` of `partition`; `None` is a record that is no event.
+    /// Takes the record at `offset` of `partition`; `None` stands for a record that is not an event.
     pub fn observe(&mut self, partition: i32, offset: i64, event: Option<&Event>) -> Observed {
         let observed = self.take(partition, offset, event);
         if let Some((_, end)) = self.ranges.get_mut(&partition) {
@@ -153,71 +168,73 @@ impl Window {
                 }
                 Observed::Prediction
             }
+            EventData::Generation(generation) => {
+                if generation.revision == self.revision {
+                    self.ranges.entry(partition).or_insert((offset, offset + 1));
+                    self.generate(generation);
+                }
+                Observed::Generation
+            }
             EventData::Feedback(feedback) => {
-                self.label(place, feedback);
+                self.feedback(place, feedback);
                 Observed::Feedback
             }
         }
     }
 
     fn predict(&mut self, place: Place, prediction: &Prediction) {
-        let input = (prediction.request_id.clone(), prediction.index);
-        self.predictions += 1;
         self.newest.insert(place, (prediction.label.clone(), prediction.confidence));
-        self.bound_windows();
-        match self.early_feedback.remove(&input) {
-            Some((place, expected)) => {
-                self.predicted.insert(input, None);
-                self.judge(place, prediction.label == expected);
-            }
-            None => {
-                self.predicted.insert(input, Some(prediction.label.clone()));
-            }
-        }
-    }
-
-    fn label(&mut self, place: Place, feedback: &Feedback) {
-        let input = (feedback.request_id.clone(), feedback.index);
-        match self.predicted.get_mut(&input) {
-            // The first feedback is the one the sequential test sees; a correction is for the dataset.
-            Some(label) => {
-                if let Some(label) = label.take() {
-                    self.judge(place, label == feedback.expected_label);
-                }
-            }
-            None => {
-                self.early_feedback.insert(input, (place, feedback.expected_label.clone()));
-            }
-        }
-    }
-
-    fn judge(&mut self, place: Place, correct: bool) {
-        self.labelled += 1;
-        self.newest_labelled.insert(place, correct);
-        self.bound_windows();
-        let Some(accuracy) = self.accuracy.as_mut().filter(|accuracy| !accuracy.drifted) else { return };
-        accuracy.test.observe(correct);
-        if self.labelled < u64::from(self.spec.minimum_labels) {
-            return;
-        }
-        match accuracy.test.decision() {
-            Decision::Drifted => accuracy.drifted = true,
-            // The traffic goes on, and so does the watch over it: a new test begins, with its own 1 % of false alarms.
-            Decision::Stable => {
-                accuracy.accepted = true;
-                accuracy.test.restart();
-            }
-            Decision::Continue => {}
-        }
-    }
-
-    fn bound_windows(&mut self) {
-        let bound = self.spec.window_predictions as usize;
-        while self.newest.len() > bound {
+        while self.newest.len() > self.spec.window_predictions as usize {
             self.newest.pop_first();
         }
-        while self.newest_labelled.len() > bound {
-            self.newest_labelled.pop_first();
+        self.answer((prediction.request_id.clone(), prediction.index), Answer::Label(prediction.label.clone()));
+    }
+
+    fn generate(&mut self, generation: &Generation) {
+        self.answer((generation.request_id.clone(), generation.index), Answer::text(&generation.answer));
+    }
+
+    fn answer(&mut self, input: Input, answer: Answer) {
+        self.predictions += 1;
+        self.answered.insert(input.clone(), Answered { answer: Some(answer), rated: false });
+        for (place, judgement) in self.early_feedback.remove(&input).unwrap_or_default() {
+            self.judge(place, &input, &judgement);
+        }
+    }
+
+    fn feedback(&mut self, place: Place, feedback: &Feedback) {
+        let input = (feedback.request_id.clone(), feedback.index);
+        if self.answered.get_mut(&input).is_some() {
+            self.judge(place, &input, &feedback.judgement);
+        } else if let Some(early) = self.early_feedback.get_mut(&input) {
+            if early.len() < EARLY_FEEDBACK_OF_ONE {
+                early.push((place, feedback.judgement.clone()));
+            }
+        } else {
+            self.early_feedback.insert(input, vec![(place, feedback.judgement.clone())]);
+        }
+    }
+
+    /// Counts the first feedback of each kind to an answer: the tests see it, a later one is for the dataset alone.
+    fn judge(&mut self, place: Place, input: &Input, judgement: &Judgement) {
+        let Some(answered) = self.answered.get_mut(input) else { return };
+        let expected = match judgement {
+            Judgement::ExpectedLabel(label) => Answer::Label(label.clone()),
+            Judgement::ExpectedText(text) => Answer::text(text),
+            Judgement::Rating(rating) => {
+                if !std::mem::replace(&mut answered.rated, true) {
+                    let (loss, minimum) = (self.spec.accuracy_loss.get(), self.spec.minimum_labels.into());
+                    let window = self.spec.window_predictions as usize;
+                    self.ratings.observe(place, *rating == Rating::Positive, loss, minimum, window);
+                }
+                return;
+            }
+            Judgement::Preferred(_) => return,
+        };
+        let Some(answer) = answered.answer.take() else { return };
+        self.labelled += 1;
+        if let Some(accuracy) = &mut self.accuracy {
+            accuracy.observe(place, answer == expected);
         }
     }
 
@@ -248,58 +265,51 @@ impl Window {
         self.newest.len() >= self.spec.window_predictions as usize
     }
 
-    fn has_enough_labels(&self) -> bool {
-        self.labelled >= u64::from(self.spec.minimum_labels)
-    }
-
-    /// The rules of [`Verdict`]: with enough labels the accuracy alone decides, else both distributions must have moved.
+    /// The rules of [`Verdict`]: with enough labels or ratings their shares decide, else both distributions must have moved.
     fn verdict(&self, statistics: &[Statistic]) -> Verdict {
-        let Some(accuracy) = &self.accuracy else { return Verdict::Unknown };
+        let shares: Vec<&Proportion> = self.accuracy.iter().chain(self.ratings.watched()).collect();
+        if shares.is_empty() {
+            return Verdict::Unknown;
+        }
         let moved = |name| statistics.iter().any(|statistic| statistic.name == name && statistic.drifted);
-        let drifted = if self.has_enough_labels() || accuracy.drifted {
-            accuracy.drifted
+        let is_decisive = |share: &&Proportion| share.has_enough() || share.drifted;
+        let drifted = if shares.iter().any(is_decisive) {
+            shares.iter().any(|share| share.drifted)
         } else {
             moved(PREDICTION_PSI) && moved(CONFIDENCE_KS)
         };
-        match (drifted, self.window_is_full() || (self.has_enough_labels() && accuracy.accepted)) {
+        let is_confirmed = shares.iter().any(|share| share.has_enough() && share.accepted);
+        match (drifted, self.window_is_full() || is_confirmed) {
             (true, _) => Verdict::Drifted,
             (false, true) => Verdict::Stable,
             (false, false) => Verdict::Unknown,
         }
     }
 
-    /// Those for which there are enough events; the distributions only on a full window.
+    /// The statistics for which there are enough events; the distributions only of a full window.
     fn statistics(&self) -> Vec<Statistic> {
         let mut statistics = Vec::new();
-        let mut add = |name: &str, value: f64, threshold: Option<Decimal>, drifted: bool| {
-            if let (Some(value), Some(threshold)) = (Decimal::new(value), threshold) {
-                statistics.push(Statistic { name: name.into(), value, threshold, drifted });
-            }
+        let mut add = |name: &str, value: f64, threshold: Decimal, drifted: bool| {
+            let value = Decimal::new(value);
+            statistics.extend(value.map(|value| Statistic { name: name.into(), value, threshold, drifted }));
         };
-        if let Some(reference) = self.reference.as_ref().filter(|_| self.window_is_full()) {
+        if let Some(Reference::Classes(reference)) = self.reference.as_ref().filter(|_| self.window_is_full()) {
             if let Some(index) = self.prediction_psi(reference) {
                 let threshold = self.spec.prediction_psi;
-                add(PREDICTION_PSI, index, Some(threshold), index > threshold.get());
+                add(PREDICTION_PSI, index, threshold, index > threshold.get());
             }
             let confidences: Vec<f32> = self.newest.values().map(|(_, confidence)| *confidence).collect();
             if let Some(test) = kolmogorov_smirnov(&reference.confidences, &confidences) {
                 let threshold = self.spec.confidence_p_value;
-                add(CONFIDENCE_KS, test.p_value, Some(threshold), test.p_value < threshold.get());
+                add(CONFIDENCE_KS, test.p_value, threshold, test.p_value < threshold.get());
             }
         }
-        if let Some(accuracy) = self.accuracy.as_ref().filter(|it| self.has_enough_labels() || it.drifted) {
-            let right = self.newest_labelled.values().filter(|correct| **correct).count();
-            let value = right as f64 / self.newest_labelled.len().max(1) as f64;
-            add(LABELLED_ACCURACY, value, self.accuracy_threshold(), accuracy.drifted);
-        }
+        statistics.extend(self.accuracy.as_ref().and_then(|accuracy| accuracy.statistic(LABELLED_ACCURACY)));
+        statistics.extend(self.ratings.watched().and_then(|ratings| ratings.statistic(POSITIVE_RATINGS)));
         statistics
     }
 
-    fn accuracy_threshold(&self) -> Option<Decimal> {
-        Decimal::new(self.accuracy.as_ref()?.reference - self.spec.accuracy_loss.get())
-    }
-
-    fn prediction_psi(&self, reference: &Reference) -> Option<f64> {
+    fn prediction_psi(&self, reference: &ClassReference) -> Option<f64> {
         let places: HashMap<&str, usize> =
             reference.labels.iter().enumerate().map(|(at, it)| (it.as_str(), at)).collect();
         let mut expected = reference.predicted.clone();

@@ -15,7 +15,7 @@ use crate::{
     load::{self, LoadError, Weights},
     lora::{self, LoraOptions},
     registry,
-    weights::{Source, builder::Builder},
+    weights::{Source, builder::Builder, gguf::Gguf},
 };
 
 /// Name of an output head of its own.
@@ -52,11 +52,15 @@ pub struct CausalLanguageModel {
 }
 
 impl CausalLanguageModel {
-    /// Reads a model folder: config.json, and model.safetensors or its shards.
+    /// Reads a GGUF file, or a model folder: config.json, and model.safetensors or its shards.
     ///
     /// # Errors
     /// See [`LoadError`]; each names the file and the field or tensor.
     pub fn load(folder: &Path, options: &CausalOptions) -> Result<Self, LoadError> {
+        if folder.extension().is_some_and(|ending| ending == "gguf") {
+            let mut gguf = Gguf::open(folder)?;
+            return Self::from_source(gguf.config()?, &mut gguf, options);
+        }
         let path = folder.join("config.json");
         let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
         let config = serde_json::from_slice(&bytes).map_err(|error| LoadError::Config {

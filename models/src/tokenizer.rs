@@ -1,5 +1,10 @@
 //! Texts to token ids, by the model folder's `tokenizer.json`, and ids to padded tensors.
 
+pub mod chat;
+pub mod gguf;
+mod python;
+pub mod stream;
+
 use std::{collections::BTreeSet, path::Path};
 
 use tch::Tensor;

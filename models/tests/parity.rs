@@ -24,6 +24,7 @@ fn assert_close(ours: &Tensor, theirs: &[Vec<f32>]) {
     let ours = Vec::<Vec<f32>>::try_from(ours.narrow(1, 0, 8)).unwrap();
     for (row, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
         for (a, b) in ours.iter().zip(theirs) {
+            // FP32 through six layers, products summed in another order; the project's bound for parity.
             assert!((a - b).abs() <= 1e-4 + 1e-4 * b.abs(), "sentence {row}: {a} is not {b}");
         }
     }
@@ -64,10 +65,12 @@ fn a_saved_classifier_gives_the_same_logits_whatever_the_batch() {
     let (ids, mask) = pad(&rows, 0);
     let together = classifier.forward(&ids, &mask);
     let original = tch::no_grad(|| model.forward(&ids, Some(&mask), false));
+    // Packed weights: the same products, summed in another order.
     assert!(together.allclose(&original, 1e-6, 1e-6, false));
     for (i, row) in rows.iter().enumerate() {
         let (ids, mask) = pad(&[row], 0);
         let alone = classifier.forward(&ids, &mask);
+        // Other lengths take other kernels, which sum in another order through six layers.
         assert!(alone.allclose(&together.narrow(0, i as i64, 1), 1e-4, 1e-4, false), "padding changes row {i}");
     }
 }

@@ -1,7 +1,10 @@
-//! Writing to the cluster: server-side apply with one field manager, create-if-absent and delete-if-present.
+//! Writes to the cluster: server-side apply with one field manager, creation, deletion and status.
+//!
+//! Nothing is taken over: an object that exists without the owner's reference stays as it is, whatever its name.
 
-use std::fmt::Debug;
+use std::{borrow::Cow, fmt::Debug, time::Instant};
 
+use athanor_contract::artifact::sha256_hex;
 use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{
     Api, Client, Resource, ResourceExt,
@@ -9,36 +12,65 @@ use kube::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Field manager of everything the operator writes.
+use crate::{
+    memory::Memory,
+    stores::{Mark, Stores, Written, version},
+};
+
+/// Field manager of everything that the operator writes.
 pub const FIELD_MANAGER: &str = "athanor-operator";
 
-/// A child that could not be written.
+/// A write that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
     #[error("{action} {kind} {name}: {source}")]
     Request { action: &'static str, kind: String, name: String, source: Box<kube::Error> },
-    /// Somebody else's object has the name of one that the operator needs.
-    #[error("{kind} {name} exists and belongs to somebody else; rename one of the two")]
+    /// An object that another owner has, or none, has the name of a child.
+    #[error("{kind} {name} already exists and belongs to another owner; rename one of the two")]
     Foreign { kind: String, name: String },
+    /// The object changed after it was read.
+    #[error("{kind} {name} changed while it was reconciled")]
+    Conflict { kind: String, name: String },
+    #[error("{kind} {name} has no numeric resource version")]
+    Version { kind: String, name: String },
 }
 
 impl ClusterError {
-    /// Whether the API server refused the object itself (quota, admission, rights): worth telling the user.
-    pub fn is_refusal(&self) -> bool {
-        match self {
+    /// Reason of the condition that reports the error. `Refused`: the user has to act, on a quota, a right, a name.
+    pub fn reason(&self) -> &'static str {
+        let refused = match self {
             Self::Request { source, .. } => {
                 matches!(&**source, kube::Error::Api(status) if matches!(status.code, 400 | 403 | 404 | 422))
             }
             Self::Foreign { .. } => true,
-        }
+            Self::Conflict { .. } | Self::Version { .. } => false,
+        };
+        if refused { "Refused" } else { "ApplyFailed" }
     }
 }
 
-fn request<K: Resource<DynamicType = ()>>(action: &'static str, name: &str, source: kube::Error) -> ClusterError {
-    ClusterError::Request { action, kind: K::kind(&()).into(), name: name.into(), source: Box::new(source) }
+fn kind<K: Resource<DynamicType = ()>>() -> Cow<'static, str> {
+    K::kind(&())
 }
 
-/// Bounds of the children that the operator makes.
+fn request<K: Resource<DynamicType = ()>>(action: &'static str, name: &str, source: kube::Error) -> ClusterError {
+    ClusterError::Request { action, kind: kind::<K>().into(), name: name.into(), source: Box::new(source) }
+}
+
+/// Name and UID of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub name: String,
+    pub uid: String,
+}
+
+impl Identity {
+    pub fn from_object<K: Resource>(object: &K) -> Self {
+        Self { name: object.name_any(), uid: object.uid().unwrap_or_default() }
+    }
+}
+
+/// Objects that the operator writes.
 pub trait Child:
     Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
 {
@@ -49,91 +81,158 @@ impl<K> Child for K where
 {
 }
 
-/// Whether the object has the owner as its controller.
+/// Returns whether the object's controller is the owner with this UID.
 pub fn is_owned_by<K: Resource>(object: &K, uid: &str) -> bool {
     object.owner_references().iter().any(|owner| owner.uid == uid && owner.controller == Some(true))
 }
 
-/// Applies a child. It must carry its controller's owner reference; an object of that name with another controller stays as it is.
-pub async fn apply<K: Child>(client: &Client, child: &K) -> Result<K, ClusterError> {
-    let (namespace, name) = (child.namespace().unwrap_or_default(), child.name_any());
-    let api: Api<K> = Api::namespaced(client.clone(), &namespace);
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api.patch(&name, &params, &Patch::Apply(child)).await {
-        Ok(applied) => Ok(applied),
-        // Two controllers in one list: the object is another owner's.
-        Err(kube::Error::Api(status))
-            if status.code == 422 && status.message.contains("Only one reference can have Controller") =>
-        {
-            Err(ClusterError::Foreign { kind: K::kind(&()).into(), name })
+/// The writes for one object.
+pub struct Cluster<'a> {
+    client: &'a Client,
+    stores: &'a Stores,
+    memory: &'a Memory,
+    /// The object in the operator's own records.
+    key: &'a str,
+}
+
+impl<'a> Cluster<'a> {
+    pub fn new(client: &'a Client, stores: &'a Stores, memory: &'a Memory, key: &'a str) -> Self {
+        Self { client, stores, memory, key }
+    }
+
+    fn api<K: Child>(&self, namespace: &str) -> Api<K> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Records the version that a write made: the next reconcile waits until the caches have it.
+    fn wrote<K: Child>(&self, object: &K) -> Result<(), ClusterError> {
+        let version = version(object.meta())
+            .ok_or_else(|| ClusterError::Version { kind: kind::<K>().into(), name: object.name_any() })?;
+        self.memory.wrote(self.key, &kind::<K>(), Written { version, at: Instant::now() });
+        Ok(())
+    }
+
+    /// Applies a child that carries its controller's owner reference, unless it is as it was last applied.
+    ///
+    /// # Errors
+    /// A request that failed, or an object with the child's name that does not belong to the owner.
+    pub async fn apply<K: Child>(&self, child: &K, owner: &str) -> Result<(), ClusterError> {
+        let (kind, namespace, name) = (kind::<K>(), child.namespace().unwrap_or_default(), child.name_any());
+        let text = serde_json::to_string(child).expect("a child has string keys only");
+        let digest = sha256_hex(text.as_bytes());
+        let present = self.stores.child(&kind, &namespace, &name);
+        if self.memory.is_applied(self.key, (&kind, &name), &digest, &present, Instant::now()) {
+            return Ok(());
         }
-        Err(error) => Err(request::<K>("applying", &name, error)),
+        self.check_owner::<K>(&namespace, &name, owner).await?;
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        let applied = self.api::<K>(&namespace).patch(&name, &params, &Patch::Apply(child)).await;
+        let applied = applied.map_err(|error| request::<K>("applying", &name, error))?;
+        self.wrote(&applied)?;
+        self.memory.applied(self.key, (&kind, &name), digest, Mark::new(applied.meta()), Instant::now());
+        Ok(())
+    }
+
+    /// Fails if an object of the name exists that does not belong to the owner.
+    async fn check_owner<K: Child>(&self, namespace: &str, name: &str, owner: &str) -> Result<(), ClusterError> {
+        match self.api::<K>(namespace).get_opt(name).await {
+            Ok(Some(there)) if !is_owned_by(&there, owner) => {
+                Err(ClusterError::Foreign { kind: kind::<K>().into(), name: name.into() })
+            }
+            Ok(_) => Ok(()),
+            Err(error) => Err(request::<K>("reading", name, error)),
+        }
+    }
+
+    /// Creates a child unless it exists. Returns whether it was created.
+    ///
+    /// # Errors
+    /// A request that failed, or an object with the child's name that does not belong to the owner.
+    pub async fn create<K: Child>(&self, child: &K, owner: &str) -> Result<bool, ClusterError> {
+        let created = self.create_unread(child).await?;
+        if !created {
+            self.check_owner::<K>(&child.namespace().unwrap_or_default(), &child.name_any(), owner).await?;
+        }
+        Ok(created)
+    }
+
+    /// Creates a child unless an object of its name exists, without reading that one. Returns whether it was created.
+    ///
+    /// # Errors
+    /// A request that failed.
+    pub async fn create_unread<K: Child>(&self, child: &K) -> Result<bool, ClusterError> {
+        let name = child.name_any();
+        let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+        match self.api::<K>(&child.namespace().unwrap_or_default()).create(&params, child).await {
+            Ok(created) => self.wrote(&created).map(|()| true),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            Err(error) => Err(request::<K>("creating", &name, error)),
+        }
+    }
+
+    /// Creates a child that is never changed, unless this process has seen it exist not long ago.
+    ///
+    /// # Errors
+    /// A request that failed.
+    pub async fn create_once<K: Child>(&self, child: &K) -> Result<(), ClusterError> {
+        let (kind, namespace, name) = (kind::<K>(), child.namespace().unwrap_or_default(), child.name_any());
+        let present = self.stores.child(&kind, &namespace, &name);
+        if self.memory.is_applied(self.key, (&kind, &name), "", &present, Instant::now()) {
+            return Ok(());
+        }
+        self.create_unread(child).await?;
+        self.memory.applied(self.key, (&kind, &name), String::new(), Mark::new(child.meta()), Instant::now());
+        Ok(())
+    }
+
+    /// Deletes an object, its dependants in the background. An object that does not exist is no error, nor, with `uid`,
+    /// is another object of that name.
+    ///
+    /// # Errors
+    /// A request that failed.
+    pub async fn delete<K: Child>(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<(), ClusterError> {
+        let params = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Background),
+            preconditions: uid.map(|uid| Preconditions { uid: Some(uid.into()), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        self.memory.forget_child(self.key, &kind::<K>(), name);
+        match self.api::<K>(namespace).delete(name, &params).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            Err(error) => Err(request::<K>("deleting", name, error)),
+        }
+    }
+
+    /// Applies the status of an object with the operator's field manager; fields of other writers stay. The write
+    /// carries UID and resource version of the object that was read: a recreated object never gets the status of the
+    /// old one, and an operator that lost its leadership cannot write over its successor.
+    ///
+    /// # Errors
+    /// A request that failed, or [`ClusterError::Conflict`].
+    pub async fn write_status<K: Child>(&self, object: &K, status: &impl Serialize) -> Result<(), ClusterError> {
+        let name = object.name_any();
+        let meta = object.meta();
+        let body = serde_json::json!({
+            "apiVersion": K::api_version(&()), "kind": kind::<K>(),
+            "metadata": {"name": name, "uid": meta.uid, "resourceVersion": meta.resource_version},
+            "status": status,
+        });
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        let api = self.api::<K>(&object.namespace().unwrap_or_default());
+        match api.patch_status(&name, &params, &Patch::Apply(&body)).await {
+            Ok(written) => self.wrote(&written),
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                Err(ClusterError::Conflict { kind: kind::<K>().into(), name })
+            }
+            // Deleted after it was read.
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(error) => Err(request::<K>("writing the status of", &name, error)),
+        }
     }
 }
 
-/// Applies a child whose name somebody else may well have used: one that has not this owner stays as it is.
-pub async fn apply_to_own<K: Child>(client: &Client, child: &K, uid: &str) -> Result<K, ClusterError> {
-    let (namespace, name) = (child.namespace().unwrap_or_default(), child.name_any());
-    let api: Api<K> = Api::namespaced(client.clone(), &namespace);
-    match api.get_opt(&name).await {
-        Ok(Some(there)) if !is_owned_by(&there, uid) => Err(ClusterError::Foreign { kind: K::kind(&()).into(), name }),
-        Ok(_) => apply(client, child).await,
-        Err(error) => Err(request::<K>("reading", &name, error)),
-    }
-}
-
-/// Creates a child unless there is one already. Says whether it was created.
-pub async fn create<K: Child>(client: &Client, child: &K) -> Result<bool, ClusterError> {
-    let (namespace, name) = (child.namespace().unwrap_or_default(), child.name_any());
-    let api: Api<K> = Api::namespaced(client.clone(), &namespace);
-    let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
-    match api.create(&params, child).await {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
-        Err(error) => Err(request::<K>("creating", &name, error)),
-    }
-}
-
-/// Deletes an object, its dependants in the background. One that is not there is fine; with `uid`, so is another of that name.
-pub async fn delete<K: Child>(
-    client: &Client,
-    namespace: &str,
-    name: &str,
-    uid: Option<&str>,
-) -> Result<(), ClusterError> {
-    let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    let params = DeleteParams {
-        propagation_policy: Some(PropagationPolicy::Background),
-        preconditions: uid.map(|uid| Preconditions { uid: Some(uid.into()), resource_version: None }),
-        ..DeleteParams::default()
-    };
-    match api.delete(name, &params).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        Err(error) => Err(request::<K>("deleting", name, error)),
-    }
-}
-
-/// Applies the status of an object, with the operator's field manager: fields of other writers stay.
-pub async fn apply_status<K: Child>(
-    client: &Client,
-    namespace: &str,
-    name: &str,
-    status: &impl Serialize,
-) -> Result<(), ClusterError> {
-    let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    let body = serde_json::json!({
-        "apiVersion": K::api_version(&()), "kind": K::kind(&()), "metadata": {"name": name}, "status": status,
-    });
-    match api.patch_status(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&body)).await {
-        Ok(_) => Ok(()),
-        // Deleted meanwhile.
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(error) => Err(request::<K>("writing the status of", name, error)),
-    }
-}
-
-/// The controller reference to an object that came from the API server.
+/// Returns the controller reference to an object that came from the API server.
 pub fn owner<K: Resource<DynamicType = ()>>(object: &K) -> Vec<OwnerReference> {
     object.controller_owner_ref(&()).into_iter().collect()
 }

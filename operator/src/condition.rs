@@ -1,12 +1,12 @@
-//! Conditions of a status, as the Kubernetes API conventions have them.
+//! Conditions of a status, as the Kubernetes API conventions define them.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-/// Longest message that a CRD of ours takes is 4,096 characters; more helps nobody.
+/// Most characters of a message.
 const MESSAGE: usize = 1024;
 
-/// Value of a condition.
+/// Status of a condition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     True,
@@ -30,25 +30,31 @@ impl From<bool> for State {
     }
 }
 
-/// Sets one condition; its transition time moves only when its value does.
-pub fn set(
-    conditions: &mut Vec<Condition>,
-    type_: &str,
-    state: State,
-    reason: &str,
-    message: impl AsRef<str>,
-    generation: Option<i64>,
-    now: Timestamp,
-) {
+/// What a condition says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Value {
+    pub state: State,
+    pub reason: &'static str,
+    pub message: String,
+}
+
+impl Value {
+    pub fn new(state: State, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { state, reason, message: message.into() }
+    }
+}
+
+/// Sets one condition; its transition time changes only with its state.
+pub fn set(conditions: &mut Vec<Condition>, type_: &str, value: &Value, generation: Option<i64>, now: Timestamp) {
     let before = conditions.iter().position(|condition| condition.type_ == type_);
-    let unmoved = before.map(|at| &conditions[at]).filter(|condition| condition.status == state.as_str());
+    let same_state = before.map(|at| &conditions[at]).filter(|condition| condition.status == value.state.as_str());
     let condition = Condition {
         type_: type_.into(),
-        status: state.as_str().into(),
-        reason: reason.into(),
-        message: cut(message.as_ref(), MESSAGE),
+        status: value.state.as_str().into(),
+        reason: value.reason.into(),
+        message: cut(&value.message, MESSAGE),
         observed_generation: generation,
-        last_transition_time: unmoved.map_or(Time(now), |condition| condition.last_transition_time.clone()),
+        last_transition_time: same_state.map_or(Time(now), |condition| condition.last_transition_time.clone()),
     };
     match before {
         Some(at) => conditions[at] = condition,
@@ -56,12 +62,12 @@ pub fn set(
     }
 }
 
-/// The condition of a type.
+/// Returns the condition of a type.
 pub fn get<'a>(conditions: &'a [Condition], type_: &str) -> Option<&'a Condition> {
     conditions.iter().find(|condition| condition.type_ == type_)
 }
 
-/// At most so many characters, with a sign that there were more.
+/// Returns at most `most` characters of a text; the last one is an ellipsis if there were more.
 pub fn cut(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
         None => text.into(),
@@ -77,10 +83,10 @@ mod tests {
     fn transition_time_moves_with_the_value_only() {
         let at = |second| Timestamp::from_second(second).unwrap();
         let mut conditions = Vec::new();
-        set(&mut conditions, "Ready", State::False, "Waiting", "0 of 1", Some(1), at(10));
-        set(&mut conditions, "Ready", State::False, "Waiting", "still", Some(2), at(20));
+        set(&mut conditions, "Ready", &Value::new(State::False, "Waiting", "0 of 1"), Some(1), at(10));
+        set(&mut conditions, "Ready", &Value::new(State::False, "Waiting", "still"), Some(2), at(20));
         assert_eq!((conditions[0].last_transition_time.0, conditions[0].message.as_str()), (at(10), "still"));
-        set(&mut conditions, "Ready", State::True, "Available", "", Some(2), at(30));
+        set(&mut conditions, "Ready", &Value::new(State::True, "Available", ""), Some(2), at(30));
         assert_eq!((conditions.len(), conditions[0].last_transition_time.0), (1, at(30)));
         assert_eq!(cut("äöü", 3), "äöü");
         assert_eq!(cut("äöüß", 3), "äö…");

@@ -1,9 +1,12 @@
-//! The two watch loops. What an object depends on wakes it up: its children, the jobs it names, a trainer's report.
+//! The watches, and the two controllers that they wake.
+//!
+//! There is one watch for each resource. It fills the cache that reconciles read, and after that wakes what depends on
+//! the object: its owner, the deployments that serve a job's model, the search that a trial belongs to.
 
-use std::{collections::BTreeMap, fmt::Debug, sync::Arc};
+use std::{pin::pin, sync::Arc, time::Instant};
 
 use athanor_crds::{FineTuneJob, ModelDeployment, label};
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -14,32 +17,118 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
+    core::PartialObjectMeta,
     runtime::{
-        Controller,
-        controller::Config,
-        reflector::{ObjectRef, Store},
+        Controller, WatchStreamExt,
+        controller::{Config, Error},
+        reflector::ObjectRef,
         watcher,
     },
 };
+use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use crate::{context::Context, finetunejob, modeldeployment};
+use crate::{
+    context::Context,
+    finetunejob,
+    reconciler::{self, Kind, ReconcileError, record_key},
+    stores::{Cache, Cached, Feed, Feeds},
+    wakes::Wakes,
+};
 
-/// Reconciles at the same time, of each kind.
+/// Reconciles of each kind that may run at the same time.
 const CONCURRENCY: u16 = 16;
+/// Labels of children.
+const OURS: &str = "app.kubernetes.io/managed-by=athanor";
 
-/// The caches of both kinds.
-#[derive(Clone)]
-pub struct Stores {
-    pub jobs: Store<FineTuneJob>,
-    pub deployments: Store<ModelDeployment>,
+/// Objects to reconcile.
+#[derive(Clone, Default)]
+struct Queues {
+    jobs: Wakes<FineTuneJob>,
+    deployments: Wakes<ModelDeployment>,
 }
 
-/// Both controllers, ready to run.
-pub struct Controllers {
-    jobs: Controller<FineTuneJob>,
-    deployments: Controller<ModelDeployment>,
-    pub stores: Stores,
+/// Watches and reconciles until shutdown; reconciles that run then end first. `reported` names the jobs whose trainers
+/// reported progress.
+pub async fn run(
+    client: &Client,
+    context: Arc<Context>,
+    feeds: Feeds,
+    reported: impl Stream<Item = ObjectRef<FineTuneJob>> + Send + 'static,
+    shutdown: CancellationToken,
+) {
+    let queues = Queues::default();
+    let jobs = control(stream::select(queues.jobs.clone().stream(), reported), context.clone(), shutdown.clone());
+    let deployments = control(queues.deployments.clone().stream(), context.clone(), shutdown);
+    let reconciles = async {
+        futures::join!(jobs, deployments);
+    };
+    // The watches have no end: reconciles that end at shutdown still need their caches.
+    tokio::select! {
+        () = watch_all(client, &context, feeds, &queues) => {}
+        () = reconciles => {}
+    }
+}
+
+/// Runs the controller of one kind on the objects of a stream.
+async fn control<K: Kind>(
+    objects: impl Stream<Item = ObjectRef<K>> + Send + 'static,
+    context: Arc<Context>,
+    shutdown: CancellationToken,
+) {
+    let cache = K::cache(&context.stores).store();
+    Controller::for_stream(stream::pending(), cache)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(objects)
+        .graceful_shutdown_on(shutdown.cancelled_owned())
+        .run(reconciler::reconcile::<K>, reconciler::failed::<K>, context.clone())
+        .for_each(async |result: Result<_, Error<ReconcileError, watcher::Error>>| {
+            // Errors of reconciles are logged by the error policy; the streams of watches are not the controller's.
+            if let Err(Error::ObjectNotFound(gone)) = result {
+                context.forget(&record_key(K::NAME, gone.namespace.as_deref(), &gone.name));
+            }
+        })
+        .await;
+}
+
+async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Queues) {
+    let namespace = context.settings.namespace_watch.as_deref();
+    let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = feeds;
+    let ours = || watcher::Config::default().labels(OURS);
+    let deployments = &context.stores.model_deployments;
+    let fine_tune_jobs = watch(api(client, namespace), watcher::Config::default(), fine_tune_jobs, |job| {
+        queues.jobs.wake([ObjectRef::from_obj(job)]);
+        // A search waits for the ends of its trials, and a deployment for that of a job; neither for their progress.
+        let is_over = job.status.as_ref().is_some_and(finetunejob::is_over);
+        if is_over || context.stores.fine_tune_jobs.get(&job.namespace().unwrap_or_default(), &job.name_any()).is_none()
+        {
+            queues.jobs.wake(named_by(job, label::SEARCH));
+            queues.deployments.wake(interested(deployments, job));
+        }
+    });
+    let model_deployments =
+        watch(api(client, namespace), watcher::Config::default(), model_deployments, |deployment| {
+            queues.deployments.wake([ObjectRef::from_obj(deployment)]);
+        });
+    let batch_jobs = watch::<Job>(api(client, namespace), ours(), batch_jobs, |batch_job| {
+        queues.jobs.wake(owners(batch_job));
+    });
+    // A pod is not owned by the FineTuneJob but by its Kubernetes Job, and its end must not wait for that Job's status.
+    let pods = watch::<Pod>(api(client, namespace), ours(), pods, |pod| {
+        queues.jobs.wake(named_by(pod, label::FINE_TUNE_JOB));
+        queues.deployments.wake(named_by(pod, label::DEPLOYMENT));
+    });
+    let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, |workload| {
+        queues.deployments.wake(owners(workload));
+    });
+    let services = watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, |service| {
+        queues.deployments.wake(owners(service));
+    });
+    let config_maps =
+        watch::<PartialObjectMeta<ConfigMap>>(api(client, namespace), ours(), config_maps, |config_map| {
+            queues.deployments.wake(owners(config_map));
+        });
+    futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps);
 }
 
 fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
@@ -49,101 +138,41 @@ where
     namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace))
 }
 
-/// Sets the watches up. `reported` names the jobs whose trainers said something.
-pub fn controllers(
-    context: &Context,
-    reported: impl Stream<Item = ObjectRef<FineTuneJob>> + Send + 'static,
-) -> Controllers {
-    let client = &context.client;
-    let namespace = context.settings.namespace_watch.as_deref();
-    let all = watcher::Config::default;
-    let ours = || watcher::Config::default().labels("app.kubernetes.io/managed-by=athanor");
-
-    let jobs = Controller::new(api::<FineTuneJob>(client, namespace), all())
-        .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns(api::<Job>(client, namespace), ours())
-        // Not owned by the FineTuneJob but by its Job; a pod's end must not wait for the Job's status.
-        .watches(api::<Pod>(client, namespace), all().labels(label::FINE_TUNE_JOB), |pod: Pod| {
-            named_by::<FineTuneJob>(pod.labels(), label::FINE_TUNE_JOB, pod.namespace())
-        })
-        // A trial that has ended makes room for the next.
-        .watches(api::<FineTuneJob>(client, namespace), all().labels(label::SEARCH), |trial: FineTuneJob| {
-            let is_over = trial.status.as_ref().is_some_and(finetunejob::is_over);
-            named_by::<FineTuneJob>(trial.labels(), label::SEARCH, trial.namespace()).filter(|_| is_over)
-        })
-        .reconcile_on(reported);
-
-    let deployments = Controller::new(api::<ModelDeployment>(client, namespace), all())
-        .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns(api::<Deployment>(client, namespace), ours())
-        .owns(api::<Service>(client, namespace), ours())
-        .owns(api::<ConfigMap>(client, namespace), ours());
-    let store = deployments.store();
-    let readers = store.clone();
-    let deployments = deployments.watches(api::<FineTuneJob>(client, namespace), all(), move |job: FineTuneJob| {
-        // Progress is of no interest here, only an end.
-        if job.status.as_ref().is_some_and(finetunejob::is_over) { interested(&readers, &job) } else { Vec::new() }
-    });
-    let stores = Stores { jobs: jobs.store(), deployments: store };
-    Controllers { jobs, deployments, stores }
+/// Keeps a cache current. Calls `changed` with each object that changed or went away, after the cache has the change.
+async fn watch<K: Cached + DeserializeOwned>(
+    api: Api<K>,
+    config: watcher::Config,
+    mut feed: Feed<K>,
+    changed: impl Fn(&K),
+) {
+    let mut events = pin!(watcher(api, config).default_backoff());
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => feed.take(&event, Instant::now()).iter().for_each(|object| changed(object)),
+            Err(error) => tracing::warn!(kind = %K::kind(&()), %error, "watch failed; it starts again"),
+        }
+    }
 }
 
-fn named_by<K: Resource<DynamicType = ()>>(
-    labels: &BTreeMap<String, String>,
-    key: &str,
-    namespace: Option<String>,
-) -> Option<ObjectRef<K>> {
-    Some(ObjectRef::new(labels.get(key)?).within(&namespace?))
+/// Returns the object that a label names.
+fn named_by<K: Resource<DynamicType = ()>>(object: &impl Resource, label: &str) -> Option<ObjectRef<K>> {
+    Some(ObjectRef::new(object.labels().get(label)?).within(&object.namespace()?))
 }
 
-/// Deployments that serve a job's output or created it.
-fn interested(deployments: &Store<ModelDeployment>, job: &FineTuneJob) -> Vec<ObjectRef<ModelDeployment>> {
+/// Returns the owners of kind `K`.
+fn owners<K: Resource<DynamicType = ()>>(child: &impl Resource) -> Vec<ObjectRef<K>> {
+    let namespace = child.namespace();
+    let owners = child.owner_references().iter();
+    owners.filter_map(|owner| ObjectRef::from_owner_ref(namespace.as_deref(), owner, ())).collect()
+}
+
+/// Returns the deployments that serve the model of a job, or that created the job.
+fn interested(deployments: &Cache<ModelDeployment>, job: &FineTuneJob) -> Vec<ObjectRef<ModelDeployment>> {
     let (name, namespace) = (job.name_any(), job.namespace());
-    let named = deployments.state().into_iter().filter(|deployment| {
+    let serving = deployments.state().into_iter().filter(|deployment| {
         let reference = deployment.spec.model.from_job.as_ref();
         deployment.namespace() == namespace && reference.is_some_and(|reference| reference.name == name)
     });
-    let named = named.map(|deployment| ObjectRef::from_obj(&*deployment));
-    named.chain(named_by(job.labels(), label::DEPLOYMENT, job.namespace())).collect()
-}
-
-impl Controllers {
-    /// Runs until shutdown; reconciles under way end first.
-    pub async fn run(self, context: Arc<Context>, shutdown: CancellationToken) {
-        let jobs = self
-            .jobs
-            .graceful_shutdown_on(shutdown.clone().cancelled_owned())
-            .run(
-                finetunejob::reconcile,
-                |job, error, context| {
-                    tracing::warn!(namespace = job.namespace(), job = job.name_any(), %error, "FineTuneJob");
-                    context.backoff(finetunejob::key(&job))
-                },
-                context.clone(),
-            )
-            .for_each(async |result| note(result));
-        let deployments = self
-            .deployments
-            .graceful_shutdown_on(shutdown.cancelled_owned())
-            .run(
-                modeldeployment::reconcile,
-                |deployment, error, context| {
-                    tracing::warn!(namespace = deployment.namespace(), deployment = deployment.name_any(), %error, "ModelDeployment");
-                    context.backoff(modeldeployment::key(&deployment))
-                },
-                context,
-            )
-            .for_each(async |result| note(result));
-        futures::join!(jobs, deployments);
-    }
-}
-
-/// Errors of reconciles were logged where they are counted; what is left are errors of watches.
-fn note<T, E: Debug + std::error::Error>(result: Result<T, kube::runtime::controller::Error<E, watcher::Error>>) {
-    match result {
-        Ok(_) | Err(kube::runtime::controller::Error::ReconcilerFailed(..)) => {}
-        // Gone between the event and the reconcile.
-        Err(kube::runtime::controller::Error::ObjectNotFound(_)) => {}
-        Err(error) => tracing::warn!(%error, "watch"),
-    }
+    let serving = serving.map(|deployment| ObjectRef::from_obj(&*deployment));
+    serving.chain(named_by(job, label::DEPLOYMENT)).collect()
 }

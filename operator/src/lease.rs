@@ -1,7 +1,7 @@
-//! Elects the one operator that acts, by a Lease of coordination.k8s.io, as client-go does.
+//! Elects the leader by a Lease of coordination.k8s.io, as client-go does. Only the leader reconciles.
 //!
-//! Clocks of different machines are not compared: a holder counts as gone when this process has seen its record unchanged for the
-//! whole duration. Writes carry the resource version, so of two candidates one fails.
+//! Clocks of different machines are not compared: a holder counts as gone when its record has not changed for the whole
+//! duration by the clock of this process. Writes carry the resource version, so one of two candidates fails.
 
 use std::time::Duration;
 
@@ -14,18 +14,18 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// Others wait this long before they take over from a holder that is silent.
+/// Time without a renewal after which another process takes the Lease.
 const DURATION: Duration = Duration::from_secs(15);
-/// A holder that could not renew for this long stops acting, well before others begin.
+/// Time without a renewal after which the holder gives up its leadership, well before another process takes the Lease.
 const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Takes part in the election.
+/// A candidate, or the leader.
 pub struct Election {
     api: Api<Lease>,
     name: String,
     identity: String,
-    /// The record as last read, and when it was first read like that.
+    /// The record as last read, and when it was first read with this content.
     seen: Option<(Record, Instant)>,
 }
 
@@ -41,7 +41,8 @@ impl Election {
         Self { api: Api::namespaced(client, namespace), name: name.into(), identity, seen: None }
     }
 
-    /// Waits until this process leads. `false`: shutdown came first.
+    /// Waits until this process is the leader. Calls `reached` after each successful request. Returns false on
+    /// shutdown.
     pub async fn acquire(&mut self, shutdown: &CancellationToken, mut reached: impl FnMut()) -> bool {
         loop {
             match self.attempt().await {
@@ -51,7 +52,7 @@ impl Election {
                         return true;
                     }
                 }
-                Err(error) => tracing::warn!(%error, lease = self.name, "the Lease cannot be taken"),
+                Err(error) => tracing::warn!(%error, lease = self.name, "the Lease could not be taken"),
             }
             tokio::select! {
                 () = shutdown.cancelled() => return false,
@@ -60,7 +61,7 @@ impl Election {
         }
     }
 
-    /// Renews until shutdown, or until that fails for too long. `true`: leadership was lost.
+    /// Renews until shutdown or until the deadline has passed. Returns true if leadership was lost.
     pub async fn hold(&mut self, shutdown: &CancellationToken) -> bool {
         let mut renewed = Instant::now();
         loop {
@@ -72,7 +73,7 @@ impl Election {
             match timeout(left.max(Duration::from_millis(1)), self.attempt()).await {
                 Ok(Ok(true)) => renewed = Instant::now(),
                 Ok(Ok(false)) => return true,
-                Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease cannot be renewed"),
+                Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease could not be renewed"),
                 Err(_) => {}
             }
             if renewed.elapsed() >= RENEW_DEADLINE {
@@ -81,7 +82,7 @@ impl Election {
         }
     }
 
-    /// Lets the next one begin at once.
+    /// Gives the Lease up, so that another process can take it at once.
     pub async fn release(&mut self) {
         let released = async {
             let lease = self.api.get(&self.name).await?;
@@ -94,7 +95,7 @@ impl Election {
         match timeout(Duration::from_secs(5), released).await {
             Ok(Ok(())) => tracing::info!(lease = self.name, "released"),
             Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease was not released"),
-            Err(_) => tracing::warn!(lease = self.name, "the Lease was not released in time"),
+            Err(_) => tracing::warn!(lease = self.name, "the Lease was not released within 5 s"),
         }
     }
 
@@ -111,7 +112,7 @@ impl Election {
         let Some(transitions) = may_take(seen.as_ref(), &self.identity, silent) else { return Ok(false) };
         match self.write(lease.as_ref(), self.identity.clone(), transitions).await {
             Ok(()) => Ok(true),
-            // Somebody else was faster.
+            // Another candidate was faster.
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
             Err(error) => Err(error),
         }
@@ -156,7 +157,7 @@ fn record(lease: &Lease) -> Record {
     }
 }
 
-/// Whether this process may write itself in, and with which number of transitions.
+/// Returns the number of transitions to write if this process may take or renew the Lease.
 fn may_take(record: Option<&Record>, identity: &str, silent: Duration) -> Option<i32> {
     match record {
         None => Some(0),

@@ -1,28 +1,32 @@
-//! athanor-operator: takes part in the election, serves health, metrics and progress, and runs the controllers while it leads.
+//! athanor-operator: serves health, metrics and progress, takes part in the election, and runs the controllers while it
+//! is leader.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use athanor_crds::FineTuneJob;
 use athanor_operator::{
     context::Context,
-    controllers::{self, Stores},
+    controllers,
     lease::Election,
     object_metrics,
     progress::{ProgressService, Reports, proto::progress_server::ProgressServer},
     settings::Settings,
+    stores::{Feeds, Stores},
 };
 use athanor_telemetry::Readiness;
 use axum::{http::header::CONTENT_TYPE, routing::get};
 use clap::Parser;
-use futures::stream;
+use futures::{Stream, stream};
+use kube::runtime::reflector::ObjectRef;
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
-/// Jobs with new reports that wait to be looked at.
+/// Most jobs with new reports that wait for a reconcile.
 const REPORTED: usize = 1024;
-/// An update is a few hundred bytes.
+/// Most bytes of a progress report, which has a few hundred.
 const MOST_REPORT_BYTES: usize = 64 << 10;
-/// Reconciles under way may take this long once shutdown began.
+/// Longest time for running reconciles to end after shutdown began.
 const GRACE: Duration = Duration::from_secs(15);
 
 #[tokio::main]
@@ -31,7 +35,7 @@ async fn main() -> anyhow::Result<()> {
     let _telemetry = athanor_telemetry::init("athanor-operator");
     let result = run(settings).await;
     if let Err(error) = &result {
-        tracing::error!(error = format!("{error:#}"), "athanor-operator ends");
+        tracing::error!(error = format!("{error:#}"), "athanor-operator failed");
     }
     result
 }
@@ -39,33 +43,36 @@ async fn main() -> anyhow::Result<()> {
 async fn run(settings: Settings) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
     let client = kube::Client::try_default().await.context("connecting to Kubernetes")?;
-    let http = reqwest::Client::builder().no_proxy().build().context("HTTP client")?;
+    // Routers answer themselves: a redirect could send the operator anywhere.
+    let http = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build();
+    let http = http.context("making the HTTP client")?;
     let (changed, mut reported) = mpsc::channel(REPORTED);
     let reports = Arc::new(Reports::new(changed));
-    let context = Arc::new(Context::new(client.clone(), settings.clone(), reports.clone(), http));
-    let controllers = controllers::controllers(&context, stream::poll_fn(move |task| reported.poll_recv(task)));
-    let stores = controllers.stores.clone();
+    let (stores, feeds) = Stores::new();
+    let context = Arc::new(Context::new(client.clone(), settings.clone(), stores.clone(), reports.clone(), http));
+    let reported = stream::poll_fn(move |task| reported.poll_recv(task));
 
     let ready = Readiness::new();
-    let ops = tokio::spawn(ops_server(settings.ops_port, ready.clone(), stores.clone(), shutdown.clone()));
+    let ops = tokio::spawn(ops_server(settings.ops_port, ready.clone(), stores, shutdown.clone()));
     let progress = tokio::spawn(progress_server(settings.progress_port, reports.clone(), shutdown.clone()));
 
     let identity = settings.identity.clone().unwrap_or_else(|| {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         format!("{}-{:08x}", host.trim(), rand::random::<u32>())
     });
-    tracing::info!(identity, "waiting to lead");
-    let mut election = Election::new(client, &settings.lease_namespace, &settings.lease_name, identity);
+    tracing::info!(identity, "waiting for the Lease");
+    let mut election = Election::new(client.clone(), &settings.lease_namespace, &settings.lease_name, identity);
     let servers = async {
         tokio::select! {
             ended = ops => ended.context("the health server")?.context("the health server"),
             ended = progress => ended.context("the progress server")?.context("the progress server"),
         }
     };
-    let leading = lead(&mut election, controllers, context, reports, stores, ready, shutdown.clone());
+    let controllers = Controllers { client, context, feeds, reported };
+    let leading = lead(&mut election, controllers, ready, shutdown.clone());
     let result = tokio::select! {
         result = leading => result,
-        // Either ends at shutdown, which `leading` waits for too, or because its port is taken.
+        // A server ends at shutdown, which `leading` waits for as well, or fails because its port is in use.
         result = until_failure(servers) => result,
     };
     shutdown.cancel();
@@ -73,7 +80,7 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     result
 }
 
-/// Only an error ends it.
+/// Returns only if the servers fail.
 async fn until_failure(servers: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     match servers.await {
         Ok(()) => std::future::pending().await,
@@ -81,22 +88,30 @@ async fn until_failure(servers: impl Future<Output = anyhow::Result<()>>) -> any
     }
 }
 
-async fn lead(
-    election: &mut Election,
-    controllers: controllers::Controllers,
+/// What the controllers run with, once.
+struct Controllers<S> {
+    client: kube::Client,
     context: Arc<Context>,
-    reports: Arc<Reports>,
-    stores: Stores,
+    feeds: Feeds,
+    reported: S,
+}
+
+async fn lead<S: Stream<Item = ObjectRef<FineTuneJob>> + Send + 'static>(
+    election: &mut Election,
+    controllers: Controllers<S>,
     ready: Readiness,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     if !election.acquire(&shutdown, || ready.set(true)).await {
         return Ok(());
     }
-    tracing::info!("leading");
-    reports.serve(stores.jobs);
+    tracing::info!("this process is the leader");
+    let Controllers { client, context, feeds, reported } = controllers;
+    context.reports.serve(context.stores.fine_tune_jobs.store());
     let stop = shutdown.child_token();
-    let mut running = tokio::spawn(controllers.run(context, stop.clone()));
+    let until_stop = stop.clone();
+    let mut running =
+        tokio::spawn(async move { controllers::run(&client, context, feeds, reported, until_stop).await });
     let lost = tokio::select! {
         lost = election.hold(&shutdown) => lost,
         ended = &mut running => {
@@ -106,13 +121,13 @@ async fn lead(
     };
     ready.set(false);
     if lost {
-        // Another may act from now on: nothing of this process may go on.
+        // Another process may be the leader from now on: no reconcile of this one may continue.
         running.abort();
         anyhow::bail!("leadership was lost");
     }
     stop.cancel();
     if tokio::time::timeout(GRACE, &mut running).await.is_err() {
-        tracing::warn!("reconciles under way did not end in time");
+        tracing::warn!("running reconciles did not end in time");
         running.abort();
     }
     Ok(())
@@ -136,7 +151,7 @@ async fn progress_server(port: u16, reports: Arc<Reports>, shutdown: Cancellatio
     let stop = async move {
         shutdown.cancelled().await;
     };
-    // Streams of trainers have no end of their own: they are cut, and open again elsewhere.
+    // Streams of trainers have no end: they are cut here, and trainers open them again.
     let serving = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_service(service)

@@ -1,21 +1,21 @@
-//! Metrics about objects, computed from the caches at every scrape: what is deleted is gone from them too.
+//! Metrics about objects, computed from the caches at every scrape: a deleted object has no metrics any more.
 
 use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
 
 use athanor_crds::{FineTuneJob, ModelDeployment, condition as types};
 use kube::ResourceExt;
 
-use crate::{condition, controllers::Stores};
+use crate::{condition, stores::Stores};
 
-/// Prometheus text.
+/// Renders the metrics as Prometheus text.
 pub fn render(stores: &Stores) -> String {
     let mut text = String::new();
-    jobs(&mut text, &stores.jobs.state());
-    deployments(&mut text, &stores.deployments.state());
+    jobs(&mut text, &stores.fine_tune_jobs.state());
+    deployments(&mut text, &stores.model_deployments.state());
     text
 }
 
-/// States that are counted even if no job is in them.
+/// States that are counted even if no job has them.
 const STATES: [&str; 9] = [
     "Pending",
     "Searching",
@@ -50,7 +50,7 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// What the summary condition calls a job's state.
+/// Returns the state of a job: the reason of its condition Succeeded.
 fn state(job: &FineTuneJob) -> String {
     let conditions = job.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
     condition::get(conditions, types::SUCCEEDED).map_or_else(|| "Pending".into(), |condition| condition.reason.clone())
@@ -75,11 +75,11 @@ fn jobs(text: &mut String, jobs: &[Arc<FineTuneJob>]) {
             }
         }
     };
-    each("athanor_finetunejob_progress_ratio", "Optimizer steps done, as a share of all.", &|job| {
+    each("athanor_finetunejob_progress_ratio", "Completed optimizer steps as a share of all steps.", &|job| {
         let progress = job.status.as_ref()?.progress.as_ref()?;
         (progress.total_steps > 0).then(|| progress.step as f64 / progress.total_steps as f64)
     });
-    each("athanor_finetunejob_running", "1 until the job has ended, well or not; 0 while it is suspended.", &|job| {
+    each("athanor_finetunejob_running", "1 until the job is over; 0 while it is suspended.", &|job| {
         let runs = !crate::finetunejob::is_over(job.status.as_ref()?) && !job.spec.suspend;
         Some(f64::from(u8::from(runs)))
     });
@@ -93,7 +93,7 @@ fn jobs(text: &mut String, jobs: &[Arc<FineTuneJob>]) {
 
 fn deployments(text: &mut String, deployments: &[Arc<ModelDeployment>]) {
     let name = |deployment: &ModelDeployment| (deployment.namespace().unwrap_or_default(), deployment.name_any());
-    let help = "Share of requests that the candidate revision answers, in percent.";
+    let help = "Share of requests that go to the candidate revision, in percent.";
     let mut family = Family::new(text, "athanor_modeldeployment_candidate_weight", help);
     for deployment in deployments {
         let (namespace, name) = name(deployment);
@@ -111,13 +111,13 @@ fn deployments(text: &mut String, deployments: &[Arc<ModelDeployment>]) {
             family.sample(&[("namespace", &namespace), ("deployment", &name)], f64::from(u8::from(holds)));
         }
     };
-    each("athanor_modeldeployment_ready", "1 when the current revision answers with all its pods.", types::READY);
+    each("athanor_modeldeployment_ready", "1 if all pods of the current revision are ready.", types::READY);
     each(
         "athanor_modeldeployment_drifted",
-        "1 when the monitor says that the current revision is stale.",
+        "1 if the monitor reports that the current revision has drifted.",
         types::DRIFTED,
     );
-    each("athanor_modeldeployment_retraining", "1 while a retraining runs.", types::RETRAINING);
+    each("athanor_modeldeployment_retraining", "1 while a retraining is running.", types::RETRAINING);
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What all pods of Athanor have in common: labels, the `restricted` security profile, environment, the user's additions.
+//! The common parts of all pods: labels, the `restricted` security profile, environment, probes, the user's overrides.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ const USER: i64 = 65532;
 
 pub type Labels = BTreeMap<String, String>;
 
-/// Labels of a child: the recommended ones, and the one that says whose it is.
+/// Returns the labels of a child: the recommended ones, and one with the owner's name.
 pub fn labels(component: &str, owner_label: &str, owner: &str) -> Labels {
     [
         ("app.kubernetes.io/name", format!("athanor-{component}").as_str()),
@@ -35,7 +35,7 @@ pub fn labels(component: &str, owner_label: &str, owner: &str) -> Labels {
     .collect()
 }
 
-/// Labels that select the pods of a component of one deployment, or of one of its revisions.
+/// Returns the labels that select the pods of a component of one deployment, or of one of its revisions.
 pub fn selector(component: &str, deployment: &str, revision: Option<&str>) -> Labels {
     let mut selector = Labels::from([
         ("app.kubernetes.io/component".into(), component.into()),
@@ -45,90 +45,81 @@ pub fn selector(component: &str, deployment: &str, revision: Option<&str>) -> La
     selector
 }
 
-/// One container and the pod around it.
+/// A pod with one container.
 pub struct PodPlan<'a> {
-    /// Also the container's name.
+    /// Also the name of the container.
     pub component: &'static str,
     pub image: &'a str,
     pub command: Vec<String>,
     pub labels: Labels,
     pub annotations: Labels,
     pub env: Vec<EnvVar>,
-    /// Secret whose keys become environment.
+    /// Secret whose keys become environment variables.
     pub credentials: Option<&'a str>,
     pub ports: Vec<(&'static str, i32)>,
     pub metrics_port: i32,
-    /// With the place that each is mounted at.
+    /// Volumes, each with its mount path.
     pub volumes: Vec<(Volume, String)>,
+    pub probes: Option<Probes>,
     pub overrides: Option<&'a PodOverrides>,
     /// Absent: the namespace's default, without a token.
     pub service_account: Option<String>,
     pub grace_seconds: i64,
-    /// Labels of pods that rather lie on different nodes: one that dies should not take them all.
+    /// Labels of the pods that are spread over nodes, so that the loss of one node does not take all of them.
     pub spread: Option<Labels>,
 }
 
-/// The template of a plan. The user's labels, annotations and variables never replace Athanor's.
+/// Probes of a container.
+pub struct Probes {
+    pub startup: HttpProbe,
+    pub readiness: HttpProbe,
+    pub liveness: HttpProbe,
+}
+
+/// A GET request on a named port.
+#[derive(Clone, Copy)]
+pub struct HttpProbe {
+    pub path: &'static str,
+    pub port: &'static str,
+    pub period_seconds: i32,
+    /// Failures in a row after which the probe has failed.
+    pub failures: i32,
+}
+
+impl HttpProbe {
+    fn build(self) -> Probe {
+        Probe {
+            http_get: Some(HTTPGetAction {
+                path: Some(self.path.into()),
+                port: IntOrString::String(self.port.into()),
+                ..HTTPGetAction::default()
+            }),
+            period_seconds: Some(self.period_seconds),
+            failure_threshold: Some(self.failures),
+            timeout_seconds: Some(2),
+            ..Probe::default()
+        }
+    }
+}
+
+/// Builds the template of a pod. Labels, annotations and variables of the user never replace Athanor's.
 pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
     let defaults = PodOverrides::default();
     let overrides = plan.overrides.unwrap_or(&defaults);
     let mut labels = overrides.labels.clone();
-    labels.extend(plan.labels);
+    labels.extend(plan.labels.clone());
     let mut annotations = overrides.annotations.clone();
-    annotations.extend(plan.annotations);
+    annotations.extend(plan.annotations.clone());
     annotations.insert("prometheus.io/scrape".into(), "true".into());
     annotations.insert("prometheus.io/port".into(), plan.metrics_port.to_string());
-    let mut env: Vec<EnvVar> =
-        overrides.env.iter().filter(|theirs| plan.env.iter().all(|ours| ours.name != theirs.name)).cloned().collect();
-    env.extend(plan.env);
-    let (volumes, mounts): (Vec<Volume>, Vec<VolumeMount>) = plan
-        .volumes
-        .into_iter()
-        .chain([(scratch("tmp", None), "/tmp".into())])
-        .map(|(volume, path)| {
-            let is_read = volume.config_map.is_some() || volume.persistent_volume_claim.is_some();
-            let read_only = is_read.then_some(true);
-            let mount =
-                VolumeMount { name: volume.name.clone(), mount_path: path, read_only, ..VolumeMount::default() };
-            (volume, mount)
-        })
-        .unzip();
-    let has_token = plan.service_account.is_some();
-    let ports = plan.ports.into_iter().map(|(name, container_port)| ContainerPort {
-        name: Some(name.into()),
-        container_port,
-        protocol: Some("TCP".into()),
-        ..ContainerPort::default()
-    });
-    let container = Container {
-        name: plan.component.into(),
-        image: Some(plan.image.into()),
-        image_pull_policy: Some("IfNotPresent".into()),
-        command: Some(plan.command),
-        env: Some(env),
-        env_from: plan.credentials.map(|name| {
-            vec![EnvFromSource {
-                secret_ref: Some(SecretEnvSource { name: name.into(), optional: Some(false) }),
-                ..EnvFromSource::default()
-            }]
-        }),
-        ports: Some(ports.collect()),
-        resources: overrides.resources.clone(),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
-            read_only_root_filesystem: Some(true),
-            ..SecurityContext::default()
-        }),
-        termination_message_policy: Some("FallbackToLogsOnError".into()),
-        volume_mounts: Some(mounts),
-        ..Container::default()
-    };
+    let mut volumes = plan.volumes.clone();
+    volumes.push((scratch("tmp", None), "/tmp".into()));
+    let container = container(&plan, overrides, volumes.iter().map(|(volume, path)| mount(volume, path)).collect());
     PodTemplateSpec {
         metadata: Some(ObjectMeta { labels: Some(labels), annotations: Some(annotations), ..ObjectMeta::default() }),
         spec: Some(PodSpec {
             containers: vec![container],
-            automount_service_account_token: Some(has_token),
+            automount_service_account_token: Some(plan.service_account.is_some()),
             service_account_name: plan.service_account.or_else(|| overrides.service_account_name.clone()),
             enable_service_links: Some(false),
             node_selector: (!overrides.node_selector.is_empty()).then(|| overrides.node_selector.clone()),
@@ -143,10 +134,61 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
                 ..PodSecurityContext::default()
             }),
             termination_grace_period_seconds: Some(plan.grace_seconds),
-            volumes: Some(volumes),
+            volumes: Some(volumes.into_iter().map(|(volume, _)| volume).collect()),
             topology_spread_constraints: plan.spread.map(|labels| vec![spread(labels)]),
             ..PodSpec::default()
         }),
+    }
+}
+
+fn container(plan: &PodPlan<'_>, overrides: &PodOverrides, mounts: Vec<VolumeMount>) -> Container {
+    let is_ours = |theirs: &EnvVar| plan.env.iter().any(|ours| ours.name == theirs.name);
+    let mut env: Vec<EnvVar> = overrides.env.iter().filter(|theirs| !is_ours(theirs)).cloned().collect();
+    env.extend(plan.env.clone());
+    let ports = plan.ports.iter().map(|(name, container_port)| ContainerPort {
+        name: Some((*name).into()),
+        container_port: *container_port,
+        protocol: Some("TCP".into()),
+        ..ContainerPort::default()
+    });
+    let probes = plan.probes.as_ref();
+    Container {
+        name: plan.component.into(),
+        image: Some(plan.image.into()),
+        image_pull_policy: Some("IfNotPresent".into()),
+        command: Some(plan.command.clone()),
+        env: Some(env),
+        env_from: plan.credentials.map(|name| {
+            vec![EnvFromSource {
+                secret_ref: Some(SecretEnvSource { name: name.into(), optional: Some(false) }),
+                ..EnvFromSource::default()
+            }]
+        }),
+        ports: Some(ports.collect()),
+        startup_probe: probes.map(|probes| probes.startup.build()),
+        readiness_probe: probes.map(|probes| probes.readiness.build()),
+        liveness_probe: probes.map(|probes| probes.liveness.build()),
+        resources: overrides.resources.clone(),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+            read_only_root_filesystem: Some(true),
+            ..SecurityContext::default()
+        }),
+        termination_message_policy: Some("FallbackToLogsOnError".into()),
+        volume_mounts: Some(mounts),
+        ..Container::default()
+    }
+}
+
+/// Mounts a volume; ConfigMaps and claims are read-only.
+fn mount(volume: &Volume, path: &str) -> VolumeMount {
+    let is_read = volume.config_map.is_some() || volume.persistent_volume_claim.is_some();
+    VolumeMount {
+        name: volume.name.clone(),
+        mount_path: path.into(),
+        read_only: is_read.then_some(true),
+        ..VolumeMount::default()
     }
 }
 
@@ -160,18 +202,18 @@ fn spread(labels: Labels) -> TopologySpreadConstraint {
     }
 }
 
-/// A variable with a value.
+/// Returns a variable with a value.
 pub fn variable(name: &str, value: impl Into<String>) -> EnvVar {
     EnvVar { name: name.into(), value: Some(value.into()), value_from: None }
 }
 
-/// A variable with a field of the pod.
+/// Returns a variable with the value of a field of the pod.
 pub fn field(name: &str, path: &str) -> EnvVar {
     let field_ref = Some(ObjectFieldSelector { api_version: Some("v1".into()), field_path: path.into() });
     EnvVar { name: name.into(), value: None, value_from: Some(EnvVarSource { field_ref, ..EnvVarSource::default() }) }
 }
 
-/// Variables of every process: where traces go and where caches may live.
+/// Returns the variables of every process.
 pub fn common_environment(otlp_endpoint: Option<&str>) -> Vec<EnvVar> {
     let mut env = vec![
         variable("HOME", "/tmp"),
@@ -182,7 +224,7 @@ pub fn common_environment(otlp_endpoint: Option<&str>) -> Vec<EnvVar> {
     env
 }
 
-/// An empty folder that goes with the pod.
+/// Returns an empty folder that is deleted with the pod.
 pub fn scratch(name: &str, medium: Option<&str>) -> Volume {
     Volume {
         name: name.into(),
@@ -191,7 +233,7 @@ pub fn scratch(name: &str, medium: Option<&str>) -> Volume {
     }
 }
 
-/// A ConfigMap's files.
+/// Returns the files of a ConfigMap.
 pub fn config(config_map: &str) -> Volume {
     Volume {
         name: "config".into(),
@@ -200,7 +242,7 @@ pub fn config(config_map: &str) -> Volume {
     }
 }
 
-/// What a PersistentVolumeClaim holds, to be read.
+/// Returns the read-only contents of a PersistentVolumeClaim.
 pub fn claim(name: &str, claim: &str) -> Volume {
     Volume {
         name: name.into(),
@@ -212,22 +254,7 @@ pub fn claim(name: &str, claim: &str) -> Volume {
     }
 }
 
-/// A GET on a named port.
-pub fn probe(path: &str, port: &str, period_seconds: i32, failures: i32) -> Probe {
-    Probe {
-        http_get: Some(HTTPGetAction {
-            path: Some(path.into()),
-            port: IntOrString::String(port.into()),
-            ..HTTPGetAction::default()
-        }),
-        period_seconds: Some(period_seconds),
-        failure_threshold: Some(failures),
-        timeout_seconds: Some(2),
-        ..Probe::default()
-    }
-}
-
-/// Why a pod does not run yet, in the words of kubelet or scheduler; nothing to say about one that does.
+/// Returns why a pod does not run, in the words of kubelet or scheduler; `None` for a pod that runs.
 pub fn waiting_reason(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let name = pod.metadata.name.as_deref().unwrap_or_default();

@@ -1,6 +1,7 @@
-//! Takes progress reports of trainers over gRPC and keeps the newest of each run in memory.
+//! Receives progress reports of trainers over gRPC and keeps the newest one of each run in memory.
 //!
-//! Nothing depends on a report: a job's outcome comes from its pods. A report of an unknown job or of another run is refused.
+//! Nothing depends on a report: the outcome of a job comes from its pods. A report on an unknown job or another run is
+//! refused.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,9 +24,9 @@ pub mod proto {
 
 use proto::{ProgressReply, ProgressUpdate, progress_server::Progress};
 
-/// The status of a job changes at most this often because of reports.
+/// Shortest time between two changes of a job's status by reports of the same stage.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Most metrics and timeline entries kept of a report.
+/// Most metrics, and most timeline entries, that are kept from a report.
 const ENTRIES: usize = 32;
 
 /// The newest report of a run.
@@ -39,7 +40,7 @@ pub struct Report {
     pub eta_seconds: f64,
     pub metrics: BTreeMap<String, f64>,
     pub checkpoint_step: u64,
-    /// Seconds since the trainer's process began.
+    /// Events in seconds since the trainer's process started.
     pub timeline: BTreeMap<String, f64>,
 }
 
@@ -51,12 +52,13 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// `changed` gets the jobs to reconcile; when it is full a report waits for the next.
+    /// `changed` receives the jobs to reconcile. When it is full, a report reaches the status together with the next
+    /// one.
     pub fn new(changed: mpsc::Sender<ObjectRef<FineTuneJob>>) -> Self {
         Self { newest: Mutex::default(), jobs: RwLock::default(), changed }
     }
 
-    /// From now on reports are taken: this process leads, and these are the jobs.
+    /// Accepts reports on these jobs from now on: this process is the leader.
     pub fn serve(&self, jobs: Store<FineTuneJob>) {
         *self.jobs.write().unwrap_or_else(PoisonError::into_inner) = Some(jobs);
     }
@@ -65,7 +67,7 @@ impl Reports {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
     }
 
-    /// A job that is over needs no report any more.
+    /// Drops the report of a job that is over.
     pub fn forget(&self, uid: &str) {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
     }
@@ -73,12 +75,12 @@ impl Reports {
     fn check(&self, update: &ProgressUpdate) -> Result<ObjectRef<FineTuneJob>, Status> {
         let key = ObjectRef::new(&update.job).within(&update.namespace);
         let jobs = self.jobs.read().unwrap_or_else(PoisonError::into_inner);
-        let jobs = jobs.as_ref().ok_or_else(|| Status::unavailable("another operator leads"))?;
-        let job = jobs
-            .get(&key)
-            .ok_or_else(|| Status::not_found(format!("there is no FineTuneJob {}/{}", update.namespace, update.job)))?;
+        let jobs = jobs.as_ref().ok_or_else(|| Status::unavailable("another operator is the leader"))?;
+        let job = jobs.get(&key).ok_or_else(|| {
+            Status::not_found(format!("FineTuneJob {}/{} does not exist", update.namespace, update.job))
+        })?;
         if job.uid().as_deref() != Some(&update.run_id) {
-            return Err(Status::permission_denied("run_id is not that of this FineTuneJob"));
+            return Err(Status::permission_denied("run_id is not the UID of this FineTuneJob"));
         }
         Ok(key)
     }

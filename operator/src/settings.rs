@@ -1,48 +1,50 @@
-//! What the operator is told when it starts: images, addresses, ports.
+//! Command line and environment of the operator: images, addresses, ports.
 
+use athanor_contract::process::{port, variable};
 use clap::Parser;
 
 /// The controllers of FineTuneJob and ModelDeployment.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "athanor-operator", version)]
 pub struct Settings {
-    /// Only look at this namespace. Absent: all.
-    #[arg(long, env = "ATHANOR_NAMESPACE_WATCH")]
+    /// Namespace to watch. Absent: all namespaces.
+    #[arg(long, env = variable::NAMESPACE_WATCH)]
     pub namespace_watch: Option<String>,
-    /// Image with athanor-trainer.
-    #[arg(long, env = "ATHANOR_TRAINER_IMAGE", default_value = "athanor-trainer:latest")]
+    /// Image of athanor-trainer.
+    #[arg(long, env = variable::TRAINER_IMAGE, default_value = "athanor-trainer:latest")]
     pub trainer_image: String,
-    /// Image with athanor-server.
-    #[arg(long, env = "ATHANOR_SERVER_IMAGE", default_value = "athanor-server:latest")]
+    /// Image of athanor-server.
+    #[arg(long, env = variable::SERVER_IMAGE, default_value = "athanor-server:latest")]
     pub server_image: String,
-    /// Image with athanor-router.
-    #[arg(long, env = "ATHANOR_ROUTER_IMAGE", default_value = "athanor-router:latest")]
+    /// Image of athanor-router.
+    #[arg(long, env = variable::ROUTER_IMAGE, default_value = "athanor-router:latest")]
     pub router_image: String,
-    /// Image with athanor-monitor.
-    #[arg(long, env = "ATHANOR_MONITOR_IMAGE", default_value = "athanor-monitor:latest")]
+    /// Image of athanor-monitor.
+    #[arg(long, env = variable::MONITOR_IMAGE, default_value = "athanor-monitor:latest")]
     pub monitor_image: String,
-    /// Routers of a ModelDeployment.
-    #[arg(long, env = "ATHANOR_ROUTER_REPLICAS", default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=100))]
+    /// Number of routers of each ModelDeployment.
+    #[arg(long, env = variable::ROUTER_REPLICAS, default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=100))]
     pub router_replicas: i32,
-    /// Address that trainers report progress to, such as http://athanor-operator.athanor-system:9443. Absent: they do not report.
-    #[arg(long, env = "ATHANOR_PROGRESS_ADDRESS")]
+    /// Address for progress reports of trainers, such as http://athanor-operator.athanor-system:9443. Absent: trainers
+    /// do not report.
+    #[arg(long, env = variable::PROGRESS_ADDRESS)]
     pub progress_address: Option<String>,
-    /// Port that takes progress reports (gRPC).
-    #[arg(long, env = "ATHANOR_PROGRESS_PORT", default_value_t = 9443)]
+    /// Port for progress reports (gRPC).
+    #[arg(long, env = variable::PROGRESS_PORT, default_value_t = port::PROGRESS)]
     pub progress_port: u16,
     /// Port of /metrics, /healthz and /readyz.
-    #[arg(long, env = "ATHANOR_OPS_PORT", default_value_t = 9103)]
+    #[arg(long, env = variable::OPS_PORT, default_value_t = port::OPERATOR_OPS)]
     pub ops_port: u16,
-    /// OTEL_EXPORTER_OTLP_ENDPOINT of trainers, servers, routers and monitors. Absent: they send no traces.
-    #[arg(long, env = "ATHANOR_OTLP_ENDPOINT")]
+    /// Value of OTEL_EXPORTER_OTLP_ENDPOINT in trainers, servers, routers and monitors. Absent: they send no traces.
+    #[arg(long, env = variable::OTLP_ENDPOINT)]
     pub otlp_endpoint: Option<String>,
-    /// Namespace of the Lease that elects the one operator that acts.
+    /// Namespace of the Lease that elects the leader; only the leader reconciles.
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     pub lease_namespace: String,
     /// Name of that Lease.
-    #[arg(long, env = "ATHANOR_LEASE_NAME", default_value = "athanor-operator")]
+    #[arg(long, env = variable::LEASE_NAME, default_value = "athanor-operator")]
     pub lease_name: String,
-    /// This process in the Lease. Absent: the host's name and a random number.
+    /// Name of this process in the Lease. Absent: the host name with a random number.
     #[arg(long, env = "POD_NAME")]
     pub identity: Option<String>,
 }

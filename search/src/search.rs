@@ -2,7 +2,11 @@
 
 use athanor_contract::{
     Decimal,
-    train::{Hyperparameters, ParameterName, SearchAlgorithm, SearchGoal, SearchSpec, TrainSpec, TrialOutcome},
+    train::{
+        DEFAULT_EPOCHS, Hyperparameters, ParameterName, SearchAlgorithm, SearchGoal, SearchSpec, TrainSpec,
+        TrialOutcome,
+        rules::{ASHA_ALONE, STEPS_OR_EPOCHS},
+    },
 };
 
 use crate::{
@@ -15,8 +19,6 @@ use crate::{
 
 /// Random trials before TPE has something to go by, if there are three times as many in all.
 const STARTUP: u32 = 10;
-/// Epochs of a job that says nothing about its length.
-const DEFAULT_EPOCHS: u32 = 3;
 /// Draws of an assignment that has not been tried yet, before the rest of the space is counted through.
 const DRAWS: u64 = 32;
 
@@ -65,7 +67,7 @@ impl Search {
         for (is_wrong, mistake) in [
             (spec.max_trials == 0, "maxTrials must be at least 1"),
             (spec.parallelism == 0, "parallelism must be at least 1"),
-            (spec.asha.is_some() && spec.algorithm != SearchAlgorithm::ASHA, "asha is for algorithm ASHA alone"),
+            (spec.asha.is_some() && spec.algorithm != SearchAlgorithm::ASHA, &*ASHA_ALONE.message),
         ] {
             if is_wrong {
                 mistakes.push(mistake.to_owned());
@@ -90,7 +92,7 @@ impl Search {
         let (unit, budgets) = match budgets(spec, base) {
             Ok(budgets) => budgets,
             Err(mistake) => {
-                mistakes.push(mistake.to_owned());
+                mistakes.push(mistake);
                 (Unit::Epochs, Vec::new())
             }
         };
@@ -235,7 +237,7 @@ impl Search {
 }
 
 /// The unit and the budget of each rung.
-fn budgets(spec: &SearchSpec, base: &Hyperparameters) -> Result<(Unit, Vec<u64>), &'static str> {
+fn budgets(spec: &SearchSpec, base: &Hyperparameters) -> Result<(Unit, Vec<u64>), String> {
     let (unit, whole) = match (base.max_steps, base.epochs) {
         (Some(steps), _) => (Unit::Steps, steps),
         (None, epochs) => (Unit::Epochs, epochs.unwrap_or(DEFAULT_EPOCHS).into()),
@@ -245,17 +247,17 @@ fn budgets(spec: &SearchSpec, base: &Hyperparameters) -> Result<(Unit, Vec<u64>)
     }
     let asha = spec.asha.unwrap_or_default();
     let minimum = match (unit, asha.minimum_steps, asha.minimum_epochs.map(u64::from)) {
-        (_, Some(_), Some(_)) => return Err("asha: set minimumSteps or minimumEpochs, not both"),
-        (Unit::Steps, None, Some(_)) => return Err("asha: the job has maxSteps, so set minimumSteps"),
-        (Unit::Epochs, Some(_), None) => return Err("asha: the job has epochs, so set minimumEpochs"),
+        (_, Some(_), Some(_)) => return Err(format!("asha: {}", STEPS_OR_EPOCHS.message)),
+        (Unit::Steps, None, Some(_)) => return Err("asha: the job has maxSteps, so set minimumSteps".into()),
+        (Unit::Epochs, Some(_), None) => return Err("asha: the job has epochs, so set minimumEpochs".into()),
         (Unit::Steps, steps, None) => steps.unwrap_or(whole.div_ceil(100)),
         (Unit::Epochs, None, epochs) => epochs.unwrap_or(1),
     };
     if minimum == 0 || minimum > whole {
-        return Err("asha: the minimum is at least 1 and at most the job's own length");
+        return Err("asha: the minimum is at least 1 and at most the job's own length".into());
     }
     if asha.reduction_factor < 2 {
-        return Err("asha: reductionFactor is at least 2");
+        return Err("asha: reductionFactor is at least 2".into());
     }
     Ok((unit, asha::budgets(minimum, whole, asha.reduction_factor.into())))
 }

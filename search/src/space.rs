@@ -3,7 +3,12 @@
 //! A dimension of numbers has coordinates, in which it is drawn evenly: the number itself, or its logarithm. A number that has steps
 //! stands for the cell of coordinates halfway to its neighbours.
 
-use athanor_contract::train::{ParameterName, ParameterRange, ParameterScale, SearchParameter};
+use athanor_contract::train::{
+    ParameterName, ParameterRange, ParameterScale, SearchParameter,
+    rules::{
+        CHOICES_ARE_NAMES, LOG_ABOVE_ZERO, MIN_BELOW_MAX, RANGE_VALUES_OR_CHOICES, STEP_ABOVE_ZERO, STEP_IS_LINEAR,
+    },
+};
 
 use crate::{Assignment, Setting, Trial, limits::Limits, random::Random};
 
@@ -102,11 +107,15 @@ impl Dimension {
             }
             if options.is_empty() { Err(format!("{name}: there are no values")) } else { Ok(Self::Options(options)) }
         };
+        let has_names = parameter.choices.is_some() == matches!(limits, Limits::Name);
         match (&parameter.range, &parameter.values, &parameter.choices) {
+            (Some(_), None, None) | (None, Some(_), None) | (None, None, Some(_)) if !has_names => {
+                Err(format!("{name}: {}", CHOICES_ARE_NAMES.message))
+            }
             (Some(range), None, None) => Self::of_range(name, limits, range),
             (None, Some(values), None) => options(values.iter().map(|value| Setting::Number(*value)).collect()),
             (None, None, Some(choices)) => options(choices.iter().cloned().map(Setting::Name).collect()),
-            _ => Err(format!("{name}: set exactly one of range, values and choices")),
+            _ => Err(format!("{name}: {}", RANGE_VALUES_OR_CHOICES.message)),
         }
     }
 
@@ -117,10 +126,10 @@ impl Dimension {
         let log = scale == ParameterScale::Log;
         let whole = matches!(limits, Limits::Number { whole: true, .. });
         for (is_wrong, mistake) in [
-            (min >= max, "min must be below max"),
-            (log && min <= 0.0, "a Log scale needs min above 0"),
-            (log && step.is_some(), "step is for the Linear scale"),
-            (step.is_some_and(|step| step <= 0.0 || !step.is_finite()), "step must be above 0"),
+            (min >= max, &*MIN_BELOW_MAX.message),
+            (log && min <= 0.0, &*LOG_ABOVE_ZERO.message),
+            (log && step.is_some(), &*STEP_IS_LINEAR.message),
+            (step.is_some_and(|step| step <= 0.0 || !step.is_finite()), &*STEP_ABOVE_ZERO.message),
             (whole && step.is_some_and(|step| step.fract() != 0.0), "step must be a whole number"),
         ] {
             if is_wrong {

@@ -241,12 +241,24 @@ fn wrong_searches_are_refused_in_words() {
         (json!({"parameters": [{"name": "l1"}]}), json!({}), "exactly one of range, values and choices"),
         (range("learningRate", json!({"min": 0.1, "max": 0.1})), json!({}), "min must be below max"),
         (range("learningRate", json!({"min": 0.1, "max": 99})), json!({}), "99 is not between 0.000000001 and 10"),
-        (range("l2", json!({"min": 0, "max": 1, "scale": "Log"})), json!({}), "a Log scale needs min above 0"),
-        (range("l2", json!({"min": 0.1, "max": 1, "scale": "Log", "step": 0.1})), json!({}), "step is for the Linear"),
+        (range("l2", json!({"min": 0, "max": 1, "scale": "Log"})), json!({}), "the Log scale requires min above 0"),
+        (
+            range("l2", json!({"min": 0.1, "max": 1, "scale": "Log", "step": 0.1})),
+            json!({}),
+            "step requires the Linear",
+        ),
         (range("batchSize", json!({"min": 8.5, "max": 32})), json!({}), "batchSize: 8.5 is not a whole number"),
         (range("batchSize", json!({"min": 8, "max": 32, "step": 0.5})), json!({}), "step must be a whole number"),
-        (range("optimizer", json!({"min": 0, "max": 1})), json!({}), "optimizer: 0 is a number, not a name"),
-        (json!({"parameters": [{"name": "l1", "choices": ["a"]}]}), json!({}), "\"a\" is not a number"),
+        (
+            range("optimizer", json!({"min": 0, "max": 1})),
+            json!({}),
+            "optimizer: choices is for optimizer, schedule and precision",
+        ),
+        (
+            json!({"parameters": [{"name": "l1", "choices": ["a"]}]}),
+            json!({}),
+            "l1: choices is for optimizer, schedule and precision",
+        ),
         (
             json!({"parameters": [{"name": "optimizer", "choices": ["AdamW", "Adagrad"]}]}),
             json!({}),
@@ -263,7 +275,11 @@ fn wrong_searches_are_refused_in_words() {
             json!({}),
             "ASHA chooses it",
         ),
-        (json!({"asha": {}, "parameters": [{"name": "l1", "values": [0.1]}]}), json!({}), "for algorithm ASHA alone"),
+        (
+            json!({"asha": {}, "parameters": [{"name": "l1", "values": [0.1]}]}),
+            json!({}),
+            "requires the algorithm ASHA",
+        ),
         (
             json!({"parameters": [{"name": "l1", "values": [0.1]}, {"name": "l1", "values": [0.2]}]}),
             json!({}),
@@ -427,4 +443,28 @@ proptest! {
             }
         }
     }
+}
+
+/// The examples that the API server decides by CEL, and contract's own test by the rules of other fields.
+#[test]
+fn examples_of_rules_are_decided_as_the_api_server_does() {
+    let examples: Value = serde_json::from_str(include_str!("../../contract/tests/rules.json")).unwrap();
+    let searches = |example: &Value, kind: &str| -> Vec<(SearchSpec, Hyperparameters)> {
+        let patches = example[kind].as_array().unwrap().iter();
+        let searches = patches.filter(|patch| patch["hyperparameters"]["search"].is_object());
+        searches.map(|patch| (spec(patch["hyperparameters"]["search"].clone()), Hyperparameters::default())).collect()
+    };
+    let mut count = 0;
+    for example in examples.as_array().unwrap() {
+        let message = example["message"].as_str().unwrap();
+        for (search, base) in searches(example, "refused") {
+            let error = Search::new(&search, &base).err().unwrap_or_default();
+            assert!(error.contains(message), "{message:?} is not in {error:?}: {search:?}");
+            count += 1;
+        }
+        for (search, base) in searches(example, "accepted") {
+            assert_eq!(Search::new(&search, &base).err(), None, "{search:?}");
+        }
+    }
+    assert!(count >= 10, "only {count} examples");
 }

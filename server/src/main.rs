@@ -5,11 +5,16 @@ mod torch;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use athanor_contract::serve::ServeConfig;
+use athanor_contract::{
+    process::{path, variable},
+    serve::ServeConfig,
+};
 use athanor_serving::{
-    engine::Engine,
-    grpc::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
-    http::{self, ApiError},
+    api::{
+        inference::{self, Inference, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+        openai::{self, ApiError},
+    },
+    engine::encode::Engine,
     lifecycle::{self, Servers},
     service::Service,
 };
@@ -24,13 +29,13 @@ use tower::ServiceExt;
 #[command(version)]
 struct Arguments {
     /// The configuration the operator mounts.
-    #[arg(long, env = "ATHANOR_CONFIG", default_value = "/etc/athanor/serve.json")]
+    #[arg(long, env = variable::CONFIG, default_value = path::SERVE_CONFIG)]
     config: PathBuf,
     /// Address to listen on.
     #[arg(long, default_value = "0.0.0.0")]
     address: String,
     /// Folder for the fetched model; a temporary one without it.
-    #[arg(long, env = "ATHANOR_CACHE_DIR")]
+    #[arg(long, env = variable::CACHE_DIR)]
     cache: Option<PathBuf>,
 }
 
@@ -57,7 +62,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "loading", "the model is being loaded").into_response()
     }));
     let mut servers = Servers::default();
-    let listener = lifecycle::listen(&arguments.address, config.http_port.0).await?;
+    let listener = lifecycle::listen(&arguments.address, config.http_port).await?;
     servers.http(listener, Router::new().fallback(dispatch).with_state(app));
 
     let loaded = tokio::select! {
@@ -66,28 +71,28 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
     let (service, _folder) = loaded;
-    let _ = current.send_replace(http::app(service.clone(), ops));
+    let _ = current.send_replace(openai::app(service.clone(), ops));
 
     let (health, health_service) = tonic_health::server::health_reporter();
-    let inference = GrpcInferenceServiceServer::new(grpc::Inference::new(service.clone(), ready.clone()))
+    let passing = GrpcInferenceServiceServer::new(Inference::new(service.clone(), ready.clone()))
         .max_decoding_message_size(config.limits.max_body_bytes.saturating_add(64 << 10));
-    health.set_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
-    let routes = grpc::reflection()?.add_service(health_service).add_service(inference);
-    servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port.0).await?, routes);
+    health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
+    let routes = inference::reflection()?.add_service(health_service).add_service(passing);
+    servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port).await?, routes);
 
     ready.set(true);
     tracing::info!(
         model = config.model_name,
         revision = config.revision,
-        http_port = config.http_port.0,
-        grpc_port = config.grpc_port.0,
+        http_port = config.http_port,
+        grpc_port = config.grpc_port,
         "ready"
     );
     tokio::spawn({
         let shutdown = shutdown.clone();
         async move {
             shutdown.cancelled().await;
-            health.set_not_serving::<GrpcInferenceServiceServer<grpc::Inference>>().await;
+            health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
         }
     });
     let drain = Duration::from_secs(config.limits.drain_seconds);

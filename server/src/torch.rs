@@ -7,7 +7,7 @@ use std::{
 
 use athanor_models::{Classifier, Tokenizer, tokenizer::pad};
 use athanor_serving::{
-    engine::{Backend, BackendError},
+    engine::backend::{BackendError, EncodeBackend},
     service::Tokenize,
 };
 use tch::Device;
@@ -40,7 +40,7 @@ impl TorchBackend {
     }
 }
 
-impl Backend for TorchBackend {
+impl EncodeBackend for TorchBackend {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
         // libtorch's errors (memory of a GPU above all) are panics here. Weights are only read, so nothing is left half changed, and
         // the next batch may well fit.

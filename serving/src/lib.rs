@@ -1,18 +1,15 @@
-//! Serving without a model of its own: what `athanor-server` answers with, and the stable address in front of all revisions
-//! (`athanor-router`). Models come in by the trait [`engine::Backend`], so that a router links no libtorch.
+//! What a server answers with, without a model of its own: models come in by the traits of [`engine::backend`].
 //!
-//! - [`engine`]: a thread that owns the model and batches what waits; it knows token ids and nothing of texts or wire types;
+//! - [`engine`]: one thread owns the model and batches waiting requests; it works on token ids, not on texts or wire types;
 //! - [`service`]: texts to token ids to probabilities, under the limits of the configuration;
-//! - [`http`] and [`grpc`]: the OpenAI-style JSON API and the Open Inference Protocol v2 over a [`service::Service`];
-//! - [`router`]: weights, retries, events and feedback, without a model.
+//! - [`api`]: the OpenAI-style JSON API and the Open Inference Protocol v2 over a [`service::Service`];
+//! - [`lifecycle`]: listeners, their limits and the shutdown of a process; the router uses it as well.
 //!
-//! Left out on purpose: training, and Kubernetes anywhere but in [`router::kubernetes`].
+//! Left out on purpose: training, Kubernetes and Kafka.
 
+pub mod api;
 pub mod engine;
-pub mod grpc;
-pub mod http;
 pub mod lifecycle;
-pub mod router;
 pub mod service;
-#[cfg(test)]
-mod test_support;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;

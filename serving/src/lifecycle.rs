@@ -5,6 +5,7 @@
 use std::{future::Future, time::Duration};
 
 use anyhow::Context;
+use athanor_contract::process::variable;
 use athanor_telemetry::Readiness;
 use axum::serve::ListenerExt;
 use tokio::{net::TcpListener, task::JoinSet};
@@ -97,8 +98,8 @@ impl Servers {
     }
 }
 
-/// `ATHANOR_SHUTDOWN_GRACE_SECONDS`, or [`GRACE_SECONDS`].
+/// [`variable::SHUTDOWN_GRACE_SECONDS`], or [`GRACE_SECONDS`].
 pub fn grace() -> Duration {
-    let seconds = std::env::var("ATHANOR_SHUTDOWN_GRACE_SECONDS").ok().and_then(|text| text.parse().ok());
+    let seconds = std::env::var(variable::SHUTDOWN_GRACE_SECONDS).ok().and_then(|text| text.parse().ok());
     Duration::from_secs(seconds.unwrap_or(GRACE_SECONDS))
 }

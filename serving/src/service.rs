@@ -1,15 +1,18 @@
 //! Texts in, labels and probabilities out: what HTTP and gRPC share.
 //!
-//! It holds the limits of one request and the order of the steps; it knows neither wire format.
+//! It holds the limits of one request and the order of the steps; wire formats belong to [`crate::api`].
 
 use std::{sync::Arc, time::Duration};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
-use crate::engine::{Engine, EngineError};
+use crate::engine::encode::{Engine, EngineError};
 
 /// Texts up to this many bytes together are tokenised where they arrive; more goes to a blocking thread.
 const INLINE_BYTES: usize = 4096;
+
+/// Bytes of a text that are tokenised, for each token of the longest sequence: tokens of common vocabularies are shorter.
+const BYTES_PER_TOKEN: usize = 256;
 
 /// Turns texts into token ids, special tokens included, cut to `max_length`.
 pub trait Tokenize: Send + Sync + 'static {
@@ -61,6 +64,8 @@ pub enum ServiceError {
     TooManyInputs { count: usize, limit: usize },
     #[error("input {index} is empty")]
     EmptyInput { index: usize },
+    #[error("the model failed: the logits of input {index} are not finite numbers")]
+    NotFinite { index: usize },
     #[error("the tokenizer failed: {0}")]
     Tokenizer(String),
     #[error(transparent)]
@@ -102,26 +107,29 @@ impl Service {
         if let Some(index) = texts.iter().position(String::is_empty) {
             return Err(ServiceError::EmptyInput { index });
         }
+        let places = self.engine.reserve(texts.len())?;
         let rows = self.tokenize(texts).await?;
         let tokens = rows.iter().map(|row| row.len() as u64).sum();
-        let outputs = self.engine.run(rows).await?;
+        let outputs = self.engine.run(places, rows).await?;
+        let results = outputs.iter().enumerate().map(|(index, output)| {
+            let probabilities = softmax(&output.logits).ok_or(ServiceError::NotFinite { index })?;
+            Ok(Classification { label: highest(&probabilities), probabilities })
+        });
+        let results = results.collect::<Result<_, ServiceError>>()?;
         Ok(Classified {
             tokens,
             queued: outputs.iter().map(|output| output.queued).max().unwrap_or_default(),
             computed: outputs.iter().map(|output| output.computed).max().unwrap_or_default(),
             batch_inputs: outputs.iter().map(|output| output.batch_inputs).max().unwrap_or_default(),
-            results: outputs
-                .into_iter()
-                .map(|output| Classification {
-                    label: highest(&output.probabilities),
-                    probabilities: output.probabilities,
-                })
-                .collect(),
+            results,
         })
     }
 
-    async fn tokenize(&self, texts: Vec<String>) -> Result<Vec<Vec<u32>>, ServiceError> {
+    async fn tokenize(&self, mut texts: Vec<String>) -> Result<Vec<Vec<u32>>, ServiceError> {
         let length = self.limits.max_sequence_length;
+        for text in &mut texts {
+            text.truncate(text.floor_char_boundary(length.saturating_mul(BYTES_PER_TOKEN)));
+        }
         if texts.iter().map(String::len).sum::<usize>() <= INLINE_BYTES {
             return self.tokenizer.encode(&texts, length).map_err(ServiceError::Tokenizer);
         }
@@ -151,6 +159,17 @@ impl Service {
     }
 }
 
+/// Softmax in f64, shifted by the maximum so that large logits do not overflow; `None` if a logit is not finite.
+fn softmax(logits: &[f32]) -> Option<Vec<f32>> {
+    if !logits.iter().all(|logit| logit.is_finite()) {
+        return None;
+    }
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponents: Vec<f64> = logits.iter().map(|&logit| (f64::from(logit) - f64::from(highest)).exp()).collect();
+    let sum: f64 = exponents.iter().sum();
+    Some(exponents.iter().map(|exponent| (exponent / sum) as f32).collect())
+}
+
 /// Index of the highest probability, the first of equals.
 fn highest(probabilities: &[f32]) -> usize {
     let mut best = 0;
@@ -160,4 +179,19 @@ fn highest(probabilities: &[f32]) -> usize {
         }
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softmax_survives_large_logits_and_refuses_those_that_are_not_finite() {
+        assert_eq!(softmax(&[1000.0, 1000.0]), Some(vec![0.5, 0.5]));
+        let probabilities = softmax(&[0.0, 3f32.ln()]).unwrap();
+        assert!((probabilities[1] - 0.75).abs() < 1e-6, "{probabilities:?}");
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(softmax(&[0.0, bad]), None);
+        }
+    }
 }

@@ -8,7 +8,10 @@ use std::sync::{
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
 use crate::{
-    engine::{Backend, BackendError, Engine},
+    engine::{
+        backend::{BackendError, EncodeBackend},
+        encode::Engine,
+    },
     service::{Service, Tokenize},
 };
 
@@ -31,7 +34,7 @@ pub struct Gate {
     pub batches: AtomicUsize,
 }
 
-impl Backend for Rule {
+impl EncodeBackend for Rule {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
         self.0.batches.fetch_add(1, Ordering::SeqCst);
         let _gate = self.0.lock.lock().map_err(|error| BackendError(error.to_string()))?;
@@ -46,8 +49,8 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
         model_name: "reviews".into(),
         revision: "reviews-1".into(),
         model_uri: "file:///nowhere".into(),
-        http_port: Default::default(),
-        grpc_port: Default::default(),
+        http_port: 0,
+        grpc_port: 0,
         limits,
     };
     let gate = Arc::<Gate>::default();

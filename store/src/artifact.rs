@@ -1,83 +1,22 @@
-//! Folders with a manifest. Files first, the manifest last: what has no manifest is not there.
+//! Folders with a manifest. Files are written first, the manifest last: a folder without one holds no artifact.
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use athanor_contract::artifact::{FileEntry, MANIFEST, Manifest, REFERENCE, model_digest, sha256_hex};
 use futures::{StreamExt, TryStreamExt};
 
-use crate::{Location, StoreError};
+use crate::{Location, StoreError, download::PARALLEL, stream::measure_file};
+pub use crate::{
+    download::{download, read_manifest},
+    model_folder::download_model,
+};
 
-/// How often a folder is written into which others write at the same time.
+/// How often a folder is written if others write into it at the same time.
 const ATTEMPTS: u32 = 5;
-/// Files fetched or sent at the same time.
-const PARALLEL: usize = 4;
-/// Endings of pickled weights, which run code when loaded.
-const PICKLED: [&str; 5] = [".bin", ".pt", ".pth", ".pkl", ".ckpt"];
-/// What a plain model folder has to have.
-const MODEL_FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
-/// What is taken from it besides, where it is there.
-const OPTIONAL_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "vocab.txt"];
-
-/// The manifest of a folder; [`StoreError::NotFound`] when the folder has none.
-pub async fn read_manifest(folder: &Location) -> Result<Manifest, StoreError> {
-    let location = folder.child(MANIFEST);
-    let bytes = location.read().await?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| StoreError::Invalid { uri: location.uri, message: format!("not a manifest: {error}") })
-}
-
-/// Fetches every file of the manifest into the local folder `to` and checks its sha256.
-pub async fn download(folder: &Location, to: &Path) -> Result<Manifest, StoreError> {
-    let manifest = read_manifest(folder).await?;
-    futures::stream::iter(manifest.files.iter().map(|(name, entry)| fetch(folder, name, to, Some(entry))))
-        .buffer_unordered(PARALLEL)
-        .try_collect::<Vec<()>>()
-        .await?;
-    Ok(manifest)
-}
-
-/// Fetches a model: an artifact, checked against its manifest (returned), or a plain Hugging Face folder (`None`).
-/// A folder that has only pickled weights is refused by name.
-pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manifest>, StoreError> {
-    match download(folder, to).await {
-        Ok(manifest) => return Ok(Some(manifest)),
-        Err(StoreError::NotFound { uri }) if uri.ends_with(MANIFEST) => {}
-        Err(error) => return Err(error),
-    }
-    let names = folder.list().await?;
-    if names.is_empty() {
-        return Err(StoreError::NotFound { uri: folder.uri.clone() });
-    }
-    if names.iter().any(|name| name == REFERENCE) {
-        let message = format!("an artifact without {MANIFEST}: its upload was cut off");
-        return Err(StoreError::Invalid { uri: folder.uri.clone(), message });
-    }
-    for required in MODEL_FILES {
-        if names.iter().any(|name| name == required) {
-            continue;
-        }
-        let pickled = names.iter().find(|name| PICKLED.iter().any(|ending| name.ends_with(ending)));
-        let message = match pickled {
-            Some(name) if required == "model.safetensors" => {
-                format!(
-                    "{name} holds pickled weights, which are refused because loading them runs code: convert to model.safetensors"
-                )
-            }
-            _ => format!("the model folder has no {required}"),
-        };
-        return Err(StoreError::Invalid { uri: folder.uri.clone(), message });
-    }
-    let wanted = MODEL_FILES.into_iter().chain(OPTIONAL_FILES).filter(|wanted| names.iter().any(|name| name == wanted));
-    futures::stream::iter(wanted.map(|name| fetch(folder, name, to, None)))
-        .buffer_unordered(PARALLEL)
-        .try_collect::<Vec<()>>()
-        .await?;
-    Ok(None)
-}
 
 /// The model digest that an upload of the local folder will have.
 pub async fn folder_digest(folder: &Path) -> Result<String, StoreError> {
@@ -86,22 +25,23 @@ pub async fn folder_digest(folder: &Path) -> Result<String, StoreError> {
     Ok(model_digest(&digests(folder, &names).await?))
 }
 
-/// Sends every file below the local folder `from`, then the manifest with their digests. `manifest` brings everything but
-/// `files` and `model_digest`, which are filled in here. A folder that holds this very model already is left as it is; another
-/// manifest there is deleted before the first file changes. Where another process writes into the folder at the same time, whoever
-/// is last writes it anew, so that files and manifest are of one process.
+/// Sends every file below the local folder `from`, then the manifest with their digests. `files` and `model_digest` of
+/// `manifest` are filled in here. A folder that holds this very model and metrics already is left untouched; another
+/// manifest is deleted before the first file changes. If another process writes into the folder at the same time, the
+/// last one writes it again, so that files and manifest come from one process.
 ///
 /// # Errors
 /// [`StoreError::Conflict`] if another process keeps writing.
 pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Result<Manifest, StoreError> {
     let mut names = Vec::new();
     walk(from, from, &mut names)?;
-    // First what tells an artifact from a plain folder: one that was cut off is then known as such.
+    // The file that distinguishes an artifact from a plain folder is sent first, so that an upload that was cut off is
+    // recognised.
     names.sort_by_key(|name| name != REFERENCE);
     manifest.files = digests(from, &names).await?;
     manifest.model_digest = model_digest(&manifest.files);
     match read_manifest(to).await {
-        Ok(there) if there.model_digest == manifest.model_digest && there.metrics == manifest.metrics => {
+        Ok(there) if there.model_digest == manifest.model_digest && same_metrics(&there, &manifest) => {
             return Ok(there);
         }
         Ok(_) | Err(StoreError::Invalid { .. }) => to.child(MANIFEST).delete().await?,
@@ -124,6 +64,14 @@ pub async fn upload(from: &Path, to: &Location, mut manifest: Manifest) -> Resul
     Err(StoreError::Conflict { uri: to.uri.clone() })
 }
 
+/// Whether two manifests show the same metrics. Compared as text: manifests of older versions have four decimals.
+fn same_metrics(one: &Manifest, other: &Manifest) -> bool {
+    let shown = |manifest: &Manifest| -> Vec<(String, String)> {
+        manifest.metrics.iter().map(|(name, value)| (name.clone(), value.to_string())).collect()
+    };
+    shown(one) == shown(other)
+}
+
 /// A file as it was written.
 struct Sent {
     name: String,
@@ -138,7 +86,7 @@ async fn send_all(from: &Path, names: &[String], manifest: &Manifest, to: &Locat
         sent.push(send(from, first, manifest, to).await?);
     }
     let others = names.iter().filter(|name| *name != REFERENCE).map(|name| send(from, name, manifest, to));
-    // All are waited for, also when one fails: none arrives in a folder that has been given up.
+    // The upload waits for all of them, also if one fails: none may arrive in a folder that was given up.
     let others: Vec<Result<Sent, StoreError>> =
         futures::stream::iter(others).buffer_unordered(PARALLEL).collect().await;
     sent.extend(others.into_iter().collect::<Result<Vec<Sent>, _>>()?);
@@ -150,74 +98,34 @@ async fn send_all(from: &Path, names: &[String], manifest: &Manifest, to: &Locat
     Ok(sent)
 }
 
-/// Whether a file is still what was written. Read again only if its ETag is another: some stores change it by themselves.
+/// Whether a file is still what was written. It is read again only if its ETag differs: some stores change it by
+/// themselves.
 async fn is_there(file: &Sent, to: &Location) -> Result<bool, StoreError> {
     let Some(etag) = &file.etag else { return Ok(true) };
     let location = to.child(&file.name);
-    let found = async { Ok(location.version().await? == *etag || sha256_hex(&location.read().await?) == file.sha256) };
+    let found = async { Ok(location.version().await? == *etag || location.measure().await?.sha256 == file.sha256) };
     match found.await {
         Err(StoreError::NotFound { .. }) => Ok(false),
         found => found,
     }
 }
 
-async fn fetch(folder: &Location, name: &str, to: &Path, expected: Option<&FileEntry>) -> Result<(), StoreError> {
-    let location = folder.child(name);
-    let relative = PathBuf::from(name);
-    if relative.is_absolute() || relative.components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
-        return Err(StoreError::Invalid {
-            uri: location.uri,
-            message: "the manifest names a file outside its folder".into(),
-        });
-    }
-    let bytes = location.read().await?;
-    let path = to.join(relative);
-    let expected = expected.cloned();
-    let uri = location.uri;
-    blocking(move || {
-        if let Some(expected) = expected {
-            let found = sha256_hex(&bytes);
-            if found != expected.sha256 {
-                let message = format!(
-                    "{} bytes with sha256 {found}, the manifest says {} bytes with {}",
-                    bytes.len(),
-                    expected.bytes,
-                    expected.sha256
-                );
-                return Err(StoreError::Invalid { uri, message });
-            }
-        }
-        let parent = path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(parent).map_err(|error| StoreError::io(parent, error))?;
-        std::fs::write(&path, &bytes).map_err(|error| StoreError::io(&path, error))
-    })
-    .await
-}
-
 async fn digests(folder: &Path, names: &[String]) -> Result<BTreeMap<String, FileEntry>, StoreError> {
     let mut files = BTreeMap::new();
     for name in names {
-        files.insert(name.clone(), digest(folder.join(name)).await?);
+        files.insert(name.clone(), measure_file(folder.join(name)).await?);
     }
     Ok(files)
 }
 
-async fn digest(path: PathBuf) -> Result<FileEntry, StoreError> {
-    blocking(move || {
-        let bytes = std::fs::read(&path).map_err(|error| StoreError::io(&path, error))?;
-        Ok(FileEntry { sha256: sha256_hex(&bytes), bytes: bytes.len() as u64 })
-    })
-    .await
-}
-
 async fn send(from: &Path, name: &str, manifest: &Manifest, to: &Location) -> Result<Sent, StoreError> {
-    let path = from.join(name);
-    let bytes = blocking(move || std::fs::read(&path).map_err(|error| StoreError::io(&path, error))).await?;
-    let etag = to.child(name).write(bytes.into()).await?;
-    Ok(Sent { name: name.to_owned(), sha256: manifest.files[name].sha256.clone(), etag })
+    let entry = &manifest.files[name];
+    let etag = to.child(name).send_file(&from.join(name), entry).await?;
+    Ok(Sent { name: name.to_owned(), sha256: entry.sha256.clone(), etag })
 }
 
-/// Before writing anew: of two, whoever waits longer writes alone. The clock's last digits are random enough for that.
+/// The pause before a folder is written again: of two processes, the one that waits longer writes alone. The last
+/// digits of the clock are random enough for that.
 fn pause(attempt: u32) -> Duration {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Duration::from_micros(u64::from(clock.subsec_nanos() % 1000) * 200) * attempt
@@ -236,15 +144,6 @@ fn walk(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<(), Store
         }
     }
     Ok(())
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }
 
 #[cfg(test)]
@@ -315,6 +214,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_model_that_is_there_with_its_metrics_is_left_untouched() {
+        let (from, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(from.path().join("model.safetensors"), b"weights").unwrap();
+        let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
+        let measured = |accuracy: f64| {
+            let accuracy = athanor_contract::Decimal::new(accuracy).unwrap();
+            Manifest { metrics: [("accuracy".to_owned(), accuracy)].into(), ..manifest() }
+        };
+        let written = upload(from.path(), &folder, measured(0.863_931_447)).await.unwrap();
+        assert_eq!(read_manifest(&folder).await.unwrap(), written, "a manifest reads back as itself");
+        let times = || {
+            let file = |name: &str| store.path().join("artifact").join(name).metadata().unwrap().modified().unwrap();
+            [file(MANIFEST), file("model.safetensors")]
+        };
+        let before = times();
+        upload(from.path(), &folder, measured(0.863_931_447)).await.unwrap();
+        assert_eq!(times(), before);
+        upload(from.path(), &folder, measured(0.9)).await.unwrap();
+        assert_eq!(
+            read_manifest(&folder).await.unwrap(),
+            Manifest { files: written.files, model_digest: written.model_digest, ..measured(0.9) }
+        );
+    }
+
+    #[tokio::test]
     async fn two_that_write_at_once_leave_one_whole_artifact() {
         let store = tempfile::tempdir().unwrap();
         let folder = open(&format!("file://{}", store.path().display())).unwrap().child("artifact");
@@ -335,16 +259,5 @@ mod tests {
             let to = tempfile::tempdir().unwrap();
             download(&folder, to.path()).await.unwrap_or_else(|error| panic!("round {round}: {error}"));
         }
-    }
-
-    #[tokio::test]
-    async fn pickled_weights_are_refused_by_name() {
-        let (store, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for name in ["config.json", "tokenizer.json", "pytorch_model.bin"] {
-            std::fs::write(store.path().join(name), b"{}").unwrap();
-        }
-        let folder = open(&format!("file://{}", store.path().display())).unwrap();
-        let error = download_model(&folder, to.path()).await.unwrap_err();
-        assert!(error.to_string().contains("pytorch_model.bin holds pickled weights"), "{error}");
     }
 }

@@ -4,8 +4,11 @@
 //! `AWS_ACCESS_KEY_ID`, `GOOGLE_SERVICE_ACCOUNT`, `AZURE_STORAGE_ACCOUNT_NAME`, ...). No caching, no retries beyond the client's.
 
 pub mod artifact;
+mod download;
 mod error;
 mod location;
+mod model_folder;
+mod stream;
 
 pub use error::StoreError;
 pub use location::{Location, open, settle_tls};

@@ -129,7 +129,7 @@ impl Location {
         Ok(meta.e_tag.unwrap_or_else(|| format!("{}-{}", meta.size, meta.last_modified.timestamp_micros())))
     }
 
-    fn error(&self, error: object_store::Error) -> StoreError {
+    pub(crate) fn error(&self, error: object_store::Error) -> StoreError {
         StoreError::of(&self.uri, error)
     }
 }

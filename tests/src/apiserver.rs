@@ -1,8 +1,9 @@
-//! A real API server of its own for one test program: etcd and kube-apiserver on loopback, with Athanor's CRDs, gone when dropped.
+//! A real API server of its own for one test program: etcd and kube-apiserver on loopback, with Athanor's CRDs, gone
+//! when dropped.
 
 use std::{
     net::TcpListener,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -25,9 +26,10 @@ const TOKEN: &str = "athanor-test-admin-token";
 /// etcd and kube-apiserver; both end when this is dropped.
 pub struct ApiServer {
     pub client: Client,
+    port: u16,
     _apiserver: Process,
     _etcd: Process,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 struct Process(Child);
@@ -89,10 +91,30 @@ impl ApiServer {
             ],
         )?;
         let client = client(api_port).await?;
-        let server = Self { client, _apiserver: apiserver, _etcd: etcd, _folder: folder };
+        let server = Self { client, port: api_port, _apiserver: apiserver, _etcd: etcd, folder };
         server.wait_ready().await?;
         server.install_crds().await?;
         Ok(server)
+    }
+
+    /// Folder of this server, for logs of a test; gone when the server is dropped.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes the administrator's kubeconfig to a file, for processes that connect to this server. Returns its path.
+    pub fn kubeconfig(&self) -> Result<PathBuf> {
+        let path = self.folder.path().join("kubeconfig.json");
+        let server = format!("https://127.0.0.1:{}", self.port);
+        // By hand: the client's own type does not write the token.
+        let kubeconfig = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "test", "user": {"token": TOKEN}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        std::fs::write(&path, kubeconfig.to_string())?;
+        Ok(path)
     }
 
     async fn wait_ready(&self) -> Result<()> {
@@ -114,7 +136,8 @@ impl ApiServer {
                 std::fs::read_to_string(paths::checkout().join("crds").join(file)).with_context(|| file.to_owned())?;
             let crd: CustomResourceDefinition = serde_yaml::from_str(&text).with_context(|| file.to_owned())?;
             let name = crd.metadata.name.clone().context("a CRD without a name")?;
-            // The very first seconds of an API server refuse some writes (its default namespaces and roles are being made).
+            // The very first seconds of an API server refuse some writes (its default namespaces and roles are being
+            // made).
             loop {
                 match api.patch(&name, &PatchParams::apply("athanor-tests"), &Patch::Apply(&crd)).await {
                     Ok(_) => break,

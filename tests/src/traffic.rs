@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use athanor_contract::serve::header;
+use athanor_contract::process::header;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::task::{JoinHandle, JoinSet};

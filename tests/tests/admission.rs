@@ -30,6 +30,30 @@ fn deployment(change: impl Fn(&mut Value)) -> Value {
     json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"generateName": "deployment-"}, "spec": spec})
 }
 
+/// An example of a rule between fields, as patches of [`job`]. The Rust rules decide the same examples in contract/tests/rules.rs.
+#[derive(serde::Deserialize)]
+struct Example {
+    message: String,
+    refused: Vec<Value>,
+    accepted: Vec<Value>,
+}
+
+fn rules() -> Vec<Example> {
+    serde_json::from_str(include_str!("../../contract/tests/rules.json")).unwrap()
+}
+
+/// JSON merge patch (RFC 7396).
+fn merge(target: &mut Value, patch: &Value) {
+    match (target.as_object_mut(), patch) {
+        (Some(target), Value::Object(patch)) => {
+            for (name, value) in patch {
+                merge(target.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        _ => *target = patch.clone(),
+    }
+}
+
 /// A job that searches; `more` are further fields of the search.
 fn search(parameters: Value, more: Value) -> Value {
     job(|spec| {
@@ -77,26 +101,9 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let found = &annotated.data["spec"]["data"]["annotate"];
     assert_eq!(found["teacher"]["minimumConfidence"], "0.9", "{found}");
 
-    let refused: Vec<(&str, Value)> = vec![
+    let mut refused: Vec<(&str, Value)> = vec![
         ("unknown field", job(|spec| spec["hyperparameters"] = json!({"learningrate": 0.1}))),
         ("unknown field", job(|spec| spec["modle"] = json!({}))),
-        (
-            "exactly one of uri and kafka",
-            job(|spec| spec["data"]["sources"][0].as_object_mut().unwrap().retain(|key, _| key == "name")),
-        ),
-        (
-            "exactly one of uri and kafka",
-            job(
-                |spec| spec["data"]["sources"][0]["kafka"] = json!({"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 0, "end": 5}]}),
-            ),
-        ),
-        (
-            "begin must not be after end",
-            job(|spec| {
-                spec["data"]["sources"] = json!([{"name": "k", "kafka":
-                    {"bootstrapServers": "k:9092", "topic": "t", "ranges": [{"partition": 0, "begin": 9, "end": 5}]}}])
-            }),
-        ),
         (
             "Duplicate value",
             job(|spec| {
@@ -109,56 +116,15 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         ("should have at least 1 items", job(|spec| spec["data"]["sources"] = json!([]))),
         ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"learningRate": 99}))),
         ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"batchSize": 0}))),
-        ("epochs or maxSteps, not both", job(|spec| spec["hyperparameters"] = json!({"epochs": 1, "maxSteps": 5}))),
         ("greater than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 1}}))),
         ("less than or equal to", job(|spec| spec["hyperparameters"] = json!({"crossValidation": {"folds": 21}}))),
         ("Unsupported value", job(|spec| spec["failurePolicy"] = json!({"onNonFinite": "Ignore"}))),
-        (
-            "exactly one of range, values and choices",
-            search(json!([{"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3}, "values": [1e-4]}]), json!({})),
-        ),
-        ("exactly one of range, values and choices", search(json!([{"name": "learningRate"}]), json!({}))),
-        (
-            "choices is for optimizer, schedule and precision",
-            search(json!([{"name": "batchSize", "choices": ["16", "32"]}]), json!({})),
-        ),
-        (
-            "range and values are for numbers",
-            search(json!([{"name": "optimizer", "range": {"min": 1.0, "max": 2.0}}]), json!({})),
-        ),
         ("Unsupported value", search(json!([{"name": "luck", "values": [1.0]}]), json!({}))),
         (
             "Duplicate value",
             search(json!([{"name": "l1", "values": [0.0]}, {"name": "l1", "values": [0.1]}]), json!({})),
         ),
         ("should have at least 1 items", search(json!([]), json!({}))),
-        (
-            "a Log scale needs min above 0",
-            search(json!([{"name": "l1", "range": {"min": 0.0, "max": 0.1, "scale": "Log"}}]), json!({})),
-        ),
-        (
-            "step is for the Linear scale",
-            search(
-                json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "scale": "Log", "step": 0.01}}]),
-                json!({}),
-            ),
-        ),
-        (
-            "step must be above 0",
-            search(json!([{"name": "l1", "range": {"min": 0.01, "max": 0.1, "step": 0.0}}]), json!({})),
-        ),
-        ("min must be below max", search(json!([{"name": "l1", "range": {"min": 0.1, "max": 0.1}}]), json!({}))),
-        (
-            "asha is for algorithm ASHA alone",
-            search(json!([{"name": "l1", "values": [0.0]}]), json!({"asha": {"reductionFactor": 3}})),
-        ),
-        (
-            "minimumSteps or minimumEpochs, not both",
-            search(
-                json!([{"name": "l1", "values": [0.0]}]),
-                json!({"algorithm": "ASHA", "asha": {"minimumSteps": 5, "minimumEpochs": 1}}),
-            ),
-        ),
         (
             "greater than or equal to",
             search(
@@ -167,37 +133,6 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             ),
         ),
         ("less than or equal to", search(json!([{"name": "l1", "values": [0.0]}]), json!({"maxTrials": 1000}))),
-        ("exactly one of endpoint and teacher", job(|spec| spec["data"]["annotate"] = json!({}))),
-        (
-            "exactly one of endpoint and teacher",
-            job(|spec| {
-                let endpoint = json!({"url": "http://teacher/v1", "model": "m"});
-                spec["data"]["annotate"] = json!({"endpoint": endpoint, "teacher": {}});
-            }),
-        ),
-        (
-            "minimumConfidence must be between 0 and 1",
-            job(|spec| spec["data"]["annotate"] = json!({"teacher": {"minimumConfidence": "1.5"}})),
-        ),
-        (
-            "maximumCost needs inputTokenPrice and outputTokenPrice",
-            job(|spec| {
-                spec["data"]["annotate"] =
-                    json!({"endpoint": {"url": "http://teacher/v1", "model": "m", "maximumCost": "1"}})
-            }),
-        ),
-        (
-            "leave no rows to train on",
-            job(|spec| spec["data"]["split"] = json!({"validationPercent": 50, "testPercent": 50})),
-        ),
-        (
-            "exactly one of minimum, minimumGain and minimumOfTeacher",
-            job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy"}]})),
-        ),
-        (
-            "needs a baseline",
-            job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimumGain": "0.1"}]})),
-        ),
         ("should match", job(|spec| spec["evaluate"] = json!({"gates": [{"metric": "Accuracy", "minimum": "much"}]}))),
         (
             "Required value",
@@ -222,11 +157,19 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             deployment(|spec| spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 200}]}})),
         ),
     ];
+    let rules = rules();
+    let examples = rules.iter().flat_map(|example| example.refused.iter().map(|patch| (&*example.message, patch)));
+    refused.extend(examples.map(|(message, patch)| (message, job(|spec| merge(spec, patch)))));
+    assert!(refused.len() > 50, "only {} manifests", refused.len());
     for (part, object) in &refused {
         match create(client, object).await {
             Ok(_) => panic!("taken, but should be refused with {part:?}: {object}"),
             Err(message) => assert!(message.contains(part), "{part:?} is not in: {message}\n{object}"),
         }
+    }
+
+    for patch in rules.iter().flat_map(|example| &example.accepted) {
+        create(client, &job(|spec| merge(spec, patch))).await.unwrap_or_else(|error| panic!("{error}: {patch}"));
     }
 
     // The specification of a job is fixed, but for what may change while it runs.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, process::Command};
 
 /// Crates that each crate of ours may use of ours, and other crates it must not reach, directly or through others.
-const TABLE: [(&str, &[&str], &[&str]); 14] = [
+const TABLE: [(&str, &[&str], &[&str]); 15] = [
     ("contract", &[], &["kube", "tch", "tokio"]),
     ("telemetry", &[], &["kube", "tch"]),
     ("store", &["contract"], &["kube", "tch"]),
@@ -15,12 +15,14 @@ const TABLE: [(&str, &[&str], &[&str]); 14] = [
     ("search", &["contract"], &["kube", "tch", "tokio"]),
     ("operator", &["contract", "crds", "search", "telemetry"], &["tch", "rdkafka"]),
     ("trainer", &["contract", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &[]),
-    ("server", &["contract", "feedback", "models", "serving", "store", "telemetry", "torch"], &[]),
-    ("serving", &["contract", "feedback", "store", "telemetry"], &["tch"]),
+    ("router", &["contract", "feedback", "serving", "store", "telemetry"], &["tch"]),
+    ("server", &["contract", "models", "serving", "store", "telemetry", "torch"], &["kube", "rdkafka"]),
+    ("serving", &["contract", "telemetry"], &["kube", "rdkafka", "tch"]),
     ("tests", &["contract", "crds"], &["tch"]),
 ];
 
-/// Names of what a package of ours reaches through normal dependencies when it is built by itself (not for tests or build scripts).
+/// Names of what a package of ours reaches through normal dependencies when it is built by itself (not for tests or
+/// build scripts).
 fn reach(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--offline", "--edges=normal", "--prefix=none", "--format={p}", "--package", package])
@@ -37,6 +39,33 @@ fn members() -> BTreeSet<String> {
     let manifest = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml")).unwrap();
     let line = manifest.lines().find(|line| line.starts_with("members")).unwrap();
     line.split('"').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// The lines around the table of ARCHITECTURE.md.
+const MARKERS: [&str; 2] = ["<!-- dependencies: begin -->\n", "<!-- dependencies: end -->\n"];
+
+/// The table as ARCHITECTURE.md shows it.
+fn markdown() -> String {
+    let list = |names: &[&str], none: &str| if names.is_empty() { none.to_owned() } else { names.join(", ") };
+    let row = |(name, allowed, forbidden): &(&str, &[&str], &[&str])| {
+        format!("| {name} | {} | {} |\n", list(allowed, "nothing of ours"), list(forbidden, "-"))
+    };
+    let rows: String = TABLE.iter().map(row).collect();
+    format!("| crate | may use | must not reach |\n|---|---|---|\n{rows}")
+}
+
+/// `ATHANOR_REWRITE=1` writes the table into ARCHITECTURE.md instead of comparing.
+#[test]
+fn the_document_shows_the_table_of_this_test() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../ARCHITECTURE.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = text.split_once(MARKERS[0]).unwrap();
+    let (shown, after) = rest.split_once(MARKERS[1]).unwrap();
+    if std::env::var_os("ATHANOR_REWRITE").is_some() {
+        std::fs::write(path, [before, MARKERS[0], &markdown(), MARKERS[1], after].concat()).unwrap();
+        return;
+    }
+    assert_eq!(shown, markdown(), "run this test with ATHANOR_REWRITE=1");
 }
 
 #[test]
@@ -56,34 +85,72 @@ fn crates_use_only_what_the_table_allows() {
     }
 }
 
-/// Kubernetes clients live in few places: the trainer never has one, serving only in its router, the operator only in three steps.
+/// Kubernetes clients are in few places: trainer and servers have none, the router only where it reads its configuration,
+/// the operator only where it watches, writes and elects. The steps of a reconcile write through `Cluster`, which only
+/// `apply` and `status` have.
 #[test]
 fn the_kubernetes_client_stays_where_it_belongs() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
     let output = Command::new("grep")
-        .args(["-rlE", "\\bkube(::|_runtime)", "--include=*.rs", "trainer", "server", "serving", "models", "torch"])
+        .args([
+            "-rlE",
+            "\\bkube(::|_runtime)",
+            "--include=*.rs",
+            "trainer",
+            "server",
+            "serving",
+            "router",
+            "models",
+            "torch",
+        ])
         .current_dir(root)
         .output()
         .unwrap();
     for file in String::from_utf8(output.stdout).unwrap().lines() {
         assert!(
-            file.starts_with("serving/src/router/") || file == "serving/src/bin/athanor-router.rs",
-            "{file} uses kube outside the router"
+            ["router/src/source/kubernetes.rs", "router/src/main.rs"].contains(&file),
+            "{file} uses a Kubernetes client"
         );
     }
-    for kind in ["finetunejob", "modeldeployment"] {
-        let folder = format!("{root}/operator/src/{kind}");
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            // An HTTP client (for the routers' own counts) is another thing.
-            let text = std::fs::read_to_string(&path).unwrap().replace("reqwest::Client", "");
-            let names_client = text.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == "Client");
-            let step = path.file_stem().unwrap().to_str().unwrap();
+    let mut kinds = 0;
+    for path in sources(&format!("{root}/operator/src").into()) {
+        // An HTTP client (for the routers' counts) is another thing.
+        let text = std::fs::read_to_string(&path).unwrap().replace("reqwest::Client", "");
+        let names = |wanted| text.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == wanted);
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        if stem.ends_with("tests") {
+            continue;
+        }
+        let is_kind = path.components().any(|part| {
+            let part = part.as_os_str();
+            part == "finetunejob" || part == "modeldeployment"
+        });
+        kinds += usize::from(is_kind);
+        if is_kind {
+            assert!(!names("Client"), "{} names a Kubernetes client", path.display());
             assert!(
-                !names_client || ["dereference", "apply", "status"].contains(&step),
-                "{} names a Kubernetes client",
+                !names("Cluster") || ["apply", "status", "mod"].contains(&stem),
+                "{} names the writer to the cluster",
                 path.display()
             );
+        } else {
+            let may = ["cluster", "context", "controllers", "lease", "main"].contains(&stem);
+            assert!(!names("Client") || may, "{} names a Kubernetes client", path.display());
         }
     }
+    assert!(kinds > 20, "only {kinds} files of the two kinds were found");
+}
+
+/// All Rust files below a folder.
+fn sources(folder: &std::path::PathBuf) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    found
 }

@@ -2,21 +2,19 @@
 
 use std::{
     ffi::{CString, c_int, c_void},
-    fs::File,
     marker::PhantomData,
-    os::fd::AsRawFd,
     ptr::NonNull,
     time::Duration,
 };
 
 use tch::Tensor;
 
-use crate::{Error, ffi, sharding::Cuts, shared::SharedMatrices};
+use crate::{Error, ffi};
 
 /// Which library moves the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// CPU tensors over TCP, or through memory where all ranks share some.
+    /// CPU tensors over TCP.
     Gloo,
     /// CUDA tensors; only in builds with the feature `nccl`.
     Nccl,
@@ -34,8 +32,6 @@ pub struct Rendezvous<'a> {
     pub world: usize,
     /// For the rendezvous and for each collective.
     pub timeout: Duration,
-    /// Of ranks on one machine, for Gloo: a file that all of them have, empty before the first of them comes here. Sums go through it.
-    pub shared_memory: Option<&'a File>,
 }
 
 /// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a time.
@@ -43,7 +39,6 @@ pub struct ProcessGroup {
     handle: NonNull<c_void>,
     rank: usize,
     world: usize,
-    shares_memory: bool,
 }
 
 // SAFETY: the handle owns a reference-counted c10d::ProcessGroup, which is not bound to the thread that made it.
@@ -61,10 +56,9 @@ impl ProcessGroup {
             |value: usize| c_int::try_from(value).map_err(|_| Error::Torch(format!("{value} ranks are too many")));
         let (rank, world) = (number(at.rank)?, number(at.world)?);
         let timeout = i64::try_from(at.timeout.as_millis()).unwrap_or(i64::MAX);
-        let shared_memory = at.shared_memory.map_or(-1, AsRawFd::as_raw_fd);
         let mut handle = std::ptr::null_mut();
         ffi::call(|message| {
-            // SAFETY: the strings and the file outlive the call; `handle` is written on success only.
+            // SAFETY: the strings outlive the call; `handle` is written on success only.
             unsafe {
                 ffi::athanor_group_new(
                     c_int::from(backend == Backend::Nccl),
@@ -74,15 +68,13 @@ impl ProcessGroup {
                     rank,
                     world,
                     timeout,
-                    shared_memory,
                     &mut handle,
                     message,
                 )
             }
         })?;
         let handle = NonNull::new(handle).ok_or_else(|| Error::Torch("no process group was made".into()))?;
-        let shares_memory = backend == Backend::Gloo && at.shared_memory.is_some();
-        Ok(Self { handle, rank: at.rank, world: at.world, shares_memory })
+        Ok(Self { handle, rank: at.rank, world: at.world })
     }
 
     pub fn rank(&self) -> usize {
@@ -91,11 +83,6 @@ impl ProcessGroup {
 
     pub fn world(&self) -> usize {
         self.world
-    }
-
-    /// Whether sums go through memory.
-    pub fn shares_memory(&self) -> bool {
-        self.shares_memory
     }
 
     /// Sums the tensor over all ranks, in place.
@@ -134,69 +121,6 @@ impl ProcessGroup {
                 )
             }
         })
-    }
-
-    pub(crate) fn handle(&self) -> *mut c_void {
-        self.handle.as_ptr()
-    }
-
-    /// Of ranks that share memory: moves parameters into it, those of rank 0 for all.
-    pub(crate) fn share(&self, parameters: &[Tensor]) -> Result<(), Error> {
-        let pointers = ffi::pointers(parameters);
-        // SAFETY: handle and tensors are alive for the call, and then the tensors own their part of the memory.
-        ffi::call(|message| unsafe {
-            ffi::athanor_share_parameters(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), message)
-        })
-    }
-
-    /// Once all ranks have called it, each has a copy of its own of what they shared.
-    pub(crate) fn unshare(&self, parameters: &[Tensor]) -> Result<(), Error> {
-        let pointers = ffi::pointers(parameters);
-        // SAFETY: as in share.
-        ffi::call(|message| unsafe {
-            ffi::athanor_unshare_parameters(self.handle.as_ptr(), pointers.as_ptr(), pointers.len(), message)
-        })
-    }
-
-    /// Of ranks that share memory: sums the parameters' gradients, where layers wrote them or else those in the parameters. Each rank
-    /// gets its parts alone.
-    pub(crate) fn sum_gradients(
-        &self,
-        matrices: &SharedMatrices,
-        parameters: &[Tensor],
-        cuts: &[&Cuts],
-    ) -> Result<(), Error> {
-        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
-        let (group, matrices) = (self.handle.as_ptr(), matrices.handle());
-        // SAFETY: handles, tensors and places, as many of these as the shim reads, are alive for the call.
-        ffi::call(|message| unsafe {
-            ffi::athanor_sum_gradients(group, matrices, pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
-        })
-    }
-
-    /// Of ranks that share memory: tells the others that this rank has changed its parts of the parameters, and returns once all ranks
-    /// have.
-    pub(crate) fn publish(
-        &self,
-        matrices: &SharedMatrices,
-        parameters: &[Tensor],
-        cuts: &[&Cuts],
-    ) -> Result<(), Error> {
-        let (pointers, cuts) = (ffi::pointers(parameters), self.places(parameters, cuts)?);
-        let (group, matrices) = (self.handle.as_ptr(), matrices.handle());
-        // SAFETY: as in sum_gradients.
-        ffi::call(|message| unsafe {
-            ffi::athanor_publish(group, matrices, pointers.as_ptr(), pointers.len(), cuts.as_ptr(), message)
-        })
-    }
-
-    /// The cuts of all tensors, one after another, as the shim takes them.
-    fn places(&self, tensors: &[Tensor], cuts: &[&Cuts]) -> Result<Vec<i64>, Error> {
-        let places: Vec<i64> = cuts.iter().flat_map(|Cuts(places)| places).copied().collect();
-        if cuts.len() != tensors.len() || places.len() != tensors.len() * (self.world + 1) {
-            return Err(Error::Torch(format!("tensors are not cut for {} ranks", self.world)));
-        }
-        Ok(places)
     }
 
     /// Returns once all ranks have called it.
@@ -268,33 +192,29 @@ impl Drop for Reducer<'_> {
 }
 
 #[cfg(test)]
-mod shared_memory_tests {
+mod tests {
+    use std::{sync::Mutex, time::Instant};
+
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::sharding::tests::on_ranks;
+    use crate::{backward, sharding::tests::on_ranks, zero_grad};
 
     #[test]
     fn sums_are_those_over_all_ranks_and_the_same_bits_on_each() {
-        for world in [2, 3, 5] {
-            let file = tempfile::tempfile().unwrap();
-            let found = std::sync::Mutex::new(Vec::new());
-            on_ranks(world, Some(&file), |group| {
-                // Less than a chunk of it, exactly one, many and a rest; more ranks than cache lines.
-                for (size, kind) in
-                    [(1_i64, Kind::Double), (65_536, Kind::Float), (700_001, Kind::Float), (70_003, Kind::Double)]
-                {
+        for world in [2, 3, 4] {
+            let found = Mutex::new(Vec::new());
+            on_ranks(world, |group| {
+                // A number for each rank and less, and sizes that no number of ranks divides.
+                for (size, kind) in [(1_i64, Kind::Double), (700_001, Kind::Float), (70_003, Kind::Double)] {
                     let of_rank = |rank: usize| Tensor::arange(size, (kind, Device::Cpu)) * 0.1 + (rank as f64 + 0.3);
                     let sum = of_rank(group.rank());
                     group.all_reduce_sum(&sum).unwrap();
                     let expected: Tensor = (0..world).map(|rank| of_rank(rank).to_kind(Kind::Double)).sum();
+                    // FP32 rounds each of up to three additions, 6e-8 relative each.
                     assert!(sum.to_kind(Kind::Double).allclose(&expected, 1e-6, 0.0, false), "{size} of {world} ranks");
                     found.lock().unwrap().push((size, sum));
                 }
-                // Columns of a matrix, and what only Gloo sums.
-                let matrix = Tensor::ones([300, 7], (Kind::Float, Device::Cpu));
-                group.all_reduce_sum(&matrix.narrow(1, 2, 3)).unwrap();
-                assert_eq!(matrix.sum(Kind::Double).double_value(&[]), 300.0 * (4.0 + 3.0 * world as f64));
                 let whole = Tensor::from(group.rank() as i64 + 1);
                 group.all_reduce_sum(&whole).unwrap();
                 assert_eq!(whole.int64_value(&[]) as usize, world * (world + 1) / 2);
@@ -306,20 +226,62 @@ mod shared_memory_tests {
         }
     }
 
+    /// What a rank of [`on_ranks`] relies on when another one fails.
     #[test]
-    fn a_rank_that_does_not_come_is_a_lost_peer() {
-        let file = tempfile::tempfile().unwrap();
-        on_ranks(2, Some(&file), |group| {
-            if group.rank() == 1 {
-                let found = group.all_reduce_sum(&Tensor::from(1.0_f32));
-                assert!(matches!(found, Err(Error::LostPeer(_))), "{found:?}");
-            }
+    fn a_rank_whose_peer_goes_away_has_lost_a_peer_at_once() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let join = |rank: usize| {
+            let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
+            let at = Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout };
+            ProcessGroup::new(Backend::Gloo, &at).unwrap()
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(join(1)));
+            let group = join(0);
+            let begun = Instant::now();
+            let found = group.all_reduce_sum(&Tensor::from(1.0_f32));
+            assert!(matches!(found, Err(Error::LostPeer(_))), "{found:?}");
+            assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         });
+    }
+
+    /// The loss of each rank is of its own rows; the averages of the gradients are those of the whole batch, bit for bit on all ranks.
+    #[test]
+    fn the_reducer_averages_gradients_over_the_ranks() {
+        let world = 2;
+        let found = Mutex::new(Vec::new());
+        on_ranks(world, |group| {
+            let size = 400_000_i64;
+            let values = |rank: usize| Tensor::arange(size, (Kind::Float, Device::Cpu)).cos() * (rank as f64 + 1.0);
+            let parameters: Vec<Tensor> = [3_i64, size, 17]
+                .map(|size| Tensor::ones([size], (Kind::Float, Device::Cpu)).set_requires_grad(true))
+                .into();
+            let mut reducer = Reducer::new(&parameters, group).unwrap();
+            // The buckets are arranged again after the first step.
+            for _ in 0..3 {
+                zero_grad(&parameters).unwrap();
+                reducer.prepare_for_forward().unwrap();
+                let loss: Tensor = parameters
+                    .iter()
+                    .map(|w| (w * values(group.rank()).narrow(0, 0, w.size()[0])).sum(Kind::Float))
+                    .sum();
+                reducer.prepare_for_backward().unwrap();
+                backward(&loss).unwrap();
+                for parameter in &parameters {
+                    let expected = (values(0) + values(1)).narrow(0, 0, parameter.size()[0]) / 2.0;
+                    // Halves are exact: one addition rounds.
+                    assert!(parameter.grad().allclose(&expected, 1e-6, 1e-6, false));
+                }
+            }
+            found.lock().unwrap().push(parameters[1].grad().copy());
+        });
+        let found = found.into_inner().unwrap();
+        assert_eq!(found[0], found[1]);
     }
 }
 
 #[cfg(all(test, feature = "nccl"))]
-mod tests {
+mod nccl_tests {
     use tch::{Device, Kind};
 
     use super::*;
@@ -330,8 +292,7 @@ mod tests {
     fn one_rank_trains_over_nccl() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-        let at =
-            Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout, shared_memory: None };
+        let at = Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout };
         let group = ProcessGroup::new(Backend::Nccl, &at).unwrap();
         let on_gpu = (Kind::Float, Device::Cuda(0));
         let values = Tensor::arange(1 << 20, on_gpu).sin();

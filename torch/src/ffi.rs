@@ -7,6 +7,19 @@ use crate::Error;
 /// `at::Tensor*`, as tch hands it out.
 pub type TensorPointer = *mut c_void;
 
+/// `athanor::AdamStep` of `kernels.hpp`: `w = w keep - size m / (sqrt(v) second_scale + epsilon)` after the moments' update.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct AdamStep {
+    pub keep: f32,
+    pub beta1_rest: f32,
+    pub beta2: f32,
+    pub beta2_rest: f32,
+    pub size: f32,
+    pub second_scale: f32,
+    pub epsilon: f32,
+}
+
 unsafe extern "C" {
     pub fn athanor_free(message: *mut c_char);
     pub fn athanor_has_nccl() -> c_int;
@@ -18,7 +31,6 @@ unsafe extern "C" {
         rank: c_int,
         world: c_int,
         timeout_ms: i64,
-        shared_memory: c_int,
         out: *mut *mut c_void,
         message: *mut *mut c_char,
     ) -> c_int;
@@ -39,44 +51,6 @@ unsafe extern "C" {
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
-    pub fn athanor_share_parameters(
-        group: *mut c_void,
-        parameters: *const TensorPointer,
-        count: usize,
-        message: *mut *mut c_char,
-    ) -> c_int;
-    pub fn athanor_unshare_parameters(
-        group: *mut c_void,
-        parameters: *const TensorPointer,
-        count: usize,
-        message: *mut *mut c_char,
-    ) -> c_int;
-    pub fn athanor_matrices_new(
-        group: *mut c_void,
-        matrices: *const TensorPointer,
-        count: usize,
-        half: c_int,
-        out: *mut *mut c_void,
-        message: *mut *mut c_char,
-    ) -> c_int;
-    pub fn athanor_matrices_drop(matrices: *mut c_void);
-    pub fn athanor_matrices_open(matrices: *mut c_void, open: c_int);
-    pub fn athanor_publish(
-        group: *mut c_void,
-        matrices: *mut c_void,
-        parameters: *const TensorPointer,
-        count: usize,
-        cuts: *const i64,
-        message: *mut *mut c_char,
-    ) -> c_int;
-    pub fn athanor_sum_gradients(
-        group: *mut c_void,
-        matrices: *mut c_void,
-        parameters: *const TensorPointer,
-        count: usize,
-        cuts: *const i64,
-        message: *mut *mut c_char,
-    ) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
         parameters: *const TensorPointer,
@@ -121,21 +95,17 @@ unsafe extern "C" {
         epsilon: f64,
         message: *mut *mut c_char,
     ) -> c_int;
-    pub fn athanor_table_adam(
+    pub fn athanor_embedding_adam(
         table: TensorPointer,
         first: TensorPointer,
         second: TensorPointer,
         gradients: TensorPointer,
         rows: *const i64,
         count: usize,
-        at: *mut i64,
+        steps_of_row: *mut i64,
         base: i64,
-        rates: *const f64,
+        recent: *const AdamStep,
         steps: usize,
-        beta1: f64,
-        beta2: f64,
-        epsilon: f64,
-        weight_decay: f64,
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_autocast_enter(cuda: c_int) -> c_int;

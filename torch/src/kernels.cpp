@@ -85,10 +85,6 @@ VECTORIZED void add_to(const float* x, float* sum, int64_t count) {
   for (int64_t i = 0; i < count; i++) sum[i] += x[i];
 }
 
-VECTORIZED void add_widened(const uint16_t* x, float* sum, int64_t count) {
-  for (int64_t i = 0; i < count; i++) sum[i] += wide(x[i]);
-}
-
 VECTORIZED float sum_of_squares(const float* x, int64_t count) {
   const int64_t even = count - count % kLanes;
   float lanes[kLanes] = {};

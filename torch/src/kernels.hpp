@@ -32,7 +32,6 @@ void narrow(const float* x, uint16_t* y, int64_t count);
 void add_scale(const float* x, const float* bias, float factor, float* y, int64_t count);
 // sum[i] += x[i].
 void add_to(const float* x, float* sum, int64_t count);
-void add_widened(const uint16_t* x, float* sum, int64_t count);
 
 float sum_of_squares(const float* x, int64_t count);
 
@@ -52,7 +51,7 @@ void quantize_rows(const float* x, int64_t rows, int64_t columns, uint8_t* q, fl
 // y = y * the row's scale + bias.
 void scale_rows(float* y, int64_t rows, int64_t columns, const float* scales, const float* bias);
 
-// What Adam does to a row at one step.
+// The coefficients of Adam's step for a row; `ffi.rs` declares the same.
 struct AdamStep {
   float keep, beta1_rest, beta2, beta2_rest, size, second_scale, epsilon;
 };

@@ -14,7 +14,6 @@
 #include <cmath>
 
 #include "kernels.hpp"
-#include "shared_matrices.hpp"
 #include "shim.hpp"
 
 namespace {
@@ -250,16 +249,10 @@ struct Layer : torch::autograd::Function<Layer> {
     const c10::impl::ExcludeDispatchKeyGuard plain(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
     const auto kind = half ? at::kBFloat16 : at::kFloat;
     const Shape shape{x.size(0), x.size(1), numbers.first_token != 0 ? 1 : x.size(1), x.size(2), numbers.heads};
-    // A copy in this kind where ranks share one, or the parameter itself.
-    const auto shared = [&](int64_t place) {
-      const auto& parameter = parameters[static_cast<size_t>(place)];
-      auto copy = half ? athanor::narrowed(athanor::key_of(parameter)) : at::Tensor();
-      return copy.defined() ? copy : parameter;
-    };
-    const auto weight = [&](int64_t place) { return shared(place).to(kind); };
+    const auto weight = [&](int64_t place) { return parameters[static_cast<size_t>(place)].to(kind); };
     auto rows = x.to(kind).contiguous().view({-1, shape.c});
     auto joined = at::empty({3 * shape.c, shape.c}, rows.options());
-    for (int64_t part = 0; part < 3; part++) joined.narrow(0, part * shape.c, shape.c).copy_(shared(2 * part));
+    for (int64_t part = 0; part < 3; part++) joined.narrow(0, part * shape.c, shape.c).copy_(parameters[static_cast<size_t>(2 * part)]);
     const bool all = shape.q == shape.t;
     // Of the first token alone only its query is asked for, and only its residual.
     auto asking = all ? rows : rows.view({shape.b, shape.t, shape.c}).select(1, 0).contiguous();
@@ -295,9 +288,6 @@ struct Layer : torch::autograd::Function<Layer> {
     context->saved_data["shape"] = std::vector<int64_t>{shape.b, shape.t, shape.q, shape.c, shape.h, numbers.activation};
     context->saved_data["x"] = static_cast<int64_t>(x.scalar_type());
     context->saved_data["relative"] = relative && relative->requires_grad();
-    std::vector<int64_t> keys;
-    for (const auto& parameter : parameters) keys.push_back(reinterpret_cast<int64_t>(athanor::key_of(parameter)));
-    context->saved_data["keys"] = keys;
     return last.view({shape.b, shape.q, shape.c});
   }
 
@@ -316,26 +306,9 @@ struct Layer : torch::autograd::Function<Layer> {
     // By x, the parameters, relative, mask and numbers.
     variable_list by(1 + kParameters + 3);
     const auto of = [&](int place) -> at::Tensor& { return by[static_cast<size_t>(1 + place)]; };
-    // The gradient of a matrix goes where ranks share it, or to autograd.
-    const auto keys = context->saved_data["keys"].toIntVector();
-    const auto sink = [&](int place) {
-      return athanor::gradient_of(reinterpret_cast<const void*>(keys[static_cast<size_t>(place)]), kind);
-    };
-    const auto give = [&](int place, const at::Tensor& gradient) {
-      auto into = sink(place);
-      if (into.defined()) {
-        into.copy_(gradient);
-      } else {
-        of(place) = gradient.to(at::kFloat);
-      }
-    };
+    const auto give = [&](int place, const at::Tensor& gradient) { of(place) = gradient.to(at::kFloat); };
     const auto product = [&](int place, const at::Tensor& gradient, const at::Tensor& input) {
-      auto into = sink(place);
-      if (into.defined()) {
-        at::mm_out(into, gradient.t(), input);
-      } else {
-        of(place) = at::mm(gradient.t(), input).to(at::kFloat);
-      }
+      give(place, at::mm(gradient.t(), input));
     };
 
     auto from_last = add_norm_backward(gradients[0].to(kind).contiguous(), last_normalised, last_reciprocals, last_norm, last_drop);

@@ -194,6 +194,7 @@ mod tests {
                 assert_eq!(y.kind(), if half { Kind::BFloat16 } else { Kind::Float });
                 // bfloat16 has eight bits.
                 let (near, near_gradient) = match (half, activation) {
+                    // FP32 products and sums in another order; the backward pass has twice as many.
                     (false, _) => (1e-5, 2e-5),
                     // Near zero a rounded number is on the other side.
                     (true, Activation::Relu) => (1e-2, 1e-1),
@@ -221,6 +222,7 @@ mod tests {
         case.relative = Tensor::zeros([1, H, T, T], OPTIONS);
         case.mask = Tensor::ones([B, T], (Kind::Bool, Device::Cpu));
         let call = LayerCall { relative: None, mask: None, ..case.call(false, Activation::Gelu, 0.0) };
+        // FP32 products summed in another order.
         assert!(difference(&call.forward(&case.x).unwrap(), &case.naive(false, Activation::Gelu)) < 1e-5);
     }
 
@@ -243,6 +245,7 @@ mod tests {
                 }
                 // Along the gradient, where the change is largest.
                 let direction = &gradient / gradient.norm();
+                // A central difference: its error is of second order in the step, and rounding of the loss is divided by it.
                 let step = 3e-3;
                 let shift = |by: f64| {
                     tch::no_grad(|| {

@@ -1,28 +1,27 @@
-//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL, memory that ranks share) with the DDP [`Reducer`], autocast, norms, fused
-//! optimizers, one by rows of a table, a transformer layer with its backward pass, packed and quantized linear layers, dropout and RNG state. Leaves out everything tch has, and
-//! any policy: retries and exit codes are the trainer's.
+//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, norms, fused optimizers, one that
+//! updates single rows of a table, a transformer layer with its backward pass, packed and quantized linear layers, dropout and RNG
+//! state. Leaves out everything that tch has, and any policy: retries and exit codes are decided by the trainer.
 //!
 //! This is the only crate with unsafe code. C++ exceptions become [`Error`]s; a peer that went away is [`Error::LostPeer`].
 
 mod distributed;
 mod dropout;
+mod embedding_adam;
 mod ffi;
 mod layer;
 mod linear;
 mod optimizer;
 mod runtime;
 mod sharding;
-mod shared;
-mod table;
 
 pub use distributed::{Backend, ProcessGroup, Reducer, Rendezvous};
 pub use dropout::dropout;
+pub use embedding_adam::EmbeddingAdam;
 pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
 pub use optimizer::{Optimizer, Rule, add_penalty, backward, norm, scale, zero_grad};
 pub use runtime::{Autocast, exit_now, has_nccl, rng_state, set_num_threads, set_rng_state};
 pub use sharding::Shard;
-pub use table::TableAdam;
 
 /// What libtorch said when a call failed.
 #[derive(Debug, thiserror::Error)]

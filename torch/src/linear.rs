@@ -140,6 +140,7 @@ mod tests {
                 (Activation::GeluTanh, plain.gelu("tanh")),
             ] {
                 let found = packed.forward(&x, activation).unwrap();
+                // oneDNN sums 64 products in another order than MKL; gelu is approximated by another polynomial.
                 assert!(found.allclose(&expected, 1e-4, 1e-5, false), "{activation:?} {:?}", x.size());
             }
         }
@@ -167,8 +168,10 @@ mod tests {
                 (Activation::Gelu, naive.gelu("none")),
             ] {
                 let found = quantized.forward(&x, activation).unwrap();
+                // Whole numbers are summed exactly; scaling them rounds. `naive` rounds each of 64 products and sums.
                 assert!(found.allclose(&expected, 1e-3, 1e-2, false), "{activation:?} {:?}", x.size());
             }
+            // Eight bits: half a level is 1/254 of the largest value of a row, some 1 % of its norm.
             let error =
                 f64::try_from((quantized.forward(&x, Activation::Identity).unwrap() - &exact).norm() / exact.norm());
             assert!(error.unwrap() < 0.02);
@@ -178,6 +181,7 @@ mod tests {
         let together = quantized.forward(&x, Activation::Identity).unwrap();
         assert_eq!(alone, together.narrow(0, 0, 1));
         let zeros = quantized.forward(&Tensor::zeros([2, 64], options), Activation::Identity).unwrap();
+        // Adding zero: exact but for a conversion.
         assert!(zeros.allclose(&bias.unsqueeze(0), 1e-6, 1e-6, false));
     }
 }

@@ -21,8 +21,6 @@
 #include <cmath>
 
 #include "kernels.hpp"
-#include "shared_matrices.hpp"
-#include "shared_memory.hpp"
 #include "shim.hpp"
 
 namespace {
@@ -78,54 +76,6 @@ double norm_of(const std::vector<at::Tensor>& tensors) {
 
 struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
-  // Where its ranks share some.
-  std::shared_ptr<athanor::SharedMemory> memory;
-};
-
-// Cuts has, for each tensor, the places between which each rank's part is: `world` + 1 numbers.
-athanor::Parts<float> parts_of(const std::vector<at::Tensor>& tensors, const int64_t* cuts, int64_t world) {
-  athanor::Parts<float> parts;
-  parts.of.resize(world);
-  for (const auto& tensor : tensors) {
-    TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && cuts[world] == tensor.numel(),
-                "only contiguous tensors of floats on the CPU can be shared in parts");
-    auto* data = tensor.mutable_data_ptr<float>();
-    for (int64_t rank = 0; rank < world; rank++)
-      if (cuts[rank] < cuts[rank + 1]) parts.of[rank].push_back({data + cuts[rank], cuts[rank + 1] - cuts[rank]});
-    cuts += world + 1;
-  }
-  return parts;
-}
-
-// Gloo, whose sums go through shared memory instead of sockets.
-struct SharedMemoryGloo : c10d::ProcessGroupGloo {
-  // Before Gloo connects the ranks, so that all of them have mapped it once they are connected.
-  SharedMemoryGloo(std::shared_ptr<athanor::SharedMemory> memory, const c10::intrusive_ptr<c10d::Store>& store, int rank, int world,
-                   c10::intrusive_ptr<Options> options)
-      : c10d::ProcessGroupGloo(store, rank, world, std::move(options)), memory_(std::move(memory)) {}
-
-  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override {
-    const auto is_summed = [](const at::Tensor& tensor) {
-      return tensor.is_cpu() && !tensor.is_sparse() && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
-    };
-    if (!(options.reduceOp == c10d::ReduceOp::SUM) || !std::all_of(tensors.begin(), tensors.end(), is_summed))
-      return c10d::ProcessGroupGloo::allreduce(tensors, options);
-    for (auto& tensor : tensors) {
-      auto flat = tensor.contiguous();
-      if (flat.scalar_type() == at::kFloat) {
-        memory_->sum(flat.mutable_data_ptr<float>(), flat.numel());
-      } else {
-        memory_->sum(flat.mutable_data_ptr<double>(), flat.numel());
-      }
-      if (!flat.is_same(tensor)) tensor.copy_(flat);
-    }
-    auto future = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
-    future->markCompleted(c10::IValue(tensors));
-    return c10d::Work::create_from_future(future);
-  }
-
- private:
-  std::shared_ptr<athanor::SharedMemory> memory_;
 };
 
 }  // namespace
@@ -142,9 +92,8 @@ int athanor_has_nccl() {
 #endif
 }
 
-// `shared_memory` is a file's descriptor, or negative for none.
 int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, const char* bind_host, int rank, int world,
-                      int64_t timeout_ms, int shared_memory, Group** out, char** message) {
+                      int64_t timeout_ms, Group** out, char** message) {
   return guarded(message, [&] {
     const auto timeout = std::chrono::milliseconds(timeout_ms);
     c10d::TCPStoreOptions options;
@@ -154,7 +103,6 @@ int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, con
     options.timeout = timeout;
     auto store = c10::make_intrusive<c10d::TCPStore>(store_host, options);
     auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, world);
-    std::shared_ptr<athanor::SharedMemory> memory;
     if (nccl) {
 #ifdef ATHANOR_NCCL
       auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
@@ -168,17 +116,11 @@ int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, con
     } else {
       auto gloo_options = c10d::ProcessGroupGloo::Options::create(timeout);
       gloo_options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind_host));
-      c10::intrusive_ptr<c10d::ProcessGroupGloo> backend;
-      if (shared_memory >= 0) {
-        memory = std::make_shared<athanor::SharedMemory>(shared_memory, rank, world, timeout);
-        backend = c10::make_intrusive<SharedMemoryGloo>(memory, store, rank, world, gloo_options);
-      } else {
-        backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, gloo_options);
-      }
+      auto backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, gloo_options);
       group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
       group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
     }
-    *out = new Group{group, memory};
+    *out = new Group{group};
   });
 }
 
@@ -212,111 +154,6 @@ int athanor_broadcast_coalesced(Group* group, at::Tensor* const* tensors, size_t
 
 int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
-}
-
-// Moves parameters, whose ranks share memory, into it: those of rank 0, from now on the same memory for all of them.
-int athanor_share_parameters(Group* group, at::Tensor* const* parameters, size_t count, char** message) {
-  return guarded(message, [&] {
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    std::size_t bytes = 0;
-    const auto size_of = [](const at::Tensor& parameter) { return (parameter.storage().nbytes() + 63) / 64 * 64; };
-    for (const auto& parameter : list(parameters, count)) {
-      TORCH_CHECK(parameter.is_cpu() && parameter.is_contiguous() && parameter.storage_offset() == 0 &&
-                      parameter.storage().nbytes() == parameter.nbytes(),
-                  "only tensors on the CPU that have their memory for themselves can be shared");
-      bytes += size_of(parameter);
-    }
-    const auto region = group->memory->region(bytes);
-    const auto each = [&](auto&& visit) {
-      char* at = region.get();
-      for (size_t i = 0; i < count; i++) {
-        visit(*parameters[i], at);
-        at += size_of(*parameters[i]);
-      }
-    };
-    if (group->memory->rank() == 0)
-      each([](const at::Tensor& parameter, char* at) { memcpy(at, parameter.const_data_ptr(), parameter.nbytes()); });
-    group->memory->sync();
-    each([&](const at::Tensor& parameter, char* at) {
-      const auto release = [](void* owner) { delete static_cast<std::shared_ptr<char>*>(owner); };
-      parameter.storage().set_data_ptr(at::DataPtr(at, new std::shared_ptr<char>(region), release, at::kCPU));
-    });
-  });
-}
-
-// Gives each rank a copy of its own again, once all of them ask for it.
-int athanor_unshare_parameters(Group* group, at::Tensor* const* parameters, size_t count, char** message) {
-  return guarded(message, [&] {
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    group->memory->sync();
-    for (size_t i = 0; i < count; i++) {
-      auto copy = parameters[i]->detach().clone();
-      parameters[i]->storage().set_data_ptr(copy.storage().set_data_ptr(at::DataPtr()));
-    }
-  });
-}
-
-// `half`: products are bfloat16.
-int athanor_matrices_new(Group* group, at::Tensor* const* matrices, size_t count, int half, athanor::SharedMatrices** out, char** message) {
-  return guarded(message, [&] {
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    *out = new athanor::SharedMatrices(group->memory, list(matrices, count), half != 0 ? at::kBFloat16 : at::kFloat);
-  });
-}
-
-void athanor_matrices_drop(athanor::SharedMatrices* matrices) { delete matrices; }
-
-void athanor_matrices_open(athanor::SharedMatrices* matrices, int open) { matrices->open(open != 0); }
-
-// After a rank has changed its parts of the parameters: brings their copies up to date, and returns once all ranks have.
-int athanor_publish(Group* group, athanor::SharedMatrices* matrices, at::Tensor* const* parameters, size_t count, const int64_t* cuts,
-                    char** message) {
-  return guarded(message, [&] {
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    const int64_t rank = group->memory->rank(), world = group->memory->world();
-    at::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t* places = cuts + i * (world + 1);
-        matrices->narrow(*parameters[i], places[rank], places[rank + 1]);
-      }
-    });
-    group->memory->sync();
-  });
-}
-
-// Sums the parameters' gradients over the ranks, which share memory: each gets the sums of its own parts; what it has of the others' is not
-// said. `cuts` are those of parts_of.
-int athanor_sum_gradients(Group* group, athanor::SharedMatrices* matrices, at::Tensor* const* parameters, size_t count, const int64_t* cuts,
-                          char** message) {
-  return guarded(message, [&] {
-    torch::NoGradGuard no_grad;
-    TORCH_CHECK(group->memory, "the ranks share no memory");
-    const int64_t rank = group->memory->rank(), world = group->memory->world();
-    std::vector<at::Tensor> gradients;
-    std::vector<int64_t> gradient_cuts;
-    std::vector<size_t> in_matrices;
-    for (size_t i = 0; i < count; i++) {
-      if (matrices->has_gradient(*parameters[i])) {
-        in_matrices.push_back(i);
-        continue;
-      }
-      auto& gradient = parameters[i]->mutable_grad();
-      TORCH_CHECK(gradient.defined(), "a parameter has no gradient");
-      gradient = gradient.contiguous();
-      gradients.push_back(gradient);
-      const int64_t* places = cuts + static_cast<int64_t>(i) * (world + 1);
-      gradient_cuts.insert(gradient_cuts.end(), places, places + world + 1);
-    }
-    group->memory->sum_to_owners(parts_of(gradients, gradient_cuts.data(), world));
-    group->memory->sync();
-    at::parallel_for(0, static_cast<int64_t>(in_matrices.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const size_t place = in_matrices[static_cast<size_t>(i)];
-        const int64_t* places = cuts + static_cast<int64_t>(place) * (world + 1);
-        matrices->sum_gradient(*parameters[place], places[rank], places[rank + 1]);
-      }
-    });
-  });
 }
 
 int athanor_reducer_new(Group* group, at::Tensor* const* parameters, size_t count, int64_t first_bucket_bytes,
@@ -450,33 +287,23 @@ int athanor_optimizer_step(int rule, at::Tensor* const* parameters, at::Tensor* 
   });
 }
 
-// Adam on `rows` of a table from the step that `at` says to base + steps, at the learning rates of these steps; the last step has
-// `gradients` [rows, columns], unless they are null, and all others have none. Weight decay is AdamW's.
-int athanor_table_adam(at::Tensor* table, at::Tensor* first, at::Tensor* second, at::Tensor* gradients, const int64_t* rows,
-                       size_t count, int64_t* at, int64_t base, const double* rates, size_t steps, double beta1, double beta2,
-                       double epsilon, double weight_decay, char** message) {
+static_assert(sizeof(AdamStep) == 7 * sizeof(float), "ffi.rs declares AdamStep as seven floats");
+
+// Adam on `rows` of a table, each from the step that `steps_of_row` says to base + steps; `recent` has the coefficients of the steps after
+// `base`. The last step has `gradients` [rows, columns], unless they are null; all others have none. Weight decay is AdamW's.
+int athanor_embedding_adam(at::Tensor* table, at::Tensor* first, at::Tensor* second, at::Tensor* gradients, const int64_t* rows,
+                           size_t count, int64_t* steps_of_row, int64_t base, const AdamStep* recent, size_t steps, char** message) {
   return guarded(message, [&] {
     for (auto* tensor : {table, first, second}) {
       TORCH_CHECK(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->dim() == 2 &&
                       tensor->sizes() == table->sizes(),
-                  "a table and its moments have to be alike, FP32, contiguous and on the CPU");
+                  "a table and its moments must have one shape and be FP32, contiguous and on the CPU");
     }
     const int64_t columns = table->size(1);
     TORCH_CHECK(gradients == nullptr || (steps > 0 && gradients->is_contiguous() && gradients->scalar_type() == at::kFloat &&
                                          gradients->sizes() == at::IntArrayRef({static_cast<int64_t>(count), columns})),
-                "gradients have to be a row for each row");
+                "gradients must have a row for each row of the step");
     for (size_t i = 0; i < count; i++) TORCH_CHECK(rows[i] >= 0 && rows[i] < table->size(0), "the table has no row ", rows[i]);
-    std::vector<AdamStep> plan(steps);
-    for (size_t i = 0; i < steps; i++) {
-      const auto step = static_cast<double>(base) + static_cast<double>(i) + 1;
-      plan[i] = {static_cast<float>(1 - rates[i] * weight_decay),
-                 static_cast<float>(1 - beta1),
-                 static_cast<float>(beta2),
-                 static_cast<float>(1 - beta2),
-                 static_cast<float>(rates[i] / (1 - std::pow(beta1, step))),
-                 static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))),
-                 static_cast<float>(epsilon)};
-    }
     float* w = table->mutable_data_ptr<float>();
     float* m = first->mutable_data_ptr<float>();
     float* v = second->mutable_data_ptr<float>();
@@ -485,16 +312,16 @@ int athanor_table_adam(at::Tensor* table, at::Tensor* first, at::Tensor* second,
     at::parallel_for(0, static_cast<int64_t>(count), 16, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; i++) {
         const int64_t row = rows[i], place = row * columns;
-        int64_t step = at[row] - base;
+        int64_t step = steps_of_row[row] - base;
         const int64_t idle = g == nullptr ? end : end - 1;
         const auto is_zero = [](float x) { return x == 0; };
         if (step < idle && std::all_of(v + place, v + place + columns, is_zero) && std::all_of(m + place, m + place + columns, is_zero)) {
           // Never read: it has no moments, and only decays.
-          for (; step < idle; step++) athanor::scale_row(w + place, columns, plan[step].keep);
+          for (; step < idle; step++) athanor::scale_row(w + place, columns, recent[step].keep);
         }
-        for (; step < idle; step++) athanor::adam_idle_row(w + place, m + place, v + place, columns, plan[step]);
-        if (g != nullptr && step < end) athanor::adam_row(w + place, m + place, v + place, g + i * columns, columns, plan[step]);
-        at[row] = base + end;
+        for (; step < idle; step++) athanor::adam_idle_row(w + place, m + place, v + place, columns, recent[step]);
+        if (g != nullptr && step < end) athanor::adam_row(w + place, m + place, v + place, g + i * columns, columns, recent[step]);
+        steps_of_row[row] = base + end;
       }
     });
   });

@@ -9,7 +9,7 @@ use athanor_store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
-    /// The user has to change the job or its data. The message says what.
+    /// The job or its data must be changed. The message names the field or the row.
     #[error("{0}")]
     User(String),
     #[error("lost a peer: {0}")]

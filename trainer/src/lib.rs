@@ -1,43 +1,33 @@
 //! Fine-tuning and distillation of encoders on one or many processes: data in, artifact out.
 //!
-//! [`run::run`] is one rank. It trains the single-device model of `athanor-models`; parallelism wraps it from outside, by a
-//! process group and a gradient reducer, and the same code runs with one rank, with Gloo and with NCCL. The Kubernetes API is
-//! never called: configuration comes as a file, the result leaves as a termination message and an exit code.
+//! [`job::run::run`] is one rank. It trains the single-device model of `athanor-models`; parallelism wraps it from
+//! outside, by a process group and a gradient reducer, and the same code runs with one rank, with Gloo and with NCCL.
+//! The Kubernetes API is never called: the configuration comes as a file, the result leaves as a termination message
+//! and an exit code.
 //!
-//! - [`config`]: `train.json` of the operator, or the user's manifest on a laptop, whose fields `bounds` checks;
-//! - [`data`]: rows to tokens and batches; [`select`]: which of them matter most;
-//! - [`objectives`]: what is minimised, with or without a teacher;
-//! - [`compress`]: smaller forms of the result;
-//! - [`distributed`]: who is who, rendezvous, and launching the ranks of one machine;
-//! - `material`: what one training learns from; `cross_validation`: trainings on all folds but one;
-//! - [`training`]: the loop, with `words` for its largest table; [`checkpoint`]: its state, saved and resumed;
-//! - [`evaluate`]: metrics and gates;
-//! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator makes them jobs;
+//! - [`job`]: a job from its configuration to its artifact, with `check` and the search on a laptop;
+//! - [`data`]: rows to tokens and batches;
+//! - [`curate`]: the rows of one training: annotated, selected, augmented;
+//! - [`tasks`]: what differs between tasks, one file each;
+//! - [`objectives`]: what is minimised, one file a term; [`teacher`]: the model whose answers a student learns;
+//! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed;
+//! - [`evaluate`]: metrics and gates; [`compress`]: smaller forms of the result;
+//! - [`distributed`]: rank and world, rendezvous, and launching the ranks of one machine;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
-mod annotate;
-pub mod artifact;
-mod augment;
-mod bounds;
-pub mod check;
 pub mod checkpoint;
 pub mod compress;
-pub mod config;
-mod cross_validation;
+pub mod curate;
 pub mod data;
 pub mod distributed;
 mod error;
 pub mod evaluate;
-mod material;
+pub mod job;
 pub mod objectives;
-mod outcome;
-mod prepare;
 pub mod report;
-pub mod run;
 pub mod schedule;
-pub mod search;
-pub mod select;
-mod setup;
+pub mod tasks;
+pub mod teacher;
 pub mod training;
 pub mod watchdog;
 mod words;

@@ -7,15 +7,16 @@ use std::{
     time::Duration,
 };
 
-use athanor_contract::train::{DistributedSpec, TrainConfig, TrainResult, exit_code};
+use athanor_contract::{
+    process::port,
+    train::{DistributedSpec, TrainConfig, TrainResult, exit_code},
+};
 use athanor_telemetry::Readiness;
 use athanor_trainer::{
-    TrainError, check, config,
+    TrainError,
     distributed::{Topology, environment, launch::launch},
+    job::{check, config, context::Process, run, search},
     report::{Timeline, ops, termination},
-    run::{self, Surroundings},
-    search,
-    training::LOSS_LOG,
     watchdog::Watchdog,
 };
 use clap::{Args, Parser, Subcommand};
@@ -34,17 +35,17 @@ struct Cli {
 enum Command {
     /// Train once and write the artifact.
     ///
-    /// On a laptop, give the manifest that `kubectl apply` would take; the artifact appears below its spec.output.to, and running
-    /// the same manifest again goes on from the newest checkpoint. With spec.distributed.processesPerNode above 1 that many
-    /// processes train together.
+    /// On a laptop, give the manifest that `kubectl apply` takes. The artifact is written below spec.output.to, and
+    /// running the same manifest again continues from the newest checkpoint. With spec.distributed.processesPerNode
+    /// above 1 that many processes train together.
     ///
-    /// Exit codes: 0 done (also when a gate did not hold), 3 the job or its data have to be changed, 42 lost a peer or was asked to
-    /// stop, 43 hung, 44 loss or gradient not finite.
+    /// Exit codes: 0 done (also if a gate failed), 3 the job or its data must be changed, 42 lost a peer or was asked
+    /// to stop, 43 no progress, 44 loss or gradient not finite.
     Run(RunArguments),
-    /// Say what a job would do, and everything that is wrong with it, without training.
+    /// Report what a job would do, and every mistake in it, without training.
     ///
-    /// Reads the manifest, the rows and the model; tells rows, labels, token lengths, steps, memory and expected time. Exit code 3
-    /// with all mistakes, one a line.
+    /// Reads the manifest, the rows and the model, and prints rows, labels, token lengths, steps, memory and the
+    /// expected time. Exit code 3 if there are mistakes, which are printed one per line.
     Check(CheckArguments),
 }
 
@@ -66,7 +67,7 @@ struct RunArguments {
     config: Option<PathBuf>,
 }
 
-/// How long a run that was asked to stop may take to finish its step and its checkpoint: less than a pod's usual 30 s.
+/// Time for a run that was asked to stop to finish its step and its checkpoint: less than a pod's usual 30 s.
 const STOP_PATIENCE: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
@@ -138,7 +139,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     };
     let topology = Topology::new(&config.spec.distributed, variable)?;
     let stop = athanor_telemetry::shutdown_signal();
-    // In a pod the operator has searched already; a rank is told what was found.
+    // In a pod the operator has run the search, and the configuration has its result.
     let config = match in_pod {
         true => config,
         false => runtime.block_on(search::best(&config, stop.clone()))?,
@@ -158,28 +159,27 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     run::set_up_process(&topology);
     let ready = Readiness::new();
     let metrics = athanor_telemetry::metrics();
-    let port = match variable(ops::PORT) {
-        Some(text) => Some(
-            text.parse()
-                .map_err(|_| TrainError::User(format!("environment variable {}: {text:?} is no port", ops::PORT)))?,
-        ),
-        None => in_pod.then_some(ops::DEFAULT_PORT),
+    let metrics_port = match variable(environment::METRICS_PORT) {
+        Some(text) => Some(text.parse().map_err(|_| {
+            TrainError::User(format!("environment variable {}: {text:?} is no port", environment::METRICS_PORT))
+        })?),
+        None => in_pod.then_some(port::TRAINER_METRICS),
     };
-    if let Some(port) = port.filter(|_| topology.local_rank == 0) {
+    if let Some(port) = metrics_port.filter(|_| topology.local_rank == 0) {
         runtime.spawn(ops::serve(port, metrics, ready.clone()));
     }
     ready.set(true);
     runtime.spawn(leave_when_stopped(stop.clone(), timeline.clone()));
-    let around = Surroundings {
+    let process = Process {
         runtime: runtime.handle().clone(),
         timeline,
         stop,
         watchdog: Watchdog::start(Duration::from_secs(config.spec.failure_policy.hang_seconds.into()), leave_when_hung),
         terminal: std::io::stderr().is_terminal(),
-        namespace: variable("ATHANOR_NAMESPACE").unwrap_or_default(),
-        loss_log: variable(LOSS_LOG).map(PathBuf::from),
+        namespace: variable(environment::NAMESPACE).unwrap_or_default(),
+        loss_log: variable(environment::LOSS_LOG).map(PathBuf::from),
     };
-    if let Some(result) = run::run(&config, &topology, &around)? {
+    if let Some(result) = run::run(&config, &topology, &process)? {
         if let Some(path) = termination::path(variable) {
             termination::write_result(&path, &result).map_err(TrainError::at(&path))?;
         }
@@ -188,8 +188,8 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
     Ok(exit_code::DONE)
 }
 
-/// Starts this machine's ranks. In a pod they read the mounted configuration and the pod's rendezvous; on a laptop both are made
-/// up here.
+/// Starts this machine's ranks. In a pod they read the mounted configuration and the pod's rendezvous; on a laptop both
+/// are created here.
 fn start_ranks(
     runtime: &Runtime,
     config: &TrainConfig,
@@ -208,7 +208,7 @@ fn start_ranks(
         (environment::MASTER_ADDR, "127.0.0.1".to_owned()),
         (environment::MASTER_PORT, port.to_string()),
         (environment::POD_IP, "127.0.0.1".to_owned()),
-        (ops::PORT, variable(ops::PORT).unwrap_or_else(|| "0".into())),
+        (environment::METRICS_PORT, variable(environment::METRICS_PORT).unwrap_or_else(|| "0".into())),
     ];
     runtime.block_on(launch(written.path(), processes, &extra, stop))
 }
@@ -236,7 +236,7 @@ fn leave_when_hung(silent: Duration) {
     athanor_torch::exit_now(exit_code::HUNG)
 }
 
-/// The result for whoever watches: words on a terminal, one log line elsewhere.
+/// Prints the result: as text on a terminal, else as one log line.
 fn announce(result: &TrainResult) {
     let (TrainResult::Succeeded(summary) | TrainResult::GateFailed(summary)) = result else { return };
     if !std::io::stdout().is_terminal() {

@@ -5,7 +5,7 @@ mod roll_back;
 
 use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
 
-use athanor_contract::train::{self, Hyperparameters, OnNonFinite, TrainSpec};
+use athanor_contract::train::{self, DEFAULT_EPOCHS, Hyperparameters, OnNonFinite, TrainSpec};
 use athanor_models::{Model, load::Weights};
 use athanor_torch::{Optimizer, ProcessGroup, Reducer, Rule, Shard, add_penalty, backward, norm, scale, zero_grad};
 use tch::{Device, Tensor};
@@ -19,18 +19,13 @@ use crate::{
         batches::{Batches, epoch_batches, mix, share},
     },
     evaluate,
-    objectives::{self, Objective, Part, Teacher},
+    objectives::{Objective, Part, Teacher},
     report::{Events, History, Reporter, Step, Timeline},
     schedule::LearningRate,
     watchdog::Watchdog,
     words::Words,
 };
 use roll_back::RollBack;
-
-/// Names a file that gets one JSON line a step: `{"step": 1, "loss": 0.69}`. For comparing runs.
-pub const LOSS_LOG: &str = "ATHANOR_LOSS_LOG";
-/// Passes over the data when neither epochs nor maxSteps is given.
-const DEFAULT_EPOCHS: u64 = 3;
 
 /// Everything a run of the loop needs; the caller made and keeps it.
 pub struct Session<'a> {
@@ -71,7 +66,7 @@ pub struct Trained {
 /// Steps of an epoch and of the whole run.
 pub fn count_steps(rows: usize, h: &Hyperparameters) -> (u64, u64) {
     let steps_per_epoch = rows.div_ceil(h.batch_size as usize) as u64;
-    let total = h.max_steps.unwrap_or_else(|| h.epochs.map_or(DEFAULT_EPOCHS, u64::from) * steps_per_epoch);
+    let total = h.max_steps.unwrap_or_else(|| u64::from(h.epochs.unwrap_or(DEFAULT_EPOCHS)) * steps_per_epoch);
     (steps_per_epoch, total)
 }
 
@@ -98,7 +93,7 @@ struct Loop<'a> {
     optimizer: Optimizer,
     /// The ranks among which the optimizer's state is dealt out, if it is.
     shards: Option<&'a ProcessGroup>,
-    /// Averages gradients over the ranks, unless these share memory.
+    /// Averages gradients over the ranks, where there are several.
     reducer: Option<Reducer<'a>>,
     learning_rate: LearningRate,
     lengths: Vec<usize>,
@@ -127,15 +122,13 @@ impl<'a> Loop<'a> {
         let mut named = share_named(session.model.parameters());
         named.extend(share_named(session.objective.parameters()));
         let weight_decay = if h.optimizer == train::Optimizer::AdamW { h.weight_decay } else { 0.0 };
-        // Through memory it costs nothing to deal the optimizer's work out.
-        let asked = session.spec.distributed.shard_optimizer;
-        let shards = session.group.filter(|group| asked || group.shares_memory());
+        let shards = session.group.filter(|_| session.spec.distributed.shard_optimizer);
         let table = session.model.word_embeddings().data_ptr();
         let [mut decayed, exempt] = weight_decay_groups(&named);
         // The last of its group, so that the optimizer calls the others the same with it and without it.
         decayed.sort_by_key(|tensor| tensor.data_ptr() == table);
         let mut words = None;
-        if !asked {
+        if !session.spec.distributed.shard_optimizer {
             let name = format!("0.{}", decayed.len() - 1);
             words = Words::new(session.model, session.spec.model.task, h, weight_decay, session.device, name);
         }
@@ -176,13 +169,9 @@ impl<'a> Loop<'a> {
                 group.broadcast(&tensor.detach(), 0)?;
             }
         }
-        if let Some(group) = session.group.filter(|group| group.shares_memory()) {
-            optimizer.share(group, session.bf16)?;
-        }
         let tensors = |named: Named| named.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>();
         let (parameters, dense) = (tensors(named), tensors(dense));
-        let reduced = session.group.filter(|group| !group.shares_memory());
-        let reducer = reduced.map(|group| Reducer::new(&dense, group)).transpose()?;
+        let reducer = session.group.map(|group| Reducer::new(&dense, group)).transpose()?;
         let loss_log = match &session.loss_log {
             Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
                 Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
@@ -264,7 +253,6 @@ impl<'a> Loop<'a> {
         // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
         tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
         zero_grad(&self.dense)?;
-        self.optimizer.expect(h.accumulate_steps == 1 && self.session.train.pairs.is_none());
         if let Some(words) = &mut self.words {
             words.begin(self.session.model, self.session.train, batch)?;
         }
@@ -277,7 +265,7 @@ impl<'a> Loop<'a> {
         let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
         let terms = self.session.objective.terms();
         // The reducer averages over ranks: each rank's part is its share of the global mean times this.
-        let averaged = if self.reducer.is_some() { self.world as f64 } else { 1.0 };
+        let averaged = self.world as f64;
         // The sum of all terms with their weights, then each without, then whether this rank is to stop.
         let mut shared = vec![0.0; terms.len() + 2];
         for (index, part) in parts.iter().enumerate() {
@@ -318,9 +306,6 @@ impl<'a> Loop<'a> {
             shared = Vec::<f64>::try_from(sums)?;
         }
         let loss = shared[0] / batch.len() as f64;
-        if let Some(group) = self.shards.filter(|group| group.shares_memory()) {
-            self.optimizer.sum_gradients(group)?;
-        }
         add_penalty(&self.decayed, h.l1, h.l2)?;
         let gradient_norm = self.clip(rows.as_ref(), h.clip_norm)?;
         // The gradients and the summed loss are the same on all ranks, so all of them decide alike.
@@ -382,7 +367,7 @@ impl<'a> Loop<'a> {
         if let Some(log) = &mut self.loss_log {
             let terms: serde_json::Map<String, serde_json::Value> =
                 std::iter::zip(self.session.objective.terms(), &self.terms)
-                    .map(|(term, value)| (objectives::name(term).to_owned(), (*value).into()))
+                    .map(|(term, value)| (term.name().to_owned(), (*value).into()))
                     .collect();
             let line = serde_json::json!({
                 "step": step.step, "loss": step.loss, "gradientNorm": step.gradient_norm, "terms": terms
@@ -411,13 +396,13 @@ impl<'a> Loop<'a> {
         let watchdog = session.watchdog.clone();
         let found =
             evaluate::evaluate(session.model, &rows, session.group, session.device, session.bf16, || watchdog.beat())?;
-        let (name, score) = evaluate::score(&rows, &found);
+        let (name, score) = found.score();
         // What is no number is worse than any, and a checkpoint has no word for it.
         let rank = score.max(f64::MIN);
         let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
         if is_best {
             let weights = Snapshot::copy(session.model.parameters());
-            let mut metrics = evaluate::report(&rows, &found, &[]);
+            let mut metrics = found.report(&[]);
             metrics.insert(name.to_owned(), score);
             // A checkpoint is JSON, which has no word for the others.
             metrics.retain(|_, value| value.is_finite());
@@ -518,11 +503,7 @@ impl<'a> Loop<'a> {
         Err(TrainError::Stopped { step: self.step, checkpoint })
     }
 
-    fn finish(mut self) -> Result<Trained, TrainError> {
-        if let Some(group) = self.session.group {
-            // The ranks part here: what one does to its model is no longer the others' business.
-            self.optimizer.unshare(group)?;
-        }
+    fn finish(self) -> Result<Trained, TrainError> {
         let Some((best, weights)) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };

@@ -3,13 +3,13 @@
 
 use athanor_contract::train::{Hyperparameters, Task};
 use athanor_models::{Excerpt, Model, tokenizer::TokenRows};
-use athanor_torch::{ProcessGroup, TableAdam};
+use athanor_torch::{EmbeddingAdam, ProcessGroup};
 use tch::{Device, Kind, Tensor};
 
 use crate::{TrainError, checkpoint::Named, data::Encoded, training};
 
 pub struct Words {
-    adam: TableAdam,
+    adam: EmbeddingAdam,
     name: String,
     table: Tensor,
     /// Where a row of the table is in the current excerpt, [V].
@@ -39,7 +39,7 @@ impl Words {
             return None;
         }
         let table = model.word_embeddings().detach();
-        let adam = TableAdam::new(&table, training::rule(h), weight_decay)?;
+        let adam = EmbeddingAdam::new(&table, training::rule(h), weight_decay)?;
         let places = Tensor::zeros([table.size()[0]], (Kind::Int64, device));
         Some(Self { adam, name, table, places, pad_token_id: model.config().pad_token_id, current: None })
     }
@@ -48,7 +48,7 @@ impl Words {
     pub fn begin(&mut self, model: &mut Model, train: &Encoded, batch: &[usize]) -> Result<(), TrainError> {
         let texts = |ids: &TokenRows| batch.iter().flat_map(|&row| ids[row].iter().copied()).collect::<Vec<u32>>();
         let mut ids = texts(&train.ids);
-        ids.extend(train.pairs.as_ref().map(texts).unwrap_or_default());
+        ids.extend(train.second_texts().map(texts).unwrap_or_default());
         ids.sort_unstable();
         ids.dedup();
         let words = ids.into_iter().map(i64::from).filter(|&id| id != self.pad_token_id);

@@ -90,6 +90,7 @@ fn forms_are_served_as_they_were_measured_and_a_failed_gate_leaves_one_out() {
     let pruned = run("pruned", json!([]), json!([half, {"prune": {"sparsityPercent": 95}, "maximumLoss": "-1"}]));
     let [trained, two_of_four, broken] = forms(&pruned).try_into().unwrap();
     assert_eq!(two_of_four["name"], "2:4 pruned by Wanda");
+    // Two of four exactly; the report rounds.
     assert!((two_of_four["sparsity"].as_f64().unwrap() - 0.5).abs() < 1e-3, "{two_of_four}");
     assert!(trained["leftOut"].is_null() && two_of_four["leftOut"].is_null(), "{trained} {two_of_four}");
     let [good, bad] = [&two_of_four, &broken].map(|form| form["value"].as_f64().unwrap());
@@ -105,6 +106,7 @@ fn forms_are_served_as_they_were_measured_and_a_failed_gate_leaves_one_out() {
     assert!(why.contains("accuracy on all test rows is") && why.contains("less than"), "{why}");
     assert!(broken["sparsity"].as_f64().unwrap() > 0.94, "{broken}");
     assert_eq!((&int8["name"], &int8["leftOut"]), (&json!("int8 weights"), &Value::Null));
+    // Eight bits round the smallest weights to zero too.
     assert!((int8["sparsity"].as_f64().unwrap() - 0.5).abs() < 0.01, "what was left out left nothing behind: {int8}");
 
     // The files: two of four neighbours at most are there, and what is left out left nothing behind.
@@ -129,9 +131,11 @@ fn forms_are_served_as_they_were_measured_and_a_failed_gate_leaves_one_out() {
     assert_eq!(same, labels);
     for (form, summary, probabilities) in [(&two_of_four, &pruned, &exact), (&int8, &small, &rounded)] {
         let value = accuracy(&labels, probabilities, &truth);
+        // The report has six decimals and more, a metric has four.
         assert!((form["value"].as_f64().unwrap() - value).abs() < 1e-6, "{form}: {value}");
         assert!((summary.metrics["accuracy"].get() - value).abs() < 1e-4, "{:?}: {value}", summary.metrics);
     }
     let difference = (&exact - &rounded).abs().max().double_value(&[]);
+    // Eight bits a weight: probabilities move by a few hundredths at most.
     assert!(difference > 0.0 && difference < 0.05, "{difference}");
 }

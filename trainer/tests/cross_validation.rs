@@ -69,6 +69,7 @@ fn each_fold_is_measured_by_a_model_that_never_saw_it_and_the_job_stays_as_it_wa
     let mean = scores.iter().sum::<f64>() / FOLDS as f64;
     let deviation = (scores.iter().map(|score| (score - mean).powi(2)).sum::<f64>() / (FOLDS - 1) as f64).sqrt();
     for (name, expected) in [("crossValidation/accuracy", mean), ("crossValidation/accuracy/deviation", deviation)] {
+        // Metrics have four decimals.
         assert!((whole.metrics[name].get() - expected).abs() < 1e-4, "{name}: {:?}", whole.metrics);
     }
     assert!(whole.metrics.contains_key("crossValidation/macroF1") && whole.metrics.contains_key("validation/accuracy"));
@@ -133,6 +134,7 @@ fn a_search_takes_the_trial_with_the_best_mean() {
     assert_eq!(values.len(), 2, "{log}");
     let best = values.iter().copied().fold(0.0, f64::max);
     let metrics = place.summary("search").metrics;
+    // Metrics have four decimals.
     assert!((metrics["crossValidation/accuracy"].get() - best).abs() < 1e-4, "{values:?} {metrics:?}");
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use athanor_contract::train::{TrainResult, TrainSummary};
-use athanor_trainer::config::load_manifest;
+use athanor_trainer::job::config::load_manifest;
 use place::Place;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -30,7 +30,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
         let child = place.start(out, &spec(ranks));
         place.finish(out, child, 0);
     }
-    // As two pods: these share no memory.
+    // As two pods, which are not started by one launcher.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let pods = ["0", "1"].map(|pod| {
         let variables = [
@@ -42,9 +42,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
         ];
         place.start_by(&[&["env"], &variables[..]].concat(), "pods", &spec(1))
     });
-    for pod in pods {
-        place.finish("pods", pod, 0);
-    }
+    place.finish_all("pods", pods.into(), 0);
     let one = place.losses("one");
     for (out, ranks) in [("two", "2"), ("four", "4"), ("pods", "2")] {
         let more = place.losses(out);
@@ -53,6 +51,7 @@ fn two_and_four_ranks_have_the_losses_of_one() {
             // Only the order of sums differs; it moves a loss near 0.7 by some 1e-6 in the first step.
             assert!((a - b).abs() < 2e-4, "step {step}: {a} is not {b}");
         }
+        // Before any update: rounding of one forward pass alone.
         assert!((one[0].1 - more[0].1).abs() < 1e-5, "{one:?} {more:?}");
         let (one, more) = (place.summary("one"), place.summary(out));
         assert_eq!((one.data_digest, one.rows), (more.data_digest, more.rows));
@@ -66,8 +65,8 @@ fn a_step_in_parts_is_the_same_step() {
     let spec = |parts: u32, ranks: u32| {
         json!({
             "hyperparameters": {
-                // RMSprop divides gradients by their size: where one is near zero, the order of sums decides its direction, and a
-                // large rate makes much of it.
+                // RMSprop divides gradients by their size: where one is near zero, the order of sums decides its
+                // direction, and a large rate makes much of it.
                 "maxSteps": 6, "batchSize": 8, "precision": "FP32", "maxSequenceLength": 32, "learningRate": 1e-4,
                 "accumulateSteps": parts, "optimizer": "RMSprop", "momentum": 0.5, "beta2": 0.99, "l1": 1e-5, "l2": 1e-3,
             },
@@ -82,6 +81,7 @@ fn a_step_in_parts_is_the_same_step() {
     for out in ["eight", "shared"] {
         assert_eq!((whole.len(), place.losses(out).len()), (6, 6));
         for ((step, a), (_, b)) in std::iter::zip(&whole, &place.losses(out)) {
+            // Sums in another order, made larger by RMSprop's division.
             assert!((a - b).abs() < 2e-4, "{out}, step {step}: {a} is not {b}");
         }
     }
@@ -179,7 +179,8 @@ fn a_sharded_optimizer_changes_nothing_and_its_checkpoints_fit_any_ranks() {
     place.finish("whole", child, 0);
     let whole: BTreeMap<u64, f64> = place.losses("whole").into_iter().collect();
 
-    // Each goes on where the one before was stopped. Another manifest has another folder on a laptop: it gets the one before's.
+    // Each goes on where the one before was stopped. Another manifest has another folder on a laptop: it gets the one
+    // before's.
     let folder = |spec: &Value| {
         let config = load_manifest(&place.manifest("parts", spec)).unwrap();
         PathBuf::from(config.checkpoint_to.trim_start_matches("file://")).parent().unwrap().to_owned()
@@ -305,8 +306,8 @@ fn a_second_run_of_the_same_job_is_refused_while_the_first_one_goes_on() {
 #[test]
 fn files_that_cannot_be_written_are_named_and_no_half_is_a_result() {
     let place = Place::new(0.1);
-    // In blocks of 512 bytes: 60 MB, less than the model that the run starts from. Without the signal a write fails, as it does
-    // on a full disk.
+    // In blocks of 512 bytes: 60 MB, less than the model that the run starts from. Without the signal a write fails, as
+    // it does on a full disk.
     let limited = |blocks: &str| ["sh", "-c", "trap '' XFSZ; ulimit -f $0; exec \"$@\"", blocks].map(str::to_owned);
     let start = |blocks: &str, out: &str| {
         let words = limited(blocks);
@@ -404,6 +405,7 @@ fn bf16_learns_what_fp32_learns() {
     let [exact, rounded] = ["FP32", "BF16"].map(|out| place.losses(out));
     assert_eq!((exact.len(), rounded.len()), (20, 20));
     for ((step, a), (_, b)) in std::iter::zip(&exact, &rounded) {
+        // BF16 has eight bits of mantissa: 0.4 % a rounding, over 20 steps.
         assert!((a - b).abs() < 0.03 * a, "step {step}: {b} is not {a}");
     }
     assert_ne!(exact, rounded, "nothing was rounded");

@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use place::Place;
+use athanor_contract::train::TrainResult;
+use place::{Place, report};
 use serde_json::{Value, json};
 
 fn spec(place: &Place, algorithm: &str, steps: u32) -> Value {
@@ -73,8 +74,8 @@ fn kill_after(place: &Place, out: &str, spec: &Value, trials: usize) {
     child.wait().unwrap();
 }
 
-/// A search that is killed and started again ends as one that ran through, and trains nothing twice that was finished. Also
-/// returns the folder of the search that ran through.
+/// A search that is killed and started again ends as one that ran through, and trains nothing twice that was finished.
+/// Also returns the folder of the search that ran through.
 fn goes_on_as_if_nothing_had_been(place: &Place, algorithm: &str, spec: &Value, at_least: usize) -> String {
     let [whole, parts] = ["whole", "parts"].map(|name| format!("{algorithm}-{name}"));
     let child = place.start(&whole, spec);
@@ -150,4 +151,61 @@ fn asha_ends_the_worse_half_early_and_survives_a_kill() {
     let name =
         if line["fields"]["trial"].is_null() { line["trial"].to_string() } else { line["fields"]["trial"].to_string() };
     assert_eq!(count(&name), 2, "{best}");
+}
+
+#[test]
+fn a_search_on_a_laptop_trains_with_the_best_and_goes_on_where_it_was() {
+    let place = Place::new(0.1);
+    let spec = json!({
+        "model": {"from": place.uri("model"), "task": "TextClassification", "student": {"keepLayers": [0]}},
+        "hyperparameters": {
+            "maxSteps": 3, "batchSize": 8, "maxSequenceLength": 16,
+            "search": {
+                "algorithm": "Random", "maxTrials": 3, "parallelism": 2,
+                // Not the score that chooses a trial's weights.
+                "objective": {"metric": "MacroF1"},
+                "parameters": [{"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}}],
+            },
+        },
+    });
+    let child = place.start("search", &spec);
+    place.finish("search", child, 0);
+    let log = || std::fs::read_to_string(place.folder.path().join("search/log")).unwrap();
+    assert_eq!(log().matches("a trial is done").count(), 3, "{}", log());
+    let best = log().lines().find(|line| line.contains("the best of 3 trials")).unwrap().to_owned();
+    let summary = place.summary("search");
+    let found = report(&summary.artifact);
+    let rate = found["hyperparameters"]["learningRate"].as_f64().unwrap();
+    assert!(best.contains(&format!("learningRate={rate}")), "{best}: {rate}");
+    let steps = || log().matches("\"milestone\":\"firstStep\"").count();
+    assert_eq!(steps(), 4, "three trials and the job");
+
+    let child = place.start("search", &spec);
+    place.finish("search", child, 0);
+    assert_eq!(log().matches("a trial is done").count(), 6, "told again");
+    assert!(steps() <= 5, "no trial was trained again");
+
+    // Other rows behind the same URI: the scores of before say nothing about them.
+    let rows = place.folder.path().join("rows.jsonl");
+    let text = std::fs::read_to_string(&rows).unwrap();
+    let fewer: Vec<&str> = text.lines().skip(1).collect();
+    std::fs::write(&rows, fewer.join("\n") + "\n").unwrap();
+    let before = steps();
+    let child = place.start("search", &spec);
+    place.finish("search", child, 0);
+    assert_eq!(log().matches("the data have changed since the trial").count(), 3, "{}", log());
+    assert_eq!(steps(), before + 4, "three trials and the job");
+    std::fs::write(&rows, text).unwrap();
+
+    let mut wrong = spec.clone();
+    wrong["hyperparameters"]["search"]["parameters"][0]["range"]["min"] = json!(2.0);
+    let child = place.start("wrong", &wrong);
+    place.finish("wrong", child, 3);
+
+    let mut missing = spec.clone();
+    missing["model"]["from"] = json!(place.uri("nowhere"));
+    let child = place.start("missing", &missing);
+    place.finish("missing", child, 3);
+    let TrainResult::Failed { message } = place.result("missing") else { panic!("{:?}", place.result("missing")) };
+    assert!(message.starts_with("hyperparameters.search: trial ") && message.contains("nowhere"), "{message}");
 }

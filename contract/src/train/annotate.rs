@@ -1,97 +1,96 @@
-//! Labels for rows that have none, from a language model or from the job's teacher.
+//! Labels for rows without one, from a language model or from the job's teacher.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
-/// Gives each row without a label one: exactly one of `endpoint` and `teacher` is asked. Rows that get none are left out. What was
-/// answered is kept beside the output, so a job that starts again asks about no row twice, and the report says how many rows were
-/// labelled. Validation and test rows labelled this way are left out, unless no other of them has a label: results are measured by
-/// the data's own labels.
+/// Labels each row without a label by exactly one of `endpoint` and `teacher`. Rows that remain without a label are
+/// left out. Answers are kept next to the output, so a restarted job does not ask about a row again; the report says
+/// how many rows were labelled. Validation and test rows that are labelled this way are left out, unless none of them
+/// has a label of its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.endpoint) != has(self.teacher)", "message": "set exactly one of endpoint and teacher"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ENDPOINT_OR_TEACHER]))]
 pub struct AnnotateSpec {
-    /// A language model at an address.
+    /// Language model at a URL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<EndpointAnnotator>,
-    /// The job's teacher, a trained classifier, asked by the training processes themselves.
+    /// The job's teacher, a trained classifier, which the training processes run themselves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teacher: Option<TeacherAnnotator>,
 }
 
-/// Any endpoint that speaks OpenAI's chat completions will do: a ModelDeployment with a container of its own, vLLM, or a hosted
-/// service. The report says what it cost, and how often the model disagreed with itself.
+/// An endpoint with OpenAI's chat completions API, such as vLLM or a hosted service. The report gives the cost and how
+/// often the model's samples disagreed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.maximumCost) || (has(self.inputTokenPrice) && has(self.outputTokenPrice))",
-     "message": "maximumCost needs inputTokenPrice and outputTokenPrice"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::COST_NEEDS_PRICES]))]
 pub struct EndpointAnnotator {
-    /// Base URL, up to and including its version, such as http://teacher.models:8000/v1: requests go to {url}/chat/completions.
+    /// Base URL including the version, such as http://teacher.models:8000/v1. Requests go to {url}/chat/completions.
     #[schemars(length(min = 1, max = 2048), regex(pattern = r"^https?://.+"))]
     pub url: String,
-    /// The model's name, as the endpoint knows it.
+    /// Name of the model at the endpoint.
     #[schemars(length(min = 1, max = 256))]
     pub model: String,
-    /// Environment variable of the trainer that holds the API key, usually a key of the Secret in `credentialsSecretName`. The key
-    /// goes to the endpoint alone and is never logged. Absent: requests carry no key.
+    /// Environment variable of the trainer with the API key, usually a key of the Secret in credentialsSecretName. The
+    /// API key is sent only to the endpoint and never logged. Absent: requests carry no key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256), regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$"))]
     pub api_key_variable: Option<String>,
-    /// Labels to choose from. Absent: `model.labels`.
+    /// Labels to choose from. Absent: model.labels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 2, max = 1024), inner(length(min = 1, max = 256)))]
     pub labels: Option<Vec<String>>,
-    /// What the model is asked, a Jinja template: {{ text }} is the row's text and {{ labels }} the list of labels. The answer has
-    /// to be one of the labels alone, in whatever case, or {"label": "..."}.
+    /// Jinja template of the prompt: {{ text }} is the row's text and {{ labels }} the list of labels. The answer must
+    /// be one of the labels only, in upper or lower case, or {"label": "..."}.
     #[serde(default = "default_prompt")]
     #[schemars(length(min = 1, max = 16384))]
     pub prompt: String,
-    /// Randomness of the answers, "0" to "2". Absent: "0" for one sample, "1" for more.
+    /// Sampling temperature, "0" to "2". Absent: "0" for one sample, "1" for more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 2.0", "message": "temperature must be between 0 and 2"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_2]))]
     pub temperature: Option<Decimal>,
-    /// How often each row is asked about. With more than one, the label that most answers name is taken, a tie leaves the row
-    /// without one, and the report tells the share of rows whose answers differ.
+    /// Number of answers for each row. With more than one, the most frequent label is used, a tie leaves the row
+    /// without a label, and the report gives the share of rows whose answers differ.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 16))]
     pub samples: u32,
-    /// Requests at the same time.
+    /// Largest number of concurrent requests.
     #[serde(default = "eight")]
     #[schemars(range(min = 1, max = 256))]
     pub concurrency: u32,
-    /// Seconds that one request may take.
+    /// Time limit of one request in seconds.
     #[serde(default = "sixty")]
     #[schemars(range(min = 1, max = 3600))]
     pub timeout_seconds: u32,
-    /// How often a request is repeated that was turned away (status 429), failed (5xx), broke off or took too long, after a pause
-    /// that grows; what the endpoint says in Retry-After is kept to. A row whose request fails still is left without a label.
+    /// Number of retries of a request that was rejected (status 429), failed (5xx), was interrupted or timed out. The
+    /// pause between retries grows, and Retry-After is respected. A row whose request still fails remains without a
+    /// label.
     #[serde(default = "five")]
     #[schemars(range(min = 0, max = 20))]
     pub max_retries: u32,
-    /// Price of a million tokens of prompts, in whatever currency. Absent: cost is not reckoned.
+    /// Price of a million tokens of prompts, in any currency. Absent: the cost is not computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input_token_price: Option<Decimal>,
-    /// Price of a million tokens of answers.
+    /// Price of a million tokens of answers, in the same currency.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_token_price: Option<Decimal>,
-    /// Once this is spent, earlier attempts of the job included, no more rows are asked about; requests under way are waited for.
+    /// Limit of the cost, including earlier attempts of the job. Once it is reached no further request is sent; answers
+    /// to requests already sent are used. Absent: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maximum_cost: Option<Decimal>,
 }
 
-/// Labels by `teacher.from`, whose labels have to be among `model.labels`; without those, the job's labels are the teacher's. The
-/// report says how the labels are distributed, and how often the teacher disagrees with rows of the training part that have one.
+/// Labels rows by `teacher.from`, whose labels must be among `model.labels`; if these are absent, the job's labels are
+/// the teacher's. The report gives the distribution of the labels and how often the teacher disagrees with labelled
+/// training rows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TeacherAnnotator {
-    /// The least probability of the winning label, "0" to "1"; a row of which the teacher is less sure is left out.
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumConfidence must be between 0 and 1"}]))]
+    /// Least probability, "0" to "1", of the teacher's label; a row with a lower probability is left out.
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_1]))]
     pub minimum_confidence: Decimal,
 }
 

@@ -1,22 +1,23 @@
-//! New training texts, for a student to ask its teacher about.
+//! New training texts, whose targets are the teacher's outputs.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Makes new texts from the training rows, which nobody has to label: the student learns what the teacher says of them (as in
-/// TinyBERT, Jiao et al. 2020). Half of them are a row, half the beginning of one row before the end of another; then words give
-/// way to words that the teacher reads alike. Validation and test rows have no part in it.
+/// New texts made from the training rows; their targets are the teacher's outputs, so they need no labels (as in
+/// TinyBERT, Jiao et al. 2020). Half of them start as a row, half as the beginning of one row followed by the end of
+/// another; then words are replaced by words with similar embeddings in the teacher. Validation and test rows are not
+/// used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AugmentSpec {
-    /// New texts for each training row.
+    /// Number of new texts for each training row.
     #[schemars(range(min = 1, max = 100))]
     pub copies: u8,
-    /// Percent of a new text's words that give way to another.
+    /// Percentage of a new text's words that are replaced.
     #[serde(default = "replaced_percent")]
     #[schemars(range(min = 0, max = 100))]
     pub replaced_percent: u8,
-    /// Of all that is drawn.
+    /// Seed for choosing rows, words and replacements.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,

@@ -1,45 +1,46 @@
-//! How texts are cleaned, and what happens to rows that say the same thing twice.
+//! Cleaning of texts and treatment of duplicates.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
-/// Cleaning of texts, in this order: control characters, Unicode, whitespace, redaction, length, exact duplicates, conflicting
-/// labels, near duplicates. Every step is off unless asked for, except that a text which occurs twice in a source is kept once.
-/// The report says what each step changed and removed, with examples.
+/// Cleaning of texts, in this order: control characters, Unicode, whitespace, redaction, length, exact duplicates,
+/// conflicting labels, near duplicates. Each step is off by default, except that a text which occurs twice in a source
+/// is kept once. The report says what each step changed and removed, with examples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.minimumLength) || !has(self.maximumLength) || self.minimumLength <= self.maximumLength",
-     "message": "minimumLength must not be above maximumLength"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::LENGTHS_IN_ORDER]))]
 pub struct CleanSpec {
-    /// Removes control characters, such as NUL, backspace and escape, which are never part of a text. Tabs and line breaks stay;
-    /// `collapseWhitespace` is about them.
+    /// Whether control characters, such as NUL, backspace and escape, are removed. Tabs and line breaks stay; see
+    /// collapseWhitespace.
     pub remove_control_characters: bool,
-    /// Writes each character in Unicode's composed form (NFC), so that an é from one keyboard equals an é from another.
+    /// Whether texts are normalised to Unicode's composed form (NFC), so that the two encodings of é become equal.
     pub normalize_unicode: bool,
-    /// Makes one space of every run of spaces, tabs and line breaks, and removes those at both ends. Not for text whose layout
-    /// carries meaning, such as source code.
+    /// Whether each run of spaces, tabs and line breaks becomes one space, and those at both ends are removed.
+    /// Unsuitable for text whose layout has a meaning, such as source code.
     pub collapse_whitespace: bool,
-    /// What must not be trained on: each finding is replaced by a placeholder, such as [EMAIL]. Findings are patterns, not
-    /// proofs: a rare secret may be missed, and a number that looks like a telephone's may be replaced.
+    /// Kinds of personal data and secrets that are replaced by a placeholder, such as [EMAIL]. They are found by
+    /// patterns: a rare secret may be missed, and a number that resembles a telephone number may be replaced.
     #[schemars(length(max = 3), extend("x-kubernetes-list-type" = "set"))]
     pub redact: Vec<Redaction>,
-    /// Texts with fewer characters are removed. Characters are Unicode code points, counted after the steps before.
+    /// Least number of characters (Unicode code points) after the preceding steps; shorter texts are removed. Absent:
+    /// no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000_000))]
     pub minimum_length: Option<u32>,
-    /// Texts with more characters are removed. Texts that are merely longer than the model reads need not be: they are cut to
-    /// `hyperparameters.maxSequenceLength` tokens.
+    /// Largest number of characters; longer texts are removed. Texts that are too long for the model need not be
+    /// removed: they are cut to hyperparameters.maxSequenceLength tokens. Absent: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000_000))]
     pub maximum_length: Option<u32>,
-    /// What happens to a text that occurs more than once in a source.
+    /// Treatment of a text that occurs more than once in a source.
     pub exact_duplicates: ExactDuplicates,
-    /// What happens to a text that occurs with different labels, in whatever sources. They are counted and shown in any case.
+    /// Treatment of a text that occurs with different labels, in the same or in different sources. The report counts
+    /// and shows them in any case.
     pub conflicting_labels: ConflictingLabels,
-    /// Finds texts that differ in little, such as a date or a name. Absent: they are not looked for.
+    /// Search for texts that differ only slightly, such as in a date or a name. Absent: no search.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub near_duplicates: Option<NearDuplicates>,
 }
@@ -60,7 +61,7 @@ impl Default for CleanSpec {
     }
 }
 
-/// Something that is replaced by a placeholder.
+/// Kind of text that is replaced by a placeholder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Redaction {
     /// E-mail addresses become [EMAIL].
@@ -74,37 +75,35 @@ pub enum Redaction {
 /// A text that occurs more than once in a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ExactDuplicates {
-    /// Every occurrence is a row: a text that is frequent counts as often as it occurs.
+    /// Every occurrence is a row, so a frequent text counts as often as it occurs.
     Keep,
-    /// One row stays: the first of a file, with the newest label of a topic.
+    /// One row is kept: the first one of a file, or of a topic the one with the newest label.
     Drop,
 }
 
 /// A text that occurs with different labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ConflictingLabels {
-    /// Rows stay as they are (`exactDuplicates` chooses among those of one source).
+    /// All rows are kept (exactDuplicates decides among those of one source).
     Keep,
-    /// All rows of the text are removed: nobody knows which label is right.
+    /// All rows of the text are removed, since the right label is unknown.
     Drop,
-    /// The job fails and names the rows, for someone to decide.
+    /// The job fails, and the message names the rows.
     Fail,
 }
 
-/// Near duplicates are found by MinHash and confirmed on the texts themselves. Rows that are near duplicates of each other,
-/// directly or through others, form a cluster, and a cluster is never divided between training, validation and test.
-/// Costs about 300 bytes of memory a row while clusters are sought.
+/// Near duplicates are found by MinHash and confirmed on the texts themselves. Rows that are near duplicates of each
+/// other, directly or through others, form a cluster; a cluster is never divided between training, validation and test.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NearDuplicates {
-    /// Two texts are near duplicates if the pieces they have in common are at least this share of the pieces of both (their
-    /// Jaccard similarity), between "0.5" and "1". One word changed in a text of twenty gives about 0.85.
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.5 && double(self) <= 1.0", "message": "threshold must be between 0.5 and 1"}]))]
+    /// Least Jaccard similarity, "0.5" to "1", of the shingles of two near duplicates. One changed word in a text of
+    /// twenty words gives about 0.85.
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_HALF_TO_1]))]
     pub threshold: Decimal,
-    /// The pieces that are compared, in lower case and without regard to spacing.
+    /// Pieces of the texts that are compared, in lower case and regardless of spacing.
     pub shingles: Shingles,
-    /// What happens to the rows of a cluster.
+    /// Treatment of the rows of a cluster.
     pub action: NearDuplicateAction,
 }
 
@@ -121,18 +120,18 @@ impl Default for NearDuplicates {
 /// Pieces of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Shingles {
-    /// Each run of 5 characters: for any language, and for short texts.
+    /// Runs of 5 characters: for any language and for short texts.
     Characters,
-    /// Each run of 3 words: for long texts in languages that put spaces between words.
+    /// Runs of 3 words: for long texts in languages that separate words by spaces.
     Words,
 }
 
 /// What happens to the rows of a cluster of near duplicates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum NearDuplicateAction {
-    /// All stay, in the same part of the split.
+    /// All rows are kept, in the same part of the split.
     Group,
-    /// The first row of the cluster stays.
+    /// The first row of the cluster is kept.
     Drop,
 }
 

@@ -3,65 +3,65 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
-/// One step of compression: exactly one of `prune` and `quantize`. Steps follow one another. Each result is measured on the test
-/// rows; one that breaks a gate, or loses more than `maximumLoss`, is left out and the report says so.
+/// One step of compression: exactly one of `prune` and `quantize`. Each step continues from the result of the one
+/// before it and is evaluated on the test rows; a step whose result fails a gate or loses more than `maximumLoss` is
+/// left out, as the report says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.prune) != has(self.quantize)", "message": "set exactly one of prune and quantize"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::PRUNE_OR_QUANTIZE]))]
 pub struct CompressStep {
     /// Sets weights of the encoder's matrices to zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prune: Option<PruneSpec>,
-    /// Gives weights fewer bits.
+    /// Stores weights with fewer bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<QuantizeSpec>,
-    /// How much accuracy the step may cost, such as "0.01".
+    /// Largest loss of accuracy by the step, such as "0.01". Absent: only the gates limit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maximum_loss: Option<Decimal>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.sparsityPercent) != (has(self.twoOfFour) && self.twoOfFour)",
-     "message": "set exactly one of sparsityPercent and twoOfFour"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::SPARSITY_OR_TWO_OF_FOUR]))]
 pub struct PruneSpec {
-    /// Which weights go.
+    /// Criterion by which weights are set to zero.
     #[serde(default)]
     pub method: PruneMethod,
-    /// Percent of each matrix's weights.
+    /// Percentage of each matrix's weights that is set to zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 95))]
     pub sparsity_percent: Option<u8>,
-    /// Two of each four neighbours, the pattern that GPUs compute with.
+    /// Whether two of each four neighbouring weights are set to zero, the sparsity pattern that GPUs support.
     #[serde(default)]
     pub two_of_four: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum PruneMethod {
-    /// The smallest weights.
+    /// Weights with the smallest absolute values.
     #[default]
     Magnitude,
-    /// The smallest products of weight and norm of its input (Sun et al. 2023).
+    /// Weights with the smallest product of absolute value and norm of the input (Sun et al. 2023).
     Wanda,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct QuantizeSpec {
-    /// What is rounded.
+    /// Numbers that are rounded.
     pub method: QuantizeMethod,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum QuantizeMethod {
-    /// Eight-bit weights, and inputs rounded to eight bits as they come: less memory and faster products.
+    /// Weights are stored in eight bits, and inputs are rounded to eight bits when they are multiplied: less memory and
+    /// faster products.
     #[default]
     Int8Dynamic,
-    /// Eight-bit weights alone: a smaller file, computed with in FP32.
+    /// Weights are stored in eight bits and multiplied in FP32: a smaller file only.
     Int8WeightOnly,
 }

@@ -3,30 +3,32 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec};
+use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec, rules};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DataSpec {
-    /// Rows of all sources together are the dataset. A source's name is a slice that metrics and gates can name.
+    /// Sources of rows; the rows of all sources form the dataset. Metrics and gates can refer to a source by its name.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub sources: Vec<Source>,
-    /// What is done to texts before they are used. Absent: nothing, but that a text which occurs twice in a source is kept once.
+    /// How texts are cleaned before they are used. Absent: they are not, except that a text which occurs twice in a
+    /// source is kept once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clean: Option<CleanSpec>,
-    /// Labels for rows that have none. Absent: a row without a label is an error where the task needs one. Validation and test
-    /// rows labelled this way are left out, unless no other of them has a label: results are measured by the data's own labels.
+    /// Labels rows that have no label. Absent: a row without a label is an error if the task requires one. Validation
+    /// and test rows that are labelled this way are left out, unless none of them has a label of its own, so that
+    /// results are measured by the data's own labels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotate: Option<AnnotateSpec>,
-    /// Parts for training, validation and test. A row's part depends on its text and the seed alone, so a row that was held out
-    /// once stays held out in every retraining.
+    /// Shares of rows for training, validation and test. The part of a row depends only on its text and the seed, so a
+    /// row that was held out once is held out in every retraining.
     #[serde(default)]
     pub split: SplitSpec,
-    /// Trains on a part of the training rows: those that matter most.
+    /// Selects a part of the training rows: those that contribute most. Absent: all training rows are used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub select: Option<SelectSpec>,
-    /// More texts for the teacher to answer, made from the training rows (the selected ones). For TextClassification with a teacher
-    /// that the objective asks.
+    /// Generates further texts from the (selected) training rows, for which the teacher computes the targets. Requires
+    /// the task TextClassification, a teacher, and a term of the objective that uses it. Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub augment: Option<AugmentSpec>,
 }
@@ -46,68 +48,69 @@ impl DataSpec {
 /// One source of rows: exactly one of `uri` and `kafka`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "has(self.uri) != has(self.kafka)", "message": "set exactly one of uri and kafka"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::URI_OR_KAFKA]))]
 pub struct Source {
-    /// Name of the source, also the name of its slice in metrics and gates.
+    /// Name of the source; metrics and gates refer to its rows by it.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub name: String,
-    /// A file, or the files that a pattern with `*`, `**`, `?`, `[...]` or `{a,b}` matches: s3://, gs://, az://, file://, and
-    /// hf://datasets/OWNER/NAME[@REVISION]/PATH; in a cluster pvc://CLAIM/PATH, on a PersistentVolumeClaim of the job's namespace,
-    /// mounted read-only in each pod; one file by http:// and https://. The format follows the name: .jsonl, .csv,
-    /// .tsv, .parquet, .txt (a row a line), .pdf (a row a page), .html (a row a file), each also with .gz or .zst behind it.
+    /// File, or pattern of files with `*`, `**`, `?`, `[...]` or `{a,b}`, at s3://, gs://, az://, file:// or
+    /// hf://datasets/OWNER/NAME[@REVISION]/PATH; in a cluster also pvc://CLAIM/PATH, a PersistentVolumeClaim of the
+    /// job's namespace that is mounted read-only in each pod; at http:// and https:// a single file. The extension
+    /// gives the format: .jsonl, .csv, .tsv, .parquet, .txt (one row per line), .pdf (one row per page) or .html (one
+    /// row per file), optionally followed by .gz or .zst.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(min = 1, max = 2048),
         regex(pattern = r"^((s3|gs|az|http|https|file|hf)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
     )]
     pub uri: Option<String>,
-    /// The format, where the name does not tell it. A compression is told by the name alone.
+    /// Format of the files. Absent: it follows from the extension. Compression always follows from the extension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<DataFormat>,
-    /// Labelled requests of a ModelDeployment: predictions joined with their feedback inside exact offset ranges.
+    /// Labelled requests of a ModelDeployment: predictions joined with their feedback within exact offset ranges.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kafka: Option<KafkaSource>,
-    /// Names of the columns (or JSON keys) that hold text, label, pair and group.
+    /// Names of the columns or JSON keys with text, label, pair and group.
     #[serde(default)]
     pub columns: Columns,
 }
 
-/// How a file holds rows.
+/// Format of a file with rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum DataFormat {
-    /// A JSON object a line.
+    /// One JSON object per line.
     JsonLines,
-    /// Values separated by commas, with a header and quotes as of RFC 4180.
+    /// Comma-separated values with a header and quotes (RFC 4180).
     Csv,
-    /// Values separated by tabs, with a header; quotes are part of the text.
+    /// Tab-separated values with a header; quotes are part of the text.
     Tsv,
-    /// Apache Parquet; text, number or boolean columns at the top level.
+    /// Apache Parquet with text, number or boolean columns at the top level.
     Parquet,
-    /// A row a line, without labels.
+    /// One row per line, without labels.
     Text,
-    /// A row a page with text, without labels.
+    /// One row per page that has text, without labels.
     Pdf,
-    /// A row a file, without labels: its text, without scripts and styles.
+    /// One row per file, without labels: the text without scripts and styles.
     Html,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Columns {
-    /// Column with the text.
+    /// Name of the column with the text.
     #[serde(default = "text_column")]
     #[schemars(length(min = 1, max = 256))]
     pub text: String,
-    /// Column with the label. It may be absent where the task needs no labels.
+    /// Name of the column with the label. The column may be missing if the task requires no labels.
     #[serde(default = "label_column")]
     #[schemars(length(min = 1, max = 256))]
     pub label: String,
-    /// Column with a second text, for tasks about pairs such as a question and its answer.
+    /// Name of the column with a second text, for pairs such as a question and its answer. Absent: rows have one text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub pair: Option<String>,
-    /// Column with a key, such as an author or a document: rows of one key are all in one part of the split.
+    /// Name of the column with a key, such as an author or a document; rows with the same key are in the same part of
+    /// the split. Absent: rows are independent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub group: Option<String>,
@@ -130,13 +133,13 @@ impl Default for Columns {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KafkaSource {
-    /// host:port, comma separated.
+    /// Addresses of the brokers, host:port, separated by commas.
     #[schemars(length(min = 1, max = 1024))]
     pub bootstrap_servers: String,
-    /// The deployment's topic.
+    /// Topic of the deployment.
     #[schemars(length(min = 1, max = 249))]
     pub topic: String,
-    /// The ranges to read, each from `begin` up to but not including `end`.
+    /// Offset ranges to read, each from `begin` up to but not including `end`.
     #[schemars(length(min = 1, max = 1024))]
     pub ranges: Vec<OffsetRange>,
 }
@@ -144,38 +147,37 @@ pub struct KafkaSource {
 /// Offsets of one partition, `begin <= offset < end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [{"rule": "self.begin <= self.end", "message": "begin must not be after end"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::BEGIN_BEFORE_END]))]
 pub struct OffsetRange {
     /// Partition of the topic.
     #[schemars(range(min = 0))]
     pub partition: i32,
-    /// First offset.
+    /// First offset of the range.
     #[schemars(range(min = 0))]
     pub begin: i64,
-    /// Offset after the last.
+    /// Offset after the last one of the range.
     #[schemars(range(min = 0))]
     pub end: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "self.validationPercent + self.testPercent < 100", "message": "validationPercent and testPercent leave no rows to train on"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::SPLIT_LEAVES_ROWS]))]
 pub struct SplitSpec {
-    /// Percent of rows for choosing the best checkpoint.
+    /// Percentage of rows by which the best checkpoint is chosen.
     #[serde(default = "ten")]
     #[schemars(range(min = 1, max = 50))]
     pub validation_percent: u8,
-    /// Percent of rows for the final metrics and gates; never trained or tuned on.
+    /// Percentage of rows for the final metrics and gates; they are not used for training or tuning.
     #[serde(default = "ten")]
     #[schemars(range(min = 1, max = 50))]
     pub test_percent: u8,
-    /// Another seed gives another split.
+    /// Seed of the split.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
-    /// Exact shares within each label, instead of shares in expectation. A row's part then depends on the other rows too: a
-    /// retraining with more rows may move some.
+    /// Whether each label has exactly the given shares, instead of approximately. The part of a row then depends on the
+    /// other rows too, so a retraining with more rows may move some rows.
     #[serde(default, skip_serializing_if = "is_false")]
     pub stratify: bool,
 }

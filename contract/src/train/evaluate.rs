@@ -3,23 +3,23 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Task;
+use super::{Task, rules};
 use crate::Decimal;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.gates) || has(self.baseline) || self.gates.all(g, !has(g.minimumGain))",
-     "message": "a gate with minimumGain needs a baseline"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::GAIN_NEEDS_BASELINE]))]
 pub struct EvaluateSpec {
-    /// Validate every so many steps besides at the end of each epoch; 0: only at the end of each epoch.
+    /// Number of optimizer steps between validations, in addition to one at the end of each epoch. 0: only at the end
+    /// of each epoch.
     #[schemars(range(min = 0))]
     pub every_steps: u64,
-    /// What the result must be worth on the test rows. A job whose gates fail ends as Failed with reason GateFailed; its artifact
-    /// stays, but no ModelDeployment takes it.
+    /// Conditions that the result must meet on the test rows. A job whose result does not meet them fails with the
+    /// reason GateFailed; its artifact is kept, but no ModelDeployment serves it.
     #[schemars(length(max = 32))]
     pub gates: Vec<Gate>,
-    /// An artifact evaluated on the same test rows, which `minimumGain` of a gate compares with (in a retraining: the champion).
+    /// Artifact that is evaluated on the same test rows, as the reference of a gate's minimumGain. In a retraining it
+    /// is the model that is being served.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 2048))]
     pub baseline: Option<String>,
@@ -28,39 +28,38 @@ pub struct EvaluateSpec {
 /// One condition on the test rows: exactly one of `minimum`, `minimumGain` and `minimumOfTeacher`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "(has(self.minimum) ? 1 : 0) + (has(self.minimumGain) ? 1 : 0) + (has(self.minimumOfTeacher) ? 1 : 0) == 1",
-     "message": "set exactly one of minimum, minimumGain and minimumOfTeacher"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ONE_MINIMUM]))]
 pub struct Gate {
-    /// What is measured.
+    /// Metric that the gate compares.
     pub metric: Metric,
-    /// Only rows of the sources with these names. Absent: all test rows.
+    /// Names of the sources whose test rows are counted. Absent: all test rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 32), inner(length(min = 1, max = 63)))]
     pub sources: Option<Vec<String>>,
-    /// The metric must be at least this.
+    /// Least value of the metric.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum: Option<Decimal>,
-    /// The metric must be at least the baseline's plus this; negative allows a loss.
+    /// Least difference to the baseline's metric; a negative number allows a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_gain: Option<Decimal>,
-    /// The metric must be at least this share of what the job's teacher has on the same rows, such as "0.97".
+    /// Least ratio to the metric of the job's teacher on the same rows, such as "0.97".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_of_teacher: Option<Decimal>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub enum Metric {
-    /// Share of the rows with the right label; of the masked tokens predicted; of the texts whose own pair is the nearest.
+    /// Share of rows with the right label, of masked tokens that were predicted, or of texts whose own pair is the
+    /// nearest.
     Accuracy,
-    /// Of classes alone.
+    /// Mean of the F1 scores of all labels (TextClassification).
     MacroF1,
-    /// Of numbers alone.
+    /// Pearson correlation between predicted and true numbers (TextRegression).
     PearsonCorrelation,
 }
 
 impl Metric {
-    /// Those that a task's results have.
+    /// Metrics that a task has.
     pub fn of(task: Task) -> &'static [Self] {
         match task {
             Task::TextClassification => &[Self::Accuracy, Self::MacroF1],

@@ -6,16 +6,17 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct DistributedSpec {
-    /// Pods, each of one Indexed Job's indices.
+    /// Number of pods.
     #[schemars(range(min = 1, max = 512))]
     pub num_nodes: u32,
-    /// Processes in a pod: one for each GPU.
+    /// Number of processes in each pod: one for each GPU.
     #[schemars(range(min = 1, max = 16))]
     pub processes_per_node: u32,
-    /// What gradients travel by.
+    /// Library through which the processes communicate.
     pub backend: Backend,
-    /// Each process keeps the optimizer's state (two numbers a weight for AdamW) of its own part of the weights only, and sends the
-    /// others what it makes of that part: the same training in less memory, for more traffic. Nothing changes with one process.
+    /// Whether each process keeps the optimizer's state (for AdamW two numbers per weight) of its own part of the
+    /// weights only and sends the updated part to the others: the same training with less memory and more traffic. It
+    /// has no effect with one process.
     pub shard_optimizer: bool,
 }
 
@@ -27,7 +28,7 @@ impl Default for DistributedSpec {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Backend {
-    /// NCCL with GPUs, else Gloo.
+    /// NCCL with GPUs, otherwise Gloo.
     Auto,
     NCCL,
     Gloo,
@@ -36,7 +37,7 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CheckpointSpec {
-    /// Save every so many optimizer steps; 0 saves at the end of each epoch only.
+    /// Number of optimizer steps between checkpoints. 0: only at the end of each epoch.
     #[schemars(range(min = 0))]
     pub every_steps: u64,
 }
@@ -50,15 +51,16 @@ impl Default for CheckpointSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FailurePolicy {
-    /// Restarts of the whole gang before the job fails. Errors in the user's input are never retried.
+    /// Number of restarts of all processes together before the job fails. Errors in the user's input are not retried.
     #[schemars(range(min = 0, max = 100))]
     pub max_restarts: u32,
-    /// A step that takes longer ends the process with exit code 43; 0 turns the watch off.
+    /// Seconds that a step may take; after them the process exits with code 43. 0: no limit.
     #[schemars(range(min = 0, max = 86400))]
     pub hang_seconds: u32,
-    /// What happens when loss or gradients are not finite: Fail ends with exit code 44; Skip leaves the step out; RollBack goes back to
-    /// the last checkpoint's state and leaves the step out, three times at most without a new checkpoint, and keeps a copy of
-    /// weights and optimizer on each process's device for it (with AdamW three times the weights).
+    /// Reaction to a loss or gradients that are not finite. Fail exits with code 44. Skip leaves the step out. RollBack
+    /// restores the state of the last checkpoint and leaves the step out, at most three times without a new checkpoint;
+    /// each process keeps a copy of weights and optimizer state on its device for it (with AdamW three times the size
+    /// of the weights).
     pub on_non_finite: OnNonFinite,
 }
 
@@ -70,12 +72,13 @@ impl Default for FailurePolicy {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OnNonFinite {
-    /// End with exit code 44.
+    /// The process exits with code 44.
     Fail,
-    /// Leave the step out and go on.
+    /// The step is left out, and training continues.
     Skip,
-    /// Go back to the last checkpoint's state, take the steps since then again, and leave out the one that was not finite: unlike
-    /// Skip this mends weights that were corrupted meanwhile. After three times without a new checkpoint the run ends with exit
-    /// code 44. Each process keeps a copy of weights and optimizer on its device: with AdamW three times the weights.
+    /// The state of the last checkpoint is restored, and the steps since then are repeated without the one that was not
+    /// finite. Unlike Skip this also repairs weights that became corrupt in between. After three times without a new
+    /// checkpoint the process exits with code 44. Each process keeps a copy of weights and optimizer state on its
+    /// device.
     RollBack,
 }

@@ -3,80 +3,87 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{CrossValidationSpec, SearchSpec};
+use super::{CrossValidationSpec, SearchSpec, rules};
+
+/// Epochs of a training whose `epochs` and `maxSteps` are absent.
+pub const DEFAULT_EPOCHS: u32 = 3;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!(has(self.epochs) && has(self.maxSteps))", "message": "set epochs or maxSteps, not both"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::EPOCHS_OR_STEPS]))]
 pub struct Hyperparameters {
-    /// Passes over the training rows. Absent together with maxSteps: 3.
+    /// Number of passes over the training rows. Absent: 3, unless maxSteps is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub epochs: Option<u32>,
-    /// Optimizer steps, instead of epochs.
+    /// Number of optimizer steps, instead of epochs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub max_steps: Option<u64>,
-    /// Rows of one optimizer step over all ranks together.
+    /// Number of rows in one optimizer step, over all ranks together.
     #[schemars(range(min = 1, max = 65536))]
     pub batch_size: u32,
     /// Peak learning rate.
     #[schemars(range(min = 1e-9, max = 10.0))]
     pub learning_rate: f64,
-    /// How the learning rate goes on after the warm-up.
+    /// Course of the learning rate after the warm-up.
     pub schedule: Schedule,
-    /// Share of the steps in which the learning rate grows from zero.
+    /// Share of the steps in which the learning rate rises from zero to its peak.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub warmup_ratio: f64,
-    /// Forward and backward passes that the rows of one optimizer step are dealt over: the same result in less memory.
+    /// Number of forward and backward passes over which the rows of one optimizer step are divided: the same result in
+    /// less memory.
     #[schemars(range(min = 1, max = 65536))]
     pub accumulate_steps: u32,
-    /// The update rule.
+    /// Update rule.
     pub optimizer: Optimizer,
-    /// Momentum of SGD and RMSprop.
+    /// Momentum; used by SGD and RMSprop.
     #[schemars(range(min = 0.0, max = 0.999999))]
     pub momentum: f64,
-    /// Adam's and AdamW's decay of the gradients' mean.
+    /// Decay of the mean of the gradients; used by Adam and AdamW.
     #[schemars(range(min = 0.0, max = 0.999999))]
     pub beta1: f64,
-    /// Adam's and AdamW's decay of the squares' mean; RMSprop's too.
+    /// Decay of the mean of the squared gradients; used by Adam, AdamW and RMSprop.
     #[schemars(range(min = 0.0, max = 0.999999))]
     pub beta2: f64,
-    /// What the update rules add to a denominator.
+    /// Number that the update rules add to their denominator.
     #[schemars(range(min = 1e-12, max = 1.0))]
     pub epsilon: f64,
-    /// Decoupled weight decay, AdamW's alone; biases and normalisation weights are left out.
+    /// Decoupled weight decay; used by AdamW. Biases and normalisation weights do not decay.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub weight_decay: f64,
-    /// Adds l1 times the sum of the weights' absolute values to the objective; biases and normalisation weights are left out.
+    /// Factor of the sum of the weights' absolute values, which is added to the objective. Biases and normalisation
+    /// weights are not counted.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l1: f64,
-    /// Adds l2 / 2 times the sum of the weights' squares to the objective; biases and normalisation weights are left out.
+    /// Twice the factor of the sum of the weights' squares, which is added to the objective. Biases and normalisation
+    /// weights are not counted.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2: f64,
-    /// Dropout in the encoder, of hidden states and attention. Absent: what the model's config.json says.
+    /// Dropout probability of hidden states and attention in the encoder. Absent: the values in the model's
+    /// config.json.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0, max = 0.9))]
     pub dropout: Option<f64>,
-    /// Largest global gradient norm; 0 turns clipping off.
+    /// Largest norm of all gradients together; larger gradients are scaled down to it. 0 turns clipping off.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub clip_norm: f64,
-    /// Seed of initialisation, order of rows and dropout.
+    /// Seed for initial weights, the order of rows and dropout.
     #[schemars(range(min = 0))]
     pub seed: i64,
     /// Number format of the matrix products.
     pub precision: Precision,
-    /// Longer texts are cut to this many tokens.
+    /// Number of tokens to which longer texts are cut.
     #[schemars(range(min = 8, max = 8192))]
     pub max_sequence_length: u32,
-    /// Tries other values of some hyperparameters first, and trains with the best.
+    /// Search for the best values of some hyperparameters, which the job then trains with. Absent: no search.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchSpec>,
-    /// Tells how far the score can be trusted: before the job's own training, one for each fold, on the training rows without the
-    /// fold, measured on the fold (never on test rows). Mean and deviation are in the report and among the summary's metrics, with
-    /// crossValidation/ in front; a search judges its trials by the mean. A job that was interrupted goes on with the first fold
-    /// that is not done, from that fold's beginning. Absent: none.
+    /// Cross-validation, which estimates how much the score varies: before the job's own training, one training for
+    /// each fold, on the training rows without the fold, evaluated on the fold (never on test rows). Mean and standard
+    /// deviation are in the report and in the summary's metrics with the prefix crossValidation/; a search compares its
+    /// trials by the mean. An interrupted job continues with the first unfinished fold, from the beginning of that
+    /// fold. Absent: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cross_validation: Option<CrossValidationSpec>,
 }
@@ -112,8 +119,11 @@ impl Default for Hyperparameters {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Schedule {
+    /// The learning rate stays at its peak.
     Constant,
+    /// The learning rate falls linearly to zero.
     Linear,
+    /// The learning rate falls to zero along a half cosine.
     Cosine,
 }
 
@@ -127,7 +137,7 @@ pub enum Optimizer {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Precision {
-    /// BF16 where the hardware computes in it, else FP32.
+    /// BF16 if the hardware computes in it, otherwise FP32.
     Auto,
     FP32,
     /// Weights and optimizer in FP32, matrix products in bfloat16.

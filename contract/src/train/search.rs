@@ -1,4 +1,4 @@
-//! The search for hyperparameters: which are tried, how, and what a trial is judged by.
+//! Search for hyperparameters: which values are tried, in which order, and how trials are compared.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -8,37 +8,36 @@ use serde::{
     de::{IntoDeserializer, value::Error},
 };
 
-use super::{Hyperparameters, Metric};
+use super::{Hyperparameters, Metric, rules};
 use crate::Decimal;
 
-/// Trials of the same training with other hyperparameters. The best of them, by its metric on the validation rows, is what the job
-/// trains with; the test rows are looked at once, after that.
+/// Trials of the same training with different hyperparameters. The job trains with the values of the best trial, by the
+/// metric on the validation rows; only the job's own result is evaluated on the test rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!has(self.asha) || self.algorithm == 'ASHA'", "message": "asha is for algorithm ASHA alone"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::ASHA_ALONE]))]
 pub struct SearchSpec {
-    /// How the next trial is chosen.
+    /// Algorithm that chooses the next trial.
     #[serde(default)]
     pub algorithm: SearchAlgorithm,
-    /// Different assignments that are tried, failed ones included.
+    /// Number of different assignments to try, including those that fail.
     #[serde(default = "twenty")]
     #[schemars(range(min = 1, max = 256))]
     pub max_trials: u32,
-    /// Trials at the same time.
+    /// Largest number of concurrent trials.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub parallelism: u32,
-    /// What a trial is judged by, on the validation rows or over the folds of crossValidation.
+    /// Metric by which trials are compared, on the validation rows or over the folds of crossValidation.
     #[serde(default)]
     pub objective: SearchObjective,
-    /// The hyperparameters that are searched for; the others are as the job has them.
+    /// Hyperparameters to search for; the others have the job's values.
     #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub parameters: Vec<SearchParameter>,
-    /// Settings of algorithm ASHA.
+    /// Settings of the algorithm ASHA. Absent: its defaults.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asha: Option<AshaSpec>,
-    /// The same seed, specification and results give the same trials.
+    /// Seed of the search: the same seed, specification and results give the same trials.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
@@ -54,22 +53,22 @@ fn one() -> u32 {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SearchAlgorithm {
-    /// Every trial is drawn on its own.
+    /// Each trial is drawn independently.
     Random,
-    /// Trials are drawn where good ones were denser than bad ones: tree-structured Parzen estimators.
+    /// Trials are drawn where good trials were denser than bad ones (tree-structured Parzen estimators).
     #[default]
     TPE,
-    /// Random trials get a small budget first, and the better of them more: asynchronous successive halving.
+    /// Random trials get a small budget first, and the better ones of them more (asynchronous successive halving).
     ASHA,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SearchObjective {
-    /// Measured on the validation rows; where the job has crossValidation, the mean over its folds. It has to be one of the task's:
-    /// TextRegression has no Accuracy, and is refused until PearsonCorrelation is named here.
+    /// Metric on the validation rows; with crossValidation the mean over its folds. The task must have it:
+    /// TextRegression requires PearsonCorrelation.
     pub metric: Metric,
-    /// Which way is better.
+    /// Whether larger or smaller values are better.
     pub goal: SearchGoal,
 }
 
@@ -80,7 +79,8 @@ impl Default for SearchObjective {
 }
 
 impl SearchObjective {
-    /// The metric's key in the `TrainSummary::metrics` of a trial of `job`: `validation/accuracy`, or `crossValidation/accuracy`.
+    /// The metric's key in the `TrainSummary::metrics` of a trial of `job`: `validation/accuracy`, or
+    /// `crossValidation/accuracy`.
     pub fn key(&self, job: &Hyperparameters) -> String {
         let measured = if job.cross_validation.is_some() { "crossValidation" } else { "validation" };
         let name = format!("{:?}", self.metric);
@@ -98,22 +98,18 @@ pub enum SearchGoal {
 /// One hyperparameter: exactly one of `range`, `values` and `choices`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "[has(self.range), has(self.values), has(self.choices)].filter(given, given).size() == 1",
-     "message": "set exactly one of range, values and choices"},
-    {"rule": "has(self.choices) == (self.name in ['optimizer', 'schedule', 'precision'])",
-     "message": "choices is for optimizer, schedule and precision; range and values are for numbers"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::RANGE_VALUES_OR_CHOICES, rules::CHOICES_ARE_NAMES]))]
 pub struct SearchParameter {
-    /// The hyperparameter.
+    /// Name of the hyperparameter.
     pub name: ParameterName,
-    /// Every number between two.
+    /// Range of numbers to draw from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<ParameterRange>,
-    /// These numbers alone.
+    /// Numbers to choose from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64))]
     pub values: Option<Vec<f64>>,
-    /// These names alone, such as AdamW and SGD.
+    /// Names to choose from, such as AdamW and SGD.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16), inner(length(min = 1, max = 63)))]
     pub choices: Option<Vec<String>>,
@@ -123,28 +119,27 @@ pub struct SearchParameter {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "self.min < self.max", "message": "min must be below max"},
-    {"rule": "self.scale != 'Log' || self.min > 0.0", "message": "a Log scale needs min above 0"},
-    {"rule": "self.scale != 'Log' || !has(self.step)", "message": "step is for the Linear scale"},
-    {"rule": "!has(self.step) || self.step > 0.0", "message": "step must be above 0"}]))]
+    rules::MIN_BELOW_MAX, rules::LOG_ABOVE_ZERO, rules::STEP_IS_LINEAR, rules::STEP_ABOVE_ZERO]))]
 pub struct ParameterRange {
-    /// Smallest.
+    /// Smallest number.
     pub min: f64,
-    /// Largest.
+    /// Largest number.
     pub max: f64,
-    /// Whether differences or ratios are drawn evenly.
+    /// Scale on which numbers are drawn evenly.
     #[serde(default)]
     pub scale: ParameterScale,
-    /// Distance between neighbours, counted from min. Absent: 1 for whole numbers, else none.
+    /// Distance between neighbouring numbers, counted from min. Absent: 1 for integers, otherwise any number in the
+    /// range.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ParameterScale {
+    /// Numbers are drawn evenly.
     #[default]
     Linear,
-    /// For learning rates and penalties: 1e-5 to 1e-4 is drawn as often as 1e-4 to 1e-3.
+    /// Logarithms are drawn evenly: 1e-5 to 1e-4 is drawn as often as 1e-4 to 1e-3. Suits learning rates and penalties.
     Log,
 }
 
@@ -189,22 +184,21 @@ impl FromStr for ParameterName {
     }
 }
 
-/// Budgets of asynchronous successive halving: at most one of `minimumSteps` and `minimumEpochs`. The largest budget is the job's
-/// own maxSteps or epochs; each smaller one is the next larger one over the reduction factor, as long as the minimum is kept, and
-/// there are ten at most.
+/// Budgets of asynchronous successive halving: at most one of `minimumSteps` and `minimumEpochs`. The largest budget is
+/// the job's maxSteps or epochs; each smaller one is the next larger one divided by the reduction factor, down to the
+/// minimum. There are at most ten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-#[schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!(has(self.minimumSteps) && has(self.minimumEpochs))", "message": "set minimumSteps or minimumEpochs, not both"}]))]
+#[schemars(extend("x-kubernetes-validations" = [rules::STEPS_OR_EPOCHS]))]
 pub struct AshaSpec {
-    /// One of so many trials goes on with so many times the budget.
+    /// Factor between budgets: one of this many trials continues with this many times the budget.
     #[schemars(range(min = 2, max = 16))]
     pub reduction_factor: u32,
-    /// Fewest optimizer steps of a trial, where the job has maxSteps. Absent: a hundredth of them.
+    /// Smallest number of optimizer steps of a trial, if the job has maxSteps. Absent: a hundredth of maxSteps.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub minimum_steps: Option<u64>,
-    /// Fewest epochs of a trial, where the job has epochs. Absent: 1.
+    /// Smallest number of epochs of a trial, if the job has epochs. Absent: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub minimum_epochs: Option<u32>,

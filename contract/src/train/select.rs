@@ -1,68 +1,71 @@
-//! Which training rows are trained on.
+//! Selection of training rows.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rules;
 use crate::Decimal;
 
-/// Trains on the rows that matter most. The report says how well they stand for all rows.
+/// Selection of the training rows that contribute most. The report says how well they represent all rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SelectSpec {
-    /// How rows are chosen.
+    /// Method by which rows are chosen.
     pub method: SelectMethod,
-    /// Percent of the training rows, of each label alike.
+    /// Percentage of the training rows to keep, the same for each label.
     #[schemars(range(min = 1, max = 99))]
     pub keep_percent: u8,
-    /// What Uncertainty means.
+    /// Measure of uncertainty; used by the method Uncertainty.
     #[serde(default)]
     pub measure: UncertaintyMeasure,
-    /// Of Random, and of the clusters' beginnings.
+    /// Seed for random selection and for initialising cluster centres.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
-    /// Whose view of the rows it goes by, where there is a teacher; without one it is the model's.
+    /// Model whose view of the rows is used. Without a teacher it is always the model itself.
     #[serde(default)]
     pub viewer: SelectViewer,
-    /// Only rows whose label the job's teacher finds this probable, such as "0.8", can be chosen: of the others the label may be
-    /// wrong, or the text says little. Absent: all rows can.
+    /// Least probability, such as "0.8", that the job's teacher gives a row's label for the row to be chosen. In other
+    /// rows the label may be wrong, or the text says little. Absent: all rows can be chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = [
-        {"rule": "double(self) >= 0.0 && double(self) <= 1.0", "message": "minimumAgreement must be between 0 and 1"}]))]
+    #[schemars(extend("x-kubernetes-validations" = [rules::FROM_0_TO_1]))]
     pub minimum_agreement: Option<Decimal>,
-    /// The job fails before it trains where the selection covers less than this share of the clusters of all rows, such as "0.9".
+    /// Least share, such as "0.9", of the clusters of all rows that the selection must cover; otherwise the job fails
+    /// before it trains. Absent: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_coverage: Option<Decimal>,
 }
 
-/// Who looks at the rows: mean-pooled vectors, and a linear classifier on them that is fitted to one half of the rows and asked
-/// about the other.
+/// Model whose mean-pooled vectors represent the rows. A linear classifier on the vectors is fitted to one half of the
+/// rows and applied to the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SelectViewer {
+    /// The job's teacher.
     #[default]
     Teacher,
-    /// The model as it is before training: what it finds hard may be easy for the teacher. Not for a fresh student, who knows nothing.
+    /// The model before training: what is hard for it may be easy for the teacher. Refused for a student with random
+    /// weights.
     Model,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SelectMethod {
-    /// Any rows: what the others have to be better than.
+    /// Random rows: the reference for the other methods.
     Random,
-    /// The rows a linear classifier is least sure about (Settles 2009).
+    /// Rows about which a linear classifier is least certain (Settles 2009).
     Uncertainty,
-    /// The rows nearest to the centres of k-means, one a cluster.
+    /// Rows nearest to the centres of k-means, one per cluster.
     ClusterCenter,
-    /// Rows whose gradients of the last layer point where those of all rows do together, by orthogonal matching pursuit (after
-    /// Killamsetty et al. 2021).
+    /// Rows whose gradients of the last layer together have the direction of the gradient of all rows, found by
+    /// orthogonal matching pursuit (after Killamsetty et al. 2021).
     GradientMatching,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum UncertaintyMeasure {
-    /// The entropy of the probabilities.
+    /// Entropy of the probabilities.
     #[default]
     Entropy,
-    /// The distance between the two highest probabilities.
+    /// Difference between the two highest probabilities.
     Margin,
 }

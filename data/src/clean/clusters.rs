@@ -1,14 +1,15 @@
-//! Rows that are near duplicates of each other: the places of MinHash signatures band by band (Leskovec, Rajaraman, Ullman, "Mining
-//! of Massive Datasets", chapter 3) find candidates, the shingles of the texts themselves decide, and what is joined forms a
-//! cluster.
+//! Rows that are near duplicates of each other: the places of MinHash signatures band by band (Leskovec, Rajaraman,
+//! Ullman, "Mining of Massive Datasets", chapter 3) find candidates, the shingles of the texts themselves decide, and
+//! what is joined forms a cluster.
 //!
-//! Clusters depend on the texts alone, not on the order of the rows. A pair at the threshold is found with probability 0.99 or
-//! more; a pair below it is never joined directly, though both may be near duplicates of a third.
+//! Clusters depend on the texts alone, not on the order of the rows. A pair at the threshold is found with probability
+//! 0.99 or more; a pair below it is never joined directly, though both may be near duplicates of a third.
 //!
-//! Signatures are not kept. Of each row stay 24 bytes ([`Sketch`]), and a key of four bytes for each of some bands; as many bands as
-//! fit into [`KEYS`] are gone through at once, and for the next ones the texts are hashed again. Millions of rows so take time
-//! instead of memory: 37 bytes a row beside the keys, 0.8 GB for ten million rows. Keys of 32 bits bring rows together that have
-//! nothing in common, some thousand pairs a band of ten million rows, which their sketches then tell apart.
+//! Signatures are not kept. Of each row stay 24 bytes ([`Sketch`]), and a key of four bytes for each of some bands; as
+//! many bands as fit into [`KEYS`] are gone through at once, and for the next ones the texts are hashed again. Millions
+//! of rows so take time instead of memory: 37 bytes a row beside the keys, 0.8 GB for ten million rows. Keys of 32 bits
+//! bring rows together that have nothing in common, some thousand pairs a band of ten million rows, which their
+//! sketches then tell apart.
 
 use std::{
     borrow::Cow,
@@ -17,31 +18,37 @@ use std::{
 
 use athanor_contract::train::NearDuplicates;
 
-use super::minhash::{MinHasher, PERMUTATIONS, jaccard, mix};
-use crate::progress::{Progress, Report};
+use super::minhash::{MinHasher, PERMUTATIONS, jaccard};
+use crate::{
+    progress::{Progress, Report},
+    random::mix,
+};
 
 /// Chance with which a pair at the threshold has to become a candidate.
 const RECALL: f64 = 0.99;
 
-/// Rows that share a band are compared with so many that follow in the order of their sketches: with all others, unless the band
-/// is as common as boilerplate. The order is that of the content, so the rows' own does not matter.
+/// Rows that share a band are compared with so many that follow in the order of their sketches: with all others, unless
+/// the band is as common as boilerplate. The order is that of the content, so the rows' own does not matter.
 const NEIGHBOURS: usize = 64;
 
 /// Sketches this many standard deviations below what the threshold lets expect are not worth a look at the texts.
 const MARGIN: f64 = 4.0;
 
-/// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for five million.
+/// Bytes of the keys that are kept at a time: two rounds for ten million rows at a threshold of 0.8, one for five
+/// million.
 const KEYS: usize = 448 << 20;
 
 /// Texts that are hashed between two reports of progress.
 const TEXTS_A_REPORT: u64 = 4096;
 
-/// What stays of a signature and its shingles. The order is that of the first places, so that similar texts are neighbours.
+/// What stays of a signature and its shingles. The order is that of the first places, so that similar texts are
+/// neighbours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Sketch {
     /// Four bits of each of the first eight places.
     first: u32,
-    /// A bit of each place: equal in all places that are equal, and in half of the others (Li, König, "b-Bit Minwise Hashing", 2010).
+    /// A bit of each place: equal in all places that are equal, and in half of the others (Li, König, "b-Bit Minwise
+    /// Hashing", 2010).
     bits: [u64; PERMUTATIONS / 64],
     /// A hash of all shingles; 0 for a row without any.
     set: u32,
@@ -200,8 +207,8 @@ impl<'a, T: Fn(usize) -> Cow<'a, str> + Sync> Search<T> {
         });
     }
 
-    /// Joins rows with the same shingles, so that a text that occurs a thousand times is compared once: says of each row whether it
-    /// is the one that is.
+    /// Joins rows with the same shingles, so that a text that occurs a thousand times is compared once: says of each
+    /// row whether it is the one that is.
     fn join_equal_sets(&mut self, keyed: &mut Vec<u64>) -> Vec<bool> {
         let Self { sketches, clusters, .. } = self;
         let mut distinct: Vec<bool> = sketches.iter().map(|sketch| sketch.set != 0).collect();

@@ -1,10 +1,12 @@
-//! Texts as sets of shingles, and sets as short signatures: the share of equal places in two signatures estimates the Jaccard
-//! similarity of the sets (Broder, "On the resemblance and containment of documents", 1997). The same text gives the same
-//! signature on every machine and in every release.
+//! Texts as sets of shingles, and sets as short signatures: the share of equal places in two signatures estimates the
+//! Jaccard similarity of the sets (Broder, "On the resemblance and containment of documents", 1997). The same text
+//! gives the same signature on every machine and in every release.
 
 use std::ops::Range;
 
 use athanor_contract::train::Shingles;
+
+use crate::random::mix;
 
 /// Places of a signature. The estimate's standard deviation is at most 0.5 / sqrt(128), 0.044.
 pub const PERMUTATIONS: usize = 128;
@@ -31,8 +33,8 @@ impl MinHasher {
         Self { shingles, permutations: std::array::from_fn(|_| (next() | 1, next())) }
     }
 
-    /// Hashes of the text's shingles, sorted, each once. A text shorter than a shingle is one; one without anything to compare
-    /// has none.
+    /// Hashes of the text's shingles, sorted, each once. A text shorter than a shingle is one; one without anything to
+    /// compare has none.
     pub fn shingle_set(&self, text: &str) -> Vec<u32> {
         let mut set = self.shingles(text);
         set.sort_unstable();
@@ -115,13 +117,6 @@ pub(super) fn hash(bytes: &[u8]) -> u64 {
     mix(bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |state: u64, &byte| (state ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)))
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
-pub(super) fn mix(mut state: u64) -> u64 {
-    state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    state ^ (state >> 31)
 }
 
 fn fold(hash: u64) -> u32 {

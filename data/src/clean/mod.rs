@@ -1,7 +1,8 @@
-//! Cleaning: what is wrong with a text alone ([`Cleaner`], row by row while they are read), and what is wrong with rows together
-//! ([`resolve`]: exact duplicates, conflicting labels, near duplicates, once all rows are there).
+//! Cleaning: what is wrong with a text alone ([`Cleaner`], row by row while they are read), and what is wrong with rows
+//! together ([`resolve`]: exact duplicates, conflicting labels, near duplicates, once all rows are there).
 //!
-//! Cleaning a cleaned text changes nothing. Nothing is removed or changed in silence: the report counts it and shows examples.
+//! Cleaning a cleaned text changes nothing. Nothing is removed or changed in silence: the report counts it and shows
+//! examples.
 
 mod clusters;
 mod minhash;
@@ -9,36 +10,20 @@ mod normalize;
 mod redact;
 mod report;
 mod resolve;
+mod step;
 
 use std::borrow::Cow;
 
 use athanor_contract::train::{CleanSpec, Redaction};
-use serde::Serialize;
 
 pub use clusters::{Clusters, near_duplicates};
 pub use report::{CleaningReport, EXAMPLES, Example, StepReport};
 pub use resolve::{Corpus, Resolved, resolve};
+pub use step::Step;
 
 use crate::error::DataError;
 use redact::{Redactor, placeholder};
 use report::{Effect, difference, excerpt};
-
-/// The steps of cleaning, in the order in which they run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Step {
-    RemoveControlCharacters,
-    NormalizeUnicode,
-    CollapseWhitespace,
-    RedactSecret,
-    RedactEmail,
-    RedactPhone,
-    MinimumLength,
-    MaximumLength,
-    ExactDuplicates,
-    ConflictingLabels,
-    NearDuplicates,
-}
 
 /// What became of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,8 +128,8 @@ impl Cleaner {
         self.report
     }
 
-    /// Counts changes. Where something was redacted, no text of an earlier step is shown: a finding may have been split there by
-    /// what the step removed, so that redacting the earlier text would miss it.
+    /// Counts changes. Where something was redacted, no text of an earlier step is shown: a finding may have been split
+    /// there by what the step removed, so that redacting the earlier text would miss it.
     fn report_changes(
         &mut self,
         changes: Vec<Change>,

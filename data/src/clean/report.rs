@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::Step;
+use super::step::Step;
 
 /// Examples kept of each step.
 pub const EXAMPLES: usize = 10;

@@ -1,6 +1,8 @@
-//! What can be said of rows only once all are there: texts that occur twice, texts with different labels, near duplicates.
+//! What can be said of rows only once all are there: texts that occur twice, texts with different labels, near
+//! duplicates.
 //!
-//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates 37 and up to 448 MiB beside them.
+//! Exact duplicates and conflicts take 16 bytes a row while they are sought, near duplicates 37 and up to 448 MiB
+//! beside them.
 
 use std::borrow::Cow;
 
@@ -9,10 +11,10 @@ use athanor_contract::train::{CleanSpec, ConflictingLabels, ExactDuplicates, Nea
 use super::{
     CleaningReport, Clusters, Example, Step,
     clusters::near_duplicates,
-    minhash::{hash, mix},
+    minhash::hash,
     report::{EXAMPLES, Effect, excerpt},
 };
-use crate::{error::DataError, progress::Report};
+use crate::{error::DataError, progress::Report, random::mix};
 
 /// Cleaned rows by index, at most `u32::MAX` of them.
 pub trait Corpus: Sync {
@@ -37,13 +39,14 @@ pub trait Corpus: Sync {
 pub struct Resolved {
     /// Whether each row stays.
     pub keep: Vec<bool>,
-    /// Clusters of near duplicates, over all rows (one that does not stay is alone in its cluster): a split must not divide them.
-    /// `None` if near duplicates were not looked for, or dropped.
+    /// Clusters of near duplicates, over all rows (one that does not stay is alone in its cluster): a split must not
+    /// divide them. `None` if near duplicates were not looked for, or dropped.
     pub clusters: Option<Clusters>,
 }
 
-/// Applies `exactDuplicates`, `conflictingLabels` and `nearDuplicates`, in this order. Of a text that occurs more than once in a
-/// source the first row with a label stays; the last, where `newest_wins` says so of the source (a topic, whose order is time).
+/// Applies `exactDuplicates`, `conflictingLabels` and `nearDuplicates`, in this order. Of a text that occurs more than
+/// once in a source the first row with a label stays; the last, where `newest_wins` says so of the source (a topic,
+/// whose order is time).
 ///
 /// # Errors
 /// The user's, for conflicting labels under `Fail`.

@@ -1,5 +1,5 @@
-//! HTML: a row a file, the text that a reader of the page would see, blocks on lines of their own. Scripts, styles and the head
-//! but for its title are left out.
+//! HTML: a row a file, the text that a reader of the page would see, blocks on lines of their own. Scripts, styles and
+//! the head but for its title are left out.
 
 use std::{cell::RefCell, io::Read};
 
@@ -10,11 +10,14 @@ use html5ever::{
     },
 };
 
-use super::{LONGEST_ROW, whole};
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+    rows::Fields,
+};
 
 pub(super) fn read(reader: &mut impl Read, reading: &mut Reading) -> Result<(), DataError> {
-    let bytes = whole(reader, LONGEST_ROW, reading)?;
+    let bytes = reading.whole(reader, LONGEST_ROW)?;
     if bytes.contains(&0) {
         return Err(reading.user("not HTML: the file is binary"));
     }
@@ -90,7 +93,7 @@ impl Writer {
         } else if self.hidden.is_empty() {
             self.lay_out(name, opens);
         }
-        // The tokenizer knows no elements: their content's rules are the tree builder's to say.
+        // The tokenizer has no elements: the rules for their content are the tree builder's.
         match name {
             "script" if opens => TokenSinkResult::RawData(RawKind::ScriptData),
             "style" | "iframe" | "noembed" | "noframes" if opens => TokenSinkResult::RawData(RawKind::Rawtext),

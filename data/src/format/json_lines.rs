@@ -7,7 +7,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Number, Value};
 
 use super::lines::Lines;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{DataError, reading::Reading, rows::Fields};
 
 pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), DataError> {
     let columns = reading.columns().clone();

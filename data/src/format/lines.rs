@@ -2,15 +2,17 @@
 
 use std::io::{BufRead, Read};
 
-use super::LONGEST_ROW;
-use crate::{DataError, read::Reading};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+};
 
 pub(super) struct Lines<R> {
     reader: R,
     line: Vec<u8>,
-    /// Of the last line that was read, from 1.
+    /// Number of the last line that was read, from 1.
     number: u64,
-    /// Where the next line begins.
+    /// Offset at which the next line begins.
     offset: u64,
 }
 

@@ -1,5 +1,5 @@
-//! Apache Parquet: top-level columns of text, numbers or booleans. The file is laid down on disk first, since its index is at
-//! its end; of it, a batch of rows is in memory at a time.
+//! Apache Parquet: top-level columns of text, numbers or booleans. The file is laid down on disk first, since its index
+//! is at its end; of it, a batch of rows is in memory at a time.
 
 use std::{
     fs::File,
@@ -16,8 +16,11 @@ use parquet::{
 };
 use serde_json::{Number, Value};
 
-use super::LONGEST_ROW;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+    rows::Fields,
+};
 
 /// Rows of a batch.
 const BATCH: usize = 1024;
@@ -38,7 +41,7 @@ pub(super) fn read(mut reader: impl Read, reading: &mut Reading) -> Result<(), D
     Ok(())
 }
 
-/// Copies, and tells a stream that cannot be read (damaged) from a disk that cannot be written.
+/// Copies, and distinguishes a stream that cannot be read (damaged) from a disk that cannot be written.
 fn copy(reader: &mut impl Read, file: &mut File, reading: &Reading) -> Result<(), DataError> {
     let mut buffer = vec![0; 256 << 10];
     loop {

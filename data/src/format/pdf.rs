@@ -2,14 +2,13 @@
 
 use std::io::Read;
 
-use super::whole;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{DataError, reading::Reading, rows::Fields};
 
 /// A document is in memory whole, with what the reader makes of it.
 const LARGEST: usize = 512 << 20;
 
 pub(super) fn read(reader: &mut impl Read, reading: &mut Reading) -> Result<(), DataError> {
-    let bytes = whole(reader, LARGEST, reading)?;
+    let bytes = reading.whole(reader, LARGEST)?;
     // Some bytes may come before the header, says ISO 32000.
     if !bytes[..bytes.len().min(1024)].windows(5).any(|window| window == b"%PDF-") {
         return Err(reading.user("not a PDF"));

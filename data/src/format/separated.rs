@@ -8,8 +8,11 @@ use std::{
 
 use csv::{ErrorKind, Position, StringRecord};
 
-use super::LONGEST_ROW;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{
+    DataError,
+    reading::{LONGEST_ROW, Reading},
+    rows::Fields,
+};
 
 pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> Result<(), DataError> {
     let since_row = Rc::new(Cell::new(0));
@@ -20,7 +23,7 @@ pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> R
         .from_reader(Limited { reader, since_row: since_row.clone() });
     let mut header = StringRecord::new();
     let mut record = StringRecord::new();
-    // Of the last row that was read.
+    // Place of the last row that was read.
     let mut line = 1;
     match reader.headers() {
         Ok(titles) => header.clone_from(titles),

@@ -14,7 +14,7 @@ use ::parquet::{
 use athanor_contract::train::Columns;
 
 use super::*;
-use crate::{Rows, read::Builder};
+use crate::{Rows, builder::Builder, reading::LONGEST_ROW};
 
 /// Parses a file by its name.
 fn parse_all(name: &str, bytes: &[u8], columns: &Columns, needs_labels: bool) -> Result<Rows, String> {

@@ -3,7 +3,7 @@
 use std::io::BufRead;
 
 use super::lines::Lines;
-use crate::{DataError, read::Reading, rows::Fields};
+use crate::{DataError, reading::Reading, rows::Fields};
 
 pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), DataError> {
     let mut lines = Lines::new(reader);

@@ -1,4 +1,4 @@
-use athanor_contract::train::ConflictingLabels;
+use athanor_contract::train::{CleanSpec, Columns, ConflictingLabels};
 
 use super::*;
 

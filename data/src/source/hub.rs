@@ -1,7 +1,7 @@
 //! Files of a dataset repository on the Hugging Face Hub: `hf://datasets/OWNER/NAME[@REVISION]/PATH`.
 //!
-//! `HF_ENDPOINT` names another hub, `HF_TOKEN` is the key to gated and private repositories. A file is downloaded to a temporary
-//! folder first: the Hub's client gives files, not streams.
+//! `HF_ENDPOINT` names another hub, `HF_TOKEN` is the key to gated and private repositories. A file is downloaded to a
+//! temporary folder first: the Hub's client gives files, not streams.
 
 use std::sync::Arc;
 
@@ -14,7 +14,10 @@ use hf_hub::{
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 
-use super::{CHUNK, Opened, is_pattern, matcher, nothing_matches};
+use super::{
+    opened::{CHUNK, Opened},
+    pattern::{is_pattern, matcher, nothing_matches},
+};
 use crate::DataError;
 
 /// Which hub, and as whom.

@@ -7,19 +7,23 @@ use backon::{ExponentialBuilder, Retryable};
 use futures::{StreamExt, TryStreamExt};
 use reqwest::{Client, StatusCode};
 
-use super::{Opened, divide, matcher, nothing_matches};
+use super::{
+    opened::Opened,
+    pattern::{divide, matcher, nothing_matches},
+};
 use crate::DataError;
 
-/// How the store's client refuses an answer whose length is not told.
+/// The error of the store's client for an answer without a length.
 const NO_LENGTH: &str = "Content-Length Header missing";
-/// Of a web address that the store's client does not open, a second and then two after a failure, and so on.
+/// Pauses after failures to open a web address that the store's client does not open: a second, then two, and so on.
 const RETRIES: usize = 3;
 
 pub(super) struct Object {
     location: Location,
     /// As the listing gave it.
     size: Option<u64>,
-    /// A web address with a query, which the store's client would leave out. The query may be a secret: no message has it.
+    /// A web address with a query, which the store's client would leave out. The query may be a secret: no message has
+    /// it.
     url: Option<String>,
 }
 
@@ -103,8 +107,8 @@ pub(super) fn without_query(uri: &str) -> &str {
     uri.split_once('?').filter(|_| uri.starts_with("http")).map_or(uri, |(place, _)| place)
 }
 
-/// A body that may come in chunks, as servers send what they make on the way: its end tells then that it is whole. `uri` is for
-/// messages.
+/// A body that may come in chunks, as servers send generated content: its end shows that it is complete.
+/// `uri` is for messages.
 async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
     let failed = |error: reqwest::Error| broken(uri, &error.without_url());
     let client = Client::builder()
@@ -132,8 +136,8 @@ async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
     })
 }
 
-/// The store's own word for why an object is not to be had: whether the user or time can mend it. It is asked once more, unless
-/// the client has tried again and again already, which is an outage.
+/// The store's own word for why an object is not to be had: whether the user or time can mend it. It is asked once
+/// more, unless the client has tried again and again already, which is an outage.
 async fn explain(location: &Location, error: &str) -> DataError {
     if !error.contains(" retries")
         && let Err(error) = location.version().await

@@ -13,7 +13,7 @@ use tokio::{
     net::TcpListener,
 };
 
-use super::*;
+use super::{pattern::divide, *};
 use crate::{Dataset, read::read_with};
 
 const ROWS: &str = "text,label\nalpha,x\nbeta,y\n";

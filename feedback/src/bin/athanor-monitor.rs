@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use athanor_contract::process::{path, port};
 use clap::Parser;
 
 #[path = "../monitor/mod.rs"]
@@ -12,10 +13,10 @@ mod monitor;
 #[command(version)]
 struct Arguments {
     /// The mounted configuration; read again when it changes.
-    #[arg(long, default_value = "/etc/athanor/monitor.json")]
+    #[arg(long, default_value = path::MONITOR_CONFIG)]
     config: PathBuf,
     /// Where /metrics, /healthz and /readyz are served.
-    #[arg(long, default_value = "0.0.0.0:9102")]
+    #[arg(long, default_value_t = SocketAddr::from(([0, 0, 0, 0], port::MONITOR_OPS)))]
     ops_address: SocketAddr,
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use athanor_contract::serve::MonitorStatus;
+use athanor_contract::{process::api, serve::MonitorStatus};
 use kube::{
     Api, Client,
     api::{ApiResource, DynamicObject, Patch, PatchParams},
@@ -12,10 +12,6 @@ use kube::{
 use serde_json::json;
 
 const FIELD_MANAGER: &str = "athanor-monitor";
-const GROUP: &str = "athanor.dev";
-const VERSION: &str = "v1alpha1";
-const KIND: &str = "ModelDeployment";
-const PLURAL: &str = "modeldeployments";
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Publisher {
@@ -26,7 +22,8 @@ pub struct Publisher {
 impl Publisher {
     pub async fn connect(namespace: &str, deployment: &str) -> anyhow::Result<Self> {
         let client = Client::try_default().await.context("no access to the Kubernetes API")?;
-        let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(GROUP, VERSION, KIND), PLURAL);
+        let kind = GroupVersionKind::gvk(api::GROUP, api::VERSION, api::MODEL_DEPLOYMENT);
+        let resource = ApiResource::from_gvk_with_plural(&kind, api::MODEL_DEPLOYMENTS);
         Ok(Self { api: Api::namespaced_with(client, namespace, &resource), deployment: deployment.to_owned() })
     }
 
@@ -46,8 +43,8 @@ impl Publisher {
 
     pub async fn publish(&self, status: &MonitorStatus) -> anyhow::Result<()> {
         let patch = Patch::Apply(json!({
-            "apiVersion": format!("{GROUP}/{VERSION}"),
-            "kind": KIND,
+            "apiVersion": api::API_VERSION,
+            "kind": api::MODEL_DEPLOYMENT,
             "status": {"monitor": status},
         }));
         let parameters = PatchParams::apply(FIELD_MANAGER).force();

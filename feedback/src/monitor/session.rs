@@ -14,7 +14,7 @@ use athanor_contract::{
 use athanor_feedback::{
     cloudevents,
     kafka::{LogContext, consumer_config, is_unknown_topic},
-    window::{CONFIDENCE_KS, LABELLED_ACCURACY, PREDICTION_PSI, Window},
+    window::{CONFIDENCE_KS, LABELLED_ACCURACY, POSITIVE_RATINGS, PREDICTION_PSI, Window},
 };
 use athanor_store::StoreError;
 use athanor_telemetry::Readiness;
@@ -254,8 +254,9 @@ fn set_gauges(status: &MonitorStatus, window_predictions: usize) {
         (PREDICTION_PSI, metrics::gauge!("athanor_monitor_prediction_psi")),
         (CONFIDENCE_KS, metrics::gauge!("athanor_monitor_confidence_p_value")),
         (LABELLED_ACCURACY, metrics::gauge!("athanor_monitor_labelled_accuracy")),
+        (POSITIVE_RATINGS, metrics::gauge!("athanor_monitor_positive_ratings_ratio")),
     ] {
-        // Not a number: there is no such statistic yet, and 0 would be a bad one.
+        // NaN while there is no such statistic: 0 would look like a bad value.
         let statistic = status.statistics.iter().find(|statistic| statistic.name == name);
         gauge.set(statistic.map_or(f64::NAN, |statistic| statistic.value.get()));
     }
@@ -267,7 +268,11 @@ pub fn describe_metrics() {
     metrics::describe_counter!("athanor_monitor_events_total", "Records read from the deployment's topic, by type");
     metrics::describe_gauge!("athanor_monitor_prediction_psi", "Population stability index of predicted labels");
     metrics::describe_gauge!("athanor_monitor_confidence_p_value", "p-value of the test on confidences");
-    metrics::describe_gauge!("athanor_monitor_labelled_accuracy", "Accuracy on the newest labelled requests");
+    metrics::describe_gauge!(
+        "athanor_monitor_labelled_accuracy",
+        "Share of right answers among the newest labelled or corrected ones"
+    );
+    metrics::describe_gauge!("athanor_monitor_positive_ratings_ratio", "Share of positive ratings among the newest");
     metrics::describe_gauge!("athanor_monitor_drifted", "1 while the verdict is Drifted");
     metrics::describe_gauge!("athanor_monitor_lag_events", "Events in Kafka that were not read yet");
     metrics::describe_gauge!("athanor_monitor_window_predictions", "Predictions in the window");
@@ -285,8 +290,10 @@ async fn read_reference(revision: &MonitoredRevision) -> anyhow::Result<Option<R
         Err(error) => return Err(error).with_context(|| format!("{REFERENCE} of {uri} cannot be read")),
     };
     match serde_json::from_slice::<Reference>(&bytes) {
-        Ok(reference) if reference.labels.len() == reference.predicted.len() => Ok(Some(reference)),
-        Ok(_) => bail!("{REFERENCE} of {uri}: labels and predicted differ in length"),
+        Ok(Reference::Classes(reference)) if reference.labels.len() != reference.predicted.len() => {
+            bail!("{REFERENCE} of {uri}: labels and predicted differ in length")
+        }
+        Ok(reference) => Ok(Some(reference)),
         Err(error) => bail!("{REFERENCE} of {uri} is not valid: {error}"),
     }
 }

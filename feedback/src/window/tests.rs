@@ -1,17 +1,20 @@
 use super::*;
-use athanor_contract::event::Feedback;
+use athanor_contract::{
+    artifact::TextReference,
+    event::{GenerationInput, TokenUsage},
+};
 use proptest::prelude::*;
 
 const LABELS: [&str; 2] = ["negative", "positive"];
 
 fn reference() -> Reference {
-    Reference {
+    Reference::Classes(ClassReference {
         labels: LABELS.map(String::from).to_vec(),
         predicted: vec![100, 100],
         confidences: (0..200).map(|i| 0.5 + i as f32 / 400.0).collect(),
         correct: 180,
         rows: 200,
-    }
+    })
 }
 
 fn window() -> Window {
@@ -46,11 +49,37 @@ fn answer(at: i64, revision: &str, label: &str, confidence: f32) -> Event {
 }
 
 fn feedback(at: i64, label: &str) -> Event {
-    let (request_id, expected_label) = (format!("q{at}"), label.into());
-    event(
-        format!("f{at}"),
-        at + 1,
-        EventData::Feedback(Feedback { request_id, index: 0, expected_label, comment: None }),
+    judged("f", at, Judgement::ExpectedLabel(label.into()))
+}
+
+fn judged(id: &str, at: i64, judgement: Judgement) -> Event {
+    let request_id = format!("q{at}");
+    event(format!("{id}{at}"), at + 1, EventData::Feedback(Feedback { request_id, index: 0, judgement, comment: None }))
+}
+
+/// A generated answer, number `at`.
+fn generation(at: i64) -> Event {
+    let data = EventData::Generation(Generation {
+        request_id: format!("q{at}"),
+        index: 0,
+        revision: "r2".into(),
+        adapter: None,
+        input: GenerationInput::Prompt("List the entities".into()),
+        answer: "[Bank - ORGANIZATION]".into(),
+        finish_reason: "stop".into(),
+        usage: TokenUsage::default(),
+        mean_log_probability: None,
+        latency_ms: 1.0,
+    });
+    event(format!("q{at}/0"), at, data)
+}
+
+fn text_window() -> Window {
+    let reference = TextReference { answer_tokens: vec![], mean_log_probabilities: vec![], correct: 180, rows: 200 };
+    Window::new(
+        "r2",
+        Some(Reference::Text(reference)),
+        MonitorSpec { window_predictions: 100, minimum_labels: 20, ..Default::default() },
     )
 }
 
@@ -138,6 +167,52 @@ fn without_a_reference_only_counts_are_known() {
     let status = window.status();
     assert_eq!((status.verdict, status.predictions, status.statistics.len()), (Verdict::Unknown, 60, 0));
     assert_eq!(window.window_predictions(), 50);
+}
+
+#[test]
+fn corrections_of_generated_answers_are_judged_as_labels_are() {
+    let correction = |at: i64, text: &str| judged("f", at, Judgement::ExpectedText(text.into()));
+    // White space does not make another answer.
+    let same = |at| correction(at, "[Bank -\n ORGANIZATION]");
+    let cases = [
+        ("too few", 19, 2, Verdict::Unknown),
+        ("a tenth is corrected, as in the reference", 100, 10, Verdict::Stable),
+        ("half is corrected", 60, 2, Verdict::Drifted),
+    ];
+    for (name, answers, wrong_every, expected) in cases {
+        let mut window = text_window();
+        let corrections =
+            (0..answers).map(|at| if at % wrong_every == 0 { correction(at, "No entities found") } else { same(at) });
+        feed(&mut window, (0..answers).map(generation).chain(corrections));
+        let status = window.status();
+        assert_eq!((status.verdict, status.labelled), (expected, answers as u64), "{name}: {status:?}");
+        assert!(status.statistics.iter().all(|statistic| statistic.name == LABELLED_ACCURACY), "{status:?}");
+    }
+}
+
+#[test]
+fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
+    let rating = |at: i64, good: bool| {
+        judged("s", at, Judgement::Rating(if good { Rating::Positive } else { Rating::Negative }))
+    };
+    // One in ten of the first twenty ratings is negative; they are the reference.
+    let first = || (0..20).map(|at| rating(at, at % 10 != 0));
+    let cases: [(&str, Vec<Event>, Verdict); 3] = [
+        ("the reference alone", first().collect(), Verdict::Unknown),
+        ("as at first", first().chain((20..160).map(|at| rating(at, at % 10 != 0))).collect(), Verdict::Stable),
+        ("half is negative now", first().chain((20..60).map(|at| rating(at, at % 2 == 0))).collect(), Verdict::Drifted),
+    ];
+    for (name, ratings, expected) in cases {
+        let mut window = text_window();
+        feed(&mut window, (0..160).map(generation).chain(ratings));
+        let status = window.status();
+        assert_eq!((status.verdict, status.labelled), (expected, 0), "{name}: {status:?}");
+    }
+    // A second rating of one answer does not count.
+    let mut window = text_window();
+    let repeated = (0..40).map(|at| judged(&format!("again{at}-"), 0, Judgement::Rating(Rating::Negative)));
+    feed(&mut window, [generation(0)].into_iter().chain(repeated));
+    assert!(window.status().statistics.is_empty());
 }
 
 #[test]

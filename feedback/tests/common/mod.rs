@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use athanor_contract::{
-    event::{Event, EventData, Feedback, Prediction},
+    event::{Event, EventData, Feedback, Judgement, Prediction},
     serve::EventsConfig,
     train::{KafkaSource, OffsetRange},
 };
@@ -28,8 +28,8 @@ pub fn prediction(request: &str, index: u32) -> Event {
 }
 
 pub fn feedback(id: &str, request: &str, index: u32, label: &str) -> Event {
-    let (request_id, expected_label) = (request.into(), label.into());
-    event(id.into(), EventData::Feedback(Feedback { request_id, index, expected_label, comment: None }))
+    let (request_id, judgement) = (request.into(), Judgement::ExpectedLabel(label.into()));
+    event(id.into(), EventData::Feedback(Feedback { request_id, index, judgement, comment: None }))
 }
 
 fn event(id: String, data: EventData) -> Event {

@@ -38,10 +38,9 @@ impl<'a> Builder<'a> {
         self.source.contains(name)
     }
 
-    /// An error about a field of the folder's config.json.
+    /// An error about a field of the configuration.
     pub fn config_error(&self, field: &str, message: String) -> LoadError {
-        let file = self.source.file().with_file_name("config.json");
-        LoadError::Config { file, field: field.into(), message }
+        LoadError::Config { file: self.source.config_file(), field: field.into(), message }
     }
 
     /// A tensor by its name, or by its name without the first part: checkpoints of a bare backbone lack `model.` and
@@ -49,8 +48,7 @@ impl<'a> Builder<'a> {
     pub fn tensor(&mut self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
         let bare = name.split_once('.').map_or(name, |(_, rest)| rest);
         let stored = if !self.source.contains(name) && self.source.contains(bare) { bare } else { name };
-        let tensor = self.source.take(stored, shape)?;
-        let tensor = tensor.f_to_kind(self.kind.unwrap_or(tensor.kind()))?.f_to_device(self.device)?;
+        let tensor = self.source.take(stored, shape, self.kind)?.f_to_device(self.device)?;
         self.parameters.push((name.to_owned(), tensor.shallow_clone()));
         Ok(tensor)
     }

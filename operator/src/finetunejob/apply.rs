@@ -2,60 +2,83 @@
 
 use athanor_crds::FineTuneJob;
 use k8s_openapi::api::batch::v1::Job;
-use kube::{Api, Client, ResourceExt};
+use kube::ResourceExt;
 
 use super::{
-    build::{Attempt, Children},
+    build::{AttemptChildren, Children},
     decide::Decision,
+    dereference::Observed,
+    policy::search,
     validate::ValidatedJob,
 };
-use crate::cluster::{self, Child, ClusterError};
+use crate::cluster::{Cluster, ClusterError, Identity};
 
-/// That a decision is in the cluster; only then is there a status for it.
+/// Proof that a decision is in the cluster. Only [`apply`] makes it, and the status after a decision cannot be made
+/// without it.
 #[derive(Debug)]
 pub struct Applied {
-    /// The attempt's Job, or a trial, was created just now.
-    pub created: bool,
+    created: bool,
 }
 
+impl Applied {
+    /// Returns whether the Kubernetes Job of the attempt, or a trial, was created by this reconcile.
+    pub fn created(&self) -> bool {
+        self.created
+    }
+
+    /// The result of an `apply` that a test leaves out.
+    #[cfg(test)]
+    pub fn assumed(created: bool) -> Self {
+        Self { created }
+    }
+}
+
+/// Deletes and creates what the decision requires. Creating twice is creating once: names follow from the attempt's
+/// number and from the trial's assignment.
+///
+/// # Errors
+/// A request that failed, or an object of another owner with the name of a child.
 pub async fn apply(
-    client: &Client,
+    cluster: &Cluster<'_>,
     job: &ValidatedJob,
     decision: &Decision,
     children: Children,
 ) -> Result<Applied, ClusterError> {
-    for (name, uid) in &decision.remove {
-        cluster::delete::<Job>(client, &job.namespace, name, Some(uid)).await?;
+    for batch_job in &decision.remove {
+        cluster.delete::<Job>(&job.namespace, &batch_job.name, Some(&batch_job.uid)).await?;
     }
-    for (name, uid) in &decision.remove_trials {
-        cluster::delete::<FineTuneJob>(client, &job.namespace, name, Some(uid)).await?;
+    for trial in &decision.remove_trials {
+        cluster.delete::<FineTuneJob>(&job.namespace, &trial.name, Some(&trial.uid)).await?;
     }
     if decision.expire {
-        cluster::delete::<FineTuneJob>(client, &job.namespace, &job.name, Some(&job.uid)).await?;
+        cluster.delete::<FineTuneJob>(&job.namespace, &job.name, Some(&job.uid)).await?;
     }
     let Children { attempt, trials } = children;
     let mut created = false;
     for trial in &trials {
-        created |= create_own(client, job, trial).await?;
+        created |= cluster.create(trial, &job.uid).await?;
     }
-    if let Some(Attempt { config, service, job: indexed }) = attempt {
-        cluster::apply(client, &config).await?;
-        cluster::apply(client, &service).await?;
-        created |= create_own(client, job, &indexed).await?;
+    if let Some(AttemptChildren { config, service, batch_job }) = attempt {
+        cluster.apply(&config, &job.uid).await?;
+        cluster.apply(&service, &job.uid).await?;
+        created |= cluster.create(&batch_job, &job.uid).await?;
     }
     Ok(Applied { created })
 }
 
-/// Creates a child that was not among this FineTuneJob's own: if it is there, it is somebody else's, or came up between two requests.
-async fn create_own<K: Child>(client: &Client, job: &ValidatedJob, child: &K) -> Result<bool, ClusterError> {
-    let created = cluster::create(client, child).await?;
-    if !created {
-        let name = child.name_any();
-        let api: Api<K> = Api::namespaced(client.clone(), &job.namespace);
-        let there = api.get_opt(&name).await.ok().flatten();
-        if there.is_some_and(|there| !cluster::is_owned_by(&there, &job.uid)) {
-            return Err(ClusterError::Foreign { kind: K::kind(&()).into(), name });
-        }
+/// Deletes the Kubernetes Jobs and the unfinished trials of a job that has become invalid: nothing observes them any
+/// more.
+///
+/// # Errors
+/// A request that failed.
+pub async fn stop(cluster: &Cluster<'_>, observed: &Observed) -> Result<(), ClusterError> {
+    let namespace = observed.job.namespace().unwrap_or_default();
+    for batch_job in &observed.batch_jobs {
+        let Identity { name, uid } = Identity::from_object(&**batch_job);
+        cluster.delete::<Job>(&namespace, &name, Some(&uid)).await?;
     }
-    Ok(created)
+    for Identity { name, uid } in search::unfinished(&observed.trials) {
+        cluster.delete::<FineTuneJob>(&namespace, &name, Some(&uid)).await?;
+    }
+    Ok(())
 }

@@ -4,21 +4,26 @@ use std::time::Duration;
 
 use athanor_contract::{
     artifact::EVENTS,
+    process::{file, path, port, variable},
     train::{TrainConfig, TrainSpec},
 };
 use athanor_crds::{FineTuneJob, TRIAL_ANNOTATION, label};
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
-        core::v1::{ConfigMap, Service, ServicePort, ServiceSpec},
+        core::v1::{ConfigMap, PodTemplateSpec, Service, ServicePort, ServiceSpec},
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 
 use super::{
+    attempt::{COMPONENT, batch_job_name},
     claims,
-    decide::{Decision, job_name},
-    search::{Found, NewTrial},
+    decide::Decision,
+    policy::{
+        queue,
+        search::{NewTrial, SearchResult},
+    },
     validate::ValidatedJob,
 };
 use crate::{
@@ -26,39 +31,37 @@ use crate::{
     settings::Settings,
 };
 
-/// Component, and name of the container.
-pub const COMPONENT: &str = "trainer";
-/// Port of rank 0's rendezvous (c10d's TCPStore).
-const MASTER_PORT: i32 = 29500;
-const METRICS_PORT: i32 = 9100;
-/// Seconds for a last checkpoint after SIGTERM.
+/// Port of the rendezvous (c10d's TCPStore) of rank 0.
+const MASTER_PORT: i32 = port::RENDEZVOUS as i32;
+const METRICS_PORT: i32 = port::TRAINER_METRICS as i32;
+/// Time after SIGTERM for a last checkpoint.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// What a decision asks for.
+/// Children to create.
 pub struct Children {
-    pub attempt: Option<Attempt>,
+    pub attempt: Option<AttemptChildren>,
     /// FineTuneJobs of the search.
     pub trials: Vec<FineTuneJob>,
 }
 
-/// Everything that one attempt needs.
-pub struct Attempt {
+/// Children of one attempt.
+pub struct AttemptChildren {
     pub config: ConfigMap,
     pub service: Service,
-    pub job: Job,
+    pub batch_job: Job,
 }
 
-/// The children that the decision asks for.
+/// Builds the children that the decision requires.
 pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
-    let attempt = decision.create.then(|| Attempt {
-        config: config(job, settings, decision.found.as_ref()),
+    let attempt = decision.create.then(|| AttemptChildren {
+        config: config(job, settings, decision.search_result.as_ref()),
         service: service(job),
-        job: indexed_job(job, settings, decision.attempt),
+        batch_job: indexed_job(job, settings, decision.attempt),
     });
     Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
 }
 
-/// Folder of all that the job makes; a trial's is inside its parent's.
+/// Returns the folder of everything that the job writes; a trial's is inside its parent's.
 fn folder(job: &ValidatedJob) -> String {
     let named = |name: &str, uid: &str| format!("{name}-{}", uid.get(..8).unwrap_or(uid));
     let parent = job.trial_of.as_ref().map(|parent| format!("{}/trials/", named(&parent.name, &parent.uid)));
@@ -66,19 +69,20 @@ fn folder(job: &ValidatedJob) -> String {
     format!("{to}/{}{}", parent.unwrap_or_default(), named(&job.name, &job.uid))
 }
 
-/// A trial: the job with other hyperparameters, judged by its validation rows alone. Its output is the job's, where annotations and
-/// a teacher's answers are kept: what one trial asked, the others and the job itself find there.
+/// Builds a trial: the job with other hyperparameters, evaluated on the validation rows only. It has the job's output
+/// folder, which holds annotations and a teacher's answers: what one trial requested is there for the others and for
+/// the job itself.
 fn trial(job: &ValidatedJob, new: &NewTrial) -> FineTuneJob {
     let mut spec = job.spec.clone();
     spec.train = new.train.clone();
     spec.train.evaluate.gates.clear();
     spec.train.evaluate.baseline = None;
     spec.train.compress.clear();
-    // Suspending, limits of time and deletion are the parent's business.
+    // Suspension, deadline and time to live are those of the parent.
     spec.suspend = false;
     spec.active_deadline_seconds = None;
     spec.ttl_seconds_after_finished = None;
-    let mark = serde_json::to_string(&new.mark).expect("a mark has string keys only");
+    let annotation = serde_json::to_string(&new.annotation).expect("an annotation has string keys only");
     let mut child = FineTuneJob::new(&new.job, spec);
     child.metadata = ObjectMeta {
         labels: Some(
@@ -90,13 +94,13 @@ fn trial(job: &ValidatedJob, new: &NewTrial) -> FineTuneJob {
             .chain(job.queue_labels.iter().cloned())
             .collect(),
         ),
-        annotations: Some([(TRIAL_ANNOTATION.into(), mark)].into()),
+        annotations: Some([(TRIAL_ANNOTATION.into(), annotation)].into()),
         ..metadata(job, new.job.clone())
     };
     child
 }
 
-/// The trainer's configuration.
+/// Builds the trainer's configuration.
 pub fn train_config(job: &ValidatedJob, settings: &Settings, spec: &TrainSpec) -> TrainConfig {
     let folder = folder(job);
     TrainConfig {
@@ -129,19 +133,19 @@ fn service_name(job: &ValidatedJob) -> String {
     format!("{}-trainer", job.name)
 }
 
-fn config(job: &ValidatedJob, settings: &Settings, found: Option<&Found>) -> ConfigMap {
-    let spec = found.map_or(&job.spec.train, |found| &found.train);
-    let trials = found.map_or(Vec::new(), |found| found.trials.clone());
+fn config(job: &ValidatedJob, settings: &Settings, result: Option<&SearchResult>) -> ConfigMap {
+    let spec = result.map_or(&job.spec.train, |result| &result.train);
+    let trials = result.map_or(Vec::new(), |result| result.trials.clone());
     let config = TrainConfig { trials, ..train_config(job, settings, spec) };
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     ConfigMap {
         metadata: metadata(job, config_name(job)),
-        data: Some([("train.json".into(), text)].into()),
+        data: Some([(file::TRAIN.into(), text)].into()),
         ..ConfigMap::default()
     }
 }
 
-/// Headless, and with addresses of pods that are not ready: ranks meet before any of them is.
+/// Builds a headless Service that publishes pods that are not ready: ranks connect before any of them is ready.
 fn service(job: &ValidatedJob) -> Service {
     let port = |name: &str, port| ServicePort {
         name: Some(name.into()),
@@ -164,26 +168,46 @@ fn service(job: &ValidatedJob) -> Service {
 }
 
 fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
-    let name = job_name(&job.name, attempt);
-    let nodes = i32::try_from(job.spec.train.distributed.num_nodes).unwrap_or(i32::MAX);
+    let name = batch_job_name(&job.name, attempt);
+    let nodes = i32::try_from(job.nodes).unwrap_or(i32::MAX);
+    let template = pod_template(job, settings, &name);
+    let mut metadata = metadata(job, name);
+    metadata.labels.get_or_insert_default().extend(job.queue_labels.iter().cloned());
+    Job {
+        metadata,
+        spec: Some(JobSpec {
+            completion_mode: Some("Indexed".into()),
+            completions: Some(nodes),
+            parallelism: Some(nodes),
+            // All pods restart together, in another Job.
+            backoff_limit: Some(0),
+            suspend: queue::suspend(&job.queue_labels),
+            template,
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Builds the pods of the Kubernetes Job `name`.
+fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTemplateSpec {
     let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.extend([
-        pods::field("ATHANOR_NODE_RANK", "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
-        pods::variable("ATHANOR_NUM_NODES", nodes.to_string()),
-        pods::variable("ATHANOR_MASTER_ADDR", master),
-        pods::variable("ATHANOR_MASTER_PORT", MASTER_PORT.to_string()),
-        pods::field("ATHANOR_POD_IP", "status.podIP"),
-        pods::variable("ATHANOR_NAMESPACE", job.namespace.clone()),
-        pods::variable("ATHANOR_METRICS_PORT", METRICS_PORT.to_string()),
-        pods::variable("ATHANOR_ATTEMPT", attempt.to_string()),
+        pods::field(variable::NODE_RANK, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
+        pods::variable(variable::NUM_NODES, job.nodes.to_string()),
+        pods::variable(variable::MASTER_ADDR, master),
+        pods::variable(variable::MASTER_PORT, MASTER_PORT.to_string()),
+        pods::field(variable::POD_IP, "status.podIP"),
+        pods::variable(variable::NAMESPACE, job.namespace.clone()),
+        pods::variable(variable::METRICS_PORT, METRICS_PORT.to_string()),
     ]);
     let mut volumes = vec![
-        (pods::config(&config_name(job)), "/etc/athanor".to_owned()),
-        // NCCL and Gloo exchange data of one node's processes here; the default of 64 MiB is too little.
+        (pods::config(&config_name(job)), path::CONFIG.to_owned()),
+        // NCCL and Gloo exchange data between the processes of one node here; the default of 64 MiB is not enough.
         (pods::scratch("shm", Some("Memory")), "/dev/shm".into()),
     ];
-    // A claim's name may be too long for a volume's.
+    // The name of a claim may be longer than a volume's may be.
     volumes.extend(
         claims::of(&job.spec.train)
             .iter()
@@ -193,7 +217,7 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
         image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
-        command: ["athanor-trainer", "run", "--config", "/etc/athanor/train.json"].map(Into::into).into(),
+        command: ["athanor-trainer", "run", "--config", path::TRAIN_CONFIG].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),
         env,
@@ -201,31 +225,16 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
         ports: vec![("metrics", METRICS_PORT)],
         metrics_port: METRICS_PORT,
         volumes,
+        probes: None,
         overrides: job.spec.pod_template.as_ref(),
         service_account: None,
         grace_seconds: GRACE.as_secs() as i64,
-        // Ranks are better off close together.
+        // Ranks communicate: nothing spreads them over nodes.
         spread: None,
     });
     if let Some(spec) = &mut template.spec {
         spec.restart_policy = Some("Never".into());
         spec.subdomain = Some(service_name(job));
     }
-    let mut metadata = metadata(job, name);
-    metadata.labels.get_or_insert_default().extend(job.queue_labels.iter().cloned());
-    Job {
-        metadata,
-        spec: Some(JobSpec {
-            completion_mode: Some("Indexed".into()),
-            completions: Some(nodes),
-            parallelism: Some(nodes),
-            // The gang restarts as a whole, by another Job.
-            backoff_limit: Some(0),
-            // A queue starts it.
-            suspend: (!job.queue_labels.is_empty()).then_some(true),
-            template,
-            ..JobSpec::default()
-        }),
-        status: None,
-    }
+    template
 }

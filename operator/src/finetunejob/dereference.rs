@@ -1,60 +1,60 @@
-//! Reads what a decision about a FineTuneJob needs: the newest job, its Kubernetes Jobs, their pods, the newest report.
+//! Reads what a decision about a FineTuneJob needs from the caches: its Kubernetes Jobs, their pods, its trials, the
+//! newest report.
+
+use std::sync::Arc;
 
 use athanor_crds::{FineTuneJob, label};
 use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
-use kube::{Api, Client, ResourceExt, api::ListParams};
+use kube::ResourceExt;
 
-use super::decide::is_over;
+use super::attempt::is_over;
 use crate::{
     cluster,
-    context::ReconcileError,
     progress::{Report, Reports},
+    reconciler::ReconcileError,
+    stores::Stores,
 };
 
-/// What there is.
+/// What was read.
 pub struct Observed {
     pub job: FineTuneJob,
-    /// Jobs of this FineTuneJob, of all attempts.
-    pub jobs: Vec<Job>,
-    /// Pods of this FineTuneJob, of all attempts.
-    pub pods: Vec<Pod>,
+    /// Kubernetes Jobs of all attempts.
+    pub batch_jobs: Vec<Arc<Job>>,
+    /// Pods of all attempts.
+    pub pods: Vec<Arc<Pod>>,
     pub report: Option<Report>,
     /// FineTuneJobs that are trials of this one's search.
-    pub trials: Vec<FineTuneJob>,
+    pub trials: Vec<Arc<FineTuneJob>>,
 }
 
-/// Reads; `None` when the job is gone or going.
-pub async fn dereference(
-    client: &Client,
-    reports: &Reports,
-    job: &FineTuneJob,
-) -> Result<Option<Observed>, ReconcileError> {
-    let namespace = job.namespace().ok_or(ReconcileError::Incomplete("namespace"))?;
-    let name = job.name_any();
-    // The cache may not know of a status that was just written, and the attempt is in there.
-    let newest = Api::<FineTuneJob>::namespaced(client.clone(), &namespace).get_opt(&name).await;
-    let Some(job) = newest.map_err(ReconcileError::read("the FineTuneJob"))? else { return Ok(None) };
+/// Reads; `None` when the job is being deleted.
+///
+/// # Errors
+/// The object has no namespace or UID.
+pub fn dereference(stores: &Stores, reports: &Reports, job: &FineTuneJob) -> Result<Option<Observed>, ReconcileError> {
     if job.metadata.deletion_timestamp.is_some() {
         return Ok(None);
     }
+    let namespace = job.namespace().ok_or(ReconcileError::Incomplete("namespace"))?;
     let uid = job.uid().ok_or(ReconcileError::Incomplete("uid"))?;
-    let ours = ListParams::default().labels(&format!("{}={name}", label::FINE_TUNE_JOB));
-    let jobs: Api<Job> = Api::namespaced(client.clone(), &namespace);
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let trials = async {
-        let status = job.status.as_ref();
-        let is_done = status.is_some_and(|status| is_over(status) || status.search.as_ref().is_some_and(|s| s.done));
-        if job.spec.train.hyperparameters.search.is_none() || is_done {
-            return Ok(Vec::new());
-        }
-        let of_search = ListParams::default().labels(&format!("{}={name}", label::SEARCH));
-        let trials: Api<FineTuneJob> = Api::namespaced(client.clone(), &namespace);
-        trials.list(&of_search).await.map(|list| list.items)
+    let name = job.name_any();
+    let status = job.status.as_ref();
+    let is_over = status.is_some_and(is_over);
+    let report = if is_over {
+        reports.forget(&uid);
+        None
+    } else {
+        reports.get(&uid)
     };
-    let (jobs, pods, mut trials) = futures::try_join!(jobs.list(&ours), pods.list(&ours), trials)
-        .map_err(ReconcileError::read("Jobs, pods and trials"))?;
-    trials.retain(|trial| cluster::is_owned_by(trial, &uid));
-    let jobs: Vec<Job> = jobs.items.into_iter().filter(|job| cluster::is_owned_by(job, &uid)).collect();
-    let report = reports.get(&uid);
-    Ok(Some(Observed { job, jobs, pods: pods.items, report, trials }))
+    let searches = job.spec.train.hyperparameters.search.is_some()
+        && !is_over
+        && !status.is_some_and(|status| status.search.as_ref().is_some_and(|search| search.done));
+    let mut trials = if searches { stores.fine_tune_jobs.select(&namespace, label::SEARCH, &name) } else { Vec::new() };
+    trials.retain(|trial| cluster::is_owned_by(&**trial, &uid));
+    trials.sort_by_key(|trial| trial.name_any());
+    let mut batch_jobs = stores.batch_jobs.select(&namespace, label::FINE_TUNE_JOB, &name);
+    batch_jobs.retain(|batch_job| cluster::is_owned_by(&**batch_job, &uid));
+    let mut pods = stores.pods.select(&namespace, label::FINE_TUNE_JOB, &name);
+    pods.sort_by_key(|pod| pod.name_any());
+    Ok(Some(Observed { job: job.clone(), batch_jobs, pods, report, trials }))
 }

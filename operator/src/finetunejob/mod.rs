@@ -1,71 +1,112 @@
-//! The FineTuneJob controller: one Indexed Job an attempt, restarted as a whole until it is done or its restarts are used up.
+//! The FineTuneJob controller: one Indexed Job for each attempt, restarted as a whole until it is done or its restarts
+//! are used up.
 //!
-//! An attempt is never reused: what ends it (a failure, a preemption, a suspension) raises `status.attempt`, the Job of the old
-//! attempt is deleted, and once its pods are gone the Job of the new one is created. Every step is found again in the cluster, so
-//! the operator may be killed between any two of them.
+//! An attempt is never used twice. Its end (a failure, a preemption, a suspension) raises `status.attempt`; then the
+//! Kubernetes Job of the earlier attempt is deleted, and once its pods have ended the Job of the next one is created.
+//! Every step is visible in the cluster, so the operator may be killed between any two of them.
 //!
-//! A job with `hyperparameters.search` has child FineTuneJobs first, one for each trial, and its own attempts with the best of them.
+//! A job with `hyperparameters.search` first has child FineTuneJobs, one for each trial, and then attempts of its own
+//! with the values of the best trial.
+//!
+//! Here `job` is a FineTuneJob and `batch_job` is a Kubernetes Job.
 
 mod apply;
+mod attempt;
 mod build;
 mod claims;
 mod decide;
 mod dereference;
-mod search;
-#[cfg(test)]
-mod search_tests;
+mod policy;
 mod status;
 #[cfg(test)]
 pub mod tests;
 mod validate;
 
-pub use decide::{is_over, since};
+pub use attempt::is_over;
 pub use validate::is_service_name;
 
-use std::{sync::Arc, time::Instant};
+use std::time::Duration;
 
-use athanor_crds::FineTuneJob;
+use athanor_crds::{FineTuneJob, FineTuneJobStatus};
 use jiff::Timestamp;
-use kube::{ResourceExt, runtime::controller::Action};
 
-use crate::context::{Context, ReconcileError};
+use crate::{
+    cluster::{Cluster, ClusterError},
+    context::Context,
+    reconciler::{Kind, ReconcileError},
+    settings::Settings,
+    stores::{Cache, Stores},
+};
 
-pub const KIND: &str = "FineTuneJob";
+impl Kind for FineTuneJob {
+    type Observed = dereference::Observed;
+    type Validated = validate::ValidatedJob;
+    type Invalid = validate::InvalidJob;
+    type Decision = decide::Decision;
+    type Children = build::Children;
+    type Applied = apply::Applied;
+    type Status = FineTuneJobStatus;
 
-/// Name of an object in the operator's own records.
-pub fn key(job: &FineTuneJob) -> String {
-    format!("{KIND}/{}/{}", job.namespace().unwrap_or_default(), job.name_any())
-}
+    const NAME: &'static str = athanor_contract::process::api::FINE_TUNE_JOB;
 
-/// Brings one job closer to its end.
-#[tracing::instrument(skip_all, fields(namespace = job.namespace(), job = job.name_any()))]
-pub async fn reconcile(job: Arc<FineTuneJob>, context: Arc<Context>) -> Result<Action, ReconcileError> {
-    let started = Instant::now();
-    let result = steps(&job, &context).await;
-    context.finished(KIND, &key(&job), started, &result);
-    result
-}
-
-async fn steps(job: &FineTuneJob, context: &Context) -> Result<Action, ReconcileError> {
-    let Some(observed) = dereference::dereference(&context.client, &context.reports, job).await? else {
-        return Ok(Action::await_change());
-    };
-    let now = Timestamp::now();
-    let validated = match validate::validate(&observed.job) {
-        Ok(validated) => validated,
-        Err(error) => {
-            status::write(&context.client, &observed.job, status::invalid(&observed.job, &error, now)).await?;
-            return Ok(Action::await_change());
-        }
-    };
-    let decision = decide::decide(&observed, now);
-    let children = build::build(&validated, &context.settings, &decision);
-    let applied = apply::apply(&context.client, &validated, &decision, children).await;
-    let next = status::next(&observed, &decision, applied.as_ref(), now);
-    if status::is_over(&next) {
-        context.reports.forget(&validated.uid);
+    fn cache(stores: &Stores) -> &Cache<Self> {
+        &stores.fine_tune_jobs
     }
-    status::write(&context.client, &observed.job, next).await?;
-    applied?;
-    Ok(decision.requeue.map_or_else(Action::await_change, Action::requeue))
+
+    async fn dereference(&self, context: &Context) -> Result<Option<Self::Observed>, ReconcileError> {
+        dereference::dereference(&context.stores, &context.reports, self)
+    }
+
+    fn validate(observed: &Self::Observed) -> Result<Self::Validated, Self::Invalid> {
+        validate::validate(&observed.job)
+    }
+
+    fn decide(job: &Self::Validated, observed: &Self::Observed, now: Timestamp) -> Self::Decision {
+        decide::decide(job, observed, now)
+    }
+
+    fn build(
+        job: &Self::Validated,
+        settings: &Settings,
+        decision: &Self::Decision,
+        _entropy: [u8; 32],
+    ) -> Self::Children {
+        build::build(job, settings, decision)
+    }
+
+    async fn apply(
+        cluster: &Cluster<'_>,
+        job: &Self::Validated,
+        decision: &Self::Decision,
+        children: Self::Children,
+    ) -> Result<Self::Applied, ClusterError> {
+        apply::apply(cluster, job, decision, children).await
+    }
+
+    fn status(
+        observed: &Self::Observed,
+        decision: &Self::Decision,
+        applied: Result<&Self::Applied, &ClusterError>,
+        now: Timestamp,
+    ) -> Self::Status {
+        status::next(observed, decision, applied, now)
+    }
+
+    async fn refuse(
+        cluster: &Cluster<'_>,
+        observed: &Self::Observed,
+        invalid: &Self::Invalid,
+        now: Timestamp,
+    ) -> Result<Self::Status, ClusterError> {
+        apply::stop(cluster, observed).await?;
+        Ok(status::invalid(&observed.job, invalid, now))
+    }
+
+    async fn write(cluster: &Cluster<'_>, observed: &Self::Observed, status: Self::Status) -> Result<(), ClusterError> {
+        status::write(cluster, &observed.job, status).await
+    }
+
+    fn requeue(decision: &Self::Decision) -> Option<Duration> {
+        decision.requeue
+    }
 }

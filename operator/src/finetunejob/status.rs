@@ -1,51 +1,48 @@
-//! What a user sees of a FineTuneJob.
+//! The status of a FineTuneJob.
 
 use athanor_contract::Decimal;
-use athanor_crds::{FineTuneJob, FineTuneJobStatus, Progress, condition};
+use athanor_crds::{FineTuneJob, FineTuneJobStatus, Progress, condition as types};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::{Client, ResourceExt};
 
 use super::{
     apply::Applied,
-    decide::{self, Decision, Phase, since},
+    attempt,
+    decide::{Decision, Phase},
     dereference::Observed,
     validate::InvalidJob,
 };
 use crate::{
-    cluster::{self, ClusterError},
-    condition::{State, set},
+    cluster::{Cluster, ClusterError},
+    condition::{State, Value, set},
     progress::Report,
+    time::since,
 };
 
-pub use decide::is_over;
-
-/// Writes a status if it differs from the one the object has.
-pub async fn write(client: &Client, job: &FineTuneJob, next: FineTuneJobStatus) -> Result<(), ClusterError> {
+/// Writes a status if it differs from the one that was read.
+///
+/// # Errors
+/// A request that failed, or a conflict: the object changed after it was read.
+pub async fn write(cluster: &Cluster<'_>, job: &FineTuneJob, next: FineTuneJobStatus) -> Result<(), ClusterError> {
     let text = |status: Option<&FineTuneJobStatus>| status.and_then(|status| serde_json::to_value(status).ok());
     if text(job.status.as_ref()) == text(Some(&next)) {
         return Ok(());
     }
-    cluster::apply_status::<FineTuneJob>(client, &job.namespace().unwrap_or_default(), &job.name_any(), &next).await
+    cluster.write_status(job, &next).await
 }
 
-/// The status of a job that cannot be run as it is.
+/// Returns the status of a job with a mistake in its specification.
 pub fn invalid(job: &FineTuneJob, error: &InvalidJob, now: Timestamp) -> FineTuneJobStatus {
     let mut status = job.status.clone().unwrap_or_default();
-    set(
-        &mut status.conditions,
-        condition::SUCCEEDED,
-        State::False,
-        "InvalidSpec",
-        error.to_string(),
-        job.metadata.generation,
-        now,
-    );
+    let succeeded = Value::new(State::False, "InvalidSpec", error.to_string());
+    set(&mut status.conditions, types::SUCCEEDED, &succeeded, job.metadata.generation, now);
+    let running = Value::new(State::False, "InvalidSpec", "");
+    set(&mut status.conditions, types::RUNNING, &running, job.metadata.generation, now);
     status.completion_time.get_or_insert(Time(now));
     status
 }
 
-/// The status after a decision, pure.
+/// Returns the status after a decision.
 pub fn next(
     observed: &Observed,
     decision: &Decision,
@@ -54,95 +51,120 @@ pub fn next(
 ) -> FineTuneJobStatus {
     let job = &observed.job;
     let mut status = job.status.clone().unwrap_or_default();
-    if decision.phase == Phase::Over {
-        return status;
-    }
-    let created = job.metadata.creation_timestamp.as_ref().map_or(now, |time| time.0);
-    let generation = job.metadata.generation;
-    let mark = |status: &mut FineTuneJobStatus, name: &str, at: f64| {
-        if let Some(seconds) = Decimal::new((at * 1000.0).round() / 1000.0) {
-            status.timeline.entry(name.into()).or_insert(seconds);
-        }
-    };
-    let since_created = |at: Timestamp| since(created, at).as_secs_f64();
-
-    if matches!(applied, Ok(Applied { created: true })) {
+    let Some(succeeded) = succeeded(&decision.phase) else { return status };
+    let timeline = Timeline { created: job.metadata.creation_timestamp.as_ref().map_or(now, |time| time.0) };
+    if applied.is_ok_and(Applied::created) {
         status.start_time.get_or_insert(Time(now));
-        mark(&mut status, "admitted", since_created(now));
+        timeline.mark(&mut status, "admitted", now);
     }
     if decision.phase == Phase::Running {
-        mark(&mut status, "podsRunning", since_created(now));
+        timeline.mark(&mut status, "podsRunning", now);
     }
     if let Some(report) = &observed.report {
-        let began = observed.pods.iter().filter(|pod| decide::index(pod) == Some(0)).find_map(process_start);
-        if let Some(began) = began.map(since_created) {
-            mark(&mut status, "processStart", began);
-            for (name, seconds) in report.timeline.iter().filter(|(_, seconds)| **seconds > 0.0) {
-                mark(&mut status, name, began + seconds);
-            }
-        }
+        timeline.mark_report(&mut status, observed, report);
         status.progress = Some(progress(report));
     }
-
-    let (state, reason, message) = match &decision.phase {
-        Phase::Suspended => (State::Unknown, "Suspended", "spec.suspend is true".into()),
-        Phase::Searching { message } => (State::Unknown, "Searching", message.clone()),
-        Phase::Pending { message } => (State::Unknown, "Pending", message.clone()),
-        Phase::Running => (State::Unknown, "Running", "all pods run".into()),
-        Phase::Restarting { cause, .. } => {
-            (State::Unknown, "Restarting", format!("from the last checkpoint, because {cause}"))
-        }
-        Phase::Succeeded(summary) => (State::True, "Succeeded", format!("the artifact is at {}", summary.artifact)),
-        Phase::Failed { reason, message, .. } => (State::False, *reason, message.clone()),
-        Phase::Over => return status,
-    };
-    set(&mut status.conditions, condition::SUCCEEDED, state, reason, message, generation, now);
-    let running = State::from(decision.phase == Phase::Running);
-    set(&mut status.conditions, condition::RUNNING, running, reason, "", generation, now);
-
+    let generation = job.metadata.generation;
+    set(&mut status.conditions, types::SUCCEEDED, &succeeded, generation, now);
+    let running = Value::new((decision.phase == Phase::Running).into(), succeeded.reason, "");
+    set(&mut status.conditions, types::RUNNING, &running, generation, now);
     status.attempt = decision.attempt;
     if let Some(search) = &decision.search {
         status.search = Some(search.clone());
     }
-    match &decision.phase {
+    count(&mut status, &decision.phase);
+    if succeeded.state != State::Unknown {
+        status.completion_time.get_or_insert(Time(now));
+        timeline.mark(&mut status, "finished", now);
+    }
+    summarise(&mut status, &decision.phase);
+    if let Err(error) = applied
+        && succeeded.state == State::Unknown
+    {
+        let succeeded = Value::new(State::Unknown, error.reason(), error.to_string());
+        set(&mut status.conditions, types::SUCCEEDED, &succeeded, generation, now);
+    }
+    status
+}
+
+/// The condition Succeeded in a phase; `None` if the job was over before.
+fn succeeded(phase: &Phase) -> Option<Value> {
+    let value = match phase {
+        Phase::Suspended => Value::new(State::Unknown, "Suspended", "spec.suspend is true"),
+        Phase::Searching { message } => Value::new(State::Unknown, "Searching", message),
+        Phase::Pending { message } => Value::new(State::Unknown, "Pending", message),
+        Phase::Running => Value::new(State::Unknown, "Running", "all pods are running"),
+        Phase::Restarting { cause, .. } => {
+            Value::new(State::Unknown, "Restarting", format!("restarting from the last checkpoint: {cause}"))
+        }
+        Phase::Succeeded(summary) => {
+            Value::new(State::True, "Succeeded", format!("the artifact is at {}", summary.artifact))
+        }
+        Phase::Failed { reason, message, .. } => Value::new(State::False, reason, message),
+        Phase::Over => return None,
+    };
+    Some(value)
+}
+
+/// Counts a restart or a preemption.
+fn count(status: &mut FineTuneJobStatus, phase: &Phase) {
+    match phase {
         Phase::Restarting { counted: true, .. } => status.restarts += 1,
         Phase::Restarting { counted: false, .. } => status.preemptions += 1,
         // The deadline counts from the next start.
         Phase::Suspended => status.start_time = None,
         _ => {}
     }
-    if state != State::Unknown {
-        status.completion_time.get_or_insert(Time(now));
-        mark(&mut status, "finished", since_created(now));
-    }
-    if let Phase::Succeeded(summary) | Phase::Failed { summary: Some(summary), .. } = &decision.phase {
-        let last = status.progress.take().unwrap_or_default();
-        let text = "100%".to_owned();
-        status.progress = Some(Progress {
-            stage: "Done".into(),
-            step: summary.steps,
-            total_steps: summary.steps,
-            percent: 100,
-            percent_text: text,
-            eta: None,
-            ..last
-        });
-        status.summary = Some(summary.clone());
-    }
-    if let Err(error) = applied
-        && state == State::Unknown
-    {
-        let reason = if error.is_refusal() { "Refused" } else { "ApplyFailed" };
-        set(&mut status.conditions, condition::SUCCEEDED, State::Unknown, reason, error.to_string(), generation, now);
-    }
-    status
 }
 
-fn process_start(pod: &k8s_openapi::api::core::v1::Pod) -> Option<Timestamp> {
-    let container = pod.status.as_ref()?.container_statuses.as_ref()?.first()?.state.as_ref()?;
-    let running = container.running.as_ref().and_then(|running| running.started_at.as_ref());
-    running.or_else(|| container.terminated.as_ref()?.started_at.as_ref()).map(|time| time.0)
+/// Adds the summary of a job that ended with one.
+fn summarise(status: &mut FineTuneJobStatus, phase: &Phase) {
+    let (Phase::Succeeded(summary) | Phase::Failed { summary: Some(summary), .. }) = phase else { return };
+    status.progress = Some(Progress {
+        stage: "Done".into(),
+        step: summary.steps,
+        total_steps: summary.steps,
+        percent: 100,
+        percent_text: "100%".into(),
+        eta: None,
+        ..status.progress.take().unwrap_or_default()
+    });
+    status.summary = Some(summary.clone());
 }
+
+/// Times of events in seconds from the creation of the object. An event keeps its first time.
+struct Timeline {
+    created: Timestamp,
+}
+
+impl Timeline {
+    fn mark(&self, status: &mut FineTuneJobStatus, name: &str, at: Timestamp) {
+        self.mark_seconds(status, name, since(self.created, at).as_secs_f64());
+    }
+
+    fn mark_seconds(&self, status: &mut FineTuneJobStatus, name: &str, seconds: f64) {
+        if let Some(seconds) = Decimal::new((seconds * 1000.0).round() / 1000.0) {
+            status.timeline.entry(name.into()).or_insert(seconds);
+        }
+    }
+
+    /// Marks what the trainer reported, in seconds from the start of its process.
+    fn mark_report(&self, status: &mut FineTuneJobStatus, observed: &Observed, report: &Report) {
+        let mut first = observed.pods.iter().filter(|pod| attempt::index(pod) == Some(0));
+        let Some(start) = first.find_map(|pod| attempt::process_start(pod)) else { return };
+        self.mark(status, "processStart", start);
+        let start = since(self.created, start).as_secs_f64();
+        for (name, seconds) in report.timeline.iter().filter(|(_, seconds)| **seconds > 0.0) {
+            // The schema has room for a few events; more must not make the whole status invalid.
+            if status.timeline.len() < MOST_EVENTS {
+                self.mark_seconds(status, name, start + seconds);
+            }
+        }
+    }
+}
+
+/// Most entries of the timeline that come from reports; the schema has 32, and "finished" is added last.
+const MOST_EVENTS: usize = 31;
 
 fn progress(report: &Report) -> Progress {
     let percent = (report.step.min(report.total_steps) * 100).checked_div(report.total_steps).unwrap_or(0) as u8;
@@ -164,7 +186,7 @@ fn progress(report: &Report) -> Progress {
     }
 }
 
-/// 4000 s is 1h6m40s.
+/// Formats seconds; 4000 s is 1h6m40s.
 pub fn span(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);

@@ -1,5 +1,7 @@
 //! Table tests of decisions, children and status.
 
+use std::sync::Arc;
+
 use athanor_contract::train::{TrainConfig, TrainResult, TrainSummary};
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, condition as types};
 use clap::Parser;
@@ -12,13 +14,20 @@ use serde_json::{Value, json};
 
 use super::{
     apply::Applied,
+    attempt::is_over,
     build,
-    decide::{Decision, MAX_PREEMPTIONS, Phase, decide},
+    decide::{Decision, Phase},
     dereference::Observed,
+    policy::restart::MAX_PREEMPTIONS,
     status,
     validate::{InvalidJob, is_service_name, validate},
 };
-use crate::{condition, progress::Report, settings::Settings};
+use crate::{
+    cluster::Identity,
+    condition::{self, State, Value as Condition},
+    progress::Report,
+    settings::Settings,
+};
 
 /// A FineTuneJob of ten lines.
 pub fn job(name: &str, uid: &str) -> FineTuneJob {
@@ -68,15 +77,31 @@ fn ended(index: u32, code: i32, message: &str) -> Pod {
     )
 }
 
-fn kubernetes_job(attempt: u32, conditions: Value) -> Job {
-    serde_json::from_value(json!({
+fn batch_job(attempt: u32, conditions: Value) -> Arc<Job> {
+    let batch_job: Job = serde_json::from_value(json!({
         "metadata": {"name": format!("a-{attempt}"), "uid": format!("j{attempt}")}, "status": {"conditions": conditions},
     }))
-    .unwrap()
+    .unwrap();
+    Arc::new(batch_job)
+}
+
+fn arcs<T>(objects: Vec<T>) -> Vec<Arc<T>> {
+    objects.into_iter().map(Arc::new).collect()
 }
 
 fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
-    Observed { job, jobs: vec![kubernetes_job(0, json!([]))], pods, report: None, trials: vec![] }
+    let batch_jobs = vec![batch_job(0, json!([]))];
+    Observed { job, batch_jobs, pods: arcs(pods), report: None, trials: vec![] }
+}
+
+fn decide(observed: &Observed, now: Timestamp) -> Decision {
+    super::decide::decide(&validate(&observed.job).unwrap(), observed, now)
+}
+
+/// What is decided once the status of a decision is written.
+fn decide_after(observed: &mut Observed, decision: &Decision, now: Timestamp) -> Decision {
+    observed.job.status = Some(status::next(observed, decision, Ok(&Applied::assumed(false)), now));
+    decide(observed, now)
 }
 
 fn of_two_nodes() -> FineTuneJob {
@@ -121,7 +146,8 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
         ("evicted", vec![running(0), pod(1, 0, json!({"phase": "Failed", "reason": "Evicted"}))], 61, "uncounted", 1),
     ];
     for (case, pods, now, expected, attempt) in table {
-        let decision = decide(&observed(of_two_nodes(), pods), at(now));
+        let mut subject = observed(of_two_nodes(), pods);
+        let decision = decide(&subject, at(now));
         let name = match &decision.phase {
             Phase::Pending { .. } => "Pending",
             Phase::Running => "Running",
@@ -132,8 +158,14 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
             other => panic!("{case}: {other:?}"),
         };
         assert_eq!((name, decision.attempt), (expected, attempt), "{case}");
-        assert_eq!(decision.remove.len() as u32, attempt, "{case}: the Job of an attempt that ended goes, no other");
-        assert!(!decision.create, "{case}");
+        assert!(
+            decision.remove.is_empty() && !decision.create,
+            "{case}: the end is recorded before anything is deleted"
+        );
+        let after = decide_after(&mut subject, &decision, at(now));
+        let removed: Vec<Identity> = (0..attempt).map(|_| Identity { name: "a-0".into(), uid: "j0".into() }).collect();
+        assert_eq!(after.remove, removed, "{case}: the Job of an attempt that ended is deleted, no other");
+        assert_eq!(after.attempt, attempt, "{case}: an end is counted once");
     }
 }
 
@@ -170,15 +202,15 @@ fn a_new_attempt_waits_for_the_pods_of_the_old_one() {
     let mut subject = observed(of_two_nodes(), vec![running(0)]);
     subject.job.status = Some(FineTuneJobStatus { attempt: 1, ..FineTuneJobStatus::default() });
     let decision = decide(&subject, at(70));
-    assert_eq!((decision.create, decision.remove), (false, vec![("a-0".to_owned(), "j0".to_owned())]));
-    subject.jobs.clear();
-    subject.pods = vec![ended(0, 42, "")];
+    assert_eq!((decision.create, decision.remove), (false, vec![Identity { name: "a-0".into(), uid: "j0".into() }]));
+    subject.batch_jobs.clear();
+    subject.pods = arcs(vec![ended(0, 42, "")]);
     let decision = decide(&subject, at(70));
     assert!(decision.create && decision.attempt == 1 && decision.remove.is_empty());
-    // A node that does not answer is not waited for.
+    // Pods on a node that does not answer do not hold the next attempt back.
     let mut lost = running(0);
     lost.metadata.deletion_timestamp = Some(Time(at(40)));
-    subject.pods = vec![lost];
+    subject.pods = arcs(vec![lost]);
     assert!(!decide(&subject, at(50)).create);
     assert!(decide(&subject, at(60)).create);
 }
@@ -188,10 +220,11 @@ fn suspension_deadline_deletion_and_time_to_live() {
     let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
     subject.job.spec.suspend = true;
     let decision = decide(&subject, at(20));
-    assert_eq!((&decision.phase, decision.attempt, decision.remove.len()), (&Phase::Suspended, 1, 1));
+    assert_eq!((&decision.phase, decision.attempt, decision.remove.len()), (&Phase::Suspended, 1, 0));
+    let after = decide_after(&mut subject, &decision, at(20));
+    assert_eq!((&after.phase, after.attempt, after.remove.len()), (&Phase::Suspended, 1, 1));
     // Suspended already: nothing more happens.
-    subject.job.status = Some(FineTuneJobStatus { attempt: 1, ..FineTuneJobStatus::default() });
-    subject.jobs.clear();
+    subject.batch_jobs.clear();
     assert_eq!(decide(&subject, at(21)).attempt, 1);
 
     let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
@@ -202,17 +235,17 @@ fn suspension_deadline_deletion_and_time_to_live() {
     assert!(matches!(decision.phase, Phase::Failed { reason: "DeadlineExceeded", .. }) && decision.remove.len() == 1);
 
     let mut subject = observed(of_two_nodes(), vec![running(0)]);
-    subject.jobs =
-        vec![kubernetes_job(0, json!([{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]))];
+    subject.batch_jobs =
+        vec![batch_job(0, json!([{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]))];
     assert!(matches!(decide(&subject, at(60)).phase, Phase::Restarting { counted: false, .. }), "a pod was deleted");
 
     let mut subject = observed(of_two_nodes(), vec![]);
-    subject.jobs = vec![kubernetes_job(0, json!([{"type": "Complete", "status": "True"}]))];
+    subject.batch_jobs = vec![batch_job(0, json!([{"type": "Complete", "status": "True"}]))];
     assert!(matches!(decide(&subject, at(60)).phase, Phase::Restarting { counted: false, .. }), "its result is gone");
 
     let mut subject = observed(of_two_nodes(), vec![]);
     let mut conditions = Vec::new();
-    condition::set(&mut conditions, types::SUCCEEDED, condition::State::True, "Succeeded", "", None, at(0));
+    condition::set(&mut conditions, types::SUCCEEDED, &Condition::new(State::True, "Succeeded", ""), None, at(0));
     subject.job.status =
         Some(FineTuneJobStatus { conditions, completion_time: Some(Time(at(0))), ..FineTuneJobStatus::default() });
     let decision = decide(&subject, at(9));
@@ -237,18 +270,7 @@ fn the_children_are_what_trainers_read() {
             "env": [{"name": "ATHANOR_NUM_NODES", "value": "9"}, {"name": "X", "value": "1"}]}))
         .unwrap(),
     );
-    let decision = Decision {
-        phase: Phase::Running,
-        attempt: 2,
-        remove: vec![],
-        create: true,
-        found: None,
-        trials: vec![],
-        remove_trials: vec![],
-        search: None,
-        expire: false,
-        requeue: None,
-    };
+    let decision = Decision { create: true, ..Decision::new(Phase::Running, 2) };
     let validated = validate(&job).unwrap();
     let children = build::build(&validated, &settings, &decision).attempt.unwrap();
     let config: TrainConfig = serde_json::from_str(&children.config.data.as_ref().unwrap()["train.json"]).unwrap();
@@ -256,7 +278,7 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(config.events_to, "s3://out/a-01234567/tensorboard");
     assert_eq!(config.artifact_to, "s3://out/a-01234567/artifact");
     assert_eq!(config.progress_to.as_deref(), Some("http://op:9443"));
-    let job = serde_json::to_value(&children.job).unwrap();
+    let job = serde_json::to_value(&children.batch_job).unwrap();
     assert_eq!(job["metadata"]["name"], "a-2");
     assert_eq!(
         (&job["spec"]["completions"], &job["spec"]["parallelism"], &job["spec"]["backoffLimit"]),
@@ -297,7 +319,7 @@ fn claims_are_mounted_read_only_and_read_as_files() {
     let uris: Vec<_> = config.spec.data.sources.iter().map(|source| source.uri.as_deref().unwrap()).collect();
     assert_eq!(uris, ["file:///mnt/claims/reviews/2026/*.jsonl"; 2]);
     assert_eq!(config.spec.model.from, "file:///mnt/claims/models.shared/minilm");
-    let pod = serde_json::to_value(attempt.job.spec.unwrap().template.spec.unwrap()).unwrap();
+    let pod = serde_json::to_value(attempt.batch_job.spec.unwrap().template.spec.unwrap()).unwrap();
     let named = |list: &Value, name: &str| {
         list.as_array().unwrap().iter().find(|entry| entry["name"] == name).cloned().unwrap_or_default()
     };
@@ -329,7 +351,7 @@ fn names_of_services_are_checked() {
 }
 
 #[test]
-fn the_status_tells_progress_restarts_and_the_result() {
+fn the_status_shows_progress_restarts_and_the_result() {
     let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
     subject.report = Some(Report {
         stage: "Training".into(),
@@ -340,7 +362,7 @@ fn the_status_tells_progress_restarts_and_the_result() {
         timeline: [("firstStep".to_owned(), 4.0)].into(),
         ..Report::default()
     });
-    let created = Applied { created: true };
+    let created = Applied::assumed(true);
     let next = status::next(&subject, &decide(&subject, at(20)), Ok(&created), at(20));
     let progress = next.progress.clone().unwrap();
     assert_eq!((progress.percent, progress.percent_text.as_str(), progress.eta.as_deref()), (71, "71%", Some("1m20s")));
@@ -350,17 +372,17 @@ fn the_status_tells_progress_restarts_and_the_result() {
         "4 s after the process began, which was 5 s after the object's creation"
     );
     assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().status, "Unknown");
-    assert!(!status::is_over(&next));
+    assert!(!is_over(&next));
 
     subject.job.status = Some(next);
-    subject.pods = vec![ended(0, 137, ""), ended(1, 42, "")];
-    let next = status::next(&subject, &decide(&subject, at(62)), Ok(&Applied { created: false }), at(62));
+    subject.pods = arcs(vec![ended(0, 137, ""), ended(1, 42, "")]);
+    let next = status::next(&subject, &decide(&subject, at(62)), Ok(&Applied::assumed(false)), at(62));
     assert_eq!((next.restarts, next.preemptions, next.attempt), (1, 0, 1));
     assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().reason, "Restarting");
 
-    subject.pods = vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")];
-    let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied { created: false }), at(90));
-    assert!(status::is_over(&next));
+    subject.pods = arcs(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
+    let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied::assumed(false)), at(90));
+    assert!(is_over(&next));
     assert_eq!((next.completion_time, next.summary), (Some(Time(at(90))), Some(summary())));
     assert_eq!((next.progress.as_ref().unwrap().percent, next.progress.unwrap().step), (100, 80));
 }
@@ -370,4 +392,48 @@ fn spans_read_like_a_clock() {
     for (seconds, text) in [(0.4, "0s"), (59.6, "1m0s"), (80.0, "1m20s"), (4000.0, "1h6m40s")] {
         assert_eq!(status::span(seconds), text);
     }
+}
+
+#[test]
+fn a_job_that_is_over_is_not_validated_again() {
+    let mut wrong = job(&"a".repeat(53), "u");
+    let error = validate(&wrong).err().unwrap();
+    wrong.status = Some(status::invalid(&wrong, &error, at(5)));
+    wrong.spec.ttl_seconds_after_finished = Some(10);
+    assert!(validate(&wrong).is_ok());
+    let subject = observed(wrong, vec![]);
+    assert_eq!(decide(&subject, at(6)).phase, Phase::Over);
+    assert!(decide(&subject, at(15)).expire, "the time to live counts for an invalid job as well");
+}
+
+#[test]
+fn a_cache_that_lags_makes_nothing_twice() {
+    let now = at(70);
+    // The attempt's Kubernetes Job was created, and the cache does not have it yet: the same Job is created again,
+    // under the name that exists already, and nothing is counted.
+    let mut subject = observed(of_two_nodes(), vec![]);
+    subject.batch_jobs.clear();
+    let first = decide(&subject, now);
+    let again = decide_after(&mut subject, &first, now);
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let name = |decision: &Decision| {
+        let children = build::build(&validate(&of_two_nodes()).unwrap(), &settings, decision);
+        children.attempt.unwrap().batch_job.metadata.name.unwrap()
+    };
+    assert_eq!((name(&first), name(&again)), ("a-0".to_owned(), "a-0".to_owned()));
+    assert_eq!((again.attempt, again.remove.len()), (0, 0));
+
+    // The attempt ended, and the cache does not have the status yet: the same end gives the same status.
+    let mut subject = observed(of_two_nodes(), vec![ended(0, 137, ""), ended(1, 42, "")]);
+    let next = |subject: &Observed| status::next(subject, &decide(subject, now), Ok(&Applied::assumed(false)), now);
+    let (once, twice) = (next(&subject), next(&subject));
+    assert_eq!((once.attempt, once.restarts), (1, 1));
+    assert_eq!((twice.attempt, twice.restarts), (1, 1));
+
+    // The Job of the earlier attempt was deleted, and the cache still has it: only that Job is named, with its UID.
+    subject.job.status = Some(FineTuneJobStatus { attempt: 1, restarts: 1, ..FineTuneJobStatus::default() });
+    subject.batch_jobs.push(batch_job(1, json!([])));
+    let decision = decide(&subject, now);
+    assert_eq!(decision.remove, [Identity { name: "a-0".into(), uid: "j0".into() }]);
+    assert_eq!((decision.attempt, decision.create), (1, false));
 }

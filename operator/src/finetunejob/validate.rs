@@ -1,67 +1,88 @@
-//! From a FineTuneJob to one that children can be built from. What the API server's rules already refuse is not checked again.
+//! Turns a FineTuneJob into one that children can be built from. What the API server refuses by the CRD is not checked
+//! again.
 
+use athanor_contract::{
+    process::api,
+    train::{Mistake, mistakes},
+};
 use athanor_crds::{FineTuneJob, FineTuneJobSpec, TRIAL_ANNOTATION, schema::LONGEST_JOB_NAME};
 use athanor_search::Search;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
+use super::{attempt::is_over, policy::queue};
 use crate::cluster;
 
-/// A job whose children have valid names.
+/// A job whose children have valid names, or one that is over and has no further children.
 pub struct ValidatedJob {
     pub name: String,
     pub namespace: String,
     pub uid: String,
     pub owner: Vec<OwnerReference>,
-    /// The job whose search has this one as a trial.
+    /// The FineTuneJob whose search this one is a trial of.
     pub trial_of: Option<OwnerReference>,
-    /// Labels of the job that its Job gets too.
+    /// Labels of a queue, which its Kubernetes Jobs get as well.
     pub queue_labels: Vec<(String, String)>,
+    /// Number of nodes, which is the number of pods of an attempt.
+    pub nodes: u32,
     pub spec: FineTuneJobSpec,
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidJob {
     #[error(
-        "metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_JOB_NAME} lower-case letters, digits and '-', beginning with a letter"
+        "metadata.name: {0:?} is the name of Services and pods; it must have at most {LONGEST_JOB_NAME} characters, start with a \
+         lower-case letter and contain only lower-case letters, digits and '-'"
     )]
     Name(String),
     #[error("spec.hyperparameters.{0}")]
     Search(String),
-    #[error("spec.{0}")]
-    Task(String),
+    #[error("{}", .0.iter().map(|mistake| format!("spec.{mistake}")).collect::<Vec<_>>().join("; "))]
+    Rules(Vec<Mistake>),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
 
+/// Checks the specification, unless the job is over: a stricter rule of a newer operator must not turn a success into a
+/// failure.
+///
+/// # Errors
+/// The first mistake, with its field.
 pub fn validate(job: &FineTuneJob) -> Result<ValidatedJob, InvalidJob> {
+    if !job.status.as_ref().is_some_and(is_over) {
+        check(job)?;
+    }
+    let is_trial = job.annotations().contains_key(TRIAL_ANNOTATION);
+    let parent = job.owner_references().iter().find(|owner| owner.kind == api::FINE_TUNE_JOB);
+    Ok(ValidatedJob {
+        name: job.name_any(),
+        namespace: job.namespace().ok_or(InvalidJob::Incomplete("namespace"))?,
+        uid: job.uid().ok_or(InvalidJob::Incomplete("uid"))?,
+        owner: cluster::owner(job),
+        trial_of: parent.filter(|_| is_trial).cloned(),
+        queue_labels: queue::labels(job),
+        nodes: job.spec.train.distributed.num_nodes,
+        spec: job.spec.clone(),
+    })
+}
+
+fn check(job: &FineTuneJob) -> Result<(), InvalidJob> {
     let name = job.name_any();
     if !is_service_name(&name, LONGEST_JOB_NAME) {
         return Err(InvalidJob::Name(name));
+    }
+    let mistakes = mistakes(&job.spec.train);
+    if !mistakes.is_empty() {
+        return Err(InvalidJob::Rules(mistakes));
     }
     let hyperparameters = &job.spec.train.hyperparameters;
     if let Some(search) = &hyperparameters.search {
         Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
-    let of_task = job.spec.train.mistakes_of_task();
-    if !of_task.is_empty() {
-        return Err(InvalidJob::Task(of_task.join("; spec.")));
-    }
-    let is_trial = job.annotations().contains_key(TRIAL_ANNOTATION);
-    let parent = job.owner_references().iter().find(|owner| owner.kind == "FineTuneJob");
-    let queue_labels = job.labels().iter().filter(|(key, _)| key.starts_with("kueue.x-k8s.io/"));
-    Ok(ValidatedJob {
-        namespace: job.namespace().ok_or(InvalidJob::Incomplete("namespace"))?,
-        uid: job.uid().ok_or(InvalidJob::Incomplete("uid"))?,
-        owner: cluster::owner(job),
-        trial_of: parent.filter(|_| is_trial).cloned(),
-        queue_labels: queue_labels.map(|(key, value)| (key.clone(), value.clone())).collect(),
-        spec: job.spec.clone(),
-        name,
-    })
+    Ok(())
 }
 
-/// RFC 1035, which Services ask for.
+/// Returns whether the name is a label of RFC 1035, as names of Services must be, with at most `longest` characters.
 pub fn is_service_name(name: &str, longest: usize) -> bool {
     let fine = |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '-';
     name.len() <= longest

@@ -1,4 +1,4 @@
-//! Puts a plan for a ModelDeployment into the cluster.
+//! Puts a decision about a ModelDeployment into the cluster.
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
@@ -6,78 +6,98 @@ use k8s_openapi::api::{
     policy::v1::PodDisruptionBudget,
     rbac::v1::{Role, RoleBinding},
 };
-use kube::Client;
 
 use super::{
-    build::{Children, MonitorChildren, RevisionChildren, RouterChildren},
-    build_front::Account,
-    decide::Plan,
+    build::Children,
+    children::{
+        common::{Account, Kind},
+        monitor::{self, MonitorChildren},
+        revision::{self, RevisionChildren},
+        router::RouterChildren,
+    },
+    decide::Decision,
     names,
     validate::ValidatedDeployment,
 };
-use crate::cluster::{ClusterError, apply as put, apply_to_own, create, delete};
+use crate::cluster::{Cluster, ClusterError};
 
-/// That a plan is in the cluster; only then is there a status for it.
+/// Proof that a decision is in the cluster. Only [`apply`] makes it, and the status after a decision cannot be made
+/// without it.
 #[derive(Debug)]
-pub struct Applied;
+pub struct Applied(());
 
-/// Servers first, then the weights that send traffic to them, and only then what has no traffic any more goes.
+impl Applied {
+    /// The result of an `apply` that a test leaves out.
+    #[cfg(test)]
+    pub fn assumed() -> Self {
+        Self(())
+    }
+}
+
+/// Applies servers first, then the weights that send traffic to them, and deletes last what has no traffic any more. A
+/// child that is as it was last applied causes no request.
+///
+/// # Errors
+/// A request that failed, or an object of another owner with the name of a child.
 pub async fn apply(
-    client: &Client,
+    cluster: &Cluster<'_>,
     deployment: &ValidatedDeployment,
-    plan: &Plan,
+    decision: &Decision,
     children: Children,
 ) -> Result<Applied, ClusterError> {
     let Children { revisions, router, monitor, retraining } = children;
-    let owner = deployment;
-    for RevisionChildren { config, deployment, service, budget } in &revisions {
-        put(client, config).await?;
-        put(client, service).await?;
-        put(client, deployment).await?;
-        put(client, budget).await?;
+    let owner = deployment.uid.as_str();
+    for RevisionChildren { config, deployment: workload, service, budget } in &revisions {
+        cluster.apply(config, owner).await?;
+        cluster.apply(service, owner).await?;
+        cluster.apply(workload, owner).await?;
+        cluster.apply(budget, owner).await?;
     }
-    if let Some(RouterChildren { config, key, account, deployment, service, budget }) = &router {
-        put(client, config).await?;
-        create(client, key).await?;
-        put_account(client, account).await?;
-        // The one child with the user's own name.
-        apply_to_own(client, service, &owner.uid).await?;
-        put(client, deployment).await?;
-        put(client, budget).await?;
+    if let Some(RouterChildren { config, key, account, deployment: workload, service, budget }) = &router {
+        cluster.apply(config, owner).await?;
+        cluster.create_once(key).await?;
+        apply_account(cluster, account, owner).await?;
+        cluster.apply(service, owner).await?;
+        cluster.apply(workload, owner).await?;
+        cluster.apply(budget, owner).await?;
+    }
+    if let Some(MonitorChildren { config, account, deployment: workload }) = &monitor {
+        cluster.apply(config, owner).await?;
+        apply_account(cluster, account, owner).await?;
+        cluster.apply(workload, owner).await?;
     }
     let namespace = &deployment.namespace;
-    match &monitor {
-        Some(MonitorChildren { config, account, deployment }) => {
-            put(client, config).await?;
-            put_account(client, account).await?;
-            put(client, deployment).await?;
+    if decision.remove_monitor {
+        for kind in monitor::REMOVAL {
+            delete(cluster, namespace, kind, &names::monitor(&deployment.name)).await?;
         }
-        None if deployment.spec.monitor.is_none() && plan.had_monitor => {
-            let name = names::monitor(&deployment.name);
-            delete::<Deployment>(client, namespace, &name, None).await?;
-            delete::<RoleBinding>(client, namespace, &name, None).await?;
-            delete::<Role>(client, namespace, &name, None).await?;
-            delete::<ServiceAccount>(client, namespace, &name, None).await?;
-            delete::<ConfigMap>(client, namespace, &name, None).await?;
-        }
-        None => {}
     }
-    for name in &plan.remove {
-        delete::<PodDisruptionBudget>(client, namespace, name, None).await?;
-        delete::<Service>(client, namespace, name, None).await?;
-        delete::<ConfigMap>(client, namespace, name, None).await?;
-        // Last: a revision is known by its Deployment.
-        delete::<Deployment>(client, namespace, name, None).await?;
+    for name in &decision.remove {
+        for kind in revision::REMOVAL {
+            delete(cluster, namespace, kind, name).await?;
+        }
     }
     if let Some(job) = &retraining {
-        create(client, job).await?;
+        cluster.create(job, owner).await?;
     }
-    Ok(Applied)
+    Ok(Applied(()))
 }
 
-async fn put_account(client: &Client, Account { account, role, binding }: &Account) -> Result<(), ClusterError> {
-    put(client, account).await?;
-    put(client, role).await?;
-    put(client, binding).await?;
-    Ok(())
+async fn apply_account(cluster: &Cluster<'_>, account: &Account, owner: &str) -> Result<(), ClusterError> {
+    let Account { account, role, binding } = account;
+    cluster.apply(account, owner).await?;
+    cluster.apply(role, owner).await?;
+    cluster.apply(binding, owner).await
+}
+
+async fn delete(cluster: &Cluster<'_>, namespace: &str, kind: Kind, name: &str) -> Result<(), ClusterError> {
+    match kind {
+        Kind::ConfigMap => cluster.delete::<ConfigMap>(namespace, name, None).await,
+        Kind::Deployment => cluster.delete::<Deployment>(namespace, name, None).await,
+        Kind::PodDisruptionBudget => cluster.delete::<PodDisruptionBudget>(namespace, name, None).await,
+        Kind::Role => cluster.delete::<Role>(namespace, name, None).await,
+        Kind::RoleBinding => cluster.delete::<RoleBinding>(namespace, name, None).await,
+        Kind::Service => cluster.delete::<Service>(namespace, name, None).await,
+        Kind::ServiceAccount => cluster.delete::<ServiceAccount>(namespace, name, None).await,
+    }
 }

@@ -1,113 +1,117 @@
-//! What should be of a ModelDeployment, from what is observed and the time alone: target, rollout and retraining put together.
+//! What should be of a ModelDeployment: target, rollout and retraining put together, a function of what was read and of
+//! the time.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use athanor_crds::ObservedSource;
 use jiff::Timestamp;
 use kube::ResourceExt;
 
 use super::{
-    dereference::{Observed, Workload},
-    retrain::{self, Retraining, Subject},
-    rollout::{self, Rollout, Seen},
-    target::{self, Target},
+    dereference::Observed,
+    observe::workload::Workload,
+    policy::{
+        retrain::{self, Retraining},
+        rollout::{self, Rollout},
+        target::{self, Target},
+    },
     validate::ValidatedDeployment,
 };
-use crate::condition::State;
+use crate::condition::{State, Value};
 
+/// Wait before a deployment that is not ready is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(15);
 
 /// What should be.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
+pub struct Decision {
     pub source: ObservedSource,
     pub rollout: Rollout,
     pub retraining: Retraining,
-    /// Revisions whose children go.
+    /// Revisions whose children are deleted.
     pub remove: Vec<String>,
-    /// There is a monitor's Deployment.
-    pub had_monitor: bool,
+    /// Whether the monitor's children are deleted.
+    pub remove_monitor: bool,
     /// The condition Ready.
-    pub ready: (State, &'static str, String),
+    pub ready: Value,
     pub requeue: Option<Duration>,
 }
 
-pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timestamp) -> Plan {
+/// Decides what should be.
+pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timestamp) -> Decision {
     let mut status = observed.deployment.status.clone().unwrap_or_default();
     let source = target::source(&status, &deployment.source, now);
     if source.since != status.source.as_ref().and_then(|source| source.since.clone()) {
-        // Whoever changes spec.model may try again what failed before.
+        // Another spec.model: what failed before may be tried again.
         status.failed_revisions.clear();
     }
     let status = &status;
-    let target = target::target(
-        &deployment.name,
-        &deployment.source,
-        &source,
-        observed.source_job.as_ref(),
-        &observed.retrainings,
-        status,
-    );
+    let source_job = observed.source_job.as_deref();
+    let target =
+        target::target(&deployment.name, &deployment.source, &source, source_job, &observed.retrainings, status);
     let (wanted, missing) = match &target {
         Target::Model(revision) => (Some(revision), None),
-        Target::Missing { reason, message } => (None, Some((*reason, message.clone()))),
+        Target::Missing { reason, message } => (None, Some(Value::new(State::False, reason, message))),
     };
-    let seen = Seen {
+    let inputs = rollout::Inputs {
         workloads: &observed.revisions,
         waiting: &observed.waiting,
         router_ready: observed.router.as_ref().is_some_and(|router| router.available > 0),
         counts: observed.counts.as_ref(),
+        now,
     };
-    let rollout = rollout::rollout(&deployment.spec.rollout.canary, status, wanted, &seen, now);
-    let subject = Subject {
+    let rollout = rollout::rollout(&deployment.spec.rollout.canary, status, wanted, &inputs);
+    let inputs = retrain::Inputs {
         deployment: &deployment.name,
         uid: &deployment.uid,
         approved: retrain::approved(observed.deployment.annotations()),
         current: rollout.current.as_ref(),
         rolling_out: rollout.candidate.is_some(),
         jobs: &observed.retrainings,
+        now,
     };
-    let retraining = retrain::retrain(deployment.spec.retrain.as_ref(), status, &subject, now);
+    let retraining = retrain::retrain(deployment.spec.retrain.as_ref(), status, &inputs);
+    let ready = ready(&rollout, observed, missing);
+    let look_again = (ready.state != State::True || retraining.running.is_some()).then_some(LOOK_AGAIN);
+    let requeue = [rollout.wait, retraining.wait, look_again].into_iter().flatten().min();
+    Decision {
+        source,
+        remove: unused(&rollout, &observed.revisions),
+        remove_monitor: deployment.spec.monitor.is_none() && observed.has_monitor,
+        rollout,
+        retraining,
+        ready,
+        requeue,
+    }
+}
+
+/// Returns the revisions that have no traffic and no requests to finish.
+fn unused(rollout: &Rollout, revisions: &BTreeMap<String, Workload>) -> Vec<String> {
     let kept = [
         rollout.current.as_ref().map(|revision| &revision.name),
         rollout.candidate.as_ref().map(|candidate| &candidate.revision.name),
         rollout.previous.as_ref().map(|previous| &previous.name),
     ];
-    let remove = observed.revisions.keys().filter(|name| !kept.contains(&Some(*name))).cloned().collect();
-    let ready = ready(&rollout, observed, missing);
-    // Why pods wait and that a retraining was deleted are not watched.
-    let unwatched = (ready.0 != State::True || retraining.running.is_some()).then_some(LOOK_AGAIN);
-    let requeue = [rollout.wait, retraining.wait, unwatched].into_iter().flatten().min();
-    Plan { source, rollout, retraining, remove, had_monitor: observed.has_monitor, ready, requeue }
+    revisions.keys().filter(|name| !kept.contains(&Some(*name))).cloned().collect()
 }
 
-fn ready(
-    rollout: &Rollout,
-    observed: &Observed,
-    missing: Option<(&'static str, String)>,
-) -> (State, &'static str, String) {
+/// Returns the condition Ready.
+fn ready(rollout: &Rollout, observed: &Observed, missing: Option<Value>) -> Value {
     let Some(current) = &rollout.current else {
-        let (reason, message) = missing.unwrap_or(("NoModel", "there is no model yet".into()));
-        return (State::False, reason, message);
+        return missing.unwrap_or_else(|| Value::new(State::False, "NoModel", "there is no model yet"));
     };
     let nothing = Workload::default();
     let workload = observed.revisions.get(&current.name).unwrap_or(&nothing);
     let why = |name: &str| observed.waiting.get(name).map(|why| format!(": {why}")).unwrap_or_default();
     if workload.desired == 0 && observed.revisions.contains_key(&current.name) {
-        return (State::False, "ScaledToZero", "spec.replicas is 0".into());
+        return Value::new(State::False, "ScaledToZero", "spec.replicas is 0");
     }
     if !workload.is_ready() {
-        let message = format!(
-            "{} of {} pods of {} are ready{}",
-            workload.available,
-            workload.desired.max(1),
-            current.name,
-            why(&current.name)
-        );
-        return (State::False, "WaitingForPods", message);
+        let message = format!("{}: {}{}", current.name, workload.progress(), why(&current.name));
+        return Value::new(State::False, "WaitingForPods", message);
     }
     if observed.router.as_ref().is_none_or(|router| router.available == 0) {
-        return (State::False, "WaitingForRouter", format!("no router is ready{}", why("")));
+        return Value::new(State::False, "WaitingForRouter", format!("no router is ready{}", why("")));
     }
-    (State::True, "Available", format!("{} answers with {} pods", current.name, workload.available))
+    Value::new(State::True, "Available", format!("{} has {} available pods", current.name, workload.available))
 }

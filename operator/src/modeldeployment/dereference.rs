@@ -1,126 +1,103 @@
-//! Reads what a decision about a ModelDeployment needs: jobs, revisions' Deployments, pods, and the routers' counts.
+//! Reads what a decision about a ModelDeployment needs: jobs, workloads and pods from the caches, and the routers'
+//! counts.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_crds::{FineTuneJob, ModelDeployment, label};
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
-use kube::{Api, Client, ResourceExt, api::ListParams};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
 
 use super::{
-    analysis::{self, Counts},
     names,
+    observe::{
+        counts::{self, Counts},
+        workload::Workload,
+    },
 };
-use crate::{cluster, context::ReconcileError, pods};
+use crate::{cluster, pods, reconciler::ReconcileError, stores::Stores};
 
-/// What there is.
+/// Label of a pod with the component that it belongs to.
+const COMPONENT: &str = "app.kubernetes.io/component";
+
+/// What was read.
 pub struct Observed {
     pub deployment: ModelDeployment,
     /// The FineTuneJob that `spec.model.fromJob` names.
-    pub source_job: Option<FineTuneJob>,
+    pub source_job: Option<Arc<FineTuneJob>>,
     /// FineTuneJobs that this deployment created.
-    pub retrainings: Vec<FineTuneJob>,
-    /// Server Deployments by revision.
+    pub retrainings: Vec<Arc<FineTuneJob>>,
+    /// Workloads of servers by revision.
     pub revisions: BTreeMap<String, Workload>,
-    /// The routers' Deployment.
+    /// Workload of the routers.
     pub router: Option<Workload>,
-    /// There is a monitor's Deployment.
+    /// Whether there is a workload of the monitor.
     pub has_monitor: bool,
-    /// Why a pod does not run, by revision; the router's has the empty name.
+    /// Why a pod does not run, by revision; the router has the empty name.
     pub waiting: BTreeMap<String, String>,
-    /// What the routers counted by revision; read during a canary only, and absent when a router did not answer.
-    pub counts: Option<BTreeMap<String, Counts>>,
+    /// Counts of the routers, read during a canary only. Absent if a router did not answer.
+    pub counts: Option<Counts>,
 }
 
-/// What matters of a Deployment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Workload {
-    pub desired: i32,
-    /// Pods of the newest template that answer.
-    pub available: i32,
-    pub replicas: i32,
-    /// Kubernetes gave up waiting, with its message.
-    pub stuck: Option<String>,
-}
-
-impl Workload {
-    pub fn of(deployment: &Deployment) -> Self {
-        let desired = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-        let Some(status) = &deployment.status else { return Self { desired, ..Self::default() } };
-        let seen = status.observed_generation >= deployment.metadata.generation;
-        let available = status.available_replicas.unwrap_or(0).min(status.updated_replicas.unwrap_or(0));
-        let stuck = status.conditions.iter().flatten().find(|condition| {
-            condition.type_ == "Progressing"
-                && condition.status == "False"
-                && condition.reason.as_deref() == Some("ProgressDeadlineExceeded")
-        });
-        Self {
-            desired,
-            available: if seen { available } else { 0 },
-            replicas: status.replicas.unwrap_or(0),
-            stuck: stuck.filter(|_| seen).map(|condition| condition.message.clone().unwrap_or_default()),
-        }
-    }
-
-    /// All its pods answer, and there is at least one.
-    pub fn is_ready(&self) -> bool {
-        self.available >= self.desired.max(1)
-    }
-}
-
-/// Reads; `None` when the deployment is gone or going.
+/// Reads; `None` when the deployment is being deleted.
+///
+/// # Errors
+/// The object has no namespace or UID.
 pub async fn dereference(
-    client: &Client,
+    stores: &Stores,
     http: &reqwest::Client,
     deployment: &ModelDeployment,
 ) -> Result<Option<Observed>, ReconcileError> {
-    let namespace = deployment.namespace().ok_or(ReconcileError::Incomplete("namespace"))?;
-    let name = deployment.name_any();
-    // The cache may not know of a status that was just written, and the rollout is in there.
-    let newest = Api::<ModelDeployment>::namespaced(client.clone(), &namespace).get_opt(&name).await;
-    let Some(deployment) = newest.map_err(ReconcileError::read("the ModelDeployment"))? else { return Ok(None) };
     if deployment.metadata.deletion_timestamp.is_some() {
         return Ok(None);
     }
+    let namespace = deployment.namespace().ok_or(ReconcileError::Incomplete("namespace"))?;
     let uid = deployment.uid().ok_or(ReconcileError::Incomplete("uid"))?;
-    let ours = ListParams::default().labels(&format!("{}={name}", label::DEPLOYMENT));
-    let jobs: Api<FineTuneJob> = Api::namespaced(client.clone(), &namespace);
-    let deployments: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let source_job = async {
-        match &deployment.spec.model.from_job {
-            Some(reference) => jobs.get_opt(&reference.name).await,
-            None => Ok(None),
-        }
+    let name = deployment.name_any();
+    let source_job = deployment.spec.model.from_job.as_ref();
+    let source_job = source_job.and_then(|job| stores.fine_tune_jobs.get(&namespace, &job.name));
+    let mut retrainings = stores.fine_tune_jobs.select(&namespace, label::DEPLOYMENT, &name);
+    retrainings.retain(|job| cluster::is_owned_by(&**job, &uid));
+    retrainings.sort_by_key(|job| job.name_any());
+    let mut pods = stores.pods.select(&namespace, label::DEPLOYMENT, &name);
+    pods.sort_by_key(|pod| pod.name_any());
+    let mut observed = Observed {
+        deployment: deployment.clone(),
+        source_job,
+        retrainings,
+        revisions: BTreeMap::new(),
+        router: None,
+        has_monitor: false,
+        waiting: waiting(&pods),
+        counts: None,
     };
-    let (source_job, retrainings, deployments, pods) =
-        futures::try_join!(source_job, jobs.list(&ours), deployments.list(&ours), pods.list(&ours))
-            .map_err(ReconcileError::read("jobs, Deployments and pods"))?;
-    let retrainings = retrainings.items.into_iter().filter(|job| cluster::is_owned_by(job, &uid)).collect();
-    let mut router = None;
-    let mut has_monitor = false;
-    let mut revisions = BTreeMap::new();
-    for workload in deployments.items.iter().filter(|workload| cluster::is_owned_by(*workload, &uid)) {
+    for workload in stores.workloads.select(&namespace, label::DEPLOYMENT, &name) {
+        if !cluster::is_owned_by(&*workload, &uid) {
+            continue;
+        }
         if workload.name_any() == names::router(&name) {
-            router = Some(Workload::of(workload));
+            observed.router = Some(Workload::of(&workload));
         } else if workload.name_any() == names::monitor(&name) {
-            has_monitor = true;
+            observed.has_monitor = true;
         } else if let Some(revision) = workload.labels().get(label::REVISION) {
-            revisions.insert(revision.clone(), Workload::of(workload));
+            observed.revisions.insert(revision.clone(), Workload::of(&workload));
         }
     }
-    let component = |pod: &&Pod| pod.labels().get("app.kubernetes.io/component").cloned().unwrap_or_default();
-    let mut waiting = BTreeMap::new();
-    for pod in pods.items.iter().filter(|pod| component(pod) != names::MONITOR) {
-        if let Some(reason) = pods::waiting_reason(pod) {
-            waiting.insert(pod.labels().get(label::REVISION).cloned().unwrap_or_default(), reason);
-        }
+    if deployment.status.as_ref().is_some_and(|status| status.candidate.is_some()) {
+        let routers = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::ROUTER);
+        observed.counts = counts::read(http, &routers.collect::<Vec<_>>()).await;
     }
-    let has_candidate = deployment.status.as_ref().is_some_and(|status| status.candidate.is_some());
-    let counts = if has_candidate {
-        let routers: Vec<&Pod> = pods.items.iter().filter(|pod| component(pod) == names::ROUTER).collect();
-        analysis::read(http, &routers).await
-    } else {
-        None
-    };
-    Ok(Some(Observed { deployment, source_job, retrainings, revisions, router, has_monitor, waiting, counts }))
+    Ok(Some(observed))
+}
+
+/// Returns why a pod of each revision, or of the router, does not run.
+fn waiting(pods: &[Arc<Pod>]) -> BTreeMap<String, String> {
+    let waiting = pods.iter().filter(|pod| component(pod) != names::MONITOR).filter_map(|pod| {
+        let revision = pod.labels().get(label::REVISION).cloned().unwrap_or_default();
+        Some((revision, pods::waiting_reason(pod)?))
+    });
+    waiting.collect()
+}
+
+fn component(pod: &Pod) -> &str {
+    pod.labels().get(COMPONENT).map(String::as_str).unwrap_or_default()
 }

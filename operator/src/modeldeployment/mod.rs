@@ -1,65 +1,105 @@
 //! The ModelDeployment controller: which model is served, how a new one takes over, and when another is trained.
 //!
-//! A revision is one model with its own Deployment and Service; the router in front of all of them follows one ConfigMap, whose
-//! weights are all that a canary changes. The state of a rollout is in `status`, and every step of it can be taken again.
+//! A revision is one model with its own Deployment and Service. The router in front of all revisions reads one
+//! ConfigMap, and a canary changes nothing but the weights in it. The state of a rollout is in `status`, and every step
+//! of it can be repeated.
+//!
+//! Here `deployment` is a ModelDeployment and `workload` is a Kubernetes Deployment.
 
-mod analysis;
 mod apply;
 mod build;
-mod build_front;
+mod children;
 mod decide;
 mod dereference;
 mod names;
-mod retrain;
-mod rollout;
+mod observe;
+mod policy;
 mod status;
-mod target;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-use std::{sync::Arc, time::Instant};
+use std::time::Duration;
 
-use athanor_crds::ModelDeployment;
+use athanor_crds::{ModelDeployment, ModelDeploymentStatus};
 use jiff::Timestamp;
-use kube::{ResourceExt, runtime::controller::Action};
 
-use crate::context::{Context, ReconcileError};
+use crate::{
+    cluster::{Cluster, ClusterError},
+    context::Context,
+    reconciler::{Kind, ReconcileError},
+    settings::Settings,
+    stores::{Cache, Stores},
+};
 
-pub const KIND: &str = "ModelDeployment";
+impl Kind for ModelDeployment {
+    type Observed = dereference::Observed;
+    type Validated = validate::ValidatedDeployment;
+    type Invalid = validate::InvalidDeployment;
+    type Decision = decide::Decision;
+    type Children = build::Children;
+    type Applied = apply::Applied;
+    type Status = ModelDeploymentStatus;
 
-/// Name of an object in the operator's own records.
-pub fn key(deployment: &ModelDeployment) -> String {
-    format!("{KIND}/{}/{}", deployment.namespace().unwrap_or_default(), deployment.name_any())
-}
+    const NAME: &'static str = athanor_contract::process::api::MODEL_DEPLOYMENT;
 
-/// Brings one deployment closer to what its specification says.
-#[tracing::instrument(skip_all, fields(namespace = deployment.namespace(), deployment = deployment.name_any()))]
-pub async fn reconcile(deployment: Arc<ModelDeployment>, context: Arc<Context>) -> Result<Action, ReconcileError> {
-    let started = Instant::now();
-    let result = steps(&deployment, &context).await;
-    context.finished(KIND, &key(&deployment), started, &result);
-    result
-}
+    fn cache(stores: &Stores) -> &Cache<Self> {
+        &stores.model_deployments
+    }
 
-async fn steps(deployment: &ModelDeployment, context: &Context) -> Result<Action, ReconcileError> {
-    let Some(observed) = dereference::dereference(&context.client, &context.http, deployment).await? else {
-        return Ok(Action::await_change());
-    };
-    let now = Timestamp::now();
-    let validated = match validate::validate(&observed.deployment) {
-        Ok(validated) => validated,
-        Err(error) => {
-            status::write(&context.client, &observed.deployment, status::invalid(&observed.deployment, &error, now))
-                .await?;
-            return Ok(Action::await_change());
-        }
-    };
-    let plan = decide::decide(&validated, &observed, now);
-    let children = build::build(&validated, &context.settings, &plan, names::random_key());
-    let applied = apply::apply(&context.client, &validated, &plan, children).await;
-    let next = status::next(&observed, &plan, applied.as_ref().map(|_| ()), now);
-    status::write(&context.client, &observed.deployment, next).await?;
-    applied?;
-    Ok(plan.requeue.map_or_else(Action::await_change, Action::requeue))
+    async fn dereference(&self, context: &Context) -> Result<Option<Self::Observed>, ReconcileError> {
+        dereference::dereference(&context.stores, &context.http, self).await
+    }
+
+    fn validate(observed: &Self::Observed) -> Result<Self::Validated, Self::Invalid> {
+        validate::validate(&observed.deployment)
+    }
+
+    fn decide(deployment: &Self::Validated, observed: &Self::Observed, now: Timestamp) -> Self::Decision {
+        decide::decide(deployment, observed, now)
+    }
+
+    fn build(
+        deployment: &Self::Validated,
+        settings: &Settings,
+        decision: &Self::Decision,
+        entropy: [u8; 32],
+    ) -> Self::Children {
+        build::build(deployment, settings, decision, names::request_id_key(entropy))
+    }
+
+    async fn apply(
+        cluster: &Cluster<'_>,
+        deployment: &Self::Validated,
+        decision: &Self::Decision,
+        children: Self::Children,
+    ) -> Result<Self::Applied, ClusterError> {
+        apply::apply(cluster, deployment, decision, children).await
+    }
+
+    fn status(
+        observed: &Self::Observed,
+        decision: &Self::Decision,
+        applied: Result<&Self::Applied, &ClusterError>,
+        now: Timestamp,
+    ) -> Self::Status {
+        status::next(observed, decision, applied, now)
+    }
+
+    async fn refuse(
+        _cluster: &Cluster<'_>,
+        observed: &Self::Observed,
+        invalid: &Self::Invalid,
+        now: Timestamp,
+    ) -> Result<Self::Status, ClusterError> {
+        Ok(status::invalid(&observed.deployment, invalid, now))
+    }
+
+    async fn write(cluster: &Cluster<'_>, observed: &Self::Observed, status: Self::Status) -> Result<(), ClusterError> {
+        status::write(cluster, &observed.deployment, status).await
+    }
+
+    fn requeue(decision: &Self::Decision) -> Option<Duration> {
+        decision.requeue
+    }
 }

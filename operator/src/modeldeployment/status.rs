@@ -1,19 +1,24 @@
-//! What a user sees of a ModelDeployment. `status.monitor` belongs to the monitor and is never written here.
+//! The status of a ModelDeployment. `status.monitor` belongs to the monitor and is never written here.
 
-use athanor_contract::serve::Verdict;
-use athanor_crds::{ModelDeployment, ModelDeploymentStatus, condition, label};
+use athanor_contract::serve::{MonitorStatus, Verdict};
+use athanor_crds::{ModelDeployment, ModelDeploymentStatus, condition as types, label};
 use jiff::Timestamp;
-use kube::{Client, ResourceExt};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use super::{decide::Plan, dereference::Observed, validate::InvalidDeployment};
+use super::{
+    apply::Applied, decide::Decision, dereference::Observed, policy::rollout::Rollout, validate::InvalidDeployment,
+};
 use crate::{
-    cluster::{self, ClusterError},
-    condition::{State, set},
+    cluster::{Cluster, ClusterError},
+    condition::{self, State, Value, set},
 };
 
-/// Writes a status if it differs from the one the object has.
+/// Writes a status if it differs from the one that was read.
+///
+/// # Errors
+/// A request that failed, or a conflict: the object changed after it was read.
 pub async fn write(
-    client: &Client,
+    cluster: &Cluster<'_>,
     deployment: &ModelDeployment,
     next: ModelDeploymentStatus,
 ) -> Result<(), ClusterError> {
@@ -23,94 +28,92 @@ pub async fn write(
     if text(before.as_ref()) == text(Some(&next)) {
         return Ok(());
     }
-    cluster::apply_status::<ModelDeployment>(
-        client,
-        &deployment.namespace().unwrap_or_default(),
-        &deployment.name_any(),
-        &next,
-    )
-    .await
+    cluster.write_status(deployment, &next).await
 }
 
-/// The status of a deployment that cannot be run as it is; what already serves goes on.
+/// Returns the status of a deployment with a mistake in its specification; what serves already continues.
 pub fn invalid(deployment: &ModelDeployment, error: &InvalidDeployment, now: Timestamp) -> ModelDeploymentStatus {
     let mut status = deployment.status.clone().unwrap_or_default();
-    let generation = deployment.metadata.generation;
-    set(&mut status.conditions, condition::READY, State::False, "InvalidSpec", error.to_string(), generation, now);
+    let ready = Value::new(State::False, "InvalidSpec", error.to_string());
+    set(&mut status.conditions, types::READY, &ready, deployment.metadata.generation, now);
     status
 }
 
-/// The status after a plan, pure.
+/// Returns the status after a decision.
 pub fn next(
     observed: &Observed,
-    plan: &Plan,
-    applied: Result<(), &ClusterError>,
+    decision: &Decision,
+    applied: Result<&Applied, &ClusterError>,
     now: Timestamp,
 ) -> ModelDeploymentStatus {
-    let generation = observed.deployment.metadata.generation;
     let before = observed.deployment.status.clone().unwrap_or_default();
-    let mut conditions = before.conditions;
-    let (state, reason, message) = &plan.ready;
-    set(&mut conditions, condition::READY, *state, reason, message, generation, now);
-    let rollout = &plan.rollout;
-    // A promotion or rollback stays told until the next thing happens.
-    let told = crate::condition::get(&conditions, condition::PROGRESSING);
-    let keeps = rollout.reason == "Stable"
-        && told.is_some_and(|told| matches!(told.reason.as_str(), "Promoted" | "RolledBack"));
-    if !keeps {
-        set(&mut conditions, condition::PROGRESSING, rollout.state, rollout.reason, &rollout.message, generation, now);
+    let mut conditions = conditions(observed, decision, &before, now);
+    if let Err(error) = applied {
+        // The rest of the status stays: a weight that no router has must not count as a step.
+        let ready = Value::new(State::False, error.reason(), error.to_string());
+        set(&mut conditions, types::READY, &ready, observed.deployment.metadata.generation, now);
+        return ModelDeploymentStatus { conditions, ..before };
     }
-    if observed.deployment.spec.monitor.is_some() {
-        let current = rollout.current.as_ref().map(|current| current.name.as_str()).unwrap_or_default();
-        let verdict =
-            before.monitor.as_ref().filter(|monitor| monitor.revision == current).map(|monitor| monitor.verdict);
-        let (state, reason, message) = match verdict {
-            Some(Verdict::Drifted) => (State::True, "Drifted", statistics(&before.monitor)),
-            Some(Verdict::Stable) => (State::False, "Stable", statistics(&before.monitor)),
-            Some(Verdict::Unknown) | None => {
-                (State::Unknown, "TooFewEvents", "no verdict on the current revision yet".into())
-            }
-        };
-        set(&mut conditions, condition::DRIFTED, state, reason, message, generation, now);
-    } else {
-        conditions.retain(|condition| condition.type_ != condition::DRIFTED);
-    }
-    match &plan.retraining.condition {
-        Some((state, reason, message)) => {
-            set(&mut conditions, condition::RETRAINING, *state, reason, message, generation, now)
-        }
-        None => conditions.retain(|condition| condition.type_ != condition::RETRAINING),
-    }
+    let rollout = &decision.rollout;
     let workload = rollout.current.as_ref().and_then(|current| observed.revisions.get(&current.name));
-    let mut next = ModelDeploymentStatus {
+    ModelDeploymentStatus {
         conditions,
         current_revision: rollout.current.clone(),
         candidate: rollout.candidate.clone(),
         previous_revision: rollout.previous.clone(),
         failed_revisions: rollout.failed.clone(),
         monitor: before.monitor,
-        retraining: plan.retraining.running.clone(),
-        last_retrained_at: plan.retraining.last_retrained_at.clone(),
-        last_retraining: plan.retraining.last.clone(),
-        source: Some(plan.source.clone()),
+        retraining: decision.retraining.running.clone(),
+        last_retrained_at: decision.retraining.last_retrained_at.clone(),
+        last_retraining: decision.retraining.last.clone(),
+        source: Some(decision.source.clone()),
         selector: rollout.current.as_ref().map(|current| format!("{}={}", label::REVISION, current.name)),
         replicas: workload.map_or(0, |workload| workload.replicas),
-    };
-    if let Err(error) = applied {
-        // What could not be done has not happened: a weight that no router has must not count as a step.
-        next = ModelDeploymentStatus {
-            conditions: next.conditions,
-            ..observed.deployment.status.clone().unwrap_or_default()
-        };
-        let reason = if error.is_refusal() { "Refused" } else { "ApplyFailed" };
-        set(&mut next.conditions, condition::READY, State::False, reason, error.to_string(), generation, now);
     }
-    next
 }
 
-fn statistics(monitor: &Option<athanor_contract::serve::MonitorStatus>) -> String {
-    let all = monitor.iter().flat_map(|monitor| &monitor.statistics);
-    let words =
-        all.map(|statistic| format!("{} {} (threshold {})", statistic.name, statistic.value, statistic.threshold));
-    words.collect::<Vec<_>>().join(", ")
+fn conditions(
+    observed: &Observed,
+    decision: &Decision,
+    before: &ModelDeploymentStatus,
+    now: Timestamp,
+) -> Vec<Condition> {
+    let mut conditions = before.conditions.clone();
+    let generation = observed.deployment.metadata.generation;
+    set(&mut conditions, types::READY, &decision.ready, generation, now);
+    let rollout = &decision.rollout;
+    // The message of a promotion or rollback stays until something else happens.
+    let ended = condition::get(&conditions, types::PROGRESSING)
+        .is_some_and(|last| matches!(last.reason.as_str(), "Promoted" | "RolledBack"));
+    if rollout.progressing.reason != "Stable" || !ended {
+        set(&mut conditions, types::PROGRESSING, &rollout.progressing, generation, now);
+    }
+    let drifted = observed.deployment.spec.monitor.is_some().then(|| drifted(rollout, before.monitor.as_ref()));
+    for (type_, value) in [(types::DRIFTED, &drifted), (types::RETRAINING, &decision.retraining.condition)] {
+        match value {
+            Some(value) => set(&mut conditions, type_, value, generation, now),
+            None => conditions.retain(|condition| condition.type_ != type_),
+        }
+    }
+    conditions
+}
+
+/// Returns the condition Drifted: the monitor's verdict on the current revision.
+fn drifted(rollout: &Rollout, monitor: Option<&MonitorStatus>) -> Value {
+    let current = rollout.current.as_ref().map(|current| current.name.as_str()).unwrap_or_default();
+    match monitor.filter(|monitor| monitor.revision == current).map(|monitor| (monitor.verdict, monitor)) {
+        Some((Verdict::Drifted, monitor)) => Value::new(State::True, "Drifted", statistics(monitor)),
+        Some((Verdict::Stable, monitor)) => Value::new(State::False, "Stable", statistics(monitor)),
+        Some((Verdict::Unknown, _)) | None => {
+            Value::new(State::Unknown, "TooFewEvents", "there is no verdict on the current revision yet")
+        }
+    }
+}
+
+fn statistics(monitor: &MonitorStatus) -> String {
+    let texts = monitor
+        .statistics
+        .iter()
+        .map(|statistic| format!("{} {} (threshold {})", statistic.name, statistic.value, statistic.threshold));
+    texts.collect::<Vec<_>>().join(", ")
 }

@@ -1,9 +1,9 @@
 //! Table tests of targets, canaries, retraining and children.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_contract::{
-    serve::{MonitorConfig, MonitorStatus, RouterConfig, Verdict},
+    serve::{MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, Verdict},
     train::{OffsetRange, TrainSummary},
 };
 use athanor_crds::{
@@ -16,14 +16,20 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
 use serde_json::json;
 
 use super::{
-    analysis::Counts,
-    build, build_front,
-    decide::{Plan, decide},
-    dereference::{Observed, Workload},
-    names, status,
+    apply::Applied,
+    build,
+    children::{retraining, router},
+    decide::{Decision, decide},
+    dereference::Observed,
+    names,
+    observe::workload::Workload,
+    status,
     validate::{InvalidDeployment, validate},
 };
-use crate::{condition, settings::Settings};
+use crate::{
+    condition::{self, State, Value},
+    settings::Settings,
+};
 
 fn at(seconds: i64) -> Timestamp {
     "2026-01-01T00:00:00Z".parse::<Timestamp>().unwrap() + jiff::SignedDuration::from_secs(seconds)
@@ -52,23 +58,16 @@ fn retraining_spec() -> serde_json::Value {
 }
 
 /// A FineTuneJob with an outcome (`None`: it runs) that was over after so many seconds.
-fn job(name: &str, outcome: Option<(&str, &str)>, end: i64, digest: &str) -> FineTuneJob {
+fn job(name: &str, outcome: Option<(&str, &'static str)>, end: i64, digest: &str) -> Arc<FineTuneJob> {
     let mut job = crate::finetunejob::tests::job(name, &format!("uid-{name}"));
     let mut conditions = Vec::new();
     let state = match outcome.map(|(status, _)| status) {
-        Some("True") => condition::State::True,
-        Some(_) => condition::State::False,
-        None => condition::State::Unknown,
+        Some("True") => State::True,
+        Some(_) => State::False,
+        None => State::Unknown,
     };
-    condition::set(
-        &mut conditions,
-        types::SUCCEEDED,
-        state,
-        outcome.map_or("Running", |(_, reason)| reason),
-        "",
-        None,
-        at(end),
-    );
+    let succeeded = Value::new(state, outcome.map_or("Running", |(_, reason)| reason), "");
+    condition::set(&mut conditions, types::SUCCEEDED, &succeeded, None, at(end));
     job.status = Some(FineTuneJobStatus {
         conditions,
         completion_time: outcome.map(|_| Time(at(end))),
@@ -79,7 +78,7 @@ fn job(name: &str, outcome: Option<(&str, &str)>, end: i64, digest: &str) -> Fin
         }),
         ..FineTuneJobStatus::default()
     });
-    job
+    Arc::new(job)
 }
 
 fn revision(name: &str, ready: bool) -> RevisionStatus {
@@ -108,17 +107,17 @@ fn observed(deployment: ModelDeployment) -> Observed {
     }
 }
 
-fn plan(observed: &Observed, now: i64) -> Plan {
+fn decision(observed: &Observed, now: i64) -> Decision {
     decide(&validate(&observed.deployment).unwrap(), observed, at(now))
 }
 
 /// The current revision's name, the candidate's with its weight, and the reason of Progressing.
-fn told(plan: &Plan) -> (Option<String>, Option<(String, u32)>, &'static str) {
-    let candidate = plan.rollout.candidate.as_ref();
+fn shown(decision: &Decision) -> (Option<String>, Option<(String, u32)>, &'static str) {
+    let candidate = decision.rollout.candidate.as_ref();
     (
-        plan.rollout.current.as_ref().map(|current| current.name.clone()),
+        decision.rollout.current.as_ref().map(|current| current.name.clone()),
         candidate.map(|candidate| (candidate.revision.name.clone(), candidate.weight)),
-        plan.rollout.reason,
+        decision.rollout.progressing.reason,
     )
 }
 
@@ -140,7 +139,8 @@ fn canary(candidate: Option<CandidateStatus>) -> Observed {
     });
     subject.retrainings = vec![job("second", Some(("True", "Succeeded")), 50, "bbbbbbbbcc")];
     subject.revisions = [(OLD.to_owned(), workload(1)), (NEW.to_owned(), workload(1))].into();
-    subject.counts = Some([(NEW.to_owned(), Counts { requests: 100, errors: 3, ..Counts::default() })].into());
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 100, errors: 3, ..RevisionAnalysis::default() })].into());
     subject
 }
 
@@ -166,18 +166,18 @@ fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> 
 fn the_newest_good_model_is_the_target() {
     let by_job = || deployment(json!({"model": {"fromJob": {"name": "first"}}}));
     let mut subject = observed(by_job());
-    assert_eq!((told(&plan(&subject, 60)).0, plan(&subject, 60).ready.1), (None, "JobNotFound"));
+    assert_eq!((shown(&decision(&subject, 60)).0, decision(&subject, 60).ready.reason), (None, "JobNotFound"));
     subject.source_job = Some(job("first", None, 0, ""));
-    assert_eq!(plan(&subject, 60).ready.1, "WaitingForJob");
+    assert_eq!(decision(&subject, 60).ready.reason, "WaitingForJob");
     subject.source_job = Some(job("first", Some(("False", "GateFailed")), 1, "aaaaaaaa"));
-    assert_eq!((told(&plan(&subject, 60)).0, plan(&subject, 60).ready.1), (None, "JobFailed"));
+    assert_eq!((shown(&decision(&subject, 60)).0, decision(&subject, 60).ready.reason), (None, "JobFailed"));
     subject.source_job = Some(job("first", Some(("True", "Succeeded")), 1, "aaaaaaaa11"));
-    assert_eq!(told(&plan(&subject, 60)).0.as_deref(), Some(OLD), "the first revision takes all traffic at once");
+    assert_eq!(shown(&decision(&subject, 60)).0.as_deref(), Some(OLD), "the first revision takes all traffic at once");
 
     // Served for a while; its job is deleted, and a retraining that failed its gates is newer.
-    let current = plan(&subject, 60).rollout.current.unwrap();
+    let current = decision(&subject, 60).rollout.current.unwrap();
     let ready = RevisionStatus { ready_at: Some(Time(at(60))), ..current };
-    let source = plan(&subject, 60).source;
+    let source = decision(&subject, 60).source;
     subject.deployment.status = Some(ModelDeploymentStatus {
         current_revision: Some(ready),
         source: Some(source),
@@ -185,19 +185,20 @@ fn the_newest_good_model_is_the_target() {
     });
     subject.source_job = None;
     subject.retrainings = vec![job("second", Some(("False", "GateFailed")), 70, "bbbbbbbb")];
-    assert_eq!(told(&plan(&subject, 80)), (Some(OLD.into()), None, "Stable"));
+    assert_eq!(shown(&decision(&subject, 80)), (Some(OLD.into()), None, "Stable"));
 
     // The user changes the model after a retraining had ended: the user's choice counts.
     let mut subject = canary(None);
     subject.deployment.spec.model.from = Some("s3://models/z".into());
     let wanted = names::revision("m", None, "s3://models/z");
-    assert_eq!(told(&plan(&subject, 60)), (Some(OLD.into()), Some((wanted, 0)), "WaitingForPods"));
+    assert_eq!(shown(&decision(&subject, 60)), (Some(OLD.into()), Some((wanted, 0)), "WaitingForPods"));
 }
 
 #[test]
 fn a_canary_goes_on_holds_or_rolls_back() {
-    let counts =
-        |requests, errors, latency_p95_ms| Some(Counts { requests, errors, latency_p95_ms, ..Counts::default() });
+    let counts = |requests, errors, latency_p95_ms| {
+        Some(RevisionAnalysis { requests, errors, latency_p95_ms, ..RevisionAnalysis::default() })
+    };
     // Candidate so far, its available pods, counts, seconds now; current, candidate's weight, reason.
     let table = [
         ("new", None, 0, counts(0, 0, 0.0), 60, OLD, Some(0), "WaitingForPods"),
@@ -213,6 +214,16 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         ("slow", at_step(0, 10, 55), 1, counts(140, 3, 201.0), 60, OLD, None, "RolledBack"),
         ("not whole after the pause", at_step(0, 10, 55), 0, counts(140, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
         ("dead with all the traffic", at_step(2, 100, 55), 0, counts(140, 3, 0.0), 60, OLD, None, "RolledBack"),
+        (
+            "dead with all the traffic, which is little",
+            at_step(2, 100, 55),
+            0,
+            counts(41, 4, 0.0),
+            60,
+            OLD,
+            None,
+            "RolledBack",
+        ),
         ("last step", at_step(2, 100, 55), 1, counts(140, 3, 0.0), 60, NEW, None, "Promoted"),
     ];
     for (case, candidate, available, counts, now, current, weight, reason) in table {
@@ -220,31 +231,36 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         subject.deployment.spec.rollout.canary.analysis.max_latency_p95_ms = Some(200);
         subject.revisions.insert(NEW.into(), workload(available));
         subject.counts = counts.map(|counts| [(NEW.to_owned(), counts)].into());
-        let plan = plan(&subject, now);
+        let decision = decision(&subject, now);
         assert_eq!(
-            told(&plan),
+            shown(&decision),
             (Some(current.into()), weight.map(|weight| (NEW.to_owned(), weight)), reason),
             "{case}"
         );
-        let weights = build_front::weights(&plan.rollout);
+        let weights = router::weights(&decision.rollout);
         assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
-        assert!(plan.remove.is_empty(), "{case}: nothing with traffic or just without it goes");
+        assert!(decision.remove.is_empty(), "{case}: nothing that has or just lost traffic is deleted");
     }
 }
 
 #[test]
-fn what_lost_its_traffic_goes_after_its_drain_and_a_failed_revision_is_not_tried_again() {
+fn a_revision_without_traffic_is_deleted_after_its_drain_and_a_failed_one_is_not_tried_again() {
     let mut subject = canary(at_step(0, 10, 59));
-    subject.counts = Some([(NEW.to_owned(), Counts { requests: 140, errors: 90, ..Counts::default() })].into());
-    let first = plan(&subject, 60);
-    assert!(first.rollout.message.contains("87 of 100 requests failed"), "{}", first.rollout.message);
-    subject.deployment.status = Some(status::next(&subject, &first, Ok(()), at(60)));
-    let later = plan(&subject, 61);
-    assert_eq!((told(&later), later.remove.len()), ((Some(OLD.into()), None, "Stable"), 0));
-    let next = status::next(&subject, &later, Ok(()), at(61));
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 140, errors: 90, ..RevisionAnalysis::default() })].into());
+    let first = decision(&subject, 60);
+    assert!(
+        first.rollout.progressing.message.contains("87 of 100 requests failed"),
+        "{}",
+        first.rollout.progressing.message
+    );
+    subject.deployment.status = Some(status::next(&subject, &first, Ok(&Applied::assumed()), at(60)));
+    let later = decision(&subject, 61);
+    assert_eq!((shown(&later), later.remove.len()), ((Some(OLD.into()), None, "Stable"), 0));
+    let next = status::next(&subject, &later, Ok(&Applied::assumed()), at(61));
     let progressing = condition::get(&next.conditions, types::PROGRESSING).unwrap();
-    assert!(progressing.reason == "RolledBack" && progressing.message.contains("87 of 100"), "the reason stays told");
-    let drained = plan(&subject, 200);
+    assert!(progressing.reason == "RolledBack" && progressing.message.contains("87 of 100"), "the reason stays");
+    let drained = decision(&subject, 200);
     assert_eq!((drained.remove, drained.rollout.previous), (vec![NEW.to_owned()], None));
 }
 
@@ -254,28 +270,28 @@ fn a_revision_that_never_answered_is_replaced_without_a_canary() {
     subject.revisions.insert(OLD.into(), workload(0));
     let status = subject.deployment.status.as_mut().unwrap();
     status.current_revision.as_mut().unwrap().ready_at = None;
-    let plan = plan(&subject, 60);
-    assert_eq!(told(&plan).0.as_deref(), Some(NEW));
-    assert_eq!(plan.remove, [OLD]);
+    let decision = decision(&subject, 60);
+    assert_eq!(shown(&decision).0.as_deref(), Some(NEW));
+    assert_eq!(decision.remove, [OLD]);
 }
 
 #[test]
-fn a_revision_that_answers_with_some_of_its_pods_is_not_thrown_away() {
+fn a_revision_that_answers_with_some_of_its_pods_is_kept() {
     let mut subject = canary(None);
     subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, replicas: 3, stuck: None });
     let status = subject.deployment.status.as_mut().unwrap();
     status.current_revision.as_mut().unwrap().ready_at = None;
-    let plan = plan(&subject, 60);
-    assert_eq!(told(&plan).0.as_deref(), Some(OLD));
-    assert!(plan.remove.is_empty());
+    let decision = decision(&subject, 60);
+    assert_eq!(shown(&decision).0.as_deref(), Some(OLD));
+    assert!(decision.remove.is_empty());
 }
 
 #[test]
-fn a_long_last_word_of_a_pod_fits_the_status() {
+fn a_long_last_message_of_a_pod_fits_the_status() {
     let mut subject = canary(None);
     subject.revisions.insert(NEW.into(), workload(0));
     subject.waiting.insert(NEW.into(), "x".repeat(5000));
-    let candidate = plan(&subject, 60).rollout.candidate.unwrap();
+    let candidate = decision(&subject, 60).rollout.candidate.unwrap();
     assert_eq!(candidate.message.chars().count(), 1024);
 }
 
@@ -283,9 +299,9 @@ fn a_long_last_word_of_a_pod_fits_the_status() {
 fn another_model_in_the_specification_forgets_what_failed() {
     let mut subject = canary(None);
     subject.deployment.status.as_mut().unwrap().failed_revisions = vec![NEW.into()];
-    assert_eq!(plan(&subject, 60).rollout.failed, [NEW]);
+    assert_eq!(decision(&subject, 60).rollout.failed, [NEW]);
     subject.deployment.spec.model.from = Some("s3://models/b".into());
-    assert!(plan(&subject, 60).rollout.failed.is_empty());
+    assert!(decision(&subject, 60).rollout.failed.is_empty());
 }
 
 /// A deployment that has drifted.
@@ -314,7 +330,7 @@ fn monitor(subject: &mut Observed) -> &mut MonitorStatus {
 }
 
 #[test]
-fn a_retraining_starts_when_everything_asks_for_it() {
+fn a_retraining_starts_when_all_conditions_are_met() {
     type Change = fn(&mut Observed);
     let table: Vec<(&str, Change)> = vec![
         ("Training", |_| {}),
@@ -327,37 +343,37 @@ fn a_retraining_starts_when_everything_asks_for_it() {
             subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
         }),
         ("NoNewEvents", |subject| {
-            let name = plan(subject, 200).retraining.create.unwrap().name;
+            let name = decision(subject, 200).retraining.create.unwrap().name;
             subject.retrainings = vec![job(&name, Some(("False", "GateFailed")), 50, "")];
         }),
     ];
     for (reason, change) in table {
         let mut subject = drifted();
         change(&mut subject);
-        let retraining = plan(&subject, 200).retraining;
-        assert_eq!(retraining.condition.unwrap().1, reason);
+        let retraining = decision(&subject, 200).retraining;
+        assert_eq!(retraining.condition.unwrap().reason, reason);
         assert_eq!(retraining.create.is_some(), reason == "Training", "{reason}");
     }
     let mut approved = drifted();
-    let name = plan(&approved, 200).retraining.create.unwrap().name;
+    let name = decision(&approved, 200).retraining.create.unwrap().name;
     approved.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
     approved.deployment.metadata.annotations =
         Some([(athanor_crds::APPROVE_ANNOTATION.to_owned(), name.clone())].into());
-    assert_eq!(plan(&approved, 200).retraining.create.unwrap().name, name);
+    assert_eq!(decision(&approved, 200).retraining.create.unwrap().name, name);
 }
 
 #[test]
 fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
     let mut subject = drifted();
-    let first = plan(&subject, 200);
+    let first = decision(&subject, 200);
     let new = first.retraining.create.clone().unwrap();
     assert_eq!(
-        plan(&subject, 300).retraining.create.unwrap().name,
+        decision(&subject, 300).retraining.create.unwrap().name,
         new.name,
         "the same events are the same retraining"
     );
     let validated = validate(&subject.deployment).unwrap();
-    let built = build_front::retraining(&validated, &new).unwrap();
+    let built = retraining::build(&validated, &new).unwrap();
     let source = built.spec.train.data.sources.last().unwrap();
     let kafka = source.kafka.as_ref().unwrap();
     assert_eq!((source.name.as_str(), kafka.topic.as_str()), ("feedback", "athanor.ns.m"));
@@ -368,28 +384,28 @@ fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
     assert_eq!(built.metadata.labels.unwrap()["team"], "nlp");
 
     // Killed before the status was written: the job is found, and more events make no second one.
-    let mut running = job(&new.name, None, 0, "");
+    let mut running = Arc::unwrap_or_clone(job(&new.name, None, 0, ""));
     running.spec = built.spec.clone();
-    subject.retrainings = vec![running];
+    subject.retrainings = vec![Arc::new(running)];
     monitor(&mut subject).ranges[0].end = 95;
-    let again = plan(&subject, 210).retraining;
+    let again = decision(&subject, 210).retraining;
     assert_eq!(
         (again.create, again.running.map(|running| (running.job, running.ranges))),
         (None, Some((new.name.clone(), new.ranges.clone())))
     );
 
     // Gates failed: the champion stays, the cooldown begins.
-    subject.deployment.status = Some(status::next(&subject, &first, Ok(()), at(200)));
+    subject.deployment.status = Some(status::next(&subject, &first, Ok(&Applied::assumed()), at(200)));
     subject.retrainings = vec![job(&new.name, Some(("False", "GateFailed")), 400, "cccccccc")];
-    let over = plan(&subject, 401);
+    let over = decision(&subject, 401);
     assert_eq!(over.retraining.running, None);
-    let (_, reason, message) = over.retraining.condition.clone().unwrap();
+    let Value { reason, message, .. } = over.retraining.condition.clone().unwrap();
     assert!(reason == "Cooldown" && message.contains("GateFailed"), "{reason} {message}");
     assert_eq!(over.rollout.candidate, None);
 
     // Passed: its artifact is the candidate.
     subject.retrainings = vec![job(&new.name, Some(("True", "Succeeded")), 400, "cccccccc")];
-    assert_eq!(told(&plan(&subject, 401)).1, Some(("m-cccccccc".to_owned(), 0)));
+    assert_eq!(shown(&decision(&subject, 401)).1, Some(("m-cccccccc".to_owned(), 0)));
 }
 
 #[test]
@@ -402,8 +418,8 @@ fn the_children_are_what_processes_read() {
     subject.deployment.spec.replicas = 3;
     let mut validated = validate(&subject.deployment).unwrap();
     validated.owner = vec![OwnerReference { uid: "d1".into(), controller: Some(true), ..OwnerReference::default() }];
-    let plan = plan(&subject, 60);
-    let children = build::build(&validated, &settings, &plan, "00ff".into());
+    let decision = decision(&subject, 60);
+    let children = build::build(&validated, &settings, &decision, "00ff".into());
     let names: Vec<_> =
         children.revisions.iter().map(|revision| revision.deployment.metadata.name.clone().unwrap()).collect();
     assert_eq!(names, [OLD, NEW]);
@@ -430,20 +446,20 @@ fn the_children_are_what_processes_read() {
 }
 
 #[test]
-fn the_status_leaves_the_monitors_part_alone_and_does_not_count_what_failed() {
+fn the_status_keeps_the_monitors_part_and_does_not_count_what_failed() {
     let subject = drifted();
-    let next = status::next(&subject, &plan(&subject, 200), Ok(()), at(200));
+    let next = status::next(&subject, &decision(&subject, 200), Ok(&Applied::assumed()), at(200));
     assert_eq!(condition::get(&next.conditions, types::DRIFTED).unwrap().status, "True");
     assert_eq!(condition::get(&next.conditions, types::READY).unwrap().status, "True");
     let error = crate::cluster::ClusterError::Foreign { kind: "Service".into(), name: "m".into() };
-    let next = status::next(&subject, &plan(&subject, 200), Err(&error), at(200));
+    let next = status::next(&subject, &decision(&subject, 200), Err(&error), at(200));
     let ready = condition::get(&next.conditions, types::READY).unwrap();
     assert_eq!((ready.status.as_str(), ready.reason.as_str(), next.retraining), ("False", "Refused", None));
-    assert!(ready.message.contains("Service m exists"), "{}", ready.message);
+    assert!(ready.message.contains("Service m already exists"), "{}", ready.message);
 }
 
 #[test]
-fn bad_names_and_sources_are_said() {
+fn a_wrong_name_or_source_is_refused() {
     let mut long = deployment(json!({"model": {"from": "s3://a"}}));
     long.metadata.name = Some("x".repeat(42));
     assert_eq!(validate(&long).err(), Some(InvalidDeployment::Name("x".repeat(42))));

@@ -1,4 +1,5 @@
-//! From a ModelDeployment to one that children can be built from. What the API server's rules already refuse is not checked again.
+//! Turns a ModelDeployment into one that children can be built from. What the API server refuses by the CRD is not
+//! checked again.
 
 use athanor_contract::serve::EventsConfig;
 use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
@@ -7,6 +8,9 @@ use kube::ResourceExt;
 
 use crate::{cluster, finetunejob::is_service_name};
 
+/// Most characters of a topic's name in Kafka.
+const LONGEST_TOPIC: usize = 249;
+
 /// A deployment whose children have valid names.
 pub struct ValidatedDeployment {
     pub name: String,
@@ -14,7 +18,7 @@ pub struct ValidatedDeployment {
     pub uid: String,
     pub owner: Vec<OwnerReference>,
     pub source: Source,
-    /// Where events go, the topic's name filled in.
+    /// Kafka topic of the events, with its name filled in.
     pub events: Option<EventsConfig>,
     pub spec: ModelDeploymentSpec,
 }
@@ -29,19 +33,27 @@ pub enum Source {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidDeployment {
     #[error(
-        "metadata.name: {0:?} names Services and pods, so it must be at most {LONGEST_DEPLOYMENT_NAME} lower-case letters, digits and '-', beginning with a letter"
+        "metadata.name: {0:?} is the name of Services and pods; it must have at most {LONGEST_DEPLOYMENT_NAME} characters, start with a \
+         lower-case letter and contain only lower-case letters, digits and '-'"
     )]
     Name(String),
     #[error("spec.model: set exactly one of from and fromJob")]
     Model,
-    #[error("spec.retrain.template.spec.data.sources: {0:?} is the name of the added source (spec.retrain.sourceName)")]
+    #[error(
+        "spec.retrain.template.spec.data.sources: {0:?} is also the name of the added source (spec.retrain.sourceName); \
+         rename one of the two"
+    )]
     SourceName(String),
-    #[error("spec.feedback.kafka.topic: {0:?} has more than 249 characters; give a shorter one")]
+    #[error("spec.feedback.kafka.topic: {0:?} has more than {LONGEST_TOPIC} characters; set a shorter one")]
     Topic(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
 
+/// Checks the specification.
+///
+/// # Errors
+/// The first mistake, with its field.
 pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, InvalidDeployment> {
     let name = deployment.name_any();
     if !is_service_name(&name, LONGEST_DEPLOYMENT_NAME) {
@@ -63,7 +75,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         bootstrap_servers: feedback.kafka.bootstrap_servers.clone(),
         topic: feedback.kafka.topic.clone().unwrap_or_else(|| format!("athanor.{namespace}.{name}")),
     });
-    if let Some(events) = events.as_ref().filter(|events| events.topic.len() > 249) {
+    if let Some(events) = events.as_ref().filter(|events| events.topic.len() > LONGEST_TOPIC) {
         return Err(InvalidDeployment::Topic(events.topic.clone()));
     }
     Ok(ValidatedDeployment {

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use athanor_contract::train::{CompressStep, Gate, Metric, PruneMethod, PruneSpec, QuantizeMethod};
+use athanor_contract::train::{CompressStep, Gate, PruneMethod, PruneSpec, QuantizeMethod};
 use athanor_models::{EncoderConfig, Model, load, quantize};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -34,7 +34,7 @@ const TIMED: usize = 40;
 pub struct Form {
     /// "trained", or the step in words.
     pub name: String,
-    /// Of the weights' file.
+    /// Size of the weights' file.
     pub bytes: u64,
     /// Share of zeros in the encoder's matrices.
     pub sparsity: f64,
@@ -160,7 +160,7 @@ impl Compression<'_> {
         found: &Evaluation,
     ) -> Result<Form, TrainError> {
         let bytes = std::fs::metadata(folder.join(load::WEIGHTS)).map_err(TrainError::other)?.len();
-        let (metric, value) = main_metric(self.test, found);
+        let (metric, value) = found.main();
         let milliseconds = self.latency(served);
         let sparsity = prune::sparsity(&model.matrices());
         Ok(Form { name, bytes, sparsity, metric: metric.into(), value, milliseconds, left_out: None })
@@ -183,7 +183,7 @@ impl Compression<'_> {
     }
 
     fn too_much(&self, step: &CompressStep, before: &Form, after: &Form, found: &Evaluation) -> Option<String> {
-        let failed = evaluate::failed_gates(self.gates, self.sources, (self.test, found), self.others);
+        let failed = evaluate::failed_gates(self.gates, self.sources, found, self.others);
         if let Some(gate) = failed.into_iter().next() {
             return Some(gate);
         }
@@ -199,16 +199,6 @@ fn served(folder: &Path) -> Result<Model, TrainError> {
     let mut model = Model::load_trained(folder, Device::Cpu)?;
     model.pack_for_good(how)?;
     Ok(model)
-}
-
-fn main_metric(rows: &Encoded, found: &Evaluation) -> (&'static str, f64) {
-    match found {
-        Evaluation::Numbers(_) => {
-            let value = evaluate::metric(Metric::PearsonCorrelation, rows, found, None);
-            ("pearsonCorrelation", value.unwrap_or(0.0))
-        }
-        _ => ("accuracy", evaluate::metric(Metric::Accuracy, rows, found, None).unwrap_or(0.0)),
-    }
 }
 
 fn restore(matrices: &[(String, Tensor)], backup: &[(String, Tensor)]) {

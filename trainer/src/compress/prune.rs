@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use athanor_contract::train::{PruneMethod, PruneSpec};
 use tch::{Kind, Tensor};
 
-/// Sets weights of the matrices [outputs, inputs] to zero, in place. `norms` are those of the matrices' inputs, for Wanda.
+/// Sets weights of the matrices [outputs, inputs] to zero, in place. `norms` are those of the matrices' inputs, for
+/// Wanda.
 pub fn prune(matrices: &[(String, Tensor)], spec: &PruneSpec, norms: &BTreeMap<String, Tensor>) {
     tch::no_grad(|| {
         for (name, weight) in matrices {

@@ -1,5 +1,5 @@
-//! Rows to batches: shuffled, grouped by length so that little is padding, and dealt to the ranks. All of it is a function of
-//! seed, epoch and lengths, so every rank computes the same batches and a resumed run goes on with them.
+//! Rows to batches: shuffled, grouped by length so that little is padding, and dealt to the ranks. All of it is a
+//! function of seed, epoch and lengths, so every rank computes the same batches and a resumed run goes on with them.
 
 use athanor_models::tokenizer::pad;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
@@ -49,12 +49,12 @@ pub fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: u64
     Batches { rows, starts, size: batch_size }
 }
 
-/// Of a rank's even share of a batch, the parts by which it may be smaller or larger.
+/// Parts of a rank's even share of a batch by which the share may be smaller or larger.
 const RUNS_A_SHARE: usize = 4;
 
-/// The rows of a batch that this rank computes, from the longest. Every rank pads its rows to its longest one, so each gets a run of
-/// rows of like length, and the longest runs are the shortest in rows: the ranks' padded tokens are as even as runs can be. A rank has
-/// none where the others' take no longer without it.
+/// The rows of a batch that this rank computes, from the longest. Every rank pads its rows to its longest one, so each
+/// gets a run of rows of like length, and the longest runs are the shortest in rows: the ranks' padded tokens are as
+/// even as runs can be. A rank has none where the others' take no longer without it.
 pub fn share(batch: &[usize], lengths: &[usize], rank: usize, world: usize) -> Vec<usize> {
     let mut sorted = batch.to_vec();
     sorted.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
@@ -81,7 +81,8 @@ pub fn evaluation_batches(lengths: &[usize], batch_size: usize, rank: usize, wor
     order.chunks(batch_size).skip(rank).step_by(world).map(<[usize]>::to_vec).collect()
 }
 
-/// Ids [B, T], and the mask [B, T] where some text is shorter than others: without padding attention takes the faster kernel.
+/// Ids [B, T], and the mask [B, T] where some text is shorter than others: without padding attention takes the faster
+/// kernel.
 pub fn inputs(texts: &[&[u32]], pad_id: i64, device: Device) -> (Tensor, Option<Tensor>) {
     let padded = texts.iter().any(|ids| ids.len() != texts[0].len());
     let (ids, mask) = pad(texts, pad_id);
@@ -90,10 +91,7 @@ pub fn inputs(texts: &[&[u32]], pad_id: i64, device: Device) -> (Tensor, Option<
 
 /// A well-mixed seed from two numbers (SplitMix64).
 pub fn mix(seed: u64, number: u64) -> u64 {
-    let mut z = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+    athanor_data::mix(seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
 }
 
 #[cfg(test)]

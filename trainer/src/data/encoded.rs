@@ -1,69 +1,116 @@
-//! Rows as token ids, with what their task wants of them.
+//! Rows as token ids, with the columns that their task adds; and what one forward pass reads of them.
 
-use std::collections::HashMap;
+use std::fmt::Debug;
 
-use athanor_contract::train::Task;
-use athanor_models::{
-    Tokenizer,
-    tokenizer::{MaskTokens, TokenRows},
+use athanor_contract::train::WeightedTerm;
+use athanor_models::{Model, tokenizer::TokenRows};
+use athanor_torch::ProcessGroup;
+use tch::{Device, Tensor};
+
+use super::batches::inputs;
+use crate::{
+    TrainError,
+    evaluate::{evaluation::Results, measuring::Measuring},
 };
 
-use super::Dataset;
-use crate::TrainError;
+/// Marks a label that counts nothing, as in libtorch.
+pub const IGNORED: i64 = -100;
 
 /// Rows of one part of the dataset, in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Encoded {
     pub ids: TokenRows,
-    /// Second texts, for embeddings.
-    pub pairs: Option<TokenRows>,
-    /// Index of the label; `None` for a label the model does not know (a baseline of other classes), and for other tasks.
-    pub labels: Vec<Option<u16>>,
-    /// The label as a number, for regression; empty for other tasks.
-    pub values: Vec<f32>,
-    /// Index of the source.
+    /// Index of each row's source.
     pub sources: Vec<u32>,
-    /// Of the tokenizer, for masked language models.
-    pub mask_tokens: Option<MaskTokens>,
+    pub columns: Box<dyn Columns>,
+}
+
+/// What a task keeps of each row besides its text.
+pub trait Columns: Debug + Send + Sync {
+    /// Keeps these rows alone, in this order.
+    fn select(&mut self, rows: &[usize]);
+
+    /// Adds rows without a label.
+    fn extend(&mut self, count: usize);
+
+    /// Index of each row's label; `None` for a row without a label that the model has. Absent for tasks without
+    /// classes.
+    fn classes(&self) -> Option<&[Option<u16>]> {
+        None
+    }
+
+    /// The second text of each row, for tasks over pairs.
+    fn second_texts(&self) -> Option<&TokenRows> {
+        None
+    }
+
+    /// The tensors of one forward pass. `terms` are those of the objective.
+    ///
+    /// # Errors
+    /// A tokenizer or data without what the task requires are user errors.
+    fn collate(&self, part: &Part, terms: &[WeightedTerm], pad_id: i64) -> Result<Batch, TrainError>;
+
+    /// Measures a model on all `rows`, of which these are the columns; the ranks share the work and all get the
+    /// results.
+    ///
+    /// # Errors
+    /// As [`Columns::collate`].
+    fn evaluate(
+        &self,
+        rows: &Encoded,
+        model: &Model,
+        measuring: &mut Measuring,
+    ) -> Result<Box<dyn Results>, TrainError>;
+}
+
+/// Rows of one forward pass, and the global batch that they are a part of.
+pub struct Part<'a> {
+    pub train: &'a Encoded,
+    pub rows: &'a [usize],
+    /// Rows of the whole optimizer step, over all ranks.
+    pub batch: &'a [usize],
+    /// 0 for a rank without rows of its own, which computes one that counts nothing.
+    pub weight: f64,
+    /// Seed of this step; the same on all ranks.
+    pub seed: u64,
+    pub group: Option<&'a ProcessGroup>,
+    pub device: Device,
+    pub bf16: bool,
+}
+
+/// What one forward pass reads, and what it should predict.
+#[derive(Debug)]
+pub struct Batch {
+    /// [B, T].
+    pub ids: Tensor,
+    /// [B, T], 1 where a token is; absent where nothing is padding.
+    pub mask: Option<Tensor>,
+    /// Where the task predicts tokens: their places among the batch's B * T tokens, [N].
+    pub places: Option<Tensor>,
+    /// True values in the order of the outputs: labels [B] or [N] (i64), numbers [B, 1]; empty where the task has none.
+    pub targets: Tensor,
+    /// Rows of the global batch for each of its targets. A sum over targets times this, divided by the rows of the
+    /// global batch, is the mean over targets. 1 where each row is one target.
+    pub rows_per_target: f64,
+}
+
+impl Batch {
+    /// Texts without anything to predict. An absent mask means that nothing is padding.
+    pub fn of_texts(texts: &[&[u32]], pad_id: i64, device: Device) -> Self {
+        let (ids, mask) = inputs(texts, pad_id, device);
+        Self { ids, mask, places: None, targets: Tensor::new(), rows_per_target: 1.0 }
+    }
+}
+
+impl Part<'_> {
+    /// The texts of the rows, without anything to predict.
+    pub fn texts(&self, pad_id: i64) -> Batch {
+        let texts: Vec<&[u32]> = self.rows.iter().map(|&row| &self.train.ids[row]).collect();
+        Batch::of_texts(&texts, pad_id, self.device)
+    }
 }
 
 impl Encoded {
-    /// `labels` are those of the model, empty for tasks without.
-    ///
-    /// # Errors
-    /// A regression's label that is no number is the user's to mend.
-    pub fn new(
-        dataset: &Dataset,
-        part: &[usize],
-        task: Task,
-        labels: &[String],
-        tokenizer: &Tokenizer,
-        max_length: usize,
-    ) -> Result<Self, TrainError> {
-        // At most 1,024 labels are found; a model that knows 65,536 has none for the rest.
-        let index: HashMap<&str, u16> = labels.iter().map(String::as_str).zip(0..).collect();
-        let rows = &dataset.rows;
-        let values = match task {
-            Task::TextRegression => part.iter().map(|&row| number(dataset, row)).collect::<Result<_, _>>()?,
-            _ => Vec::new(),
-        };
-        let pairs = match task {
-            Task::Embedding => {
-                let pairs = part.iter().map(|&row| pair(dataset, row)).collect::<Result<Vec<_>, _>>()?;
-                Some(tokenizer.encode_rows(pairs, max_length)?)
-            }
-            _ => None,
-        };
-        Ok(Self {
-            ids: tokenizer.encode_rows(part.iter().map(|&row| rows.text(row)), max_length)?,
-            pairs,
-            labels: part.iter().map(|&row| index.get(rows.label(row)?).copied()).collect(),
-            values,
-            sources: part.iter().map(|&row| rows.source(row) as u32).collect(),
-            mask_tokens: tokenizer.mask_tokens().filter(|_| task == Task::MaskedLanguageModel),
-        })
-    }
-
     pub fn len(&self) -> usize {
         self.ids.len()
     }
@@ -72,58 +119,37 @@ impl Encoded {
         self.ids.is_empty()
     }
 
-    /// Tokens of each row, of its pair too.
-    pub fn lengths(&self) -> Vec<usize> {
-        match &self.pairs {
-            None => self.ids.lengths().collect(),
-            Some(pairs) => self.ids.lengths().zip(pairs.lengths()).map(|(text, pair)| text + pair).collect(),
+    pub fn second_texts(&self) -> Option<&TokenRows> {
+        self.columns.second_texts()
+    }
+
+    /// Index of each row's label; `None` for rows without one, and for all rows of tasks without classes.
+    pub fn classes(&self) -> Vec<Option<usize>> {
+        match self.columns.classes() {
+            Some(classes) => classes.iter().map(|class| class.map(usize::from)).collect(),
+            None => vec![None; self.len()],
         }
     }
 
-    /// Only these rows, in this order.
+    /// Tokens of each row, its second text included.
+    pub fn lengths(&self) -> Vec<usize> {
+        match self.second_texts() {
+            None => self.ids.lengths().collect(),
+            Some(second) => self.ids.lengths().zip(second.lengths()).map(|(text, second)| text + second).collect(),
+        }
+    }
+
+    /// Keeps these rows alone, in this order.
     pub fn select(&mut self, rows: &[usize]) {
         self.ids = self.ids.select(rows);
-        self.pairs = self.pairs.take().map(|pairs| pairs.select(rows));
-        self.labels = rows.iter().map(|&row| self.labels[row]).collect();
-        self.values = rows.iter().filter_map(|&row| self.values.get(row).copied()).collect();
+        self.columns.select(rows);
         self.sources = rows.iter().map(|&row| self.sources[row]).collect();
     }
 
-    /// More rows of a classification that nobody labelled, each with the index of its source.
+    /// Adds rows without a label, each with the index of its source.
     pub fn extend(&mut self, ids: &TokenRows, sources: impl IntoIterator<Item = u32>) {
         ids.iter().for_each(|ids| self.ids.push(ids));
-        self.labels.resize(self.ids.len(), None);
+        self.columns.extend(ids.len());
         self.sources.extend(sources);
     }
-
-    /// Rows without tokens and labels.
-    #[cfg(test)]
-    pub fn blank(count: usize) -> Self {
-        Self {
-            ids: (0..count).map(|_| []).collect(),
-            labels: vec![None; count],
-            sources: vec![0; count],
-            ..Self::default()
-        }
-    }
-}
-
-fn number(dataset: &Dataset, row: usize) -> Result<f32, TrainError> {
-    let label = dataset.rows.label(row).unwrap_or_default();
-    match label.trim().parse::<f32>() {
-        Ok(value) if value.is_finite() => Ok(value),
-        _ => Err(TrainError::User(format!(
-            "{}: label {label:?} is not a number, which TextRegression needs",
-            dataset.rows.place(row)
-        ))),
-    }
-}
-
-fn pair(dataset: &Dataset, row: usize) -> Result<&str, TrainError> {
-    dataset.rows.pair(row).ok_or_else(|| {
-        TrainError::User(format!(
-            "{}: there is no second text; data.sources[].columns.pair names its column, which Embedding needs",
-            dataset.rows.place(row)
-        ))
-    })
 }

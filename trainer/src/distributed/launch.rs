@@ -1,13 +1,10 @@
-//! Starts the ranks of one machine as child processes and ends with the code that tells most about them.
+//! Starts the ranks of one machine as child processes and ends with the exit code that says most about them.
 
-use std::{os::fd::AsRawFd, path::Path, process::ExitStatus, time::Duration};
+use std::{path::Path, process::ExitStatus, time::Duration};
 
 use athanor_contract::train::exit_code;
 use futures::{StreamExt, stream::FuturesUnordered};
-use rustix::{
-    fs::{MemfdFlags, memfd_create},
-    process::{Pid, Signal, kill_process},
-};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
@@ -26,9 +23,6 @@ pub async fn launch(
     stop: CancellationToken,
 ) -> Result<i32, TrainError> {
     let program = std::env::current_exe().map_err(TrainError::other)?;
-    // The ranks inherit it.
-    let shared_memory = memfd_create("athanor-ranks", MemfdFlags::empty())
-        .map_err(|error| TrainError::Other(format!("memory for the ranks to share: {error}")))?;
     let mut children = Vec::with_capacity(processes);
     for rank in 0..processes {
         let child = Command::new(&program)
@@ -37,7 +31,6 @@ pub async fn launch(
             .arg(config)
             .envs(extra.iter().map(|(name, value)| (name, value)))
             .env(environment::LOCAL_RANK, rank.to_string())
-            .env(environment::SHARED_MEMORY, shared_memory.as_raw_fd().to_string())
             .env(environment::PARENT, std::process::id().to_string())
             // A group of its own: Ctrl-C reaches this process, which passes it on once.
             .process_group(0)

@@ -3,31 +3,17 @@
 pub mod launch;
 mod rendezvous;
 
-use athanor_contract::train::{Backend, DistributedSpec};
+use athanor_contract::{
+    process::port,
+    train::{Backend, DistributedSpec},
+};
 
 pub use rendezvous::rendezvous;
 
 use crate::TrainError;
 
-/// Environment of a trainer process. The operator sets these in each pod; a laptop's launcher sets them for its children.
-pub mod environment {
-    /// Index of this pod, from 0. `JOB_COMPLETION_INDEX` is taken when it is absent.
-    pub const NODE_RANK: &str = "ATHANOR_NODE_RANK";
-    pub const NUM_NODES: &str = "ATHANOR_NUM_NODES";
-    /// DNS name or address of pod 0.
-    pub const MASTER_ADDR: &str = "ATHANOR_MASTER_ADDR";
-    pub const MASTER_PORT: &str = "ATHANOR_MASTER_PORT";
-    /// Address of this pod: Gloo listens there.
-    pub const POD_IP: &str = "ATHANOR_POD_IP";
-    /// Set by the launcher: which of the pod's processes this is.
-    pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
-    /// Set by the launcher: the descriptor of a file in memory that the ranks of this machine share.
-    pub const SHARED_MEMORY: &str = "ATHANOR_SHARED_MEMORY";
-    /// The process that started this one (a launcher its ranks, a search its trials), which this one does not outlive.
-    pub const PARENT: &str = "ATHANOR_PARENT";
-}
-
-pub const DEFAULT_PORT: u16 = 29500;
+/// Environment of a trainer process. The operator sets these variables in each pod; a laptop's launcher sets them for its children.
+pub use athanor_contract::process::variable as environment;
 
 /// The place of this process among all.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,8 +26,6 @@ pub struct Topology {
     pub master_port: u16,
     pub bind_host: String,
     pub backend: athanor_torch::Backend,
-    /// The descriptor of memory that all ranks have, where all are on this machine.
-    pub shared_memory: Option<usize>,
 }
 
 impl Topology {
@@ -56,7 +40,7 @@ impl Topology {
         };
         let node_rank = match get(environment::NODE_RANK) {
             Some(_) => number(environment::NODE_RANK, 0)?,
-            None => number("JOB_COMPLETION_INDEX", 0)?,
+            None => number(environment::JOB_COMPLETION_INDEX, 0)?,
         };
         let num_nodes = number(environment::NUM_NODES, spec.num_nodes as usize)?.max(1);
         let processes_per_node = spec.processes_per_node.max(1) as usize;
@@ -73,11 +57,7 @@ impl Topology {
                 environment::MASTER_ADDR
             )));
         }
-        let port = number(environment::MASTER_PORT, DEFAULT_PORT.into())?;
-        let shared_memory = match get(environment::SHARED_MEMORY) {
-            Some(_) => Some(number(environment::SHARED_MEMORY, 0)?),
-            None => None,
-        };
+        let master_port = number(environment::MASTER_PORT, port::RENDEZVOUS.into())?;
         let loopback = "127.0.0.1".to_owned();
         Ok(Self {
             node_rank,
@@ -85,12 +65,11 @@ impl Topology {
             local_rank,
             processes_per_node,
             master_host: master_host.unwrap_or_else(|| loopback.clone()),
-            master_port: u16::try_from(port).map_err(|_| {
-                TrainError::User(format!("environment variable {}: {port} is no port", environment::MASTER_PORT))
+            master_port: u16::try_from(master_port).map_err(|_| {
+                TrainError::User(format!("environment variable {}: {master_port} is no port", environment::MASTER_PORT))
             })?,
             bind_host: get(environment::POD_IP).unwrap_or(loopback),
             backend: choose_backend(spec.backend)?,
-            shared_memory: if num_nodes == 1 { shared_memory } else { None },
         })
     }
 

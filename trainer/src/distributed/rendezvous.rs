@@ -1,9 +1,7 @@
 //! Waits for rank 0's store and joins the process group.
 
 use std::{
-    fs::File,
     net::{TcpStream, ToSocketAddrs},
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -28,14 +26,6 @@ pub fn rendezvous(
     }
     // Rank 0 finds its own store without DNS; the others by address, so that c10d does not look names up with its own long pauses.
     let store_host = if topology.rank() == 0 { "127.0.0.1".to_owned() } else { wait_for_master(topology, patience)? };
-    // Opened anew, so that no program that this one starts gets it.
-    let shared_memory = match topology.shared_memory {
-        Some(descriptor) => {
-            let path = format!("/proc/self/fd/{descriptor}");
-            Some(File::options().read(true).write(true).open(&path).map_err(TrainError::at(Path::new(&path)))?)
-        }
-        None => None,
-    };
     let group = ProcessGroup::new(
         topology.backend,
         &Rendezvous {
@@ -45,7 +35,6 @@ pub fn rendezvous(
             rank: topology.rank(),
             world: topology.world(),
             timeout: collective_timeout.max(patience),
-            shared_memory: shared_memory.as_ref(),
         },
     )?;
     Ok(Some(group))

@@ -1,89 +1,67 @@
 //! The conditions a result has to meet.
 
-use athanor_contract::train::{Gate, Metric};
+use athanor_contract::train::Gate;
 
-use super::{Evaluation, metric};
-use crate::data::Encoded;
+use super::evaluation::{Evaluation, name};
 
-/// What others say of the test rows.
+/// What other models did on the test rows.
 #[derive(Clone, Copy, Default)]
 pub struct Others<'a> {
-    /// With the rows' labels as the baseline knows them.
-    pub baseline: Option<(&'a Encoded, &'a Evaluation)>,
+    pub baseline: Option<&'a Evaluation>,
     pub teacher: Option<&'a Evaluation>,
 }
 
-/// The gates that do not hold, each in words with its numbers.
-pub fn failed_gates(
-    gates: &[Gate],
-    sources: &[String],
-    result: (&Encoded, &Evaluation),
-    others: Others,
-) -> Vec<String> {
+/// The gates that do not hold, each with its numbers. `sources` are the names of the dataset's sources.
+pub fn failed_gates(gates: &[Gate], sources: &[String], result: &Evaluation, others: Others) -> Vec<String> {
     gates.iter().filter_map(|gate| failure(gate, sources, result, others)).collect()
 }
 
-fn failure(
-    gate: &Gate,
-    sources: &[String],
-    (rows, predictions): (&Encoded, &Evaluation),
-    others: Others,
-) -> Option<String> {
+fn failure(gate: &Gate, sources: &[String], result: &Evaluation, others: Others) -> Option<String> {
     let slice: Option<Vec<usize>> = gate.sources.as_ref().map(|names| {
         sources.iter().enumerate().filter(|(_, source)| names.contains(source)).map(|(index, _)| index).collect()
     });
-    let name = match gate.metric {
-        Metric::Accuracy => "accuracy",
-        Metric::MacroF1 => "macroF1",
-        Metric::PearsonCorrelation => "pearsonCorrelation",
-    };
+    let name = name(gate.metric);
     let place = gate
         .sources
         .as_ref()
         .map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
-    let Some(value) = metric(gate.metric, rows, predictions, slice.as_deref()) else {
+    let value_of = |found: &Evaluation| found.metric(gate.metric, slice.as_deref());
+    let Some(value) = value_of(result) else {
         return Some(format!("{name} on {place}: it cannot be measured there"));
     };
     if let Some(minimum) = gate.minimum {
         return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
     }
     if let Some(share) = gate.minimum_of_teacher {
-        let of_teacher = others.teacher.and_then(|found| metric(gate.metric, rows, found, slice.as_deref()));
-        let Some(of_teacher) = of_teacher else {
+        let Some(of_teacher) = others.teacher.and_then(value_of) else {
             return Some(format!("{name} on {place}: there is no teacher to compare with"));
         };
         return (value < of_teacher * share.get() - 1e-9).then(|| {
-            format!("{name} on {place} is {value:.4}, the teacher's is {of_teacher:.4}: {share} of it is asked for")
+            format!("{name} on {place} is {value:.4}; required: {share} of the teacher's score ({of_teacher:.4})")
         });
     }
     let gain = gate.minimum_gain?;
-    let before =
-        others.baseline.and_then(|(rows, predictions)| metric(gate.metric, rows, predictions, slice.as_deref()));
-    let Some(before) = before else {
+    let Some(before) = others.baseline.and_then(value_of) else {
         return Some(format!("{name} on {place}: there is no baseline to compare with"));
     };
     // Both are ratios of small integers: a gain that is exactly reached must not fail by rounding.
-    (value - before < gain.get() - 1e-9).then(|| {
-        format!("{name} on {place} is {value:.4}, the baseline's is {before:.4}: a gain of {gain} is asked for")
-    })
+    (value - before < gain.get() - 1e-9)
+        .then(|| format!("{name} on {place} is {value:.4}; required: the baseline's score ({before:.4}) plus {gain}"))
 }
 
 #[cfg(test)]
 mod tests {
-    use athanor_contract::Decimal;
+    use athanor_contract::{Decimal, train::Metric};
 
     use super::*;
-    use crate::evaluate::Predictions;
+    use crate::evaluate::{Classes, Predictions};
 
     #[test]
     fn gates_pool_sources_and_compare_with_the_baseline() {
-        let rows = Encoded {
-            labels: vec![Some(0), Some(1), Some(0), Some(1), Some(0), Some(1)],
-            sources: vec![0, 0, 1, 1, 1, 2],
-            ..Encoded::blank(6)
-        };
         let predictions = |labels: [usize; 6]| {
-            Evaluation::Classes(Predictions { labels: labels.to_vec(), confidences: vec![1.0; 6] })
+            let truth = vec![Some(0), Some(1), Some(0), Some(1), Some(0), Some(1)];
+            let predictions = Predictions { labels: labels.to_vec(), confidences: vec![1.0; 6] };
+            Evaluation { sources: vec![0, 0, 1, 1, 1, 2], results: Box::new(Classes { truth, predictions }) }
         };
         let (result, before) = (predictions([0, 1, 0, 1, 1, 0]), predictions([0, 1, 1, 0, 0, 1]));
         let names = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
@@ -108,22 +86,22 @@ mod tests {
             (gate(&["a", "b", "c"], None, Some(0.0)), None),
             (
                 gate(&["c"], None, Some(-0.5)),
-                Some("accuracy on the test rows of c is 0.0000, the baseline's is 1.0000: a gain of -0.5 is asked for"),
+                Some("accuracy on the test rows of c is 0.0000; required: the baseline's score (1.0000) plus -0.5"),
             ),
             (of_teacher(&[], 1.0), None),
             (
                 of_teacher(&["c"], 0.9),
-                Some("accuracy on the test rows of c is 0.0000, the teacher's is 1.0000: 0.9 of it is asked for"),
+                Some("accuracy on the test rows of c is 0.0000; required: 0.9 of the teacher's score (1.0000)"),
             ),
             (gate(&["d"], Some(0.1), None), Some("accuracy on the test rows of d: it cannot be measured there")),
         ];
         for (gate, expected) in cases {
-            let others = Others { baseline: Some((&rows, &before)), teacher: Some(&before) };
-            let failed = failed_gates(&[gate], &names, (&rows, &result), others);
+            let others = Others { baseline: Some(&before), teacher: Some(&before) };
+            let failed = failed_gates(&[gate], &names, &result, others);
             assert_eq!(failed.first().map(String::as_str), expected);
         }
         for gate in [gate(&[], None, Some(0.0)), of_teacher(&[], 0.5)] {
-            assert_eq!(failed_gates(&[gate], &names, (&rows, &result), Others::default()).len(), 1);
+            assert_eq!(failed_gates(&[gate], &names, &result, Others::default()).len(), 1);
         }
     }
 }

@@ -1,398 +1,105 @@
 //! What is minimised: the weighted sum of the terms of `objective.terms`, with or without a teacher.
 //!
-//! - [`terms`]: each term as a function of tensors;
-//! - [`masking`]: which tokens a masked language model has to predict;
-//! - [`teacher`]: a trained model's answers, computed once or at each step.
-//!
-//! A term's value is a sum over the rows of a batch: the caller divides by the rows of the global batch, so that N ranks and any
-//! accumulation give the gradients of one rank.
+//! [`terms`] has one file for each kind of term. A term's value is a sum over the rows of a batch: the caller divides
+//! by the rows of the global batch, so that N ranks and any accumulation give the gradients of one rank.
 
-pub mod masking;
-pub mod teacher;
 pub mod terms;
 
-use athanor_contract::train::{HiddenStateTerm, ObjectiveSpec, ObjectiveTerm, Task, TeacherSpec};
+use athanor_contract::train::{Task, WeightedTerm};
 use athanor_models::Model;
-use athanor_torch::{Autocast, ProcessGroup};
+use athanor_torch::Autocast;
 use tch::{Device, Kind, Tensor};
 
-pub use teacher::Teacher;
+pub use crate::{data::Part, teacher::Teacher};
 
-use self::masking::Masked;
-use crate::{
-    TrainError,
-    data::{Encoded, batches::inputs},
-};
+use self::terms::{Models, Pass, Term};
+use crate::{TrainError, tasks};
 
-/// Weight of the task's own loss and of soft labels, where the objective is left to us.
-const DISTILLATION: (f64, f64) = (0.5, 0.5);
-
-/// The terms of a job, with what they learn besides the model.
+/// The terms of a job, with the parameters that they train next to the model's.
 pub struct Objective {
-    task: Task,
-    terms: Vec<ObjectiveTerm>,
-    /// Of hiddenState terms, by term and pair: [C of the teacher, C of the student]. Trained, and thrown away at the end.
-    projections: Vec<(String, Tensor)>,
-}
-
-/// Rows of one forward pass, and the global batch that they are a part of.
-pub struct Part<'a> {
-    pub train: &'a Encoded,
-    pub rows: &'a [usize],
-    /// Rows of the whole optimizer step, over all ranks.
-    pub batch: &'a [usize],
-    /// 0 for a rank without rows of its own, which computes one that counts nothing.
-    pub weight: f64,
-    /// Of this step; the same on all ranks.
-    pub seed: u64,
-    pub group: Option<&'a ProcessGroup>,
-    pub device: Device,
-    pub bf16: bool,
-}
-
-/// The terms that a specification asks for, defaults filled in.
-pub fn terms(spec: &ObjectiveSpec, task: Task, teacher: Option<&TeacherSpec>) -> Vec<ObjectiveTerm> {
-    if !spec.terms.is_empty() {
-        return spec.terms.clone();
-    }
-    let none = ObjectiveTerm {
-        weight: 1.0,
-        cross_entropy: None,
-        mean_squared_error: None,
-        soft_label: None,
-        hidden_state: None,
-        masked_language_model: None,
-        contrastive: None,
-    };
-    let own = match task {
-        Task::TextClassification => ObjectiveTerm { cross_entropy: Some(Default::default()), ..none.clone() },
-        Task::TextRegression => ObjectiveTerm { mean_squared_error: Some(Default::default()), ..none.clone() },
-        Task::MaskedLanguageModel => ObjectiveTerm { masked_language_model: Some(Default::default()), ..none.clone() },
-        Task::Embedding => ObjectiveTerm { contrastive: Some(Default::default()), ..none.clone() },
-    };
-    let softens = matches!(task, Task::TextClassification | Task::MaskedLanguageModel);
-    match teacher {
-        Some(_) if softens => vec![
-            ObjectiveTerm { weight: DISTILLATION.0, ..own },
-            ObjectiveTerm { weight: DISTILLATION.1, soft_label: Some(Default::default()), ..none },
-        ],
-        Some(_) if task == Task::Embedding => {
-            vec![own, ObjectiveTerm { mean_squared_error: Some(Default::default()), ..none }]
-        }
-        _ => vec![own],
-    }
-}
-
-/// A term's name as manifests have it.
-pub fn name(term: &ObjectiveTerm) -> &'static str {
-    match term {
-        ObjectiveTerm { cross_entropy: Some(_), .. } => "crossEntropy",
-        ObjectiveTerm { mean_squared_error: Some(_), .. } => "meanSquaredError",
-        ObjectiveTerm { soft_label: Some(_), .. } => "softLabel",
-        ObjectiveTerm { hidden_state: Some(_), .. } => "hiddenState",
-        ObjectiveTerm { masked_language_model: Some(_), .. } => "maskedLanguageModel",
-        _ => "contrastive",
-    }
-}
-
-/// What is wrong with an objective, whatever the models are, besides numbers outside their bounds.
-pub fn mistakes(spec: &ObjectiveSpec, task: Task, has_teacher: bool, accumulate_steps: u32) -> Vec<String> {
-    let mut mistakes = Vec::new();
-    for (index, term) in spec.terms.iter().enumerate() {
-        let place = format!("objective.terms[{index}]");
-        let kinds = [
-            term.cross_entropy.is_some(),
-            term.mean_squared_error.is_some(),
-            term.soft_label.is_some(),
-            term.hidden_state.is_some(),
-            term.masked_language_model.is_some(),
-            term.contrastive.is_some(),
-        ];
-        if kinds.iter().filter(|is_there| **is_there).count() != 1 {
-            mistakes.push(format!(
-                "{place}: a term is exactly one of crossEntropy, meanSquaredError, softLabel, hiddenState, maskedLanguageModel and \
-                 contrastive"
-            ));
-            continue;
-        }
-        let name = name(term);
-        let fits = match task {
-            Task::TextClassification => ["crossEntropy", "meanSquaredError", "softLabel", "hiddenState"].as_slice(),
-            Task::TextRegression => &["meanSquaredError", "hiddenState"],
-            Task::MaskedLanguageModel => &["maskedLanguageModel", "softLabel", "hiddenState"],
-            Task::Embedding => &["contrastive", "meanSquaredError", "hiddenState"],
-        };
-        if !fits.contains(&name) {
-            mistakes.push(format!("{place}.{name} is not for the task {task:?}: {} are", fits.join(", ")));
-        }
-        if needs_teacher(term, task) && !has_teacher {
-            mistakes.push(format!("{place}.{name} needs a teacher"));
-        }
-    }
-    if accumulate_steps > 1 && task == Task::Embedding {
-        mistakes.push(
-            "hyperparameters: accumulateSteps has to be 1 for contrastive terms, which compare all pairs of a batch"
-                .into(),
-        );
-    }
-    mistakes
-}
-
-/// Whether a term compares the model with a teacher.
-pub fn needs_teacher(term: &ObjectiveTerm, task: Task) -> bool {
-    term.soft_label.is_some()
-        || term.hidden_state.is_some()
-        || term.mean_squared_error.is_some() && task != Task::TextRegression
+    task: &'static dyn tasks::Task,
+    specs: Vec<WeightedTerm>,
+    terms: Vec<Box<dyn Term>>,
+    parameters: Vec<(String, Tensor)>,
 }
 
 impl Objective {
     /// The terms as they apply to a model and its teacher.
     ///
     /// # Errors
-    /// Layers that a model does not have, and widths that differ without a projection, are the user's to mend.
+    /// Layers that a model does not have, and widths that differ without a projection, are user errors.
     pub fn new(
-        terms: Vec<ObjectiveTerm>,
+        specs: Vec<WeightedTerm>,
         task: Task,
         model: &Model,
         teacher: Option<&Teacher>,
         seed: u64,
         device: Device,
     ) -> Result<Self, TrainError> {
-        let mut projections = Vec::new();
-        let user = |index: usize, message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
-        for (index, term) in terms.iter().enumerate() {
-            let compares_vectors = task == Task::Embedding && term.mean_squared_error.is_some();
-            if let Some(teacher) = teacher.and_then(Teacher::config).filter(|_| compares_vectors) {
-                let (own, wanted) = (model.config().hidden_size, teacher.hidden_size);
-                if own != wanted {
-                    return Err(user(
-                        index,
-                        format!(
-                            "the student's vectors have {own} numbers, the teacher's {wanted}: meanSquaredError compares them one by one"
-                        ),
-                    ));
-                }
-            }
-            let Some(hidden) = &term.hidden_state else { continue };
-            let Some(teacher) = teacher.and_then(Teacher::config) else {
-                return Err(user(index, "hiddenState needs a teacher whose outputs are Online".into()));
-            };
-            let config = model.config();
-            for pair in &hidden.layers {
-                for (whose, layer, config) in [("student", pair.student, config), ("teacher", pair.teacher, teacher)] {
-                    if layer as usize > config.num_hidden_layers {
-                        let layers = config.num_hidden_layers;
-                        return Err(user(index, format!("the {whose} has no layer {layer}, it has {layers}")));
-                    }
-                }
-            }
-            let (own, wanted) = (config.hidden_size, teacher.hidden_size);
-            if !hidden.projection && own != wanted {
-                let widths = format!("the student's hidden states have {own} units, the teacher's {wanted}");
-                return Err(user(index, format!("{widths}: hiddenState needs projection: true")));
-            }
-            if hidden.projection {
-                projections.extend((0..hidden.layers.len()).map(|pair| {
-                    (
-                        format!("objective.{index}.projection.{pair}"),
-                        projection(wanted, own, seed, index + pair, device),
-                    )
-                }));
-            }
+        let task = tasks::of(task);
+        let (student, teacher) = (model.config(), teacher.and_then(Teacher::config));
+        let mut terms = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            let user = |message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
+            let mut term = terms::of(&spec.term);
+            term.prepare(&Models { index, task, student, teacher, seed, device }).map_err(user)?;
+            terms.push(term);
         }
-        Ok(Self { task, terms, projections })
+        let own = terms.iter().flat_map(|term| term.parameters());
+        let parameters = own.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Ok(Self { task, specs, terms, parameters })
     }
 
     /// What is trained besides the model.
     pub fn parameters(&self) -> &[(String, Tensor)] {
-        &self.projections
+        &self.parameters
     }
 
-    pub fn terms(&self) -> &[ObjectiveTerm] {
-        &self.terms
+    pub fn terms(&self) -> &[WeightedTerm] {
+        &self.specs
     }
 
     /// The value of each term without its weight, a sum over the part's rows (FP32, with gradients).
     pub fn values(&self, model: &Model, teacher: Option<&Teacher>, part: &Part) -> Result<Vec<Tensor>, TrainError> {
         let _autocast = part.bf16.then(|| Autocast::bf16(part.device));
-        let every = self.terms.iter().any(|term| term.hidden_state.is_some());
-        let only_states = self.terms.iter().all(|term| term.hidden_state.is_some());
-        let pad_id = model.config().pad_token_id;
-        let masked = match (self.task, &part.train.mask_tokens) {
-            (Task::MaskedLanguageModel, Some(tokens)) => Some(Masked::new(part, tokens, self.mask_probability())),
-            (Task::MaskedLanguageModel, None) => {
-                return Err(TrainError::User(
-                    "model.from: its tokenizer has no mask token, which the task needs".into(),
-                ));
-            }
-            _ => None,
+        let every = self.terms.iter().any(|term| term.needs_states());
+        let batch = part.train.columns.collate(part, &self.specs, model.config().pad_token_id)?;
+        let states = match every || self.task.reads_every_token() {
+            true => model.hidden_states(&batch.ids, batch.mask.as_ref(), true, every),
+            false => vec![model.head_states(&batch.ids, batch.mask.as_ref(), true)],
         };
-        let texts: Vec<&[u32]> = match &masked {
-            Some(masked) => masked.ids.iter().map(Vec::as_slice).collect(),
-            None => part.rows.iter().map(|&row| &part.train.ids[row]).collect(),
-        };
-        let (ids, mask) = inputs(&texts, pad_id, part.device);
-        let states = match every {
-            true => model.hidden_states(&ids, mask.as_ref(), true, true),
-            false => vec![model.head_states(&ids, mask.as_ref(), true)],
-        };
-        let last = &states[states.len() - 1];
-        let of_teacher = teacher.map(|teacher| teacher.answer(part, &ids, mask.as_ref(), every, masked.as_ref()));
-        let context = Context { model, part, last, mask: mask.as_ref(), masked: masked.as_ref() };
-        let found = context.outputs(self.task);
-        let mut projections = self.projections.iter().map(|(_, tensor)| tensor);
-        self.terms
-            .iter()
-            .map(|term| {
-                let answer = || of_teacher.as_ref().ok_or_else(|| TrainError::Other("there is no teacher".into()));
-                if let Some(term) = &term.cross_entropy {
-                    return Ok(terms::cross_entropy(&found, &context.labels(), term.label_smoothing));
-                }
-                if let Some(term) = &term.soft_label {
-                    let sum = terms::soft_label(&found, &answer()?.logits, term.temperature, term.divergence);
-                    return Ok(sum * context.per_token_factor());
-                }
-                if let Some(term) = &term.hidden_state {
-                    let sum = hidden_state(term, &states, &answer()?.states, mask.as_ref(), &mut projections);
-                    // Where nothing else is learned, the head and the layers above have a gradient, of zeros.
-                    return Ok(if only_states { sum + found.sum(Kind::Float) * 0.0 } else { sum });
-                }
-                if term.masked_language_model.is_some() {
-                    let labels = context.masked.map(|masked| masked.labels(part.device)).unwrap_or_default();
-                    return Ok(terms::cross_entropy(&found, &labels, 0.0) * context.per_token_factor());
-                }
-                if let Some(term) = &term.contrastive {
-                    return context.contrastive(&found, term.temperature);
-                }
-                Ok(match self.task {
-                    Task::TextRegression => terms::mean_squared_error(&found, &context.values()),
-                    Task::Embedding => terms::mean_squared_error(&found, &answer()?.embedding()),
-                    _ => terms::mean_squared_error(&found, &answer()?.logits),
-                })
-            })
-            .collect()
+        let answer = teacher.map(|teacher| teacher.answer(part, &batch, every));
+        let outputs = self.task.outputs(model, &batch, &states[states.len() - 1], true);
+        let (states, outputs, answer) = (&states[..], &outputs, answer.as_ref());
+        let pass = Pass { task: self.task, model, part, batch: &batch, states, outputs, answer };
+        let mut values = self.terms.iter().map(|term| term.value(&pass)).collect::<Result<Vec<_>, _>>()?;
+        // If no term reads the outputs, the head and the layers above still get a gradient, of zeros.
+        if self.terms.iter().all(|term| term.needs_states())
+            && let Some(first) = values.first_mut()
+        {
+            *first = &*first + outputs.sum(Kind::Float) * 0.0;
+        }
+        Ok(values)
     }
 
     /// Whether a term's value is the same on all ranks, instead of a part of the sum.
     pub fn is_shared(&self, index: usize) -> bool {
-        self.terms[index].contrastive.is_some()
+        self.terms[index].is_shared()
     }
-
-    fn mask_probability(&self) -> f64 {
-        self.terms.iter().find_map(|term| term.masked_language_model).unwrap_or_default().probability
-    }
-}
-
-/// One forward pass of the student.
-struct Context<'a> {
-    model: &'a Model,
-    part: &'a Part<'a>,
-    /// [B, T, C], or what the head reads of it.
-    last: &'a Tensor,
-    mask: Option<&'a Tensor>,
-    masked: Option<&'a Masked>,
-}
-
-impl Context<'_> {
-    /// What the task is about: logits of texts [B, L] or of masked tokens [N, V], numbers [B, 1], vectors [B, C].
-    fn outputs(&self, task: Task) -> Tensor {
-        match (task, self.masked) {
-            (Task::Embedding, _) => self.model.embedding(self.last, self.mask),
-            (_, Some(masked)) => self.model.vocabulary_logits(&masked.tokens(self.last)),
-            _ => self.model.outputs(self.last, true),
-        }
-    }
-
-    fn labels(&self) -> Tensor {
-        let Part { train, rows, device, .. } = self.part;
-        let labels: Vec<i64> = rows.iter().map(|&row| train.labels[row].map_or(terms::IGNORED, i64::from)).collect();
-        Tensor::from_slice(&labels).to_device(*device)
-    }
-
-    fn values(&self) -> Tensor {
-        let Part { train, rows, device, .. } = self.part;
-        let values: Vec<f32> = rows.iter().map(|&row| train.values[row]).collect();
-        Tensor::from_slice(&values).unsqueeze(1).to_device(*device)
-    }
-
-    /// Terms over masked tokens are means over the tokens of the whole batch: this turns their sums into sums over rows.
-    fn per_token_factor(&self) -> f64 {
-        self.masked.map_or(1.0, |masked| self.part.batch.len() as f64 / masked.of_batch.max(1) as f64)
-    }
-
-    /// Over the pairs of all ranks, of which each rank differentiates its own.
-    fn contrastive(&self, anchors: &Tensor, temperature: f64) -> Result<Tensor, TrainError> {
-        let Part { train, rows, device, group, .. } = self.part;
-        let Some(pairs) = &train.pairs else {
-            return Err(TrainError::User("data.sources[].columns.pair: contrastive terms need pairs of texts".into()));
-        };
-        let texts: Vec<&[u32]> = rows.iter().map(|&row| &pairs[row]).collect();
-        let (ids, mask) = inputs(&texts, self.model.config().pad_token_id, *device);
-        let last = self.model.last_hidden_state(&ids, mask.as_ref(), true);
-        let positives = self.model.embedding(&last, mask.as_ref());
-        let (anchors, positives) = match group {
-            Some(group) if group.world() > 1 => {
-                (gather(anchors, self.part, group)?, gather(&positives, self.part, group)?)
-            }
-            _ => (anchors.shallow_clone(), positives),
-        };
-        Ok(terms::contrastive(&anchors, &positives, temperature))
-    }
-}
-
-/// The rows [B, C] of all ranks in the order of the batch; gradients flow to this rank's own.
-fn gather(own: &Tensor, part: &Part, group: &ProcessGroup) -> Result<Tensor, TrainError> {
-    let Part { rows, batch, weight, .. } = part;
-    let places: Vec<i64> =
-        rows.iter().filter_map(|row| batch.iter().position(|other| other == row).map(|place| place as i64)).collect();
-    let places = Tensor::from_slice(&places).to_device(own.device());
-    let empty = Tensor::zeros([batch.len() as i64, own.size()[1]], (Kind::Float, own.device()));
-    let spread = empty.index_add(0, &places, &(own.to_kind(Kind::Float) * *weight));
-    let all = spread.detach().copy();
-    group.all_reduce_sum(&all)?;
-    // The others' rows are constants; this rank's have the value they had, and their gradient.
-    Ok(&all - spread.detach() + spread)
-}
-
-fn hidden_state<'a>(
-    term: &HiddenStateTerm,
-    student: &[Tensor],
-    teacher: &[Tensor],
-    mask: Option<&Tensor>,
-    projections: &mut impl Iterator<Item = &'a Tensor>,
-) -> Tensor {
-    let parts = term.layers.iter().map(|pair| {
-        let own = &student[pair.student as usize];
-        let projected = match term.projection {
-            true => projections.next().map(|matrix| own.linear::<Tensor>(matrix, None)),
-            false => None,
-        };
-        let own = projected.as_ref().unwrap_or(own);
-        terms::hidden_state(own, &teacher[pair.teacher as usize], mask, term.loss)
-    });
-    let sum = parts.reduce(|sum, part| sum + part).unwrap_or_else(|| Tensor::from(0_f32));
-    sum / term.layers.len() as f64
-}
-
-/// Uniform in ±1 / sqrt(inputs), as libtorch begins linear layers.
-fn projection(outputs: i64, inputs: i64, seed: u64, index: usize, device: Device) -> Tensor {
-    use rand::{Rng, SeedableRng, rngs::StdRng};
-    let mut random = StdRng::seed_from_u64(crate::data::batches::mix(seed, index as u64));
-    let bound = (inputs as f64).sqrt().recip();
-    let values: Vec<f32> = (0..outputs * inputs).map(|_| random.random_range(-bound..bound) as f32).collect();
-    Tensor::from_slice(&values).view([outputs, inputs]).to_device(device).set_requires_grad(true)
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
 
-    use athanor_contract::train::HiddenStateLoss;
+    use athanor_contract::train::{HiddenStateLoss, ObjectiveTermSpec};
     use athanor_models::{Options, Shape};
 
-    use super::{
+    use super::*;
+    use crate::{
+        data::{Encoded, batches::inputs},
+        tasks::classification::Labels,
         teacher::{Online, Student},
-        *,
     };
 
     type Numbers = Vec<Vec<f64>>;
@@ -432,7 +139,8 @@ mod tests {
         let teacher = Teacher::Online(Box::new(Online::load(&folder, &student, Device::Cpu).unwrap()));
         let teacher_model = Model::load_trained(&folder, Device::Cpu).unwrap();
         let rows: [&[u32]; 3] = [&[2, 9, 8, 33, 3], &[2, 40, 3], &[2, 7, 90, 3]];
-        let train = Encoded { ids: rows.iter().collect(), ..Encoded::blank(3) };
+        let train =
+            Encoded { ids: rows.iter().collect(), sources: vec![0; 3], columns: Box::new(Labels(vec![None; 3])) };
         let all = [0, 1, 2];
         let part = Part {
             train: &train,
@@ -444,7 +152,7 @@ mod tests {
             device: Device::Cpu,
             bf16: false,
         };
-        // Of each row alone, so that nothing is padding: the states of every layer.
+        // The states of every layer, for each row alone, so that nothing is padding.
         let states = |model: &Model| -> Vec<Vec<Numbers>> {
             let of_row = |ids: &&[u32]| {
                 let (ids, _) = inputs(&[ids], 0, Device::Cpu);
@@ -460,7 +168,8 @@ mod tests {
                 "layers": [{"student": 1, "teacher": 2}, {"student": 0, "teacher": 1}],
                 "loss": format!("{loss:?}"), "projection": true,
             }});
-            let terms = vec![serde_json::from_value(term).unwrap()];
+            let term: ObjectiveTermSpec = serde_json::from_value(term).unwrap();
+            let terms = vec![term.parse().unwrap()];
             let objective = Objective::new(terms, task, &model, Some(&teacher), 5, Device::Cpu).unwrap();
             let mut projections: Vec<Numbers> =
                 objective.parameters().iter().map(|(_, tensor)| numbers(&tensor.detach())).collect();

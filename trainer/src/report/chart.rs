@@ -45,7 +45,8 @@ pub fn line(points: &[(f64, f64)], y_name: &str, dots: bool) -> String {
     })
 }
 
-/// Accuracy over confidence, a bar a bin, with the diagonal of a perfectly calibrated model. Bins are (lower, upper, accuracy).
+/// Accuracy over confidence, a bar a bin, with the diagonal of a perfectly calibrated model. Bins are (lower, upper,
+/// accuracy).
 pub fn calibration(bins: &[(f64, f64, f64)]) -> String {
     let Some(lowest) = bins.first().map(|bin| bin.0) else { return String::new() };
     picture(|svg| {

@@ -1,8 +1,9 @@
-//! The curves of a run as they come: an event file for TensorBoard beside the job's checkpoints.
+//! The curves of a run while it goes on: an event file for TensorBoard next to the job's checkpoints.
 //!
-//! Where the output is a folder of this machine the file lies there and grows with each step. For an object store it lies in the
-//! process's own folder and is uploaded whole before each checkpoint, so that whoever goes on from the checkpoint finds its curves.
-//! A run that starts again writes another file, whose first record voids what was written beyond the checkpoint.
+//! Where the output is a folder of this machine the file lies there and grows with each step. For an object store it
+//! lies in the process's own folder and is uploaded whole before each checkpoint, so that a run that continues from the
+//! checkpoint finds its curves. A run that starts again writes another file, whose first record voids what was written
+//! beyond the checkpoint.
 
 use std::{
     io,
@@ -13,7 +14,7 @@ use athanor_contract::{artifact::EVENTS, train::Hyperparameters};
 use athanor_store::Location;
 use jiff::Timestamp;
 
-use super::{Step, page, tensorboard::EventWriter};
+use super::{Step, fields::pairs, tensorboard::EventWriter};
 use crate::TrainError;
 
 /// Tags of the numbers that each step has: loss, learning rate, norm of the gradient before clipping.
@@ -22,7 +23,7 @@ pub const TRAINING: [&str; 3] = ["train/loss", "train/learning_rate", "train/gra
 /// Rank 0's event file.
 pub struct Events {
     folder: PathBuf,
-    /// Where the file is uploaded to; absent where `folder` is the output.
+    /// The upload's destination; absent where `folder` is the output.
     remote: Option<Location>,
     /// Steps that earlier files hold.
     step: u64,
@@ -51,7 +52,7 @@ impl Events {
             Some(folder) => (folder, None),
             None => (work.join(EVENTS), Some(to)),
         };
-        Ok(Self { folder, remote, step, hyperparameters: page::pairs(h)?, file: File::Unwritten })
+        Ok(Self { folder, remote, step, hyperparameters: pairs(h)?, file: File::Unwritten })
     }
 
     pub fn step(&mut self, step: &Step) {
@@ -156,7 +157,7 @@ mod tests {
     async fn for_an_object_store_the_file_is_sent_whole() {
         let (out, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let local = athanor_store::open(&format!("file://{}/events", out.path().display())).unwrap();
-        // Any store will do, as long as its name does not say that it is a folder.
+        // Any store will do, as long as its name is not that of a local folder.
         let remote = Location { uri: "s3://bucket/events".into(), ..local };
         let mut events = Events::new(remote, work.path(), 0, &Hyperparameters::default()).unwrap();
         assert!(events.upload().is_none(), "nothing yet");

@@ -1,4 +1,5 @@
-//! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are whole.
+//! What happened while training, for the report's curves. It is kept in checkpoints, so that a resumed run's curves are
+//! whole.
 
 use std::path::Path;
 
@@ -7,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Step, events::TRAINING, tensorboard::EventWriter};
 
-/// More points than this say nothing more in a picture.
+/// Most points of a curve: a picture shows no more.
 const MOST_POINTS: usize = 1000;
 
 /// Curves of a run: every point is the mean of `stride` steps, which doubles whenever there are too many points.

@@ -1,8 +1,10 @@
-//! What leaves a run while it goes on: log lines, Prometheus gauges, progress to the operator, the terminal's progress bar, and
-//! at the end the termination message and a report to look at.
+//! What leaves a run while it goes on: log lines, Prometheus gauges, progress to the operator, the terminal's progress
+//! bar, and at the end the termination message and a report to look at.
 
 mod chart;
+mod classes;
 mod events;
+mod fields;
 mod history;
 pub mod ops;
 pub mod page;

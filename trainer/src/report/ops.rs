@@ -2,10 +2,6 @@
 
 use athanor_telemetry::{MetricsHandle, Readiness, ops_router};
 
-/// Names the port; in a pod 9100 is taken without it.
-pub const PORT: &str = "ATHANOR_METRICS_PORT";
-pub const DEFAULT_PORT: u16 = 9100;
-
 /// Serves until the process ends. A port that is taken costs the metrics and a warning, not the run.
 pub async fn serve(port: u16, metrics: MetricsHandle, ready: Readiness) {
     let result = async {

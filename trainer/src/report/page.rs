@@ -1,39 +1,34 @@
-//! `report.json` and `report.html` of a finished job: what was trained on what, how it went, and what the result is worth.
+//! `report.json` and `report.html` of a finished job: what was trained on what, how it went, and what the result is
+//! worth.
 
 use std::{collections::BTreeMap, path::Path};
 
-use athanor_contract::train::{Hyperparameters, ObjectiveTerm, TrainSummary, TrialOutcome};
+use athanor_contract::train::{Hyperparameters, TrainSummary, TrialOutcome, WeightedTerm};
 use athanor_data::clean::CleaningReport;
 use serde::Serialize;
 
+pub use super::classes::ClassReport;
 use super::{
     chart,
+    classes::{Calibration, Confusion},
+    fields::pairs,
     history::{History, Point},
 };
 use crate::{
     TrainError,
-    annotate::Annotation,
-    augment::AugmentReport,
     compress::Form,
-    cross_validation::{CrossValidation, FoldResult},
-    data::{Dataset, Encoded, Parts},
-    evaluate::Predictions,
-    objectives,
-    outcome::SHARE_OF_TEACHER,
-    select::SelectionReport,
+    curate::{annotate::Annotation, augment::AugmentReport, select::SelectionReport},
+    data::{Dataset, Parts},
+    evaluate::SHARE_OF_TEACHER,
+    job::cross_validation::{CrossValidation, FoldResult},
 };
 
 pub const JSON: &str = "report.json";
 pub const HTML: &str = "report.html";
 const TEMPLATE: &str = include_str!("report.html.jinja");
 
-/// Bins of confidence.
-const BINS: usize = 10;
 /// Labels that a confusion matrix can show.
 const MATRIX_LABELS: usize = 24;
-/// Mistakes that are shown, and characters of each text.
-const MISTAKES: usize = 20;
-const EXCERPT: usize = 240;
 
 /// Everything the page shows.
 #[derive(Debug, Serialize)]
@@ -67,9 +62,9 @@ pub struct Report<'a> {
     /// The trained model and its smaller forms; empty where none were asked for.
     #[serde(skip_serializing_if = "<[Form]>::is_empty")]
     pub forms: &'a [Form],
-    /// Of classifiers alone.
+    /// Absent for tasks without classes.
     #[serde(flatten)]
-    pub classes: Option<Classes>,
+    pub classes: Option<ClassReport>,
 }
 
 /// A term of the objective in words.
@@ -81,9 +76,9 @@ pub struct Term {
 }
 
 impl Term {
-    pub fn new(term: &ObjectiveTerm) -> Self {
-        let name = objectives::name(term);
-        let whole = serde_json::to_value(term).unwrap_or_default();
+    pub fn new(term: &WeightedTerm) -> Self {
+        let name = term.name();
+        let whole = serde_json::to_value(&term.term).unwrap_or_default();
         let settings = match &whole[name] {
             serde_json::Value::Object(settings) => {
                 let word = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -95,17 +90,6 @@ impl Term {
     }
 }
 
-/// What a classifier did on the test rows.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Classes {
-    /// Rows by true and predicted label, where there are any.
-    pub confusion: Vec<Confusion>,
-    pub calibration: Calibration,
-    /// The most confident ones first.
-    pub mistakes: Vec<Mistake>,
-}
-
 #[derive(Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SourceRows {
@@ -113,42 +97,6 @@ pub struct SourceRows {
     pub train: usize,
     pub validation: usize,
     pub test: usize,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-pub struct Confusion {
-    pub label: String,
-    pub predicted: String,
-    pub rows: usize,
-}
-
-/// How far confidences can be taken at their word (Guo et al. 2017, <https://arxiv.org/abs/1706.04599>).
-#[derive(Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Calibration {
-    /// Mean distance of accuracy and confidence over the bins, weighted by their rows.
-    pub expected_error: f64,
-    pub bins: Vec<Bin>,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Bin {
-    pub lower: f64,
-    pub upper: f64,
-    pub rows: usize,
-    pub confidence: f64,
-    pub accuracy: f64,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Mistake {
-    pub text: String,
-    pub place: String,
-    pub label: String,
-    pub predicted: String,
-    pub confidence: f64,
 }
 
 /// Rows of each source in each part.
@@ -165,75 +113,6 @@ pub fn sources(dataset: &Dataset, parts: &Parts) -> Vec<SourceRows> {
         .collect()
 }
 
-pub fn confusion(labels: &[String], rows: &Encoded, predictions: &Predictions) -> Vec<Confusion> {
-    let mut cells: BTreeMap<(usize, usize), usize> = BTreeMap::new();
-    for (label, &predicted) in std::iter::zip(&rows.labels, &predictions.labels) {
-        if let Some(label) = *label {
-            *cells.entry((usize::from(label), predicted)).or_default() += 1;
-        }
-    }
-    let cell = |((label, predicted), rows): ((usize, usize), usize)| Confusion {
-        label: labels[label].clone(),
-        predicted: labels[predicted].clone(),
-        rows,
-    };
-    cells.into_iter().map(cell).collect()
-}
-
-pub fn calibration(labels: usize, rows: &Encoded, predictions: &Predictions) -> Calibration {
-    // A winning probability is never below one over the number of labels.
-    let lowest = 1.0 / labels.max(1) as f64;
-    let width = (1.0 - lowest) / BINS as f64;
-    let mut bins = vec![(0_usize, 0_usize, 0.0_f64); BINS];
-    for ((label, predicted), confidence) in rows.labels.iter().zip(&predictions.labels).zip(&predictions.confidences) {
-        let confidence = f64::from(*confidence);
-        let index = (((confidence - lowest) / width.max(1e-9)) as usize).min(BINS - 1);
-        let (count, right, sum) = &mut bins[index];
-        *count += 1;
-        *right += usize::from(label.map(usize::from) == Some(*predicted));
-        *sum += confidence;
-    }
-    let bins: Vec<Bin> = (0..)
-        .zip(bins)
-        .filter(|(_, (count, ..))| *count > 0)
-        .map(|(index, (count, right, sum))| Bin {
-            lower: lowest + width * f64::from(index),
-            upper: lowest + width * f64::from(index + 1),
-            rows: count,
-            confidence: sum / count as f64,
-            accuracy: right as f64 / count as f64,
-        })
-        .collect();
-    let error = |bin: &Bin| (bin.accuracy - bin.confidence).abs() * bin.rows as f64;
-    Calibration { expected_error: bins.iter().map(error).sum::<f64>() / rows.len().max(1) as f64, bins }
-}
-
-/// The wrong answers the model was surest of: wrong labels in the data are often among them.
-pub fn mistakes(
-    labels: &[String],
-    dataset: &Dataset,
-    part: &[usize],
-    rows: &Encoded,
-    predictions: &Predictions,
-) -> Vec<Mistake> {
-    let mut wrong: Vec<usize> =
-        (0..rows.len()).filter(|&row| rows.labels[row].map(usize::from) != Some(predictions.labels[row])).collect();
-    wrong.sort_by(|&a, &b| predictions.confidences[b].total_cmp(&predictions.confidences[a]));
-    let mistake = |row: usize| {
-        let (rows, at) = (&dataset.rows, part[row]);
-        let text = rows.text(at);
-        let cut = text.chars().count() > EXCERPT;
-        Mistake {
-            text: text.chars().take(EXCERPT).chain(cut.then_some('…')).collect(),
-            place: rows.place(at),
-            label: rows.label(at).unwrap_or_default().to_owned(),
-            predicted: labels[predictions.labels[row]].clone(),
-            confidence: f64::from(predictions.confidences[row]),
-        }
-    };
-    wrong.into_iter().take(MISTAKES).map(mistake).collect()
-}
-
 /// What the template needs besides the report.
 #[derive(Serialize)]
 struct Page<'a> {
@@ -241,14 +120,16 @@ struct Page<'a> {
     failed_gates: &'a [String],
     /// (title, SVG).
     pictures: Vec<(&'static str, String)>,
-    /// Metrics of the result beside the baseline's, and the teacher's.
+    /// Name and value of each metric, with the baseline's and the teacher's.
     metrics: Vec<(String, String, String, String)>,
-    /// For metrics that the teacher has too: the share of it in percent that the result reaches, and whether that is little.
+    /// For metrics that the teacher has too: the share of it in percent that the result reaches, and whether that is
+    /// little.
     of_teacher: BTreeMap<String, (String, bool)>,
     hyperparameters: Vec<(String, String)>,
     chosen: Vec<(String, String)>,
     timeline: Vec<(String, String)>,
-    /// Rows of the confusion matrix: label and (rows, share of the label's rows) for each prediction; empty for many labels.
+    /// Rows of the confusion matrix: label and (rows, share of the label's rows) for each prediction; empty for many
+    /// labels.
     matrix: Vec<(String, Vec<(usize, f64)>)>,
     folds: Option<FoldTable>,
     /// Instead of the matrix.
@@ -297,7 +178,7 @@ fn html(report: &Report) -> Result<String, TrainError> {
     };
     let validations: Vec<(f64, f64)> =
         report.history.validations.iter().map(|one| (one.step as f64, one.score)).collect();
-    let nothing = Classes { confusion: Vec::new(), calibration: Calibration::default(), mistakes: Vec::new() };
+    let nothing = ClassReport { confusion: Vec::new(), calibration: Calibration::default(), mistakes: Vec::new() };
     let classes = report.classes.as_ref().unwrap_or(&nothing);
     let bins: Vec<_> = classes.calibration.bins.iter().map(|bin| (bin.lower, bin.upper, bin.accuracy)).collect();
     let score = match report.history.score_name.as_str() {
@@ -374,42 +255,15 @@ fn matrix(labels: &[String], confusion: &[Confusion]) -> Vec<(String, Vec<(usize
     labels.iter().map(line).collect()
 }
 
-/// The fields of a struct as words.
-pub fn pairs(value: &impl Serialize) -> Result<Vec<(String, String)>, TrainError> {
-    let serde_json::Value::Object(object) = serde_json::to_value(value).map_err(TrainError::other)? else {
-        return Ok(Vec::new());
-    };
-    let text = |value: serde_json::Value| match value {
-        serde_json::Value::String(text) => text,
-        other => other.to_string(),
-    };
-    Ok(object.into_iter().map(|(name, value)| (name, text(value))).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use athanor_contract::{
         Decimal,
-        train::{DataSpec, Task},
+        train::{DataSpec, ObjectiveSpec, Task},
     };
 
     use super::*;
-
-    fn encoded(labels: &[usize]) -> Encoded {
-        Encoded { labels: labels.iter().map(|&label| Some(label as u16)).collect(), ..Encoded::blank(labels.len()) }
-    }
-
-    #[test]
-    fn calibration_is_the_weighted_distance() {
-        let rows = encoded(&[0, 0, 0, 1]);
-        let predictions = Predictions { labels: vec![0, 0, 1, 1], confidences: vec![0.5, 0.54, 0.97, 1.0] };
-        let found = calibration(2, &rows, &predictions);
-        assert_eq!(found.bins.len(), 2);
-        assert_eq!((found.bins[0].rows, found.bins[0].accuracy), (2, 1.0));
-        assert_eq!((found.bins[1].rows, found.bins[1].accuracy), (2, 0.5));
-        // (|1 - 0.52| * 2 + |0.5 - 0.985| * 2) / 4
-        assert!((found.expected_error - 0.4825).abs() < 1e-6, "{}", found.expected_error);
-    }
+    use crate::evaluate::{Classes, Predictions};
 
     #[test]
     fn a_page_shows_everything_and_escapes_texts() {
@@ -423,8 +277,8 @@ mod tests {
         .unwrap();
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let dataset = runtime.block_on(athanor_data::read(&spec, true, &|_| ())).unwrap();
-        let (rows, part) = (encoded(&[1, 0]), [0, 1]);
         let predictions = Predictions { labels: vec![1, 1], confidences: vec![0.9, 0.8] };
+        let found = Classes { truth: vec![Some(1), Some(0)], predictions };
         let mut summary = TrainSummary { artifact: "s3://b/out".into(), ..TrainSummary::default() };
         for (name, value) in [("accuracy", 0.5), ("baseline/accuracy", 0.25), ("teacher/accuracy", 0.75)] {
             summary.metrics.insert(name.into(), Decimal::new(value).unwrap());
@@ -469,7 +323,8 @@ mod tests {
             history: &history,
             sources: sources(&dataset, &Parts { train: vec![0], validation: vec![], test: vec![1] }),
             teacher: Some("s3://b/teacher"),
-            objective: objectives::terms(&Default::default(), Task::TextClassification, None)
+            objective: ObjectiveSpec::default()
+                .terms_of(Task::TextClassification, false)
                 .iter()
                 .map(Term::new)
                 .collect(),
@@ -480,11 +335,7 @@ mod tests {
             trials: &trials,
             cross_validation: Some(&cross_validation),
             forms: &forms,
-            classes: Some(Classes {
-                confusion: confusion(&labels, &rows, &predictions),
-                calibration: calibration(2, &rows, &predictions),
-                mistakes: mistakes(&labels, &dataset, &part, &rows, &predictions),
-            }),
+            classes: Some(ClassReport::new(&labels, &dataset, &[0, 1], &found)),
         };
         write(folder.path(), &report).unwrap();
         let html = std::fs::read_to_string(folder.path().join(HTML)).unwrap();

@@ -1,5 +1,5 @@
-//! Progress over gRPC: a background task holds one stream and opens it again when it is lost. Updates replace each other, so a
-//! slow or absent operator costs nothing.
+//! Progress over gRPC: a background task holds one stream and opens it again when it is lost. Updates replace each
+//! other, so a slow or absent operator costs nothing.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ impl Sender {
 
 async fn keep_reporting(endpoint: Endpoint, updates: watch::Receiver<ProgressUpdate>) {
     let mut pause = FIRST_PAUSE;
-    // The receiver fails once the sender is gone: then there is nothing more to say.
+    // The receiver fails once the sender is gone: then nothing is left to send.
     while updates.has_changed().is_ok() {
         match report(&endpoint, updates.clone()).await {
             Ok(()) => pause = FIRST_PAUSE,

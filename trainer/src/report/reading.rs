@@ -5,15 +5,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_data::Progress;
+use athanor_contract::train::DataSpec;
+use athanor_data::{Dataset, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::TrainError;
 
 /// Reading that is over before this shows nothing.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two log lines.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// What a person sees of reading.
+/// Shows the progress of reading data.
 pub struct Reading {
     terminal: bool,
     started: Instant,
@@ -21,7 +24,7 @@ pub struct Reading {
 }
 
 struct Shown {
-    /// With its template: one of another kind begins its own, whose estimate is not that of the one before.
+    /// The bar and its template. Another kind of progress has a bar and an estimate of its own.
     bar: Option<(&'static str, ProgressBar)>,
     logged: Instant,
 }
@@ -32,7 +35,18 @@ impl Reading {
         Self { terminal, started: now, shown: Mutex::new(Shown { bar: None, logged: now }) }
     }
 
-    pub fn at(&self, progress: Progress<'_>) {
+    /// Reads all sources. Rows need a label if the task needs one and no annotation gives it.
+    ///
+    /// # Errors
+    /// A malformed row is a user error and names file, row and field; so is a source without rows.
+    pub async fn read(&self, spec: &DataSpec, task_needs_labels: bool) -> Result<Dataset, TrainError> {
+        let needs_labels = task_needs_labels && spec.annotate.is_none();
+        let dataset = athanor_data::read(spec, needs_labels, &|progress| self.at(progress)).await;
+        self.finish();
+        Ok(dataset?)
+    }
+
+    fn at(&self, progress: Progress<'_>) {
         if self.started.elapsed() < PATIENCE {
             return;
         }
@@ -74,7 +88,7 @@ impl Reading {
         bar.set_message(message);
     }
 
-    pub fn finish(&self) {
+    fn finish(&self) {
         if let Some((_, bar)) = self.shown.lock().unwrap_or_else(PoisonError::into_inner).bar.take() {
             bar.finish_and_clear();
         }

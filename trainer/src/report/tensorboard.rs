@@ -1,9 +1,9 @@
 //! Curves for TensorBoard: event files with scalars, texts and hyperparameters, written without TensorFlow.
 //!
-//! An event file is a sequence of TFRecords, each an `Event` of tensorflow/core/util/event.proto. Only the fields that are used here
-//! are declared. A record is one write, so a process that is killed leaves a file that is readable up to its last whole record. A
-//! resumed run writes another file into the same folder, and [`EventWriter::resume`] takes back what was written beyond its
-//! checkpoint. Where the folder is and who uploads it is the caller's business.
+//! An event file is a sequence of TFRecords, each an `Event` of tensorflow/core/util/event.proto. Only the fields that
+//! are used here are declared. A record is one write, so a process that is killed leaves a file that is readable up to
+//! its last whole record. A resumed run writes another file into the same folder, and [`EventWriter::resume`] takes
+//! back what was written beyond its checkpoint. Where the folder is and who uploads it is the caller's business.
 
 use std::{
     collections::BTreeMap,
@@ -37,7 +37,7 @@ impl EventWriter {
     pub fn create(folder: &Path, started: Timestamp) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let (seconds, nanoseconds) = (started.as_second(), started.subsec_nanosecond());
-        // Two processes may have begun at the same moment as far as their clocks can tell.
+        // Two processes may have begun at the same moment by their clocks.
         for number in 0.. {
             let path = folder.join(format!("events.out.tfevents.{seconds:010}.{nanoseconds:09}.{number}.athanor"));
             match File::options().append(true).create_new(true).open(&path) {
@@ -58,7 +58,7 @@ impl EventWriter {
         &self.path
     }
 
-    /// The run goes on at this step: what earlier files of the folder say about it and later steps is void.
+    /// The run goes on at this step: the records of earlier files about it and later steps are void.
     pub fn resume(&mut self, step: u64, wall_time: Timestamp) -> io::Result<()> {
         self.write(step, wall_time, What::SessionLog(SessionLog { status: SESSION_START }))
     }
@@ -93,7 +93,8 @@ impl EventWriter {
         self.write(step, wall_time, What::Summary(Summary { value: vec![value] }))
     }
 
-    /// The run's hyperparameters for the HPARAMS page, where runs of one search are compared. A value that reads as a number is one.
+    /// The run's hyperparameters for the HPARAMS page, where runs of one search are compared. A value that reads as a
+    /// number is one.
     pub fn hyperparameters(&mut self, pairs: &[(String, String)], wall_time: Timestamp) -> io::Result<()> {
         let kind = |text: &str| match text.parse::<f64>() {
             Ok(number) if number.is_finite() => HparamKind::Number(number),

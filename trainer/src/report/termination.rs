@@ -2,21 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
-use athanor_contract::train::{TrainResult, TrainSummary, exit_code};
+use athanor_contract::{
+    process::{self, variable::TERMINATION_LOG},
+    train::{TrainResult, TrainSummary, exit_code},
+};
 
 use crate::TrainError;
 
-/// Names the file; without it Kubernetes' own is taken where it exists.
-pub const PATH: &str = "ATHANOR_TERMINATION_LOG";
-const DEFAULT_PATH: &str = "/dev/termination-log";
 /// What the kubelet keeps.
 const LIMIT: usize = 4096;
 
 /// Where the message goes, if anywhere.
 pub fn path(variable: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    match variable(PATH) {
+    match variable(TERMINATION_LOG) {
         Some(path) => Some(path.into()),
-        None => Some(PathBuf::from(DEFAULT_PATH)).filter(|path| path.exists()),
+        None => Some(PathBuf::from(process::path::TERMINATION_LOG)).filter(|path| path.exists()),
     }
 }
 
@@ -25,7 +25,8 @@ pub fn write_result(path: &Path, result: &TrainResult) -> std::io::Result<()> {
     std::fs::write(path, fit(result.clone()))
 }
 
-/// Writes why this rank failed. The processes of a pod share the file: one that lost its peer does not overwrite the cause.
+/// Writes why this rank failed. The processes of a pod share the file: one that lost its peer does not overwrite the
+/// cause.
 pub fn write_failure(path: &Path, error: &TrainError) -> std::io::Result<()> {
     let is_effect = error.exit_code() == exit_code::LOST_PEER;
     if is_effect && std::fs::metadata(path).is_ok_and(|meta| meta.len() > 0) {

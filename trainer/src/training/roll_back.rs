@@ -51,9 +51,6 @@ impl Loop<'_> {
         let saved: HashMap<&str, &Tensor> = to.optimizer.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let find = |name: &str| saved.get(name).map(|tensor| tensor.shallow_clone());
         self.optimizer.load_state(find)?;
-        if let Some(group) = self.shards.filter(|group| group.shares_memory()) {
-            self.optimizer.share_parameters(group)?;
-        }
         if let Some(words) = &mut self.words {
             words.load_state(find)?;
         }

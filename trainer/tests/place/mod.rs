@@ -105,10 +105,29 @@ impl Place {
         }
     }
 
-    pub fn finish(&self, out: &str, mut child: Child, code: i32) {
-        let status = child.wait().unwrap();
-        let log = std::fs::read_to_string(self.folder.path().join(out).join("log")).unwrap();
-        assert_eq!(status.code(), Some(code), "{log}");
+    pub fn finish(&self, out: &str, child: Child, code: i32) {
+        self.finish_all(out, vec![child], code);
+    }
+
+    /// Waits until processes of one job have ended, each with this exit code. The first that ends with another one fails the test at
+    /// once: the others, which would wait for it, are killed.
+    pub fn finish_all(&self, out: &str, mut children: Vec<Child>, code: i32) {
+        while !children.is_empty() {
+            let ended = children.iter_mut().position(|child| child.try_wait().unwrap().is_some());
+            let Some(index) = ended else {
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
+            };
+            let status = children.swap_remove(index).wait().unwrap();
+            if status.code() != Some(code) {
+                for child in &mut children {
+                    child.kill().unwrap();
+                    child.wait().unwrap();
+                }
+                let log = std::fs::read_to_string(self.folder.path().join(out).join("log")).unwrap();
+                panic!("{status} instead of the exit code {code}: {log}");
+            }
+        }
     }
 
     pub fn losses(&self, out: &str) -> Vec<(u64, f64)> {
@@ -172,4 +191,34 @@ fn find(folder: &Path, visit: &mut impl FnMut(&Path)) {
         let path = entry.path();
         if path.is_dir() { find(&path, visit) } else { visit(&path) }
     }
+}
+
+/// The local folder of an artifact.
+pub fn folder(artifact: &str) -> PathBuf {
+    PathBuf::from(artifact.trim_start_matches("file://"))
+}
+
+/// The page of an artifact.
+pub fn page(artifact: &str) -> String {
+    std::fs::read_to_string(folder(artifact).join("report.html")).unwrap()
+}
+
+/// The report of an artifact.
+pub fn report(artifact: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(folder(artifact).join("report.json")).unwrap()).unwrap()
+}
+
+/// Rows with a number and a second text for each of the place's texts.
+pub fn richer_rows(place: &Place) {
+    let text = std::fs::read_to_string(place.folder.path().join("rows.jsonl")).unwrap();
+    let rows: String = text
+        .lines()
+        .map(|line| {
+            let row: Value = serde_json::from_str(line).unwrap();
+            let text = row["text"].as_str().unwrap();
+            let half: Vec<&str> = text.split_whitespace().step_by(2).collect();
+            format!("{}\n", json!({"text": text, "label": text.len() as f64 / 100.0, "pair": half.join(" ")}))
+        })
+        .collect();
+    std::fs::write(place.folder.path().join("richer.jsonl"), rows).unwrap();
 }

@@ -1,0 +1,185 @@
+//! Names that processes share: environment variables, ports, files, paths, headers, and the names of the API.
+//!
+//! One process sets such a name and another reads it, so it is written here and nowhere else; `tests/process.rs`
+//! searches the workspace for the literals. Names that only tests and scripts use (`ATHANOR_CACHE`, ...) are not part
+//! of it.
+
+/// Environment variables.
+pub mod variable {
+    // The operator sets these in each pod of a trainer.
+    /// Index of the pod, from 0. The trainer reads [`JOB_COMPLETION_INDEX`] where it is absent.
+    pub const NODE_RANK: &str = "ATHANOR_NODE_RANK";
+    /// Index of the pod, set by Kubernetes in the pods of an Indexed Job.
+    pub const JOB_COMPLETION_INDEX: &str = "JOB_COMPLETION_INDEX";
+    /// Number of pods.
+    pub const NUM_NODES: &str = "ATHANOR_NUM_NODES";
+    /// DNS name or address of pod 0.
+    pub const MASTER_ADDR: &str = "ATHANOR_MASTER_ADDR";
+    /// Port of the rendezvous in pod 0; default [`port::RENDEZVOUS`](super::port::RENDEZVOUS).
+    pub const MASTER_PORT: &str = "ATHANOR_MASTER_PORT";
+    /// Address of the pod: Gloo listens there.
+    pub const POD_IP: &str = "ATHANOR_POD_IP";
+    /// Namespace of the FineTuneJob (trainer) or of the ModelDeployment (router).
+    pub const NAMESPACE: &str = "ATHANOR_NAMESPACE";
+    /// Port of a trainer's `/metrics`. Absent: the trainer serves none outside a pod.
+    pub const METRICS_PORT: &str = "ATHANOR_METRICS_PORT";
+
+    // A trainer process sets these for the processes that it starts.
+    /// Index of the process in its pod.
+    pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
+    /// Process id of the starting process, which the started one does not outlive.
+    pub const PARENT: &str = "ATHANOR_PARENT";
+    /// File for the termination message; default [`path::TERMINATION_LOG`](super::path::TERMINATION_LOG) if it exists.
+    pub const TERMINATION_LOG: &str = "ATHANOR_TERMINATION_LOG";
+    /// File for the loss of each step, for tests and comparisons. Absent or empty: none is written.
+    pub const LOSS_LOG: &str = "ATHANOR_LOSS_LOG";
+
+    // The operator sets these in the pods of servers and routers.
+    /// Configuration file of a server.
+    pub const CONFIG: &str = "ATHANOR_CONFIG";
+    /// Folder for the model that a server fetches.
+    pub const CACHE_DIR: &str = "ATHANOR_CACHE_DIR";
+    /// ConfigMap with the router's configuration.
+    pub const CONFIG_MAP: &str = "ATHANOR_CONFIG_MAP";
+    /// Folder for events that Kafka has not taken yet.
+    pub const SPILL_DIR: &str = "ATHANOR_SPILL_DIR";
+    /// Key that signs request ids, the same in all routers of a deployment.
+    pub const REQUEST_ID_KEY: &str = "ATHANOR_REQUEST_ID_KEY";
+    /// Seconds that a server or router keeps serving after SIGTERM before it drains.
+    pub const SHUTDOWN_GRACE_SECONDS: &str = "ATHANOR_SHUTDOWN_GRACE_SECONDS";
+
+    // The chart sets these in the operator's pod.
+    pub const NAMESPACE_WATCH: &str = "ATHANOR_NAMESPACE_WATCH";
+    pub const TRAINER_IMAGE: &str = "ATHANOR_TRAINER_IMAGE";
+    pub const SERVER_IMAGE: &str = "ATHANOR_SERVER_IMAGE";
+    pub const ROUTER_IMAGE: &str = "ATHANOR_ROUTER_IMAGE";
+    pub const MONITOR_IMAGE: &str = "ATHANOR_MONITOR_IMAGE";
+    pub const ROUTER_REPLICAS: &str = "ATHANOR_ROUTER_REPLICAS";
+    pub const PROGRESS_ADDRESS: &str = "ATHANOR_PROGRESS_ADDRESS";
+    pub const PROGRESS_PORT: &str = "ATHANOR_PROGRESS_PORT";
+    pub const OPS_PORT: &str = "ATHANOR_OPS_PORT";
+    pub const OTLP_ENDPOINT: &str = "ATHANOR_OTLP_ENDPOINT";
+    pub const LEASE_NAME: &str = "ATHANOR_LEASE_NAME";
+}
+
+/// Ports.
+pub mod port {
+    /// HTTP API of a server and of a router.
+    pub const HTTP: u16 = 8080;
+    /// gRPC API of a server and of a router, and port of the deployment's Service for it.
+    pub const GRPC: u16 = 8081;
+    /// HTTP port of the deployment's Service.
+    pub const SERVICE_HTTP: u16 = 80;
+    /// `/metrics` of a trainer.
+    pub const TRAINER_METRICS: u16 = 9100;
+    /// `/metrics`, `/healthz`, `/readyz` and `/analysis` of a router.
+    pub const ROUTER_OPS: u16 = 9101;
+    /// `/metrics`, `/healthz` and `/readyz` of a monitor.
+    pub const MONITOR_OPS: u16 = 9102;
+    /// `/metrics`, `/healthz` and `/readyz` of the operator.
+    pub const OPERATOR_OPS: u16 = 9103;
+    /// Progress reports (gRPC) to the operator.
+    pub const PROGRESS: u16 = 9443;
+    /// Rendezvous of a trainer's ranks (TCPStore of c10d).
+    pub const RENDEZVOUS: u16 = 29500;
+}
+
+/// Keys of the ConfigMaps that the operator writes, which are the names of the mounted files.
+pub mod file {
+    /// [`TrainConfig`](crate::train::TrainConfig).
+    pub const TRAIN: &str = "train.json";
+    /// [`ServeConfig`](crate::serve::ServeConfig).
+    pub const SERVE: &str = "serve.json";
+    /// [`RouterConfig`](crate::serve::RouterConfig).
+    pub const ROUTER: &str = "router.json";
+    /// [`MonitorConfig`](crate::serve::MonitorConfig).
+    pub const MONITOR: &str = "monitor.json";
+}
+
+/// Paths in a container, and of a process' operational HTTP server.
+pub mod path {
+    /// Folder in which a ConfigMap is mounted.
+    pub const CONFIG: &str = "/etc/athanor";
+    /// Configuration of a trainer.
+    pub const TRAIN_CONFIG: &str = "/etc/athanor/train.json";
+    /// Configuration of a server.
+    pub const SERVE_CONFIG: &str = "/etc/athanor/serve.json";
+    /// Configuration of a monitor.
+    pub const MONITOR_CONFIG: &str = "/etc/athanor/monitor.json";
+    /// Folder for a server's model.
+    pub const MODEL_CACHE: &str = "/var/cache/athanor";
+    /// Folder for a router's events in a pod.
+    pub const SPOOL: &str = "/var/spool/athanor";
+    /// File that the kubelet reads the termination message from.
+    pub const TERMINATION_LOG: &str = "/dev/termination-log";
+    /// A router's counts by revision: [`RouterAnalysis`](crate::serve::RouterAnalysis).
+    pub const ANALYSIS: &str = "/analysis";
+}
+
+/// Headers of requests and responses on the serving path.
+pub mod header {
+    /// Id of the request, made by the router unless the client sends one.
+    pub const REQUEST_ID: &str = "x-request-id";
+    /// Revision that answered; in a request the revision that shall answer.
+    pub const REVISION: &str = "x-athanor-revision";
+}
+
+/// The API group and its kinds.
+pub mod api {
+    pub const GROUP: &str = "athanor.dev";
+    pub const VERSION: &str = "v1alpha1";
+    /// `{GROUP}/{VERSION}`.
+    pub const API_VERSION: &str = "athanor.dev/v1alpha1";
+    pub const FINE_TUNE_JOB: &str = "FineTuneJob";
+    pub const FINE_TUNE_JOBS: &str = "finetunejobs";
+    pub const MODEL_DEPLOYMENT: &str = "ModelDeployment";
+    pub const MODEL_DEPLOYMENTS: &str = "modeldeployments";
+}
+
+/// Labels of the objects that Athanor creates.
+pub mod label {
+    /// Name of the FineTuneJob that an object belongs to.
+    pub const FINE_TUNE_JOB: &str = "athanor.dev/finetunejob";
+    /// Name of the ModelDeployment that an object (a retraining included) belongs to.
+    pub const DEPLOYMENT: &str = "athanor.dev/deployment";
+    /// Name of the FineTuneJob whose search for hyperparameters an object is a trial of.
+    pub const SEARCH: &str = "athanor.dev/search";
+    /// Name of the revision that an object belongs to.
+    pub const REVISION: &str = "athanor.dev/revision";
+}
+
+/// Annotations of the objects that users and Athanor create.
+pub mod annotation {
+    /// Trial that a FineTuneJob trains, as JSON. The operator reads it if it was killed before it recorded the trial in
+    /// the search's status.
+    pub const TRIAL: &str = "athanor.dev/trial";
+    /// Name of the retraining that may start, on a ModelDeployment with `approval: Manual`.
+    pub const APPROVE: &str = "athanor.dev/approve";
+    /// Digest of the mounted configuration: a changed configuration is another pod template.
+    pub const CONFIG: &str = "athanor.dev/config";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn composed_names_agree_with_their_parts() {
+        let mounted = |file: &str| format!("{}/{file}", path::CONFIG);
+        assert_eq!(path::TRAIN_CONFIG, mounted(file::TRAIN));
+        assert_eq!(path::SERVE_CONFIG, mounted(file::SERVE));
+        assert_eq!(path::MONITOR_CONFIG, mounted(file::MONITOR));
+        assert_eq!(api::API_VERSION, format!("{}/{}", api::GROUP, api::VERSION));
+        for key in [
+            label::FINE_TUNE_JOB,
+            label::DEPLOYMENT,
+            label::SEARCH,
+            label::REVISION,
+            annotation::TRIAL,
+            annotation::APPROVE,
+            annotation::CONFIG,
+        ] {
+            assert!(key.starts_with(&format!("{}/", api::GROUP)), "{key}");
+        }
+    }
+}

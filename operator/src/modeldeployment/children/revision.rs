@@ -1,0 +1,91 @@
+//! A revision: one model with its own servers and Service.
+
+use athanor_contract::{
+    artifact::sha256_hex,
+    process::{annotation, file, path, port, variable},
+    serve::ServeConfig,
+};
+use athanor_crds::{RevisionStatus, label};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{ConfigMap, Service},
+    policy::v1::PodDisruptionBudget,
+};
+
+use super::common::{Kind, Port, budget, metadata, probes, service, workload};
+use crate::{
+    modeldeployment::{names::SERVER, validate::ValidatedDeployment},
+    pods::{self, HttpProbe, Labels, PodPlan},
+    settings::Settings,
+};
+
+/// Children of one revision. All of them have its name.
+pub struct RevisionChildren {
+    pub config: ConfigMap,
+    pub deployment: Deployment,
+    pub service: Service,
+    pub budget: PodDisruptionBudget,
+}
+
+/// Kinds of a revision's children in the order of their deletion. The Deployment is last, because a revision that has
+/// one is removed again if the operator is killed in between.
+pub const REMOVAL: [Kind; 4] = [Kind::PodDisruptionBudget, Kind::Service, Kind::ConfigMap, Kind::Deployment];
+
+/// Builds the children of a revision.
+pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &RevisionStatus) -> RevisionChildren {
+    let name = &revision.name;
+    let selector = pods::selector(SERVER, &deployment.name, Some(name));
+    let config = ServeConfig {
+        model_name: deployment.name.clone(),
+        revision: name.clone(),
+        model_uri: revision.model_uri.clone(),
+        http_port: port::HTTP,
+        grpc_port: port::GRPC,
+        limits: Default::default(),
+    };
+    let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
+    let drain = i64::try_from(config.limits.drain_seconds).unwrap_or(20);
+    let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
+    let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
+    env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
+    let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
+    labels.insert(label::REVISION.into(), name.clone());
+    // A model may take minutes to arrive.
+    let startup = HttpProbe { path: "/readyz", port: "http", period_seconds: 1, failures: 600 };
+    let template = pods::template(PodPlan {
+        component: SERVER,
+        image: deployment.spec.image.as_deref().unwrap_or(&settings.server_image),
+        command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
+        labels: labels.clone(),
+        // A changed configuration changes the template, and so restarts the pods.
+        annotations: Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]),
+        env,
+        credentials: deployment.spec.credentials_secret_name.as_deref(),
+        ports: vec![("http", http), ("grpc", grpc)],
+        metrics_port: http,
+        volumes: vec![
+            (pods::config(name), path::CONFIG.into()),
+            (pods::scratch("cache", None), path::MODEL_CACHE.into()),
+        ],
+        probes: Some(probes("http", startup)),
+        overrides: deployment.spec.pod_template.as_ref(),
+        service_account: None,
+        grace_seconds: drain + 15,
+        spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
+    });
+    let metadata = |name: &str| metadata(deployment, name, labels.clone());
+    RevisionChildren {
+        config: ConfigMap {
+            metadata: metadata(name),
+            data: Some([(file::SERVE.into(), text)].into()),
+            ..ConfigMap::default()
+        },
+        deployment: workload(metadata(name), deployment.spec.replicas, selector.clone(), template),
+        service: service(
+            metadata(name),
+            selector.clone(),
+            &[Port { name: "http", port: http, target: http }, Port { name: "grpc", port: grpc, target: grpc }],
+        ),
+        budget: budget(metadata(name), selector),
+    }
+}

@@ -1,0 +1,146 @@
+//! The router: the stable address in front of all revisions.
+
+use athanor_contract::{
+    process::{file, path, port, variable},
+    serve::{RouterConfig, RouterRevision},
+};
+use athanor_crds::label;
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{ConfigMap, EnvVar, EnvVarSource, PodTemplateSpec, Secret, SecretKeySelector, Service},
+    policy::v1::PodDisruptionBudget,
+};
+
+use super::common::{Account, Port, account, budget, metadata, probes, rule, service, workload};
+use crate::{
+    modeldeployment::{
+        names::{self, ROUTER},
+        policy::rollout::Rollout,
+        validate::ValidatedDeployment,
+    },
+    pods::{self, HttpProbe, Labels, PodPlan},
+    settings::Settings,
+};
+
+const HTTP_PORT: i32 = port::HTTP as i32;
+const GRPC_PORT: i32 = port::GRPC as i32;
+const ROUTER_OPS_PORT: i32 = port::ROUTER_OPS as i32;
+/// Key of the Secret that has the key of request ids.
+const KEY: &str = "key";
+
+/// Children of the router. They stay as long as the deployment does and are deleted with it.
+pub struct RouterChildren {
+    pub config: ConfigMap,
+    /// Created once, never changed.
+    pub key: Secret,
+    pub account: Account,
+    pub deployment: Deployment,
+    pub service: Service,
+    pub budget: PodDisruptionBudget,
+}
+
+/// Returns the weights of all revisions; they add up to 100.
+pub fn weights(rollout: &Rollout) -> Vec<RouterRevision> {
+    let revision = |name: &str, weight| RouterRevision { name: name.into(), service: name.into(), weight };
+    let candidate =
+        rollout.candidate.as_ref().map(|candidate| (candidate.revision.name.as_str(), candidate.weight.min(100)));
+    let share = candidate.map_or(0, |(_, weight)| weight);
+    let current = rollout.current.iter().map(|current| revision(&current.name, 100 - share));
+    current.chain(candidate.map(|(name, weight)| revision(name, weight))).collect()
+}
+
+/// Builds the children; `None` before there is a model. `fresh_key` becomes the key of request ids if there is none
+/// yet.
+pub fn build(
+    deployment: &ValidatedDeployment,
+    settings: &Settings,
+    rollout: &Rollout,
+    fresh_key: String,
+) -> Option<RouterChildren> {
+    rollout.current.as_ref()?;
+    let name = names::router(&deployment.name);
+    let labels = pods::labels(ROUTER, label::DEPLOYMENT, &deployment.name);
+    let selector = pods::selector(ROUTER, &deployment.name, None);
+    let config = RouterConfig {
+        namespace: deployment.namespace.clone(),
+        deployment: deployment.name.clone(),
+        revisions: weights(rollout),
+        events: deployment.events.clone(),
+        limits: Default::default(),
+    };
+    let grace = i64::try_from(config.limits.drain_seconds).unwrap_or(20) + 15;
+    let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
+    let template = pod_template(deployment, settings, &name, &labels, grace);
+    // A name restricts list and watch as well, if the field selector has it.
+    let rules = vec![
+        rule("", "configmaps", &["get", "list", "watch"], Some(&name)),
+        rule("discovery.k8s.io", "endpointslices", &["get", "list", "watch"], None),
+    ];
+    let metadata = |name: &str| metadata(deployment, name, labels.clone());
+    Some(RouterChildren {
+        config: ConfigMap {
+            metadata: metadata(&name),
+            data: Some([(file::ROUTER.into(), text)].into()),
+            ..ConfigMap::default()
+        },
+        key: Secret {
+            metadata: metadata(&names::router_key(&deployment.name)),
+            string_data: Some([(KEY.into(), fresh_key)].into()),
+            ..Secret::default()
+        },
+        account: account(deployment, &name, &labels, rules),
+        deployment: workload(metadata(&name), settings.router_replicas, selector.clone(), template),
+        service: service(
+            metadata(&deployment.name),
+            selector.clone(),
+            &[
+                Port { name: "http", port: port::SERVICE_HTTP.into(), target: HTTP_PORT },
+                Port { name: "grpc", port: GRPC_PORT, target: GRPC_PORT },
+            ],
+        ),
+        budget: budget(metadata(&name), selector),
+    })
+}
+
+fn pod_template(
+    deployment: &ValidatedDeployment,
+    settings: &Settings,
+    name: &str,
+    labels: &Labels,
+    grace: i64,
+) -> PodTemplateSpec {
+    let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
+    env.push(pods::variable(variable::SPILL_DIR, path::SPOOL));
+    env.push(EnvVar {
+        name: variable::REQUEST_ID_KEY.into(),
+        value: None,
+        value_from: Some(EnvVarSource {
+            secret_key_ref: Some(SecretKeySelector {
+                name: names::router_key(&deployment.name),
+                key: KEY.into(),
+                optional: Some(false),
+            }),
+            ..EnvVarSource::default()
+        }),
+    });
+    // A router is ready once a server is, which may take as long as a model takes to arrive: only its process must
+    // start in time.
+    let startup = HttpProbe { path: "/healthz", port: "ops", period_seconds: 1, failures: 60 };
+    pods::template(PodPlan {
+        component: ROUTER,
+        image: &settings.router_image,
+        command: ["athanor-router", "--namespace", &deployment.namespace, "--config-map", name].map(Into::into).into(),
+        labels: labels.clone(),
+        annotations: Labels::new(),
+        env,
+        credentials: None,
+        ports: vec![("http", HTTP_PORT), ("grpc", GRPC_PORT), ("ops", ROUTER_OPS_PORT)],
+        metrics_port: ROUTER_OPS_PORT,
+        volumes: vec![(pods::scratch("spool", None), path::SPOOL.into())],
+        probes: Some(probes("ops", startup)),
+        overrides: None,
+        service_account: Some(name.into()),
+        grace_seconds: grace,
+        spread: Some(pods::selector(ROUTER, &deployment.name, None)),
+    })
+}

@@ -1,0 +1,5 @@
+//! The policies of a ModelDeployment: functions of the specification, the status, what was read, and the time.
+
+pub mod retrain;
+pub mod rollout;
+pub mod target;

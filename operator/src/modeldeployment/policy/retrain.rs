@@ -1,0 +1,210 @@
+//! When another model is trained, and how that training ended.
+
+use std::{sync::Arc, time::Duration};
+
+use athanor_contract::{
+    serve::{MonitorStatus, Verdict},
+    train::OffsetRange,
+};
+use athanor_crds::{
+    APPROVE_ANNOTATION, Approval, FineTuneJob, ModelDeploymentStatus, RetrainSpec, RetrainingOutcome, RetrainingStatus,
+    RevisionStatus,
+};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt;
+
+use super::target;
+use crate::{
+    condition::{State, Value, cut},
+    modeldeployment::names,
+    time,
+};
+
+/// Most offset ranges of a FineTuneJob.
+const MOST_RANGES: usize = 1024;
+/// Most characters of an outcome's message.
+const MOST_MESSAGE: usize = 1024;
+/// Added to a wait for the cooldown, so that it has passed when the wait is over.
+const MARGIN: Duration = Duration::from_millis(100);
+
+/// A FineTuneJob to create.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewRetraining {
+    pub name: String,
+    pub ranges: Vec<OffsetRange>,
+    /// The artifact of the current revision.
+    pub baseline: String,
+}
+
+/// Retraining from now on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Retraining {
+    pub create: Option<NewRetraining>,
+    pub running: Option<RetrainingStatus>,
+    pub last_retrained_at: Option<Time>,
+    pub last: Option<RetrainingOutcome>,
+    /// The condition Retraining; absent without spec.retrain.
+    pub condition: Option<Value>,
+    pub wait: Option<Duration>,
+}
+
+/// What a retraining is decided on.
+pub struct Inputs<'a> {
+    pub deployment: &'a str,
+    pub uid: &'a str,
+    /// Name of the retraining that the user approved.
+    pub approved: Option<&'a str>,
+    pub current: Option<&'a RevisionStatus>,
+    pub rolling_out: bool,
+    /// FineTuneJobs that the deployment created.
+    pub jobs: &'a [Arc<FineTuneJob>],
+    pub now: Timestamp,
+}
+
+/// Returns the name of the retraining that the user approved.
+pub fn approved(annotations: &std::collections::BTreeMap<String, String>) -> Option<&str> {
+    annotations.get(APPROVE_ANNOTATION).map(String::as_str)
+}
+
+/// Decides whether a retraining starts, and records how the last one ended.
+pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
+    let mut next = follow(status, inputs);
+    if let Some(running) = &next.running {
+        let message = format!("FineTuneJob {} trains on the events since {}", running.job, running.started_at.0);
+        next.condition = Some(Value::new(State::True, "Training", message));
+        return next;
+    }
+    let Some(spec) = spec else { return next };
+    match propose(spec, status, inputs, &next) {
+        Ok(new) => {
+            let message = format!("FineTuneJob {} was created", new.name);
+            let ranges = new.ranges.clone();
+            next.running = Some(RetrainingStatus { job: new.name.clone(), ranges, started_at: Time(inputs.now) });
+            next.condition = Some(Value::new(State::True, "Training", message));
+            next.create = Some(new);
+        }
+        Err(hold) => {
+            next.condition = Some(Value::new(State::False, hold.reason, hold.message));
+            next.wait = hold.wait;
+        }
+    }
+    next
+}
+
+/// Returns the retraining under way, or the outcome of one that is over.
+fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
+    let mut next = Retraining {
+        last_retrained_at: status.last_retrained_at.clone(),
+        last: status.last_retraining.clone(),
+        ..Retraining::default()
+    };
+    let Some(running) = &status.retraining else {
+        // One that is not over was created by an operator that was killed before it could write the status.
+        let unrecorded = inputs.jobs.iter().find(|job| target::outcome(job).is_none_or(|outcome| !outcome.is_over()));
+        next.running = unrecorded.map(|job| adopt(job, inputs.now));
+        return next;
+    };
+    let job = inputs.jobs.iter().find(|job| job.name_any() == running.job);
+    let (end, reason, message) = match job.map(|job| (job, target::outcome(job))) {
+        Some((job, Some(outcome))) if outcome.is_over() => {
+            let end = job.status.as_ref().and_then(|status| status.completion_time.clone());
+            (end, outcome.reason, outcome.message)
+        }
+        Some(_) => {
+            next.running = Some(running.clone());
+            return next;
+        }
+        None => (None, "Deleted", "the FineTuneJob was deleted before its end"),
+    };
+    next.last_retrained_at = Some(end.unwrap_or(Time(inputs.now)));
+    next.last = Some(RetrainingOutcome {
+        job: running.job.clone(),
+        reason: reason.into(),
+        message: cut(message, MOST_MESSAGE),
+    });
+    next
+}
+
+fn adopt(job: &FineTuneJob, now: Timestamp) -> RetrainingStatus {
+    // The added source is the last one.
+    let kafka = job.spec.train.data.sources.iter().rev().find_map(|source| source.kafka.as_ref());
+    RetrainingStatus {
+        job: job.name_any(),
+        ranges: kafka.map(|kafka| kafka.ranges.clone()).unwrap_or_default(),
+        started_at: job.metadata.creation_timestamp.clone().unwrap_or(Time(now)),
+    }
+}
+
+/// Why no retraining starts now.
+struct Hold {
+    reason: &'static str,
+    message: String,
+    wait: Option<Duration>,
+}
+
+/// Returns the retraining to create, or the reason that there is none.
+fn propose(
+    spec: &RetrainSpec,
+    status: &ModelDeploymentStatus,
+    inputs: &Inputs<'_>,
+    followed: &Retraining,
+) -> Result<NewRetraining, Hold> {
+    let ended = followed.last.as_ref().map_or_else(String::new, |last| {
+        format!("; the last retraining, {}, ended as {}: {}", last.job, last.reason, last.message)
+    });
+    let hold = |reason, message: String| Hold { reason, message, wait: None };
+    let monitored = inputs.current.zip(status.monitor.as_ref());
+    let Some((current, monitor)) = monitored.filter(|(current, monitor)| current.name == monitor.revision) else {
+        let message = format!("the monitor has no verdict on the current revision yet{ended}");
+        return Err(hold("NoVerdict", message));
+    };
+    if monitor.verdict != Verdict::Drifted {
+        return Err(hold("NotDrifted", format!("the model has not drifted{ended}")));
+    }
+    if inputs.rolling_out {
+        return Err(hold("RollingOut", "another revision is being rolled out".into()));
+    }
+    if monitor.labelled < spec.minimum_samples {
+        let message = format!(
+            "{} requests have feedback; a retraining needs {} (minimumSamples){ended}",
+            monitor.labelled, spec.minimum_samples
+        );
+        return Err(hold("TooFewSamples", message));
+    }
+    if let Some(last) = &followed.last_retrained_at {
+        let left = time::left(Duration::from_secs(spec.cooldown_seconds.into()), last.0, inputs.now);
+        if !left.is_zero() {
+            let message = format!("{} s of cooldownSeconds are left{ended}", left.as_secs() + 1);
+            return Err(Hold { reason: "Cooldown", message, wait: Some(left + MARGIN) });
+        }
+    }
+    let ranges = ranges(monitor).map_err(|message| hold("NoEvents", message))?;
+    let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &ranges);
+    if inputs.jobs.iter().any(|job| job.name_any() == name) {
+        return Err(hold("NoNewEvents", format!("{name} was already trained on these events{ended}")));
+    }
+    if spec.approval == Approval::Manual && inputs.approved != Some(&name) {
+        let message = format!(
+            "to start it: kubectl annotate modeldeployment {} --overwrite {APPROVE_ANNOTATION}={name}{ended}",
+            inputs.deployment
+        );
+        return Err(hold("WaitingForApproval", message));
+    }
+    Ok(NewRetraining { name, ranges, baseline: current.model_uri.clone() })
+}
+
+/// Returns the ranges that have events.
+fn ranges(monitor: &MonitorStatus) -> Result<Vec<OffsetRange>, String> {
+    let ranges: Vec<OffsetRange> = monitor.ranges.iter().filter(|range| range.begin < range.end).copied().collect();
+    if ranges.is_empty() {
+        return Err("the monitor has no range of events".into());
+    }
+    if ranges.len() > MOST_RANGES {
+        return Err(format!(
+            "the monitor has {} ranges of events; a FineTuneJob has at most {MOST_RANGES}",
+            ranges.len()
+        ));
+    }
+    Ok(ranges)
+}

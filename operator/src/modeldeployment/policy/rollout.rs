@@ -1,0 +1,284 @@
+//! How a new model takes over: the steps of a canary.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use athanor_contract::serve::RevisionAnalysis;
+use athanor_crds::{
+    AnalysisSpec, CanarySpec, CandidateStatus, ModelDeploymentStatus, RetiredRevision, RevisionStatus,
+    condition as types,
+};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use crate::{
+    condition::{self, State, Value},
+    modeldeployment::observe::{counts::Counts, workload::Workload},
+    time::{left, since},
+};
+
+/// Time in which a revision without traffic may still answer: a router's request timeout and its drain.
+const DRAIN: Duration = Duration::from_secs(50);
+/// Wait between two looks at a running step.
+const POLL: Duration = Duration::from_secs(1);
+/// Wait for the pods of a candidate; their Deployment is watched.
+const PODS: Duration = Duration::from_secs(5);
+/// Most characters of a candidate's message in the schema.
+const MOST_MESSAGE: usize = 1024;
+/// Most revisions that are remembered as failed.
+const MOST_FAILED: usize = 32;
+
+/// Revisions from now on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rollout {
+    pub current: Option<RevisionStatus>,
+    pub candidate: Option<CandidateStatus>,
+    pub previous: Option<RetiredRevision>,
+    pub failed: Vec<String>,
+    /// The condition Progressing.
+    pub progressing: Value,
+    pub wait: Option<Duration>,
+}
+
+/// What a rollout is decided on.
+pub struct Inputs<'a> {
+    /// Workloads by revision.
+    pub workloads: &'a BTreeMap<String, Workload>,
+    /// Why a pod does not run, by revision.
+    pub waiting: &'a BTreeMap<String, String>,
+    pub router_ready: bool,
+    /// Absent if a router did not answer.
+    pub counts: Option<&'a Counts>,
+    pub now: Timestamp,
+}
+
+impl Inputs<'_> {
+    fn counts_of(&self, revision: &str) -> RevisionAnalysis {
+        self.counts.and_then(|counts| counts.get(revision)).cloned().unwrap_or_default()
+    }
+}
+
+/// Decides which revisions there are, and how much traffic the candidate has.
+pub fn rollout(
+    spec: &CanarySpec,
+    status: &ModelDeploymentStatus,
+    target: Option<&RevisionStatus>,
+    inputs: &Inputs<'_>,
+) -> Rollout {
+    let mut next = carry_on(status, inputs);
+    let Some(target) = target else { return next };
+    let Some(champion) = &next.current else {
+        next.current = Some(target.clone());
+        return next;
+    };
+    if champion.name == target.name {
+        return next;
+    }
+    if next.failed.contains(&target.name) {
+        let message =
+            previous_message(status).unwrap_or_else(|| format!("revision {} was rolled back before", target.name));
+        next.progressing = Value::new(State::False, "RolledBack", message);
+        return next;
+    }
+    let answers = inputs.workloads.get(&champion.name).is_some_and(|workload| workload.available > 0);
+    if champion.ready_at.is_none() && !answers {
+        // There is no traffic to protect.
+        next.current = Some(target.clone());
+        return next;
+    }
+    let running = status.candidate.clone().filter(|candidate| candidate.revision.name == target.name);
+    let candidate = running.unwrap_or_else(|| CandidateStatus {
+        revision: target.clone(),
+        step_index: 0,
+        weight: 0,
+        since: Time(inputs.now),
+        message: String::new(),
+        baseline_requests: 0,
+        baseline_errors: 0,
+    });
+    // The steps may have changed since: the rollout continues at the last of them.
+    let last = spec.steps.len().saturating_sub(1);
+    let index = (candidate.step_index as usize).min(last);
+    let Some(planned) = spec.steps.get(index) else { return next };
+    next.wait = Some(POLL);
+    let canary = Canary {
+        spec,
+        inputs,
+        index,
+        last,
+        pause: Duration::from_secs(planned.pause_seconds.into()),
+        percent: planned.traffic_percent,
+        workload: inputs.workloads.get(&candidate.revision.name).cloned().unwrap_or_default(),
+        candidate,
+    };
+    if canary.candidate.weight == 0 { canary.start(next) } else { canary.judge(next) }
+}
+
+/// Returns the revisions as they are, without those whose requests have drained.
+fn carry_on(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Rollout {
+    let now = inputs.now;
+    let ready = |name: &str| inputs.workloads.get(name).is_some_and(Workload::is_ready);
+    let mut current = status.current_revision.clone();
+    if let Some(revision) = current.as_mut().filter(|revision| revision.ready_at.is_none() && ready(&revision.name)) {
+        revision.ready_at = Some(Time(now));
+    }
+    let draining = status.previous_revision.clone().filter(|previous| since(previous.since.0, now) < DRAIN);
+    // A revision that has its traffic back is kept.
+    let previous = draining.filter(|previous| current.as_ref().is_none_or(|current| current.name != previous.name));
+    let wait = previous.as_ref().map(|previous| left(DRAIN, previous.since.0, now) + POLL);
+    Rollout {
+        current,
+        candidate: None,
+        previous,
+        failed: status.failed_revisions.clone(),
+        progressing: Value::new(State::False, "Stable", ""),
+        wait,
+    }
+}
+
+/// Returns the message of the last rollback, which stays as long as its revision is the target.
+fn previous_message(status: &ModelDeploymentStatus) -> Option<String> {
+    let progressing = condition::get(&status.conditions, types::PROGRESSING)?;
+    (progressing.reason == "RolledBack").then(|| progressing.message.clone())
+}
+
+/// A candidate at a step of its canary.
+struct Canary<'a> {
+    spec: &'a CanarySpec,
+    inputs: &'a Inputs<'a>,
+    candidate: CandidateStatus,
+    workload: Workload,
+    index: usize,
+    last: usize,
+    /// Pause of the step.
+    pause: Duration,
+    /// Share of the traffic in the step.
+    percent: u32,
+}
+
+impl Canary<'_> {
+    /// Gives the candidate its first traffic once its pods are ready.
+    fn start(mut self, mut next: Rollout) -> Rollout {
+        let waiting = self.inputs.waiting.get(&self.candidate.revision.name);
+        if let Some(stuck) = &self.workload.stuck {
+            let why = format!("its pods did not become ready: {}", waiting.unwrap_or(stuck));
+            return self.roll_back(next, &why);
+        }
+        if !self.workload.is_ready() {
+            next.wait = Some(PODS);
+            let waiting = waiting.map(|why| format!(": {why}")).unwrap_or_default();
+            let message = format!("{}{waiting}", self.workload.progress());
+            return self.hold(next, "WaitingForPods", message);
+        }
+        if !self.inputs.router_ready || self.inputs.counts.is_none() {
+            return self.hold(next, "WaitingForPods", "not all routers answer".into());
+        }
+        self.candidate.revision.ready_at.get_or_insert(Time(self.inputs.now));
+        let (index, percent) = (self.index, self.percent);
+        self.begin(next, index, percent)
+    }
+
+    /// Judges a candidate that has traffic: rolls it back, holds it, or takes it to the next step.
+    fn judge(self, mut next: Rollout) -> Rollout {
+        if self.inputs.counts.is_none() {
+            return self.hold(next, "Inconclusive", "on hold: not all routers answer".into());
+        }
+        let counts = self.inputs.counts_of(&self.candidate.revision.name);
+        let (Some(requests), Some(errors)) = (
+            counts.requests.checked_sub(self.candidate.baseline_requests),
+            counts.errors.checked_sub(self.candidate.baseline_errors),
+        ) else {
+            // A router restarted, and its counts with it.
+            let (index, percent) = (self.index, self.percent);
+            return self.begin(next, index, percent);
+        };
+        let step = format!("step {} of {}", self.index + 1, self.last + 1);
+        let at = format!("{step} at {} %", self.candidate.weight);
+        let numbers = format!("{at}: {errors} of {requests} requests failed");
+        if let Some(broken) = broken_limit(&self.spec.analysis, requests, errors, counts.latency_p95_ms) {
+            return self.roll_back(next, &format!("{numbers}, {broken}"));
+        }
+        let left = left(self.pause, self.candidate.since.0, self.inputs.now);
+        if !left.is_zero() {
+            next.wait = Some(left.min(POLL));
+            // Without the counts: the status would be written with every request.
+            let message = format!("{at} lasts {} s", self.pause.as_secs());
+            return self.hold(next, "Canary", message);
+        }
+        if self.candidate.weight == 100 && self.workload.available == 0 {
+            // No other revision answers: the number of requests does not matter.
+            let message = self.workload.progress();
+            return self.roll_back(next, &message);
+        }
+        let minimum = self.spec.analysis.minimum_requests;
+        if requests < minimum {
+            return self.hold(next, "Inconclusive", format!("on hold at {step}: a verdict needs {minimum} requests"));
+        }
+        if !self.workload.is_ready() {
+            let message = format!("on hold: {}", self.workload.progress());
+            return self.hold(next, "Inconclusive", message);
+        }
+        if self.index < self.last {
+            let index = self.index + 1;
+            let percent = self.spec.steps.get(index).map_or(100, |step| step.traffic_percent);
+            return self.begin(next, index, percent);
+        }
+        self.promote(next, &numbers)
+    }
+
+    /// Begins a step; its requests count from what the routers have counted so far.
+    fn begin(mut self, next: Rollout, index: usize, weight: u32) -> Rollout {
+        let counts = self.inputs.counts_of(&self.candidate.revision.name);
+        self.candidate.step_index = u32::try_from(index).unwrap_or(u32::MAX);
+        self.candidate.weight = weight;
+        self.candidate.since = Time(self.inputs.now);
+        self.candidate.baseline_requests = counts.requests;
+        self.candidate.baseline_errors = counts.errors;
+        self.hold(next, "Canary", format!("step {} began at {weight} %", index + 1))
+    }
+
+    /// Keeps the candidate, with a message.
+    fn hold(self, mut next: Rollout, reason: &'static str, message: String) -> Rollout {
+        // The last message of a pod that crashed may be longer than the field.
+        let candidate = CandidateStatus { message: condition::cut(&message, MOST_MESSAGE), ..self.candidate };
+        let message = format!("{}: {}", candidate.revision.name, candidate.message);
+        next.progressing = Value::new(State::True, reason, message);
+        next.candidate = Some(candidate);
+        next
+    }
+
+    fn promote(self, mut next: Rollout, numbers: &str) -> Rollout {
+        let now = Time(self.inputs.now);
+        let message = format!("{} was promoted; {numbers}", self.candidate.revision.name);
+        next.previous = next.current.take().map(|champion| RetiredRevision { name: champion.name, since: now });
+        next.current = Some(self.candidate.revision);
+        next.progressing = Value::new(State::False, "Promoted", message);
+        next
+    }
+
+    fn roll_back(self, mut next: Rollout, why: &str) -> Rollout {
+        let name = self.candidate.revision.name;
+        next.progressing = Value::new(State::False, "RolledBack", format!("{name} was rolled back: {why}"));
+        next.failed.push(name.clone());
+        let excess = next.failed.len().saturating_sub(MOST_FAILED);
+        next.failed.drain(..excess);
+        next.previous = Some(RetiredRevision { name, since: Time(self.inputs.now) });
+        next.wait = Some(POLL);
+        next
+    }
+}
+
+/// Returns which limit the numbers exceed. Fewer requests than a verdict needs exceed none.
+fn broken_limit(analysis: &AnalysisSpec, requests: u64, errors: u64, p95: f64) -> Option<String> {
+    if requests == 0 || requests < analysis.minimum_requests {
+        return None;
+    }
+    let limit = analysis.max_error_percent.get();
+    let percent = errors as f64 * 100.0 / requests as f64;
+    if percent > limit {
+        return Some(format!("{percent:.2} %, more than the limit of {limit} % (maxErrorPercent)"));
+    }
+    let limit = analysis.max_latency_p95_ms?;
+    (p95 > f64::from(limit)).then(|| {
+        format!("the 95th percentile of latency is {p95:.0} ms, more than the limit of {limit} ms (maxLatencyP95Ms)")
+    })
+}

@@ -1,0 +1,213 @@
+//! The retry loop, for HTTP and gRPC alike: try endpoints until one answers, within attempts and time.
+//!
+//! A classification changes nothing, so every attempt may be repeated. An endpoint that could not be reached, or says that it is
+//! unavailable, is avoided for a while and costs no attempt; when none is left, the request waits a few seconds for one to appear before it fails.
+
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use athanor_contract::serve::RouterLimits;
+
+use super::{
+    endpoints::{Endpoint, Registry, Snapshot},
+    select::{self, Target},
+};
+use crate::analysis::Analysis;
+
+/// How long an endpoint is avoided that could not be reached or said that it is unavailable.
+pub const AVOID: Duration = Duration::from_secs(1);
+/// How long an endpoint is avoided that dropped one request: it may have been that request's connection alone.
+pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
+
+/// Bounds of one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Further attempts after the first, of those that a server took on.
+    pub retries: u32,
+    /// For everything together.
+    pub timeout: Duration,
+    /// For one attempt.
+    pub attempt_timeout: Duration,
+    /// How long a request waits, all in all, while there is no endpoint.
+    pub wait: Duration,
+}
+
+impl Policy {
+    pub fn new(limits: &RouterLimits) -> Self {
+        let timeout = Duration::from_secs(limits.request_timeout_seconds.max(1));
+        // Half of it, so that a server that hangs leaves time for another.
+        Self { retries: limits.retries, timeout, attempt_timeout: timeout / 2, wait: Duration::from_secs(5) }
+    }
+}
+
+/// What one attempt came to.
+pub enum Attempt<T> {
+    /// The answer to hand on; `ok` is false when it is the server's fault.
+    Answer { answer: T, ok: bool },
+    /// The server has too much to do: another may take it now, else this is the answer.
+    Busy { answer: T },
+    /// The server answered that it cannot: another should, else this is the answer.
+    Unavailable { answer: T },
+    /// The request was lost on its way or on the way back.
+    Lost { failure: String },
+    /// No server was reached.
+    Unreached { failure: String },
+}
+
+/// An answer and where it came from.
+#[derive(Debug)]
+pub struct Forwarded<T> {
+    pub answer: T,
+    pub revision: Arc<str>,
+    /// Of the last attempt.
+    pub latency: Duration,
+}
+
+/// Why there is no answer.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardError {
+    /// None was there, or none could be reached.
+    #[error("no endpoint of revision {revision:?} or another is ready{}", failure.as_ref().map(|f| format!(": {f}")).unwrap_or_default())]
+    NoEndpoint { revision: String, failure: Option<String> },
+    #[error("no server answered: {failure}")]
+    Failed { revision: String, failure: String },
+    #[error("no answer within {seconds} s")]
+    Timeout { revision: String, seconds: u64 },
+}
+
+impl ForwardError {
+    /// The revision that should have answered.
+    pub fn revision(&self) -> &str {
+        match self {
+            Self::NoEndpoint { revision, .. } | Self::Failed { revision, .. } | Self::Timeout { revision, .. } => {
+                revision
+            }
+        }
+    }
+}
+
+/// Runs `attempt` on one endpoint after the other until there is an answer. `usable` leaves endpoints out, such as those without
+/// a gRPC port.
+pub async fn forward<T, F>(
+    registry: &Registry,
+    analysis: &Analysis,
+    target: &Target,
+    policy: Policy,
+    usable: impl Fn(&Endpoint) -> bool,
+    attempt: impl Fn(Arc<Endpoint>) -> F,
+) -> Result<Forwarded<T>, ForwardError>
+where
+    F: Future<Output = Attempt<T>>,
+{
+    let begin = Instant::now();
+    let deadline = begin + policy.timeout;
+    let mut snapshots = registry.subscribe();
+    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    let mut left = policy.retries;
+    let mut give_up: Option<Instant> = None;
+    // The newest answer that is worth less than another attempt, and the newest failure.
+    let mut fallback: Option<Forwarded<T>> = None;
+    let mut failure: Option<String> = None;
+    let mut busy = false;
+    loop {
+        let snapshot = snapshots.borrow_and_update().clone();
+        let now = Instant::now();
+        let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
+            let endpoint = select::endpoint(&revision.endpoints, &usable, &tried, now, &mut rand::rng())?;
+            Some((revision.name.clone(), endpoint))
+        });
+        let Some((revision, endpoint)) = chosen else {
+            let until = (*give_up.get_or_insert(now + policy.wait)).min(deadline);
+            if busy || now >= until {
+                let revision = first(&snapshot, target);
+                if failure.is_none() && fallback.is_none() && snapshot.revision(&revision).is_some() {
+                    analysis.of(&revision.as_str().into()).failed();
+                }
+                return fallback.ok_or(ForwardError::NoEndpoint { revision, failure });
+            }
+            tried.clear();
+            let wake = soonest(&snapshot, target, now).unwrap_or(until).min(until);
+            tokio::select! {
+                _ = snapshots.changed() => {}
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+            continue;
+        };
+        let counters = analysis.of(&revision);
+        let outstanding = endpoint.begin();
+        let limit = policy.attempt_timeout.min(deadline.saturating_duration_since(now));
+        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone())).await.unwrap_or_else(|_| Attempt::Lost {
+            failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()),
+        });
+        drop(outstanding);
+        let ended = Instant::now();
+        let latency = ended.saturating_duration_since(now);
+        let mut reached = true;
+        busy = false;
+        match outcome {
+            Attempt::Answer { answer, ok } => {
+                counters.answered(latency, ok);
+                return Ok(Forwarded { answer, revision, latency });
+            }
+            Attempt::Busy { answer } => {
+                counters.answered(latency, true);
+                fallback = Some(Forwarded { answer, revision: revision.clone(), latency });
+                busy = true;
+            }
+            Attempt::Unavailable { answer } => {
+                counters.failed();
+                endpoint.avoid(ended, AVOID);
+                fallback = Some(Forwarded { answer, revision: revision.clone(), latency });
+                // It has not begun, as a server that is starting or going: like one that was not reached.
+                reached = false;
+            }
+            Attempt::Lost { failure: why } => {
+                counters.failed();
+                endpoint.avoid(ended, AVOID_SHORTLY);
+                failure = Some(why);
+            }
+            Attempt::Unreached { failure: why } => {
+                counters.failed();
+                endpoint.avoid(ended, AVOID);
+                failure = Some(why);
+                reached = false;
+            }
+        }
+        if ended >= deadline {
+            return fallback
+                .ok_or(ForwardError::Timeout { revision: revision.to_string(), seconds: policy.timeout.as_secs() });
+        }
+        if reached {
+            if left == 0 {
+                let failure = failure.unwrap_or_default();
+                return fallback.ok_or(ForwardError::Failed { revision: revision.to_string(), failure });
+            }
+            left -= 1;
+        }
+        tracing::debug!(revision = &*revision, endpoint = %endpoint.http, failure, busy, "trying another endpoint");
+        metrics::counter!("athanor_router_retries_total").increment(1);
+        tried.push(endpoint);
+    }
+}
+
+/// The revision that should have answered.
+fn first(snapshot: &Snapshot, target: &Target) -> String {
+    match target {
+        Target::Pinned(name) => name.clone(),
+        Target::Weighted(_) => {
+            select::revisions(snapshot, target).first().map(|revision| revision.name.to_string()).unwrap_or_default()
+        }
+    }
+}
+
+/// When the first of the avoided endpoints may be used again.
+fn soonest(snapshot: &Snapshot, target: &Target, now: Instant) -> Option<Instant> {
+    select::revisions(snapshot, target)
+        .iter()
+        .flat_map(|revision| &revision.endpoints)
+        .filter_map(|endpoint| endpoint.avoided_until(now))
+        .min()
+}

@@ -1,0 +1,155 @@
+//! `athanor-router`: the stable address of a ModelDeployment, in a cluster or (with `--config-file`) without one.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use athanor_contract::process::{port, variable};
+use athanor_router::{
+    gateway::Gateway,
+    proxy::{grpc::Passing, http},
+    record::{events, labels, request_id::RequestIds},
+    source::{
+        kubernetes,
+        local::{self, EndpointArgument},
+    },
+};
+use athanor_serving::{
+    api::inference::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+    lifecycle::{self, Servers},
+};
+use athanor_telemetry::Readiness;
+use clap::Parser;
+use tokio_util::sync::CancellationToken;
+
+/// Routes requests to revisions by weight, retries, publishes predictions and takes feedback.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Namespace of the ConfigMap and the Services.
+    #[arg(long, env = variable::NAMESPACE, required_unless_present = "config_file")]
+    namespace: Option<String>,
+    /// The ConfigMap whose key router.json is followed.
+    #[arg(long, env = variable::CONFIG_MAP, required_unless_present = "config_file")]
+    config_map: Option<String>,
+    /// Without Kubernetes: the file to follow instead of the ConfigMap.
+    #[arg(long, conflicts_with_all = ["namespace", "config_map"])]
+    config_file: Option<PathBuf>,
+    /// Without Kubernetes: endpoints, each revision=host:httpPort[:grpcPort].
+    #[arg(long, value_delimiter = ',', requires = "config_file")]
+    endpoints: Vec<EndpointArgument>,
+    /// Address to listen on.
+    #[arg(long, default_value = "0.0.0.0")]
+    address: String,
+    #[arg(long, default_value_t = port::HTTP)]
+    http_port: u16,
+    #[arg(long, default_value_t = port::GRPC)]
+    grpc_port: u16,
+    /// Port of /metrics, /healthz, /readyz and /analysis.
+    #[arg(long, default_value_t = port::ROUTER_OPS)]
+    ops_port: u16,
+    /// Folder for events while Kafka is away; it should outlive the container.
+    #[arg(long, env = variable::SPILL_DIR, default_value = "/var/lib/athanor/spill")]
+    spill_dir: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let _telemetry = athanor_telemetry::init("athanor-router");
+    let result = run(arguments).await;
+    if let Err(error) = &result {
+        tracing::error!(error = format!("{error:#}"), "athanor-router ends");
+    }
+    result
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let shutdown = athanor_telemetry::shutdown_signal();
+    let metrics = athanor_telemetry::metrics();
+    let ready = Readiness::new();
+    let ids = match std::env::var(variable::REQUEST_ID_KEY) {
+        Ok(key) if !key.is_empty() => RequestIds::new(key.as_bytes()),
+        _ => {
+            tracing::warn!(
+                "{} is not set: only the process that answered a request accepts feedback for it",
+                variable::REQUEST_ID_KEY
+            );
+            RequestIds::random()
+        }
+    };
+    let gateway = Arc::new(Gateway::new(ids));
+    let registry = gateway.registry.clone();
+
+    let mut servers = Servers::default();
+    let ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
+    servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops);
+    servers.http(lifecycle::listen(&arguments.address, arguments.http_port).await?, http::app(gateway.clone()));
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
+    let passing = GrpcInferenceServiceServer::new(Passing::new(gateway.clone(), ready.clone()));
+    let routes = inference::reflection()?.add_service(health_service).add_service(passing);
+    servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes);
+
+    match (arguments.config_file, arguments.namespace, arguments.config_map) {
+        (Some(file), ..) => {
+            let text = local::load(&file, &arguments.endpoints, &registry).await?;
+            tokio::spawn(local::follow(file, arguments.endpoints, registry.clone(), text));
+        }
+        (None, Some(namespace), Some(config_map)) => {
+            let client = kube::Client::try_default().await.context("connecting to Kubernetes")?;
+            tokio::spawn(kubernetes::watch(client, namespace, config_map, registry.clone()));
+        }
+        _ => anyhow::bail!("give --namespace and --config-map, or --config-file"),
+    }
+    tokio::spawn(labels::learn(registry.clone(), gateway.client.clone(), gateway.labels.clone()));
+    let stop_events = CancellationToken::new();
+    let producer = tokio::spawn(events::keep_producer(
+        registry.clone(),
+        gateway.events.clone(),
+        arguments.spill_dir,
+        stop_events.clone(),
+    ));
+    tokio::spawn({
+        let (gateway, ready, shutdown, health) = (gateway.clone(), ready.clone(), shutdown.clone(), health.clone());
+        async move {
+            tokio::select! {
+                () = able(&gateway) => {}
+                () = shutdown.cancelled() => return,
+            }
+            ready.set(true);
+            health.set_serving::<GrpcInferenceServiceServer<Passing>>().await;
+            tracing::info!("ready");
+            shutdown.cancelled().await;
+            health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
+        }
+    });
+
+    let drain = {
+        let gateway = gateway.clone();
+        move || Duration::from_secs(gateway.limits().drain_seconds)
+    };
+    let result = servers.run(shutdown, ready, lifecycle::grace(), drain, std::future::pending()).await;
+    // Only now: requests that were drained had events too.
+    stop_events.cancel();
+    producer.await.context("the task that keeps the producer failed")?;
+    result
+}
+
+/// Resolves once configuration and endpoints are known and a request could be answered. It does not go back: without any endpoint a
+/// request waits and is answered 503, which says more than a refused connection.
+async fn able(gateway: &Gateway) {
+    let mut snapshots = gateway.registry.subscribe();
+    loop {
+        let snapshot = snapshots.borrow_and_update().clone();
+        let events =
+            snapshot.config.as_ref().is_none_or(|config| config.events.is_none()) || gateway.events.get().is_some();
+        let endpoint = snapshot.revisions.iter().any(|revision| !revision.endpoints.is_empty());
+        if snapshot.config.is_some() && snapshot.synced && endpoint && events {
+            return;
+        }
+        tokio::select! {
+            changed = snapshots.changed() => if changed.is_err() { std::future::pending::<()>().await },
+            () = tokio::time::sleep(Duration::from_millis(200)) => {}
+        }
+    }
+}

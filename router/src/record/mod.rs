@@ -1,0 +1,7 @@
+//! What is recorded of answers: signed request ids, predictions and feedback as events.
+
+pub mod events;
+pub mod feedback;
+pub mod labels;
+pub mod recent;
+pub mod request_id;

@@ -1,0 +1,365 @@
+//! One rank from start to exit code: everything slow starts at once, training begins as soon as its parts are there.
+
+use std::{
+    collections::BTreeMap,
+    fs::{File, TryLockError},
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use athanor_contract::{
+    artifact::{Kind, Manifest},
+    train::{TrainConfig, TrainResult},
+};
+use athanor_models::{EncoderConfig, Model, Tokenizer};
+use tch::Device;
+use tempfile::TempDir;
+
+use super::{
+    context::{JobContext, Process},
+    cross_validation::cross_validate,
+    outcome::{Compared, Finished},
+    prepare::prepare,
+    setup,
+    training_context::{RowEncoder, Training, TrainingContext},
+};
+use crate::{
+    TrainError,
+    checkpoint::{self, Restored},
+    curate::training_data::TrainingData,
+    data::{Encoded, Parts},
+    distributed::Topology,
+    evaluate::{self, Evaluation},
+    objectives::Teacher,
+    report::{Events, Reporter, Sender, Timeline},
+    training::{self, Session, Trained, count_steps},
+};
+
+const WORK: &str = "athanor-trainer-";
+const LOCK: &str = "lock";
+
+/// Removes the folders, below `folder`, of processes that were killed.
+fn clear_abandoned(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(WORK)
+            // A folder without a lock belongs to a process that is starting.
+            && let Ok(lock) = File::open(entry.path().join(LOCK))
+            && lock.try_lock().is_ok()
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// This process's own folder. Its lock is held as long as the folder is in use.
+struct Work {
+    folder: TempDir,
+    _lock: File,
+}
+
+impl Work {
+    fn create(below: &Path) -> Result<Self, TrainError> {
+        let folder = tempfile::Builder::new().prefix(WORK).tempdir_in(below).map_err(TrainError::other)?;
+        // The lock is held before it gets its name: another process that starts finds either none or one that is held.
+        let unnamed = folder.path().join("lock.new");
+        let lock = File::create(&unnamed).map_err(TrainError::at(&unnamed))?;
+        lock.lock().map_err(TrainError::at(&unnamed))?;
+        std::fs::rename(&unnamed, folder.path().join(LOCK)).map_err(TrainError::at(&unnamed))?;
+        Ok(Self { folder, _lock: lock })
+    }
+}
+
+/// Runs this process's rank. Rank 0 returns the result; the others `None`.
+pub fn run(config: &TrainConfig, topology: &Topology, process: &Process) -> Result<Option<TrainResult>, TrainError> {
+    let temporary = std::env::temp_dir();
+    clear_abandoned(&temporary);
+    let _claim = (topology.rank() == 0).then(|| claim(config)).transpose()?;
+    let work = Work::create(&temporary)?;
+    let job = JobContext { config, topology, process, work: work.folder.path() };
+    let mut reporter = job.is_rank_0().then(|| reporter(job)).transpose()?;
+    stage(&mut reporter, "Preparing");
+    let result = train_and_measure(job, &mut reporter);
+    if let Some(reporter) = reporter {
+        process.runtime.block_on(reporter.finish());
+    }
+    result
+}
+
+/// Keeps a second run out of the same folder until this one ends. An object store has no such lock: there artifacts and
+/// checkpoints are complete, whichever run is last.
+pub(crate) fn claim(config: &TrainConfig) -> Result<Option<File>, TrainError> {
+    let Some(folder) = athanor_store::open(&config.checkpoint_to)?.local_path() else { return Ok(None) };
+    std::fs::create_dir_all(&folder).map_err(TrainError::at(&folder))?;
+    let path = folder.join(LOCK);
+    let file = File::options().create(true).append(true).open(&path).map_err(TrainError::at(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(TrainError::Other(format!("{}: another process runs this job and writes here", folder.display())))
+        }
+        Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => Ok(None),
+        Err(TryLockError::Error(error)) => Err(TrainError::at(&path)(error)),
+    }
+}
+
+fn reporter(job: JobContext) -> Result<Reporter, TrainError> {
+    let JobContext { config, process, .. } = job;
+    let _inside = process.runtime.enter();
+    let sender = config.progress_to.as_deref().map(Sender::start).transpose();
+    let sender = sender.map_err(|error| TrainError::User(format!("progressTo: {error}")))?;
+    let identity = (process.namespace.clone(), config.name.clone(), config.run_id.clone());
+    Ok(Reporter::new(identity, sender, process.timeline.clone(), process.terminal))
+}
+
+fn stage(reporter: &mut Option<Reporter>, stage: &str) {
+    if let Some(reporter) = reporter {
+        reporter.stage(stage);
+    }
+}
+
+fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result<Option<TrainResult>, TrainError> {
+    let mut prepared = prepare(job)?;
+    let restored = prepared.restored.take();
+    let context = TrainingContext::new(job, &prepared)?;
+    let parts = prepared.dataset.split(&job.spec().data.split)?;
+    setup::check_gates(&job.spec().evaluate.gates, &prepared.dataset, &parts)?;
+    let run = Run { held_out: HeldOut::new(&context.encoder, &parts), context: &context, parts: &parts };
+    run.run(restored, reporter)
+}
+
+/// Validation and test rows, tokenized when they are first asked for: by a fold's validation or while the first steps
+/// run.
+struct HeldOut<'a> {
+    encoder: &'a RowEncoder<'a>,
+    parts: &'a Parts,
+    encoded: OnceLock<Result<(Arc<Encoded>, Arc<Encoded>), String>>,
+}
+
+impl<'a> HeldOut<'a> {
+    fn new(encoder: &'a RowEncoder<'a>, parts: &'a Parts) -> Self {
+        Self { encoder, parts, encoded: OnceLock::new() }
+    }
+
+    fn encode(&self) -> Result<(Arc<Encoded>, Arc<Encoded>), TrainError> {
+        let encode = |rows: &[usize]| self.encoder.encode(rows).map(Arc::new).map_err(|error| error.to_string());
+        let both = || Ok((encode(&self.parts.validation)?, encode(&self.parts.test)?));
+        self.encoded.get_or_init(both).clone().map_err(TrainError::User)
+    }
+
+    fn validation(&self) -> Result<Arc<Encoded>, TrainError> {
+        Ok(self.encode()?.0)
+    }
+
+    fn test(&self) -> Result<Arc<Encoded>, TrainError> {
+        Ok(self.encode()?.1)
+    }
+}
+
+/// A run whose data and models are there.
+struct Run<'a> {
+    context: &'a TrainingContext<'a>,
+    parts: &'a Parts,
+    held_out: HeldOut<'a>,
+}
+
+impl Run<'_> {
+    fn run(
+        &self,
+        restored: Option<Restored>,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Option<TrainResult>, TrainError> {
+        let (context, job) = (self.context, self.context.job);
+        let timeline = &job.process.timeline;
+        let validation = || self.held_out.validation();
+        let cross_validation = cross_validate(context, self.parts, &validation, reporter)?;
+        let mut model = context.load_model()?;
+        let TrainingData { train, teacher, selection, augmented } =
+            TrainingData::new(context, &self.parts.train, &model, reporter)?;
+        timeline.mark("dataReady");
+        let manifest = self.manifest();
+        let trained = self.train(&mut model, &train, teacher.as_ref(), restored, &manifest, reporter)?;
+        timeline.mark("trained");
+        drop(teacher);
+        stage(reporter, "Evaluating");
+        let test = self.held_out.test()?;
+        let (found, compared) = self.measure(&mut model, &test)?;
+        timeline.mark("evaluated");
+        if !job.is_rank_0() {
+            job.process.watchdog.rest();
+            return Ok(None);
+        }
+        stage(reporter, if job.spec().compress.is_empty() { "Writing" } else { "Compressing" });
+        let chosen = self.chosen(&trained, &found, train.len());
+        let finished = Finished {
+            context,
+            model: &model,
+            parts: self.parts,
+            train: &train,
+            test: &test,
+            compared,
+            trained,
+            cross_validation,
+            selection,
+            augmented,
+            chosen,
+            manifest,
+        };
+        finished.write(found).map(Some)
+    }
+
+    /// The job's own training, from a checkpoint of the same data and specification if there is one.
+    fn train(
+        &self,
+        model: &mut Model,
+        train: &Encoded,
+        teacher: Option<&Teacher>,
+        restored: Option<Restored>,
+        manifest: &Manifest,
+        reporter: &mut Option<Reporter>,
+    ) -> Result<Trained, TrainError> {
+        let JobContext { config, process, work, .. } = self.context.job;
+        let prepared = self.context.prepared;
+        let h = &config.spec.hyperparameters;
+        let (_, total_steps) = count_steps(train.len(), h);
+        let restored = restored.filter(|restored| {
+            let same = restored.state.fingerprint == prepared.fingerprint && restored.state.step <= total_steps;
+            if !same {
+                tracing::warn!("the checkpoint is of other data or another specification: training starts from step 0");
+            }
+            same
+        });
+        let (mut checkpoints, mut events) = (None, None);
+        if self.context.job.is_rank_0() {
+            let to = athanor_store::open(&config.events_to)?;
+            let step = restored.as_ref().map_or(0, |restored| restored.state.step);
+            events = Some(Events::new(to, work, step, h)?);
+            let (folder, runtime) = (prepared.checkpoints.clone(), process.runtime.clone());
+            checkpoints = Some(checkpoint::Writer::new(folder, manifest.clone(), work.to_owned(), runtime));
+        }
+        let validation = || self.held_out.validation();
+        let (stage, reporter) = ("Training".to_owned(), reporter.as_mut());
+        let training = Training { stage, model, train, teacher, validation: &validation, reporter };
+        let session = Session {
+            fingerprint: prepared.fingerprint.clone(),
+            restored,
+            checkpoints,
+            events,
+            loss_log: process.loss_log.clone(),
+            ..self.context.session(training)?
+        };
+        let held_out = &self.held_out;
+        std::thread::scope(|scope| {
+            // An error is reported where the rows are used.
+            scope.spawn(move || held_out.encode().map(drop));
+            training::train(session)
+        })
+    }
+
+    /// The model, the teacher and the baseline on the test rows.
+    fn measure(&self, model: &mut Model, test: &Encoded) -> Result<(Evaluation, Compared), TrainError> {
+        let (context, job) = (self.context, self.context.job);
+        let found = evaluate::evaluate_as_served(model, test, context.group(), job.device(), || job.beat())?;
+        let teacher = context.teacher_on(&self.parts.test, test)?;
+        let baseline = context.prepared.baseline.as_deref().map(|folder| self.measure_baseline(folder)).transpose()?;
+        Ok((found, Compared { teacher, baseline }))
+    }
+
+    /// The baseline on the test rows, with its own tokenizer and labels.
+    fn measure_baseline(&self, folder: &Path) -> Result<Evaluation, TrainError> {
+        let (context, job, task) = (self.context, self.context.job, self.context.encoder.task);
+        let device = job.device();
+        let mut model = Model::load_trained(folder, device)?;
+        let labels = match model.task() {
+            athanor_models::Task::Classification(labels) => labels.clone(),
+            _ => Vec::new(),
+        };
+        if labels.is_empty() == task.has_classes() || !task.accepts_teacher(model.task()) {
+            return Err(TrainError::User(format!("evaluate.baseline is not a model for {:?}", task.kind())));
+        }
+        if device == Device::Cpu {
+            let how = athanor_models::quantize::packing(&EncoderConfig::load(folder)?);
+            model.pack_for_good(how)?;
+        }
+        let encoder = RowEncoder {
+            dataset: &context.prepared.dataset,
+            task,
+            labels,
+            tokenizer: Tokenizer::load(folder)?,
+            max_length: setup::max_length(job.spec(), model.config()),
+        };
+        let rows = encoder.encode(&self.parts.test)?;
+        evaluate::evaluate(&model, &rows, context.group(), device, false, || job.beat())
+    }
+
+    /// Everything of a manifest but its files.
+    fn manifest(&self) -> Manifest {
+        Manifest {
+            kind: Kind::Checkpoint,
+            job: self.context.job.config.name.clone(),
+            model_digest: String::new(),
+            data_digest: self.context.prepared.dataset.digest.clone(),
+            parent: self.context.spec().model.from.clone(),
+            code_version: env!("CARGO_PKG_VERSION").into(),
+            step: 0,
+            max_sequence_length: u32::try_from(self.context.encoder.max_length).ok(),
+            files: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+        }
+    }
+
+    /// What was chosen where the specification left it open.
+    fn chosen(&self, trained: &Trained, found: &Evaluation, rows: usize) -> BTreeMap<String, String> {
+        let topology = self.context.job.topology;
+        let backend = match (topology.world(), topology.backend) {
+            (1, _) => "none".to_owned(),
+            (_, backend) => format!("{backend:?}"),
+        };
+        let (_, total_steps) = count_steps(rows, &self.context.spec().hyperparameters);
+        let mut chosen = vec![
+            ("labels", self.context.encoder.labels.join(", ")),
+            ("trainedRows", rows.to_string()),
+            ("precision", if self.context.bf16 { "BF16" } else { "FP32" }.to_owned()),
+            ("steps", total_steps.to_string()),
+            ("bestStep", trained.best.step.to_string()),
+            ("ranks", topology.world().to_string()),
+            ("backend", backend),
+        ];
+        chosen.extend(found.results.limit());
+        chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
+        chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+/// Sets the number of threads: `OMP_NUM_THREADS`, else the process's share of the machine's cores.
+pub fn set_up_process(topology: &Topology) {
+    let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
+    // Honours affinity and the container's CPU quota.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    athanor_torch::set_num_threads(asked.unwrap_or(cores / topology.processes_per_node));
+}
+
+/// The timeline of a process that has just started.
+pub fn started_now() -> Timeline {
+    Timeline::new(Instant::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_killed_processes_are_removed_and_no_others() {
+        let below = tempfile::tempdir().unwrap();
+        let running = Work::create(below.path()).unwrap();
+        // A process that starts: its lock has no name yet, held or not.
+        let starting = below.path().join(format!("{WORK}starting"));
+        std::fs::create_dir(&starting).unwrap();
+        File::create(starting.join("lock.new")).unwrap();
+        let killed = below.path().join(format!("{WORK}killed"));
+        std::fs::create_dir(&killed).unwrap();
+        File::create(killed.join(LOCK)).unwrap();
+        clear_abandoned(below.path());
+        assert!(running.folder.path().exists() && starting.exists() && !killed.exists());
+    }
+}

@@ -1,0 +1,78 @@
+//! What a task is to the trainer: one trait that every `model.task` implements in a file of its own.
+
+use athanor_contract::train;
+use athanor_models::{self as models, Model, Tokenizer};
+use tch::Tensor;
+
+use crate::{
+    TrainError,
+    data::{Batch, Columns, Dataset},
+};
+
+/// Rows to encode, and what encoding them requires.
+pub struct Rows<'a> {
+    pub dataset: &'a Dataset,
+    /// Rows of the dataset, in the order of the result.
+    pub rows: &'a [usize],
+    /// Class names in the order of the outputs; empty for tasks without classes.
+    pub labels: &'a [String],
+    pub tokenizer: &'a Tokenizer,
+    /// Tokens that texts are cut to.
+    pub max_length: usize,
+}
+
+/// One `model.task`. What depends on rows is behind the [`Columns`] that the task encodes: batches, and the evaluation.
+pub trait Task: Send + Sync {
+    fn kind(&self) -> train::Task;
+
+    /// Whether each row of the data needs a label.
+    fn needs_labels(&self) -> bool {
+        false
+    }
+
+    /// Whether a label is one of several classes, which the model's outputs follow.
+    fn has_classes(&self) -> bool {
+        false
+    }
+
+    /// Whether `meanSquaredError` compares the outputs with the rows' labels; else it compares them with the teacher's
+    /// outputs.
+    fn labels_are_numbers(&self) -> bool {
+        false
+    }
+
+    /// Whether the outputs are vectors, as wide as the hidden states.
+    fn outputs_are_vectors(&self) -> bool {
+        false
+    }
+
+    /// Whether the outputs read the last hidden states of all tokens, whatever the model's head reads.
+    fn reads_every_token(&self) -> bool {
+        false
+    }
+
+    /// Whether the outputs are over the vocabulary, so that a teacher needs the student's.
+    fn outputs_are_tokens(&self) -> bool {
+        false
+    }
+
+    /// Whether a teacher's outputs for a row are the same at each step, so that they can be kept.
+    fn teacher_is_cacheable(&self) -> bool {
+        false
+    }
+
+    /// The head of a model for the task.
+    fn head(&self, labels: &[String]) -> models::Task;
+
+    /// Whether a model with this head can teach the task.
+    fn accepts_teacher(&self, head: &models::Task) -> bool;
+
+    /// What the task keeps of each row besides its text.
+    ///
+    /// # Errors
+    /// Rows without what the task requires are user errors.
+    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError>;
+
+    /// What the task predicts from the last hidden states: one row for each row or target of the batch.
+    fn outputs(&self, model: &Model, batch: &Batch, last: &Tensor, train: bool) -> Tensor;
+}
