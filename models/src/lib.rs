@@ -2,6 +2,8 @@
 //! outputs, and the other way round.
 //!
 //! - [`bert`], [`mpnet`]: one family each; training and inference share them;
+//! - [`families`], [`registry`]: decoders, one file a family;
+//! - [`causal`]: a decoder with its output head, adapters ([`lora`]) and cache ([`kv_cache`]);
 //! - [`model`]: an encoder with the head of its task;
 //! - [`load`]: safetensors files to tensors, with errors that name file and tensor;
 //! - [`tokenizer`]: texts to padded id tensors;
@@ -9,24 +11,36 @@
 //!
 //! Leaves out process groups, HTTP and downloads: parallelism and transport wrap these types from outside.
 
+pub mod batch;
 pub mod bert;
 pub mod builder;
+pub mod causal;
 pub mod classifier;
 pub mod config;
 pub mod encoder;
+pub mod families;
 pub mod head;
+pub mod heads;
+pub mod kv_cache;
 pub mod layers;
 pub mod load;
+pub mod lora;
 pub mod model;
 pub mod mpnet;
+pub mod nn;
 pub mod quantize;
+pub mod registry;
 pub mod tokenizer;
 pub mod weights;
 
+pub use batch::{Batch, CachedRow};
 pub use builder::Initializer;
+pub use causal::{CausalLanguageModel, CausalOptions};
 pub use classifier::Classifier;
 pub use config::EncoderConfig;
+pub use kv_cache::KvCache;
 pub use layers::{Excerpt, Packing};
 pub use load::LoadError;
+pub use lora::LoraOptions;
 pub use model::{Model, Options, Shape, Task};
 pub use tokenizer::Tokenizer;

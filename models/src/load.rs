@@ -1,6 +1,4 @@
-//! safetensors files to tensors. Floating-point weights become f32; every error names the file and the tensor.
-//!
-//! Leaves out sharded checkpoints (`model.safetensors.index.json`) and, on purpose, pickled weights.
+//! safetensors files to tensors, in one file or in shards. Every error names the file and the tensor. Pickled weights are refused.
 
 use std::{
     borrow::Cow,
@@ -14,6 +12,8 @@ use safetensors::{
     tensor::{Metadata, TensorInfo},
 };
 use tch::{Device, Kind, Tensor};
+
+use crate::weights::sharded;
 
 /// Name of the weights in a model folder.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -58,8 +58,8 @@ impl Weights {
                     "missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code",
                 ));
             }
-            if folder.join("model.safetensors.index.json").exists() {
-                return Err(refused("missing; a model in several shards is not supported, write it as one file"));
+            if folder.join(sharded::INDEX).exists() {
+                return sharded::load(folder, device);
             }
         }
         Self::load(&path, device)
@@ -120,6 +120,30 @@ impl Weights {
             }
             other => Err(refused(format!("its dtype is {other:?}, weights are floating-point numbers"))),
         }
+    }
+
+    /// Takes a floating-point tensor out in the kind that the file has, checked for its shape.
+    pub fn take_stored(&mut self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+        let refused = |message: String| LoadError::Tensor { file: self.file.clone(), tensor: name.to_owned(), message };
+        let Some(tensor) = self.tensors.remove(name) else { return Err(refused("missing".into())) };
+        if tensor.size() != shape {
+            return Err(refused(format!("its shape is {:?}, config.json asks for {shape:?}", tensor.size())));
+        }
+        if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+            let message = format!("its dtype is {:?}, weights are floating-point numbers", tensor.kind());
+            return Err(refused(message));
+        }
+        Ok(tensor)
+    }
+
+    /// Adds the tensors of another file; errors name this one from now on.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.tensors.extend(other.tensors);
+    }
+
+    /// Weights without a tensor, whose errors name `file`.
+    pub(crate) fn empty(file: &Path) -> Self {
+        Self { file: file.to_owned(), tensors: BTreeMap::new() }
     }
 
     /// Takes a tensor out as it is.

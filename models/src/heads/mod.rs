@@ -1,0 +1,3 @@
+//! Output heads of decoders.
+
+pub mod causal;

@@ -1,0 +1,50 @@
+//! A projection with an optional bias and an optional low-rank adapter.
+
+use tch::{Kind, Tensor};
+
+use crate::{layers::drop, lora::Adapter};
+
+/// `x W^T + b`, or `x W + b` where the checkpoint stores the matrix transposed.
+pub struct Projection {
+    /// Name of the module: its parameters are `{name}.weight` and `{name}.bias`.
+    pub name: String,
+    /// [outputs, inputs]; [inputs, outputs] if `transposed`.
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+    /// GPT-2's Conv1D stores its matrix as [inputs, outputs].
+    pub transposed: bool,
+    pub adapter: Option<Adapter>,
+}
+
+impl Projection {
+    pub fn inputs(&self) -> i64 {
+        self.weight.size()[usize::from(!self.transposed)]
+    }
+
+    pub fn outputs(&self) -> i64 {
+        self.weight.size()[usize::from(self.transposed)]
+    }
+
+    /// [N, inputs] to [N, outputs].
+    pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        let base = if self.transposed {
+            x.linear(&self.weight.tr(), self.bias.as_ref())
+        } else {
+            x.linear(&self.weight, self.bias.as_ref())
+        };
+        let Some(adapter) = &self.adapter else { return base };
+        let x = x.to_kind(adapter.a.kind());
+        let x = if train { drop(&x, adapter.dropout) } else { x };
+        let delta = x.linear(&adapter.a, None::<&Tensor>).linear(&adapter.b, None::<&Tensor>) * adapter.scaling;
+        let kind = base.kind();
+        (base + delta).to_kind(kind)
+    }
+
+    /// The matrix with the adapter added, in the layout of the checkpoint.
+    pub fn merged(&self) -> Tensor {
+        let Some(adapter) = &self.adapter else { return self.weight.shallow_clone() };
+        let delta = adapter.b.to_kind(Kind::Float).matmul(&adapter.a.to_kind(Kind::Float)) * adapter.scaling;
+        let delta = if self.transposed { delta.tr() } else { delta };
+        (self.weight.to_kind(Kind::Float) + delta).to_kind(self.weight.kind())
+    }
+}
