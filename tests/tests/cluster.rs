@@ -30,7 +30,7 @@ fn job(name: &str, change: impl Fn(&mut Value)) -> String {
         "spec": {
             "model": {"from": "s3://athanor/models/minilm-l6", "task": "TextClassification"},
             "data": {"sources": [{"name": "rows", "uri": "s3://athanor/tests/rows.csv"}]},
-            "hyperparameters": {"maxSteps": 60, "batchSize": 32, "precision": "BF16"},
+            "hyperparameters": {"maxSteps": 60, "batchSize": 32, "precision": "Auto"},
             "checkpoint": {"everySteps": 10},
             "output": {"to": "s3://athanor/tests/out"},
             "credentialsSecretName": "s3-credentials",
