@@ -28,6 +28,7 @@ use kube::{
         watcher::Event,
     },
 };
+use tokio::sync::watch;
 
 /// A resource without a dynamic type that a watch can keep.
 pub trait Cached: Resource<DynamicType = ()> + Clone + Debug + Send + Sync + 'static {}
@@ -78,11 +79,14 @@ struct Seen {
 pub struct Cache<K: Cached> {
     store: Store<K>,
     seen: Arc<Mutex<Seen>>,
+    /// Whether the first list is complete. [`Store::wait_until_ready`] wakes only the last of several waiting tasks, and a
+    /// controller waits for its store as well.
+    ready: watch::Receiver<bool>,
 }
 
 impl<K: Cached> Clone for Cache<K> {
     fn clone(&self) -> Self {
-        Self { store: self.store.clone(), seen: self.seen.clone() }
+        Self { store: self.store.clone(), seen: self.seen.clone(), ready: self.ready.clone() }
     }
 }
 
@@ -116,7 +120,8 @@ impl<K: Cached> Cache<K> {
 
     async fn wait_until_ready(&self) {
         // An error means that the watch ended: the process is shutting down, and the reconcile with it.
-        let _ended = self.store.wait_until_ready().await;
+        let mut ready = self.ready.clone();
+        let _ended = ready.wait_for(|ready| *ready).await.is_err();
     }
 }
 
@@ -124,6 +129,7 @@ impl<K: Cached> Cache<K> {
 pub struct Feed<K: Cached> {
     writer: Writer<K>,
     cache: Cache<K>,
+    ready: watch::Sender<bool>,
 }
 
 impl<K: Cached> Feed<K> {
@@ -148,7 +154,10 @@ impl<K: Cached> Feed<K> {
         let mut seen = self.cache.seen.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             Event::Init => seen.listing = Some(now),
-            Event::InitDone => seen.listed = seen.listing.take(),
+            Event::InitDone => {
+                seen.listed = seen.listing.take();
+                self.ready.send_replace(true);
+            }
             Event::InitApply(_) | Event::Apply(_) | Event::Delete(_) => {}
         }
         let newest = changed.iter().filter_map(|object| version(object.meta())).max().unwrap_or(0);
@@ -160,8 +169,9 @@ impl<K: Cached> Feed<K> {
 /// Makes an empty cache.
 pub fn cache<K: Cached>() -> (Cache<K>, Feed<K>) {
     let (store, writer) = reflector::store();
-    let cache = Cache { store, seen: Arc::default() };
-    (cache.clone(), Feed { writer, cache })
+    let (sender, ready) = watch::channel(false);
+    let cache = Cache { store, seen: Arc::default(), ready };
+    (cache.clone(), Feed { writer, cache, ready: sender })
 }
 
 /// The caches that reconciles of both kinds read.
@@ -278,6 +288,20 @@ mod tests {
         let mut names: Vec<String> = objects.iter().map(|object| object.name_any()).collect();
         names.sort();
         names
+    }
+
+    #[tokio::test]
+    async fn every_task_that_waits_for_a_cache_goes_on_once_it_is_filled() {
+        let (cache, mut feed) = cache::<Pod>();
+        let wait = |cache: Cache<Pod>| tokio::spawn(async move { cache.wait_until_ready().await });
+        let waiting = [wait(cache.clone()), wait(cache.clone()), wait(cache)];
+        tokio::task::yield_now().await;
+        feed.take(&Event::Init, Instant::now());
+        assert!(waiting.iter().all(|task| !task.is_finished()), "a list that has begun is not complete");
+        feed.take(&Event::InitDone, Instant::now());
+        for task in waiting {
+            tokio::time::timeout(Duration::from_secs(5), task).await.expect("woken").unwrap();
+        }
     }
 
     #[test]
