@@ -145,9 +145,9 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             "exactly one of from and fromJob",
             deployment(|spec| spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})),
         ),
-        ("monitor needs feedback", deployment(|spec| spec["monitor"] = json!({}))),
+        ("monitor requires feedback", deployment(|spec| spec["monitor"] = json!({}))),
         (
-            "must not fall",
+            "must not decrease",
             deployment(|spec| {
                 spec["rollout"] = json!({"canary": {"steps": [{"trafficPercent": 50}, {"trafficPercent": 10}]}})
             }),
