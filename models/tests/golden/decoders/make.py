@@ -78,6 +78,9 @@ def load_adapted(name):
                 if "lora_B" in key:
                     parameter.normal_(0, 0.1)
         model.save_pretrained(folder)
+        # Without the path of the machine.
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").unlink()
     return PeftModel.from_pretrained(load(name), folder, is_trainable=True).eval()
 
