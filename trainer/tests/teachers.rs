@@ -147,7 +147,7 @@ fn a_teacher_answers_new_texts_and_its_doubts_leave_rows_out() {
         "sources": [{"name": "reviews", "uri": place.uri("rows.jsonl")}], "augment": {"copies": 1},
     }});
     let mistake = place.check("alone", &alone).unwrap_err();
-    assert!(mistake.contains("data.augment needs a teacher"), "{mistake}");
+    assert!(mistake.contains("data.augment: requires a teacher"), "{mistake}");
 }
 
 /// The loss and the value of each term, step by step.
