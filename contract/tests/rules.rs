@@ -145,6 +145,43 @@ fn a_mistake_names_its_field() {
 }
 
 #[test]
+fn a_language_model_has_options_of_its_own() {
+    let language_model = |patch: Value| {
+        let mut all = json!({"model": {"task": "CausalLanguageModel"}});
+        merge(&mut all, &patch);
+        found(&spec(&all))
+    };
+    let gates = json!([{"metric": "Perplexity", "maximum": "5"}, {"metric": "TokenF1", "minimumGain": "0.1"}]);
+    let valid = json!({
+        "adapter": {"lora": {"rank": 8}},
+        "hyperparameters": {"packing": true},
+        "data": {"sources": [{"name": "a", "uri": "s3://a", "columns": {"messages": "chat"}}]},
+        "evaluate": {"gates": gates, "generation": {"samples": 10}},
+        "objective": {"terms": [{"nextToken": {}}]},
+    });
+    assert_eq!(language_model(valid), [""; 0]);
+    let refused = json!({
+        "model": {"labels": ["a", "b"]}, "compress": [{"quantize": {}}], "data": {"split": {"stratify": true}},
+    });
+    let fields = ["model.labels", "data.split.stratify", "compress"];
+    assert_eq!(
+        language_model(refused),
+        fields.map(|field| format!("{field}: the task CausalLanguageModel does not support it"))
+    );
+    let classifier = json!({
+        "adapter": {"lora": {}},
+        "hyperparameters": {"packing": true},
+        "data": {"sources": [{"name": "a", "uri": "s3://a", "columns": {"prompt": "p", "completion": "c"}}]},
+    });
+    let fields =
+        ["adapter", "hyperparameters.packing", "data.sources[0].columns.prompt", "data.sources[0].columns.completion"];
+    assert_eq!(
+        found(&spec(&classifier)),
+        fields.map(|field| format!("{field}: requires the task CausalLanguageModel"))
+    );
+}
+
+#[test]
 fn metrics_and_selections_are_of_the_task() {
     let of = |task: Task, metric: Option<Metric>, method: &str| {
         let mut search = json!({"parameters": [{"name": "learningRate", "values": [1e-5, 1e-4]}]});

@@ -7,6 +7,7 @@
 //! template, which may change); that template may leave out a baseline; and names are such that the children's names
 //! are valid.
 
+use athanor_contract::train::rules::GAIN_NEEDS_BASELINE;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
 use serde_json::{Map, Value, json};
@@ -58,8 +59,8 @@ fn strict(definition: CustomResourceDefinition, longest: usize, change: fn(&mut 
 /// minimumGain alone.
 fn without_baseline_rule(spec: &mut Value) {
     let template = &mut spec["properties"]["retrain"]["properties"]["template"]["properties"]["spec"];
-    if let Some(evaluate) = template["properties"]["evaluate"].as_object_mut() {
-        evaluate.remove("x-kubernetes-validations");
+    if let Some(rules) = template["x-kubernetes-validations"].as_array_mut() {
+        rules.retain(|rule| rule["message"] != *GAIN_NEEDS_BASELINE.message);
     }
 }
 
@@ -77,8 +78,9 @@ fn immutable(spec: &mut Value) {
         };
         json!({"rule": rule, "message": format!("{name} is immutable: create another FineTuneJob"), "reason": "FieldValueForbidden", "fieldPath": format!(".{name}")})
     });
-    let rules = rules.collect();
-    spec["x-kubernetes-validations"] = rules;
+    let rules: Vec<Value> =
+        spec["x-kubernetes-validations"].as_array().into_iter().flatten().cloned().chain(rules).collect();
+    spec["x-kubernetes-validations"] = Value::from(rules);
 }
 
 /// Bounds and formats, at every depth.

@@ -7,6 +7,7 @@
 pub mod annotate;
 mod builder;
 pub mod clean;
+mod conversation;
 mod dataset;
 mod error;
 mod format;

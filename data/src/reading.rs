@@ -13,6 +13,7 @@ use athanor_contract::train::{Columns, DataFormat};
 use crate::{
     DataError,
     builder::Builder,
+    conversation::Conversation,
     rows::{Fields, Origin},
 };
 
@@ -59,13 +60,13 @@ impl Reading {
 
     /// Takes a row. Its number is that of its line or page in the file, from 1.
     pub fn row(&mut self, number: u64, fields: Fields) -> Result<(), DataError> {
-        let Columns { text, label, pair, group } = &self.columns;
+        let columns = &self.columns;
         let label_of_row = fields.label.filter(|label| self.needs_labels || !label.trim().is_empty());
         for (value, name) in [
-            (Some(fields.text), Some(text)),
-            (label_of_row, Some(label)),
-            (fields.pair, pair.as_ref()),
-            (fields.group, group.as_ref()),
+            (Some(fields.text), Some(columns.input())),
+            (label_of_row, Some(columns.label.as_str())),
+            (fields.pair, columns.second()),
+            (fields.group, columns.group.as_deref()),
         ] {
             if let (Some(value), Some(name)) = (value, name)
                 && value.trim().is_empty()
@@ -73,9 +74,20 @@ impl Reading {
                 return Err(self.user_at(number, format!("field {name:?} is empty")));
             }
         }
+        let conversation = match &columns.messages {
+            Some(name) => Some(
+                Conversation::parse(fields.text)
+                    .map_err(|error| self.user_at(number, format!("field {name:?}: {error}")))?,
+            ),
+            None => None,
+        };
         let number = u32::try_from(number).map_err(|_| self.user("more than 4294967295 rows"))?;
         self.count.fetch_add(1, Ordering::Relaxed);
-        self.builder.row(number, Fields { label: label_of_row, ..fields });
+        let mut fields = Fields { label: label_of_row, ..fields };
+        if let Some(Conversation { before, answer }) = &conversation {
+            fields = Fields { text: before, pair: Some(answer), is_conversation: true, ..fields };
+        }
+        self.builder.row(number, fields);
         Ok(())
     }
 
@@ -106,10 +118,13 @@ impl Reading {
                 self.user(format!("the task needs labels, and files of the format {format:?} have none: {instead}"))
             );
         }
-        match (&self.columns.pair, &self.columns.group) {
-            (Some(_), _) => Err(self.user(format!("files of the format {format:?} have no columns.pair: {instead}"))),
-            (_, Some(_)) => Err(self.user(format!("files of the format {format:?} have no columns.group: {instead}"))),
-            _ => Ok(()),
+        let Columns { pair, group, messages, prompt, .. } = &self.columns;
+        let named = [("pair", pair), ("group", group), ("messages", messages), ("prompt", prompt)];
+        match named.into_iter().find(|(_, column)| column.is_some()) {
+            Some((name, _)) => {
+                Err(self.user(format!("files of the format {format:?} have no columns.{name}: {instead}")))
+            }
+            None => Ok(()),
         }
     }
 

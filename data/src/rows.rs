@@ -17,6 +17,8 @@ pub(crate) struct Fields<'a> {
     pub pair: Option<&'a str>,
     pub label: Option<&'a str>,
     pub group: Option<&'a str>,
+    /// Whether text and pair are messages as JSON.
+    pub is_conversation: bool,
 }
 
 /// Where rows come from that follow each other.
@@ -59,6 +61,8 @@ pub struct Rows {
     label_names: Dictionary,
     /// Absent when no row has one.
     groups: Option<Vec<u32>>,
+    /// Absent when no row is one.
+    conversations: Option<Vec<bool>>,
     group_names: Dictionary,
     /// Row of the file, from 1; index of the event in its topic.
     numbers: Vec<u32>,
@@ -81,6 +85,12 @@ impl Rows {
     /// The second text of a row of pairs.
     pub fn pair(&self, row: usize) -> Option<&str> {
         self.pairs.as_ref().map(|pairs| pairs.get(row)).filter(|pair| !pair.is_empty())
+    }
+
+    /// Whether the row is a conversation: its text is a JSON list of messages, its pair the assistant's next message, a
+    /// JSON object.
+    pub fn is_conversation(&self, row: usize) -> bool {
+        self.conversations.as_ref().is_some_and(|conversations| conversations[row])
     }
 
     pub fn label(&self, row: usize) -> Option<&str> {
@@ -135,6 +145,9 @@ impl Rows {
                 if let Some(groups) = &mut self.groups {
                     groups[kept] = groups[row];
                 }
+                if let Some(conversations) = &mut self.conversations {
+                    conversations[kept] = conversations[row];
+                }
                 kept += 1;
             }
         }
@@ -142,6 +155,9 @@ impl Rows {
         self.numbers.truncate(kept);
         if let Some(groups) = &mut self.groups {
             groups.truncate(kept);
+        }
+        if let Some(conversations) = &mut self.conversations {
+            conversations.truncate(kept);
         }
         self.texts.retain(&keep);
         if let Some(pairs) = &mut self.pairs {
@@ -175,6 +191,11 @@ impl Rows {
             let groups = self.groups.get_or_insert_default();
             groups.resize(row, NONE);
             groups.push(fields.group.map_or(NONE, |group| self.group_names.number(group)));
+        }
+        if fields.is_conversation || self.conversations.is_some() {
+            let conversations = self.conversations.get_or_insert_default();
+            conversations.resize(row, false);
+            conversations.push(fields.is_conversation);
         }
         self.numbers.push(number);
     }

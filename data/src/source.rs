@@ -16,15 +16,17 @@ use std::{
 
 use athanor_contract::{
     artifact::sha256_hex,
+    event::GenerationInput,
     train::{DataFormat, KafkaSource, Source},
 };
-use athanor_feedback::LabelledRow;
+use athanor_feedback::{CorrectedAnswer, LabelledRow};
 use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
 
 use crate::{
     DataError, Progress,
     builder::Builder,
+    conversation::Conversation,
     format::{self, Compression},
     progress::Report,
     reading::Reading,
@@ -102,7 +104,7 @@ pub(crate) async fn read(
     Ok((digest, builder))
 }
 
-/// Rows of a topic, each text at its first place with its newest label.
+/// Rows of a topic, each text at its first place with its newest label or answer.
 async fn read_topic(
     name: &str,
     kafka: &KafkaSource,
@@ -110,13 +112,21 @@ async fn read_topic(
     context: Context<'_>,
 ) -> Result<String, DataError> {
     let snapshot = athanor_feedback::read_rows(kafka).await?;
-    let read = snapshot.rows.len() as u64;
-    let rows = if builder.drops_duplicates() { newest_of_each_text(snapshot.rows) } else { snapshot.rows };
+    let labelled = snapshot.rows.into_iter().map(TopicRow::labelled);
+    let rows: Vec<TopicRow> = labelled.chain(snapshot.corrections.into_iter().map(TopicRow::corrected)).collect();
+    let read = rows.len() as u64;
+    let rows = if builder.drops_duplicates() { newest_of_each_text(rows) } else { rows };
     let mut events = Strings::default();
     rows.iter().for_each(|row| events.push(&row.id));
     builder.begin_file(Origin::Topic { topic: kafka.topic.clone(), events });
     for (number, row) in (0..).zip(&rows) {
-        let fields = Fields { text: &row.text, label: Some(&row.label), ..Fields::default() };
+        let fields = Fields {
+            text: &row.text,
+            label: row.label.as_deref(),
+            pair: row.answer.as_deref(),
+            is_conversation: row.is_conversation,
+            ..Fields::default()
+        };
         builder.row(number, fields);
     }
     let file = &kafka.topic;
@@ -124,14 +134,43 @@ async fn read_topic(
     Ok(snapshot.digest)
 }
 
-fn newest_of_each_text(rows: Vec<LabelledRow>) -> Vec<LabelledRow> {
-    let mut kept: Vec<LabelledRow> = Vec::with_capacity(rows.len());
-    let mut places: HashMap<String, usize> = HashMap::with_capacity(rows.len());
+/// A recorded request with its feedback.
+#[derive(Debug, PartialEq, Eq)]
+struct TopicRow {
+    id: String,
+    text: String,
+    /// The label that a classified text should have had.
+    label: Option<String>,
+    /// The answer that a language model should have given.
+    answer: Option<String>,
+    is_conversation: bool,
+}
+
+impl TopicRow {
+    fn labelled(row: LabelledRow) -> Self {
+        Self { id: row.id, text: row.text, label: Some(row.label), answer: None, is_conversation: false }
+    }
+
+    fn corrected(row: CorrectedAnswer) -> Self {
+        let (text, answer, is_conversation) = match row.input {
+            GenerationInput::Prompt(prompt) => (prompt, row.expected, false),
+            GenerationInput::Messages(messages) => {
+                let Conversation { before, answer } = Conversation::corrected(&messages, &row.expected);
+                (before, answer, true)
+            }
+        };
+        Self { id: row.id, text, label: None, answer: Some(answer), is_conversation }
+    }
+}
+
+fn newest_of_each_text(rows: Vec<TopicRow>) -> Vec<TopicRow> {
+    let mut kept: Vec<TopicRow> = Vec::with_capacity(rows.len());
+    let mut places: HashMap<(String, bool), usize> = HashMap::with_capacity(rows.len());
     for row in rows {
-        match places.get(&row.text) {
+        match places.get(&(row.text.clone(), row.is_conversation)) {
             Some(&place) => kept[place] = row,
             None => {
-                places.insert(row.text.clone(), kept.len());
+                places.insert((row.text.clone(), row.is_conversation), kept.len());
                 kept.push(row);
             }
         }

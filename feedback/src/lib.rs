@@ -16,4 +16,4 @@ pub mod spill;
 pub mod window;
 
 pub use producer::{Producer, ProducerError};
-pub use snapshot::{LabelledRow, Snapshot, SnapshotError, read_rows};
+pub use snapshot::{CorrectedAnswer, LabelledRow, Snapshot, SnapshotError, read_rows};

@@ -94,8 +94,11 @@ pub enum DataFormat {
     Html,
 }
 
+/// Names of columns. Rows of a language model are conversations (`messages`), prompts with completions (`prompt` and
+/// `completion`), or texts (`text`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [rules::MESSAGES_OR_PROMPT, rules::PROMPT_AND_COMPLETION]))]
 pub struct Columns {
     /// Name of the column with the text.
     #[serde(default = "text_column")]
@@ -114,6 +117,32 @@ pub struct Columns {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub group: Option<String>,
+    /// Name of the column with a conversation: a list of messages with role and content as in OpenAI's chat API, of
+    /// which the last one is the assistant's; in files other than JSON lines the list as JSON. Requires the task
+    /// CausalLanguageModel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub messages: Option<String>,
+    /// Name of the column with a prompt. Requires the task CausalLanguageModel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub prompt: Option<String>,
+    /// Name of the column with the completion of the prompt. Requires the task CausalLanguageModel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub completion: Option<String>,
+}
+
+impl Columns {
+    /// Name of the column that a model reads: messages, prompt or text.
+    pub fn input(&self) -> &str {
+        self.messages.as_deref().or(self.prompt.as_deref()).unwrap_or(&self.text)
+    }
+
+    /// Name of the column with a second text: the completion or the pair.
+    pub fn second(&self) -> Option<&str> {
+        self.completion.as_deref().or(self.pair.as_deref())
+    }
 }
 
 fn text_column() -> String {
@@ -126,7 +155,15 @@ fn label_column() -> String {
 
 impl Default for Columns {
     fn default() -> Self {
-        Self { text: text_column(), label: label_column(), pair: None, group: None }
+        Self {
+            text: text_column(),
+            label: label_column(),
+            pair: None,
+            group: None,
+            messages: None,
+            prompt: None,
+            completion: None,
+        }
     }
 }
 

@@ -76,6 +76,10 @@ pub struct Hyperparameters {
     /// Number of tokens to which longer texts are cut.
     #[schemars(range(min = 8, max = 8192))]
     pub max_sequence_length: u32,
+    /// Whether several short rows share one sequence of maxSequenceLength tokens, so that the steps of a training have
+    /// about the same number of tokens; no row sees another. Requires the task CausalLanguageModel.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub packing: bool,
     /// Search for the best values of some hyperparameters, which the job then trains with. Absent: no search.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<SearchSpec>,
@@ -111,6 +115,7 @@ impl Default for Hyperparameters {
             seed: 0,
             precision: Precision::Auto,
             max_sequence_length: 128,
+            packing: false,
             search: None,
             cross_validation: None,
         }

@@ -1,5 +1,6 @@
 //! Training: the part of a `FineTuneJob` that the trainer reads, the configuration the operator mounts, and the result.
 
+mod adapter;
 mod annotate;
 mod augment;
 mod clean;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Decimal;
 
+pub use adapter::*;
 pub use annotate::*;
 pub use augment::*;
 pub use clean::*;
@@ -74,9 +76,13 @@ pub struct ManifestMetadata {
 /// What is trained, on which data, and which metrics the result must reach.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [rules::GAIN_NEEDS_BASELINE]))]
 pub struct TrainSpec {
     /// Model to start from, its task and its head.
     pub model: ModelSpec,
+    /// What is trained instead of all weights; requires the task CausalLanguageModel. Absent: all weights are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterSpec>,
     /// Trained model that this one learns from, in addition to the labels. Absent: no teacher.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teacher: Option<TeacherSpec>,

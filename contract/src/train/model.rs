@@ -9,9 +9,10 @@ use super::rules;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
-    /// Folder with config.json, model.safetensors and tokenizer.json: a plain Hugging Face folder or an Athanor
-    /// artifact, at s3://, gs://, az://, https://, file://, or in a cluster pvc://CLAIM/PATH. Supported families: BERT
-    /// and MPNet. Pickled weights are refused.
+    /// Folder with config.json, safetensors (one file or several with an index) and tokenizer.json: a plain Hugging Face
+    /// folder or an Athanor artifact, at s3://, gs://, az://, https://, file://, or in a cluster pvc://CLAIM/PATH. For
+    /// CausalLanguageModel also a folder with one GGUF file. Supported families: BERT and MPNet; for
+    /// CausalLanguageModel GPT-2, Llama 2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3 and SmolLM. Pickled weights are refused.
     #[schemars(
         length(min = 1, max = 2048),
         regex(pattern = r"^((s3|gs|az|http|https|file)://|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?/).+")
@@ -42,6 +43,8 @@ pub enum Task {
     MaskedLanguageModel,
     /// Computes one vector for each text by mean pooling; the loss is contrastive over pairs of texts.
     Embedding,
+    /// Generates text: predicts each next token. Rows are conversations, prompts with completions, or plain texts.
+    CausalLanguageModel,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -56,6 +56,7 @@ impl ObjectiveSpec {
             Task::TextRegression => ObjectiveTerm::MeanSquaredError,
             Task::MaskedLanguageModel => ObjectiveTerm::MaskedLanguageModel(Default::default()),
             Task::Embedding => ObjectiveTerm::Contrastive(Default::default()),
+            Task::CausalLanguageModel => ObjectiveTerm::NextToken,
         };
         let (own_weight, of_teacher) = match task {
             Task::TextClassification | Task::MaskedLanguageModel if has_teacher => {
@@ -79,7 +80,7 @@ impl ObjectiveSpec {
 /// Weights of the task's own loss and of soft labels where `objective.terms` is absent and there is a teacher.
 const DISTILLATION: (f64, f64) = (0.5, 0.5);
 
-/// A kind of term with its settings: what [`ObjectiveTermSpec`] says in six options.
+/// A kind of term with its settings: what [`ObjectiveTermSpec`] says in seven options.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ObjectiveTerm {
@@ -89,6 +90,7 @@ pub enum ObjectiveTerm {
     HiddenState(HiddenStateTerm),
     MaskedLanguageModel(MaskedLanguageModelTerm),
     Contrastive(ContrastiveTerm),
+    NextToken,
 }
 
 impl ObjectiveTerm {
@@ -101,6 +103,7 @@ impl ObjectiveTerm {
             Self::HiddenState(_) => "hiddenState",
             Self::MaskedLanguageModel(_) => "maskedLanguageModel",
             Self::Contrastive(_) => "contrastive",
+            Self::NextToken => "nextToken",
         }
     }
 
@@ -109,7 +112,7 @@ impl ObjectiveTerm {
         match self {
             Self::SoftLabel(_) | Self::HiddenState(_) => true,
             Self::MeanSquaredError => task != Task::TextRegression,
-            Self::CrossEntropy(_) | Self::MaskedLanguageModel(_) | Self::Contrastive(_) => false,
+            Self::CrossEntropy(_) | Self::MaskedLanguageModel(_) | Self::Contrastive(_) | Self::NextToken => false,
         }
     }
 }
@@ -156,12 +159,15 @@ pub struct ObjectiveTermSpec {
     /// Cross entropy of a text's own pair against the other pairs of the batch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contrastive: Option<ContrastiveTerm>,
+    /// Cross entropy of each next token: of the assistant's messages, the completion, or the whole text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_token: Option<NoSettings>,
 }
 
 impl ObjectiveTermSpec {
     /// The kinds in the order of the options. This is the only place that lists the options; the CEL rule follows from
     /// it.
-    pub(super) fn kinds(&self) -> [(&'static str, Option<ObjectiveTerm>); 6] {
+    pub(super) fn kinds(&self) -> [(&'static str, Option<ObjectiveTerm>); 7] {
         [
             ("crossEntropy", self.cross_entropy.map(ObjectiveTerm::CrossEntropy)),
             ("meanSquaredError", self.mean_squared_error.map(|NoSettings {}| ObjectiveTerm::MeanSquaredError)),
@@ -169,6 +175,7 @@ impl ObjectiveTermSpec {
             ("hiddenState", self.hidden_state.clone().map(ObjectiveTerm::HiddenState)),
             ("maskedLanguageModel", self.masked_language_model.map(ObjectiveTerm::MaskedLanguageModel)),
             ("contrastive", self.contrastive.map(ObjectiveTerm::Contrastive)),
+            ("nextToken", self.next_token.map(|NoSettings {}| ObjectiveTerm::NextToken)),
         ]
     }
 
@@ -189,6 +196,7 @@ impl ObjectiveTermSpec {
             hidden_state: None,
             masked_language_model: None,
             contrastive: None,
+            next_token: None,
         }
     }
 }

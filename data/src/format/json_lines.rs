@@ -31,15 +31,16 @@ fn read_row(line: &str, number: u64, columns: &Columns, reading: &mut Reading) -
     let object = Object(columns).deserialize(&mut deserializer).map_err(not_json)?;
     deserializer.end().map_err(not_json)?;
     let field = |field, name: &str| text_of(field, name, number, reading);
-    let text = field(object.text, &columns.text)?;
+    let text = field(object.text, columns.input())?;
     let label = match object.label {
         Field::Text(label) => Some(label),
         missing if reading.needs_labels() => Some(field(missing, &columns.label)?),
         _ => None,
     };
-    let pair = columns.pair.as_deref().map(|name| field(object.pair, name)).transpose()?;
+    let pair = columns.second().map(|name| field(object.pair, name)).transpose()?;
     let group = columns.group.as_deref().map(|name| field(object.group, name)).transpose()?;
-    reading.row(number, Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: group.as_deref() })
+    let (label, pair, group) = (label.as_deref(), pair.as_deref(), group.as_deref());
+    reading.row(number, Fields { text: &text, label, pair, group, ..Fields::default() })
 }
 
 fn text_of<'a>(field: Field<'a>, name: &str, number: u64, reading: &Reading) -> Result<Cow<'a, str>, DataError> {
@@ -86,18 +87,22 @@ impl<'de> Visitor<'de> for Object<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let Columns { text, label, pair, group } = self.0;
+        let columns = self.0;
         let mut found = Found::default();
         while let Some(Name(key)) = map.next_key()? {
             // One key may be two columns, such as a label that is the group too.
             let mut value = None;
+            if columns.messages.as_deref() == Some(&*key) {
+                found.text = Field::Text(list_as_text(map.next_value()?).into());
+                continue;
+            }
             for (name, place) in [
-                (Some(text), &mut found.text),
-                (Some(label), &mut found.label),
-                (pair.as_ref(), &mut found.pair),
-                (group.as_ref(), &mut found.group),
+                (Some(columns.input()), &mut found.text),
+                (Some(columns.label.as_str()), &mut found.label),
+                (columns.second(), &mut found.pair),
+                (columns.group.as_deref(), &mut found.group),
             ] {
-                if name.is_some_and(|name| *name == key) {
+                if name.is_some_and(|name| name == key) {
                     let value = match &value {
                         Some(value) => value,
                         None => value.insert(map.next_value_seed(Scalar)?),
@@ -110,6 +115,14 @@ impl<'de> Visitor<'de> for Object<'_> {
             }
         }
         Ok(found)
+    }
+}
+
+/// A list as JSON; text may be such a list already.
+fn list_as_text(value: Value) -> String {
+    match value {
+        Value::String(text) => text,
+        value => value.to_string(),
     }
 }
 

@@ -83,11 +83,11 @@ impl Columns {
         };
         let required = |name: &str| column(name, true);
         let names = reading.columns();
-        let text = column(&names.text, true)?.unwrap_or_default();
+        let text = column(names.input(), true)?.unwrap_or_default();
         Ok(Self {
             text,
             label: column(&names.label, reading.needs_labels())?,
-            pair: names.pair.as_deref().and_then(|name| required(name).transpose()).transpose()?,
+            pair: names.second().and_then(|name| required(name).transpose()).transpose()?,
             group: names.group.as_deref().and_then(|name| required(name).transpose()).transpose()?,
         })
     }
@@ -150,13 +150,12 @@ fn read_group(
                     None if required => Err(reading.user_at(number, format!("field {name:?} is missing"))),
                     None => Ok(None),
                 };
-                let text = value(texts.get(row).cloned().flatten(), &names.text, true)?.unwrap_or_default();
+                let text = value(texts.get(row).cloned().flatten(), names.input(), true)?.unwrap_or_default();
                 let label = value(cell(&labels), &names.label, reading.needs_labels())?;
-                let pair = names.pair.as_deref().map(|name| value(cell(&pairs), name, true)).transpose()?.flatten();
+                let pair = names.second().map(|name| value(cell(&pairs), name, true)).transpose()?.flatten();
                 let key = names.group.as_deref().map(|name| value(cell(&keys), name, true)).transpose()?.flatten();
-                let fields =
-                    Fields { text: &text, label: label.as_deref(), pair: pair.as_deref(), group: key.as_deref() };
-                reading.row(number, fields)
+                let (label, pair, group) = (label.as_deref(), pair.as_deref(), key.as_deref());
+                reading.row(number, Fields { text: &text, label, pair, group, ..Fields::default() })
             };
             let row = read_row();
             reading.go_on(row)?;

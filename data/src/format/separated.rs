@@ -42,9 +42,9 @@ pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> R
         })
     };
     let columns = reading.columns();
-    let text = column(&columns.text)?;
+    let text = column(columns.input())?;
     let label = if reading.needs_labels() { Some(column(&columns.label)?) } else { position(&columns.label) };
-    let pair = columns.pair.as_deref().map(column).transpose()?;
+    let pair = columns.second().map(column).transpose()?;
     let group = columns.group.as_deref().map(column).transpose()?;
     while more {
         line = record.position().map_or(0, Position::line);
@@ -54,6 +54,7 @@ pub(super) fn read(reader: impl Read, reading: &mut Reading, delimiter: u8) -> R
             label: field(label),
             pair: field(pair),
             group: field(group),
+            ..Fields::default()
         };
         let row = reading.row(line, fields);
         reading.go_on(row)?;

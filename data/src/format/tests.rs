@@ -198,6 +198,37 @@ fn pairs_groups_and_rows_without_labels() {
 }
 
 #[test]
+fn conversations_and_completions() {
+    let columns = Columns { messages: Some("chat".into()), ..Columns::default() };
+    let chat = r#"[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]"#;
+    let lines = format!("{{\"chat\": {chat}}}\n{{\"chat\": {}}}", serde_json::json!(chat.replace("\"q", "\"r")));
+    let csv =
+        format!("chat\n\"{}\"\n\"{}\"\n", chat.replace('"', "\"\""), chat.replace("\"q", "\"r").replace('"', "\"\""));
+    for (name, content) in [("x.jsonl", lines), ("x.csv", csv)] {
+        let rows = parse_all(name, content.as_bytes(), &columns, false).unwrap();
+        assert_eq!(rows.len(), 2, "{name}");
+        for (row, question) in ["q", "r"].iter().enumerate() {
+            assert!(rows.is_conversation(row));
+            assert_eq!(rows.text(row), format!("[{{\"content\":\"{question}\",\"role\":\"user\"}}]"), "{name}");
+            assert_eq!(rows.pair(row), Some("{\"content\":\"a\",\"role\":\"assistant\"}"), "{name}");
+        }
+    }
+    let bad = "{\"chat\": [{\"role\": \"user\", \"content\": \"q\"}]}\n{\"chat\": 5}\n{}";
+    let error = parse_all("x.jsonl", bad.as_bytes(), &columns, false).unwrap_err();
+    let expected = [
+        "x.jsonl row 1: field \"chat\": the last message is not the assistant's",
+        "x.jsonl row 2: field \"chat\": not a JSON list of messages: ",
+        "x.jsonl row 3: field \"chat\" is missing",
+    ];
+    assert!(std::iter::zip(error.lines(), expected).all(|(line, start)| line.starts_with(start)), "{error}");
+    let columns = Columns { prompt: Some("p".into()), completion: Some("c".into()), ..Columns::default() };
+    let rows = parse_all("x.jsonl", b"{\"p\": \"2+2=\", \"c\": 4, \"text\": \"unused\"}", &columns, false).unwrap();
+    assert_eq!((rows.text(0), rows.pair(0), rows.is_conversation(0)), ("2+2=", Some("4"), false));
+    let missing = parse_all("x.csv", b"p\nq\n", &columns, false).unwrap_err();
+    assert_eq!(missing, "x.csv row 1: no column is named \"c\", the header has: p");
+}
+
+#[test]
 fn a_label_that_comes_later_is_taken() {
     let lines = b"{\"text\": \"a\"}\n{\"text\": \"b\", \"label\": \"x\"}\n{\"text\": \"a\", \"label\": \"y\"}\n{\"text\": \"b\", \"label\": \"z\"}";
     let rows = parse_all("x.jsonl", lines, &Columns::default(), false).unwrap();

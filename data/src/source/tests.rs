@@ -111,9 +111,30 @@ async fn progress_tells_bytes_and_rows() {
 
 #[test]
 fn the_newest_label_of_a_topic_counts() {
-    let row = |id: &str, text: &str, label: &str| LabelledRow { id: id.into(), text: text.into(), label: label.into() };
+    let row = |id: &str, text: &str, label: &str| {
+        TopicRow::labelled(LabelledRow { id: id.into(), text: text.into(), label: label.into() })
+    };
     let rows = vec![row("1/0", "a", "x"), row("2/0", "b", "x"), row("3/0", "a", "y")];
     assert_eq!(newest_of_each_text(rows), [row("3/0", "a", "y"), row("2/0", "b", "x")]);
+}
+
+#[test]
+fn corrected_answers_are_rows_with_the_expected_text() {
+    let corrected = |id: &str, input, expected: &str| {
+        TopicRow::corrected(CorrectedAnswer { id: id.into(), input, expected: expected.into() })
+    };
+    let messages = || GenerationInput::Messages(vec![serde_json::json!({"role": "user", "content": "q"})]);
+    let prompt = || GenerationInput::Prompt("[{\"content\":\"q\",\"role\":\"user\"}]".into());
+    let rows =
+        vec![corrected("1/0", messages(), "old"), corrected("2/0", prompt(), "p"), corrected("3/0", messages(), "new")];
+    let kept = newest_of_each_text(rows);
+    let texts: Vec<_> = kept.iter().map(|row| (row.is_conversation, row.answer.as_deref().unwrap())).collect();
+    assert_eq!(
+        texts,
+        [(true, "{\"content\":\"new\",\"role\":\"assistant\"}"), (false, "p")],
+        "a prompt is no conversation"
+    );
+    assert_eq!(kept[0].text, kept[1].text);
 }
 
 #[tokio::test]

@@ -10,6 +10,12 @@ use crate::{
 
 pub const URI_OR_KAFKA: Rule = Rule::new("has(self.uri) != has(self.kafka)", "set exactly one of uri and kafka");
 
+pub const MESSAGES_OR_PROMPT: Rule =
+    Rule::new("!(has(self.messages) && has(self.prompt))", "set messages, or prompt and completion, not both");
+
+pub const PROMPT_AND_COMPLETION: Rule =
+    Rule::new("has(self.prompt) == has(self.completion)", "prompt and completion require each other");
+
 pub const BEGIN_BEFORE_END: Rule = Rule::new("self.begin <= self.end", "begin must not be after end");
 
 pub const SPLIT_LEAVES_ROWS: Rule = Rule::new(
@@ -75,6 +81,11 @@ fn is_within(value: Option<Decimal>, least: f64, most: f64) -> bool {
 
 fn check_source(task: Task, source: &Source, field: &str, found: &mut Found) {
     found.require(source.uri.is_some() != source.kafka.is_some(), field, &URI_OR_KAFKA);
+    let columns = &source.columns;
+    let field_of_columns = format!("{field}.columns");
+    let is_one = columns.messages.is_none() || columns.prompt.is_none();
+    found.require(is_one, &field_of_columns, &MESSAGES_OR_PROMPT);
+    found.require(columns.prompt.is_some() == columns.completion.is_some(), &field_of_columns, &PROMPT_AND_COMPLETION);
     if source.columns.pair.is_some() && task != Task::Embedding {
         found.add(
             format!("{field}.columns.pair"),

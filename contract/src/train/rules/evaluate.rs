@@ -4,13 +4,14 @@ use super::{Found, Rule};
 use crate::train::{Metric, Task, TrainSpec};
 
 pub const GAIN_NEEDS_BASELINE: Rule = Rule::new(
-    "!has(self.gates) || has(self.baseline) || self.gates.all(g, !has(g.minimumGain))",
+    "self.model.task == 'CausalLanguageModel' || !has(self.evaluate) || !has(self.evaluate.gates) || \
+     has(self.evaluate.baseline) || self.evaluate.gates.all(g, !has(g.minimumGain))",
     "a gate with minimumGain requires evaluate.baseline",
 );
 
 pub const ONE_MINIMUM: Rule = Rule::new(
-    "(has(self.minimum) ? 1 : 0) + (has(self.minimumGain) ? 1 : 0) + (has(self.minimumOfTeacher) ? 1 : 0) == 1",
-    "set exactly one of minimum, minimumGain and minimumOfTeacher",
+    "[has(self.minimum), has(self.maximum), has(self.minimumGain), has(self.minimumOfTeacher)].filter(b, b).size() == 1",
+    "set exactly one of minimum, maximum, minimumGain and minimumOfTeacher",
 );
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
@@ -18,9 +19,10 @@ pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     for (index, gate) in spec.evaluate.gates.iter().enumerate() {
         let field = format!("evaluate.gates[{index}]");
         check_metric(task, gate.metric, format!("{field}.metric"), found);
-        let minima = [&gate.minimum, &gate.minimum_gain, &gate.minimum_of_teacher];
+        let minima = [&gate.minimum, &gate.maximum, &gate.minimum_gain, &gate.minimum_of_teacher];
         found.require(minima.into_iter().flatten().count() == 1, &field, &ONE_MINIMUM);
-        let has_reference = gate.minimum_gain.is_none() || spec.evaluate.baseline.is_some();
+        let has_baseline = spec.evaluate.baseline.is_some() || task == Task::CausalLanguageModel;
+        let has_reference = gate.minimum_gain.is_none() || has_baseline;
         found.require(has_reference, format!("{field}.minimumGain"), &GAIN_NEEDS_BASELINE);
         if gate.minimum_of_teacher.is_some() {
             super::model::require_classifier_and_teacher(spec, format!("{field}.minimumOfTeacher"), found);

@@ -11,6 +11,7 @@ mod compress;
 mod data;
 mod evaluate;
 mod hyperparameters;
+mod language_model;
 mod model;
 mod objective;
 
@@ -24,7 +25,7 @@ use super::TrainSpec;
 pub use compress::{PRUNE_OR_QUANTIZE, SPARSITY_OR_TWO_OF_FOUR};
 pub use data::{
     BEGIN_BEFORE_END, COST_NEEDS_PRICES, ENDPOINT_OR_TEACHER, FROM_0_TO_1, FROM_0_TO_2, FROM_HALF_TO_1,
-    LENGTHS_IN_ORDER, SPLIT_LEAVES_ROWS, URI_OR_KAFKA,
+    LENGTHS_IN_ORDER, MESSAGES_OR_PROMPT, PROMPT_AND_COMPLETION, SPLIT_LEAVES_ROWS, URI_OR_KAFKA,
 };
 pub use evaluate::{GAIN_NEEDS_BASELINE, ONE_MINIMUM};
 pub use hyperparameters::{
@@ -73,6 +74,7 @@ pub fn mistakes(spec: &TrainSpec) -> Vec<Mistake> {
     hyperparameters::check(spec, &mut found);
     evaluate::check(spec, &mut found);
     compress::check(spec, &mut found);
+    language_model::check(spec, &mut found);
     found.0
 }
 

@@ -23,6 +23,7 @@ fn kinds_of(task: Task) -> &'static [&'static str] {
         Task::TextRegression => &["meanSquaredError", "hiddenState"],
         Task::MaskedLanguageModel => &["maskedLanguageModel", "softLabel", "hiddenState"],
         Task::Embedding => &["contrastive", "meanSquaredError", "hiddenState"],
+        Task::CausalLanguageModel => &["nextToken"],
     }
 }
 
