@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-data bench-quality bench-train build images generate demo demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-data bench-quality bench-train build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -60,6 +60,9 @@ bench-train: setup ## training speed, memory and start side by side with transfo
 
 demo: ## the whole loop on a real single-node Kubernetes
 	@scripts/demo
+
+demo-chat: ## the whole loop for a language model: LoRA, streams, corrections, retraining
+	@scripts/demo chat
 
 demo-down: cluster-down ## end the demo and leave the machine as it was
 

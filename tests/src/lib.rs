@@ -4,12 +4,15 @@
 //! and Athanor's own processes run from the images or as binaries. Trainer and server are never linked.
 
 pub mod apiserver;
+pub mod chat;
 pub mod cluster;
 pub mod events;
+pub mod finance;
 pub mod otlp;
 pub mod paths;
 pub mod prometheus;
 pub mod sentiment;
+pub mod stages;
 pub mod storage;
 pub mod traffic;
 

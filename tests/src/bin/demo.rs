@@ -9,11 +9,11 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use athanor_contract::{event, serve::Verdict};
-use athanor_crds::{FineTuneJob, ModelDeployment, ModelDeploymentStatus};
 use athanor_tests::{
-    cluster::{self, Cluster, condition, wait},
+    cluster::{Cluster, wait},
     events, otlp, paths, prometheus,
     sentiment::{self, AWAY, HOME, Part, Text},
+    stages::{Stages, check_ranges, print_timeline, statistics},
     storage,
     traffic::Client,
 };
@@ -30,22 +30,14 @@ const CONCURRENCY: usize = 24;
 async fn main() -> Result<()> {
     let receiver =
         otlp::Receiver::start("198.51.100.1:4317".parse()?).await.context("the OTLP receiver on 198.51.100.1:4317")?;
-    let mut demo = Demo {
-        cluster: Cluster::connect().await?,
-        spans: receiver.0,
-        stages: Vec::new(),
-        began: Instant::now(),
-        started: SystemTime::now(),
-    };
+    let stages = Stages::new(Cluster::connect().await?, NAMESPACE, NAME);
+    let mut demo = Demo { stages, spans: receiver.0, started: SystemTime::now() };
     demo.run().await
 }
 
 struct Demo {
-    cluster: Cluster,
+    stages: Stages,
     spans: otlp::Receiver,
-    /// What was done, and the seconds it took.
-    stages: Vec<(&'static str, f64)>,
-    began: Instant,
     started: SystemTime,
 }
 
@@ -54,25 +46,25 @@ type Marks = Vec<(&'static str, usize, f64)>;
 
 impl Demo {
     async fn run(&mut self) -> Result<()> {
-        let cluster = self.cluster.clone();
-        let started = self.stage("upload model and data to S3");
+        let cluster = self.stages.cluster.clone();
+        let started = self.stages.begin("upload model and data to S3");
         upload(&cluster).await?;
-        self.done(started, "uploaded s3://athanor/models/minilm-l6 and s3://athanor/data/{amazon,movies}.csv");
+        self.stages.end(started, "uploaded s3://athanor/models/minilm-l6 and s3://athanor/data/{amazon,movies}.csv");
 
-        let started = self.stage("train on Amazon and movies (two pods, kubectl -n demo get ftj)");
+        let started = self.stages.begin("train on Amazon and movies (two pods, kubectl -n demo get ftj)");
         let manifest = std::fs::read_to_string(paths::checkout().join("examples/sentiment.yaml"))?;
         cluster.apply(NAMESPACE, &manifest).await?;
-        let job = self.train(NAME).await?;
+        let job = self.stages.train(NAME).await?;
         let summary =
             job.status.as_ref().and_then(|status| status.summary.clone()).context("the job has no summary")?;
-        self.done(
+        self.stages.end(
             started,
             &format!("trained: accuracy {} on {} test rows", summary.metrics["accuracy"], summary.rows.test),
         );
         print_timeline(&job);
 
-        let started = self.stage("roll out");
-        let champion = self.ready().await?;
+        let started = self.stages.begin("roll out");
+        let champion = self.stages.ready(NAME).await?;
         let address = cluster.service(NAMESPACE, NAME).await?;
         let client = Client::new(address.clone())?;
         wait("the router answers", Duration::from_secs(60), async || {
@@ -81,38 +73,37 @@ impl Demo {
         .await?;
         let warm_up = client.counts.requests.swap(0, Ordering::Relaxed);
         client.counts.failures.store(0, Ordering::Relaxed);
-        self.done(started, &format!("{champion} answers at {address} (after {warm_up} tries)"));
+        self.stages.end(started, &format!("{champion} answers at {address} (after {warm_up} tries)"));
 
-        let started = self.stage("measure the champion on texts it never saw");
+        let started = self.stages.begin("measure the champion on texts it never saw");
         let before = self.exam(&champion).await?;
-        self.done(started, &describe(&before));
+        self.stages.end(started, &describe(&before));
 
-        let started = self.stage("replay Amazon and movies, with feedback");
+        let started = self.stages.begin("replay Amazon and movies, with feedback");
         self.replay(&client, &sentiment::texts(&HOME, Part::Traffic)?).await?;
-        let verdict =
-            self.verdict(|status| status.monitor.as_ref().is_some_and(|monitor| monitor.verdict == Verdict::Stable));
+        let verdict = self
+            .stages
+            .wait_status(|status| status.monitor.as_ref().is_some_and(|monitor| monitor.verdict == Verdict::Stable));
         let status = verdict.await.context("the monitor calls the home traffic stable")?;
-        self.done(started, &statistics(&status));
+        self.stages.end(started, &statistics(&status));
 
-        let started = self.stage("the traffic turns to tweets and NYT");
+        let started = self.stages.begin("the traffic turns to tweets and NYT");
         let away = sentiment::texts(&AWAY, Part::Traffic)?;
         self.replay(&client, &away).await?;
-        let drifted = self.verdict(|status| {
-            condition(&status.conditions, "Drifted").is_some_and(|condition| condition.status == "True")
-        });
-        let status = drifted.await.context("the monitor sees the drift")?;
-        self.done(started, &statistics(&status));
+        let status = self.stages.drifted().await?;
+        self.stages.end(started, &statistics(&status));
 
         // From here on somebody always asks: none of these requests may fail.
         let background = client.background(away, 10);
-        let started = self.stage("retrain on the original data and exactly the recorded events");
-        let status = self.verdict(|status| status.retraining.is_some()).await.context("a retraining starts")?;
+        let started = self.stages.begin("retrain on the original data and exactly the recorded events");
+        let status =
+            self.stages.wait_status(|status| status.retraining.is_some()).await.context("a retraining starts")?;
         let retraining = status.retraining.context("retraining")?;
-        let job = self.train(&retraining.job).await?;
+        let job = self.stages.train(&retraining.job).await?;
         let challenger_summary = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
         check_ranges(&job, &retraining.ranges)?;
         let chosen = |key: &str| challenger_summary.metrics.get(key).map_or("-".to_owned(), ToString::to_string);
-        self.done(
+        self.stages.end(
             started,
             &format!(
                 "{}: on the feedback's test rows {} (champion {}), the gates hold",
@@ -122,89 +113,21 @@ impl Demo {
             ),
         );
 
-        let started = self.stage("canary: 10, 50, 100 %");
-        let (challenger, weights) = self.canary(&champion).await?;
-        self.done(started, &format!("{challenger} took over, weights seen: {weights:?}"));
+        let started = self.stages.begin("canary: 10, 50, 100 %");
+        let (challenger, weights) = self.stages.canary(&champion, Duration::from_secs(240)).await?;
+        self.stages.end(started, &format!("{challenger} took over, weights seen: {weights:?}"));
         ensure!(weights.contains(&10) && weights.contains(&50), "the canary skipped a step: weights {weights:?}");
 
-        let started = self.stage("measure the challenger on the same texts");
+        let started = self.stages.begin("measure the challenger on the same texts");
         let after = self.exam(&challenger).await?;
-        self.done(started, &describe(&after));
+        self.stages.end(started, &describe(&after));
         background.finish().await;
 
-        let started = self.stage("audit: events, traces, dashboards");
+        let started = self.stages.begin("audit: events, traces, dashboards");
         let audit = self.audit(&client).await?;
-        self.done(started, &audit);
+        self.stages.end(started, &audit);
 
         self.table(&before, &after, &client)
-    }
-
-    fn stage(&mut self, name: &'static str) -> (&'static str, Instant) {
-        println!("[{:>6.1} s] {name} ...", self.began.elapsed().as_secs_f64());
-        (name, Instant::now())
-    }
-
-    fn done(&mut self, (name, started): (&'static str, Instant), result: &str) {
-        let seconds = started.elapsed().as_secs_f64();
-        println!("[{:>6.1} s]   {result} ({seconds:.1} s)", self.began.elapsed().as_secs_f64());
-        self.stages.push((name, seconds));
-    }
-
-    /// Follows a job with a progress bar until it succeeded.
-    async fn train(&self, name: &str) -> Result<FineTuneJob> {
-        let bar = ProgressBar::new(100).with_style(ProgressStyle::with_template("  {bar:40} {pos:>3} %  {msg}")?);
-        let printed = std::cell::Cell::new(0);
-        let job = cluster::job_succeeded(&self.cluster, NAMESPACE, name, Duration::from_secs(1200), |job| {
-            let Some(progress) = job.status.as_ref().and_then(|status| status.progress.as_ref()) else { return };
-            let loss = progress.loss.map_or("-".to_owned(), |loss| loss.to_string());
-            let message = format!(
-                "{} step {}/{} loss {loss} ETA {}",
-                progress.stage,
-                progress.step,
-                progress.total_steps,
-                progress.eta.as_deref().unwrap_or("-")
-            );
-            bar.set_position(progress.percent.into());
-            bar.set_message(message.clone());
-            // Where nobody sees the bar, a line every tenth of the way.
-            if bar.is_hidden() && progress.percent / 10 > printed.get() {
-                printed.set(progress.percent / 10);
-                println!("[{:>6.1} s]   {:>3} % {message}", self.began.elapsed().as_secs_f64(), progress.percent);
-            }
-        })
-        .await;
-        bar.finish_and_clear();
-        let job = job?;
-        let summary =
-            job.status.as_ref().and_then(|status| status.summary.as_ref()).context("the job has no summary")?;
-        println!("             report: {}", save_report(&summary.artifact, name).await?);
-        Ok(job)
-    }
-
-    async fn status(&self) -> Result<ModelDeploymentStatus> {
-        let deployment: ModelDeployment = self.cluster.deployments(NAMESPACE).get(NAME).await?;
-        Ok(deployment.status.unwrap_or_default())
-    }
-
-    /// The name of the current revision once the deployment is Ready.
-    async fn ready(&self) -> Result<String> {
-        wait("ModelDeployment sentiment is Ready", Duration::from_secs(180), async || {
-            let status = self.status().await?;
-            let ready = condition(&status.conditions, "Ready").is_some_and(|condition| condition.status == "True");
-            Ok(status.current_revision.filter(|_| ready).map(|revision| revision.name))
-        })
-        .await
-    }
-
-    async fn verdict(&self, wanted: impl Fn(&ModelDeploymentStatus) -> bool) -> Result<ModelDeploymentStatus> {
-        let found = wait("the status says so", Duration::from_secs(120), async || {
-            let status = self.status().await?;
-            Ok(wanted(&status).then_some(status))
-        });
-        match found.await {
-            Ok(status) => Ok(status),
-            Err(error) => Err(error).with_context(|| "see kubectl -n demo get mdep sentiment -o yaml".to_owned()),
-        }
     }
 
     async fn replay(&self, client: &Client, texts: &[Text]) -> Result<()> {
@@ -216,7 +139,7 @@ impl Demo {
         let rate = texts.len() as f64 / began.elapsed().as_secs_f64();
         println!(
             "[{:>6.1} s]   {} requests, {rate:.0} a second, {:.3} right",
-            self.began.elapsed().as_secs_f64(),
+            self.stages.seconds(),
             texts.len(),
             accuracy?
         );
@@ -225,7 +148,7 @@ impl Demo {
 
     /// Asks the revision's own Service, past the router: an exam is not traffic and leaves no events.
     async fn exam(&self, revision: &str) -> Result<Marks> {
-        let address = format!("{}:8080", self.cluster.service(NAMESPACE, revision).await?);
+        let address = format!("{}:8080", self.stages.cluster.service(NAMESPACE, revision).await?);
         let client = Client::new(address)?;
         let mut marks = Vec::new();
         for domain in HOME.into_iter().chain(AWAY) {
@@ -233,21 +156,6 @@ impl Demo {
             marks.push((domain, texts.len(), client.exam(&texts, revision).await?));
         }
         Ok(marks)
-    }
-
-    /// Waits until another revision has all traffic; returns it and the weights it had on the way.
-    async fn canary(&self, champion: &str) -> Result<(String, Vec<u32>)> {
-        let seen = std::cell::RefCell::new(BTreeSet::new());
-        let challenger = wait("the challenger takes over", Duration::from_secs(240), async || {
-            let status = self.status().await?;
-            if let Some(candidate) = &status.candidate {
-                seen.borrow_mut().insert(candidate.weight);
-            }
-            ensure!(status.failed_revisions.is_empty(), "rolled back: {:?}", status.failed_revisions);
-            Ok(status.current_revision.map(|revision| revision.name).filter(|name| name != champion))
-        })
-        .await?;
-        Ok((challenger, seen.into_inner().into_iter().collect()))
     }
 
     /// Follows the events of this run to their ends, and one request through the processes.
@@ -312,10 +220,7 @@ impl Demo {
         let away = mean(after, &AWAY) - mean(before, &AWAY);
         let home = mean(after, &HOME) - mean(before, &HOME);
         println!("  tweets + NYT {away:+.3}, Amazon + movies {home:+.3}");
-        println!("\nSeconds of each stage");
-        for (name, seconds) in &self.stages {
-            println!("  {seconds:>7.1}  {name}");
-        }
+        self.stages.print_seconds();
         let counts = &client.counts;
         let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
         println!(
@@ -340,16 +245,6 @@ impl Demo {
     }
 }
 
-/// Copies a job's report from its artifact to where a browser finds it.
-async fn save_report(artifact: &str, name: &str) -> Result<String> {
-    let folder = artifact.strip_prefix(&format!("s3://{}/", storage::BUCKET)).context("the artifact is elsewhere")?;
-    let html = storage::get(&storage::bucket()?, &format!("{folder}/report.html")).await?;
-    ensure!(html.starts_with(b"<!doctype html>"), "{artifact}/report.html is no page");
-    let path = paths::cache().join("logs").join(format!("report-{name}.html"));
-    std::fs::write(&path, html).with_context(|| path.display().to_string())?;
-    Ok(path.display().to_string())
-}
-
 async fn upload(cluster: &Cluster) -> Result<()> {
     cluster.namespace(NAMESPACE).await?;
     events::delete_topic(TOPIC).await?;
@@ -363,45 +258,6 @@ async fn upload(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// The retraining reads the offsets that the verdict named, and no others.
-fn check_ranges(job: &FineTuneJob, wanted: &[athanor_contract::train::OffsetRange]) -> Result<()> {
-    let read: Vec<_> = job
-        .spec
-        .train
-        .data
-        .sources
-        .iter()
-        .filter_map(|source| source.kafka.as_ref())
-        .flat_map(|kafka| kafka.ranges.clone())
-        .collect();
-    ensure!(!read.is_empty() && read == wanted, "the retraining reads {read:?}, the verdict named {wanted:?}");
-    Ok(())
-}
-
-fn print_timeline(job: &FineTuneJob) {
-    let Some(status) = &job.status else { return };
-    let mut timeline: Vec<_> = status.timeline.iter().collect();
-    timeline.sort_by(|a, b| a.1.get().total_cmp(&b.1.get()));
-    let line: Vec<String> = timeline.iter().map(|(name, seconds)| format!("{name} {seconds} s")).collect();
-    println!("             since kubectl apply: {}", line.join(", "));
-}
-
 fn describe(marks: &Marks) -> String {
     marks.iter().map(|(domain, _, mark)| format!("{domain} {mark:.3}")).collect::<Vec<_>>().join(", ")
-}
-
-fn statistics(status: &ModelDeploymentStatus) -> String {
-    let Some(monitor) = &status.monitor else { return "no verdict".into() };
-    let values: Vec<String> = monitor
-        .statistics
-        .iter()
-        .map(|statistic| format!("{} {} (limit {})", statistic.name, statistic.value, statistic.threshold))
-        .collect();
-    format!(
-        "{:?} after {} predictions, {} labelled: {}",
-        monitor.verdict,
-        monitor.predictions,
-        monitor.labelled,
-        values.join(", ")
-    )
 }
