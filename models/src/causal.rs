@@ -127,6 +127,11 @@ impl CausalLanguageModel {
         if self.lora.is_some() { &self.adapters } else { &self.parameters }
     }
 
+    /// Whether adapters are trained instead of the model's own weights.
+    pub fn has_adapters(&self) -> bool {
+        self.lora.is_some()
+    }
+
     /// Marks the parameters that train.
     pub fn set_trainable(&mut self) {
         for (_, tensor) in self.trainable() {

@@ -4,9 +4,9 @@ use tch::{Kind, Tensor};
 
 use crate::{Error, Rule, ffi};
 
-/// Adam or AdamW on an embedding table [V, C] (FP32 on the CPU) whose gradient is zero except for some rows. It computes the same
-/// numbers as the rule on the whole table, at the cost of these rows. The steps at which a row had no gradient (moments and weight
-/// decay go on) are made up for, by the same operations, when the row is read next.
+/// Adam or AdamW on an embedding table [V, C] (FP32 on the CPU) whose gradient is zero except for some rows. It
+/// computes the same numbers as the rule on the whole table, at the cost of these rows. The steps at which a row had no
+/// gradient (moments and weight decay go on) are made up for, by the same operations, when the row is read next.
 pub struct EmbeddingAdam {
     table: Tensor,
     /// First and second moments, [V, C].
@@ -59,8 +59,8 @@ impl EmbeddingAdam {
         Ok(())
     }
 
-    /// One step. `rows` must be up to date and contain no row twice; `gradients` [rows, C] are their gradients. The gradients of all
-    /// other rows are zero.
+    /// One step. `rows` must be up to date and contain no row twice; `gradients` [rows, C] are their gradients. The
+    /// gradients of all other rows are zero.
     pub fn step(&mut self, rows: &[i64], gradients: &Tensor, learning_rate: f64) -> Result<(), Error> {
         self.recent.push(self.coefficients(self.base + self.recent.len() as i64 + 1, learning_rate));
         self.run(rows, Some(gradients))
@@ -86,8 +86,8 @@ impl EmbeddingAdam {
         let [first, second] = &self.moments;
         let gradients = gradients.map(|gradients| gradients.to_kind(Kind::Float).contiguous());
         ffi::call(|message| {
-            // SAFETY: the tensors and lists are alive for the call; the shim checks shapes and rows, and writes to `steps_of_row`
-            // within its length, which is the table's number of rows.
+            // SAFETY: the tensors and lists are alive for the call; the shim checks shapes and rows, and writes to
+            // `steps_of_row` within its length, which is the table's number of rows.
             unsafe {
                 ffi::athanor_embedding_adam(
                     ffi::pointer(&self.table),
@@ -106,8 +106,9 @@ impl EmbeddingAdam {
         })
     }
 
-    /// The state as named tensors, sharing memory except for the counter; up to date after [`EmbeddingAdam::catch_up_all`]. They are
-    /// those that an [`Optimizer`](crate::Optimizer) has for its parameter `{group}.{index}`, whose name this is.
+    /// The state as named tensors, sharing memory except for the counter; up to date after
+    /// [`EmbeddingAdam::catch_up_all`]. They are those that an [`Optimizer`](crate::Optimizer) has for the parameter of
+    /// this name.
     pub fn state(&self, name: &str) -> Vec<(String, Tensor)> {
         let [first, second] = self.moments.each_ref().map(Tensor::shallow_clone);
         let step = Tensor::from(self.base as f32);
@@ -139,7 +140,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::{Optimizer, Shard, backward, zero_grad};
+    use crate::{Optimizer, ParameterGroup, Shard, backward, zero_grad};
 
     const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
 
@@ -172,8 +173,8 @@ mod tests {
     fn equals_the_whole_tables_steps() {
         for (rule, weight_decay) in [(RULE, 0.1), (Rule::Adam { beta1: 0.8, beta2: 0.99, epsilon: 1e-6 }, 0.0)] {
             let whole = table().set_requires_grad(true);
-            let mut optimizer =
-                Optimizer::new(rule, vec![(weight_decay, vec![whole.shallow_clone()])], Shard::WHOLE).unwrap();
+            let group = ParameterGroup { weight_decay, parameters: vec![("table".to_owned(), whole.shallow_clone())] };
+            let mut optimizer = Optimizer::new(rule, vec![group], Shard::WHOLE).unwrap();
             for (rows, rate) in steps() {
                 zero_grad(&[whole.shallow_clone()]).unwrap();
                 backward(&loss(&whole.index_select(0, &Tensor::from_slice(&rows)))).unwrap();
@@ -195,10 +196,10 @@ mod tests {
         run(&mut EmbeddingAdam::new(&together, RULE, 0.1).unwrap(), &together, &steps());
         let mut begun = EmbeddingAdam::new(&apart, RULE, 0.1).unwrap();
         run(&mut begun, &apart, &steps()[..2]);
-        let saved = begun.state("0.3");
+        let saved = begun.state("table");
         let mut resumed = EmbeddingAdam::new(&apart, RULE, 0.1).unwrap();
         let find = |name: &str| saved.iter().find(|(known, _)| known == name).map(|(_, tensor)| tensor.copy());
-        resumed.load_state("0.3", find).unwrap();
+        resumed.load_state("table", find).unwrap();
         run(&mut resumed, &apart, &steps()[2..]);
         assert_eq!(together, apart);
     }

@@ -1,8 +1,10 @@
-//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, norms, fused optimizers, one that
-//! updates single rows of a table, a transformer layer with its backward pass, packed and quantized linear layers, dropout and RNG
-//! state. Leaves out everything that tch has, and any policy: retries and exit codes are decided by the trainer.
+//! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, norms, fused
+//! optimizers, one that updates single rows of a table, a transformer layer with its backward pass, packed and
+//! quantized linear layers, dropout and RNG state. Leaves out everything that tch has, and any policy: retries and exit
+//! codes are decided by the trainer.
 //!
-//! This is the only crate with unsafe code. C++ exceptions become [`Error`]s; a peer that went away is [`Error::LostPeer`].
+//! This is the only crate with unsafe code. C++ exceptions become [`Error`]s; a peer that went away is
+//! [`Error::LostPeer`].
 
 mod distributed;
 mod dropout;
@@ -19,7 +21,7 @@ pub use dropout::dropout;
 pub use embedding_adam::EmbeddingAdam;
 pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
-pub use optimizer::{Optimizer, Rule, add_penalty, backward, norm, scale, zero_grad};
+pub use optimizer::{Optimizer, ParameterGroup, Rule, add_penalty, backward, norm, scale, zero_grad};
 pub use runtime::{Autocast, exit_now, has_nccl, rng_state, set_num_threads, set_rng_state};
 pub use sharding::Shard;
 

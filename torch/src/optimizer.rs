@@ -59,7 +59,8 @@ pub enum Rule {
     Adam { beta1: f64, beta2: f64, epsilon: f64 },
     /// Loshchilov and Hutter 2019, <https://arxiv.org/abs/1711.05101>; weight decay shrinks the weights themselves.
     AdamW { beta1: f64, beta2: f64, epsilon: f64 },
-    /// Hinton's lecture 6e: `s = alpha s + (1 - alpha) g²; w -= lr g / (sqrt(s) + epsilon)`, with momentum on the quotient.
+    /// Hinton's lecture 6e: `s = alpha s + (1 - alpha) g²; w -= lr g / (sqrt(s) + epsilon)`, with momentum on the
+    /// quotient.
     RmsProp { alpha: f64, momentum: f64, epsilon: f64 },
 }
 
@@ -84,7 +85,14 @@ impl Rule {
     }
 }
 
-/// A rule with its state, or with one [`Shard`] of it; one kernel over all parameters of a weight-decay group where libtorch has one.
+/// Parameters, by name, with one weight decay.
+pub struct ParameterGroup {
+    pub weight_decay: f64,
+    pub parameters: Vec<(String, Tensor)>,
+}
+
+/// A rule with its state, or with one [`Shard`] of it; one kernel over all parameters of a weight-decay group where
+/// libtorch has one.
 pub struct Optimizer {
     rule: Rule,
     shard: Shard,
@@ -93,19 +101,26 @@ pub struct Optimizer {
 
 struct Group {
     weight_decay: f64,
+    names: Vec<String>,
     parameters: Vec<Tensor>,
     /// Where each parameter is cut among the ranks.
     cuts: Vec<Cuts>,
-    /// The rule's two state tensors, shaped like this shard's parts of the parameters (empty where it has but one), and the step
-    /// counters `[]`, which every shard has.
+    /// The rule's two state tensors, shaped like this shard's parts of the parameters (empty where it has but one), and
+    /// the step counters `[]`, which every shard has.
     state: [Vec<Tensor>; 3],
 }
 
 impl Group {
-    fn new(rule: Rule, weight_decay: f64, parameters: Vec<Tensor>, shard: Shard) -> Result<Self, Error> {
+    fn new(rule: Rule, group: ParameterGroup, shard: Shard) -> Result<Self, Error> {
+        let (names, parameters): (Vec<_>, Vec<_>) = group.parameters.into_iter().unzip();
         let sizes: Vec<i64> = parameters.iter().map(|p| p.numel() as i64).collect();
-        let mut group =
-            Self { weight_decay, parameters, cuts: Cuts::of(&sizes, shard.world), state: Default::default() };
+        let mut group = Self {
+            weight_decay: group.weight_decay,
+            names,
+            parameters,
+            cuts: Cuts::of(&sizes, shard.world),
+            state: Default::default(),
+        };
         let parts = group.parts(shard.rank)?;
         for (tensors, name) in std::iter::zip(&mut group.state, rule.state()) {
             let zeros = |part: &Tensor| if name.is_empty() { Tensor::new() } else { part.zeros_like() };
@@ -135,7 +150,7 @@ impl Group {
 
 /// A state tensor, or this shard's part of it.
 struct Entry<'a> {
-    /// `{group}.{index}.{name}`.
+    /// `{parameter}.{name}`.
     name: String,
     tensor: &'a Tensor,
     /// The parameter whose shape the whole has, and where it is cut; the counters are of no shape and whole everywhere.
@@ -143,18 +158,23 @@ struct Entry<'a> {
 }
 
 impl Optimizer {
-    /// Groups of (weight decay, parameters); the state starts at zero. Parameters that several ranks share must be contiguous.
-    pub fn new(rule: Rule, groups: Vec<(f64, Vec<Tensor>)>, shard: Shard) -> Result<Self, Error> {
+    /// The state starts at zero. With shards, parameters must be contiguous.
+    pub fn new(rule: Rule, groups: Vec<ParameterGroup>, shard: Shard) -> Result<Self, Error> {
         let groups = groups
             .into_iter()
-            .filter(|(_, parameters)| !parameters.is_empty())
-            .map(|(weight_decay, parameters)| Group::new(rule, weight_decay, parameters, shard))
+            .filter(|group| !group.parameters.is_empty())
+            .map(|group| Group::new(rule, group, shard))
             .collect::<Result<_, _>>()?;
         Ok(Self { rule, shard, groups })
     }
 
-    /// One step with the gradients that the parameters hold; every parameter must have one. It changes this shard's parts of the
-    /// parameters alone: [`Optimizer::share_parameters`] brings the others.
+    /// The part of the state that this process keeps.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// One step with the gradients that the parameters hold; every parameter must have one. It changes this shard's
+    /// parts of the parameters alone: [`Optimizer::share_parameters`] brings the others.
     pub fn step(&mut self, learning_rate: f64) -> Result<(), Error> {
         let (rule, a, b, momentum, epsilon) = self.rule.numbers();
         for group in &self.groups {
@@ -207,13 +227,13 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The state as named tensors `{group}.{index}.{name}`, sharing memory with the optimizer: this shard's parts of them.
+    /// The state as named tensors `{parameter}.{name}`, sharing memory with the optimizer: this shard's parts of them.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         self.entries().into_iter().map(|entry| (entry.name, entry.tensor.shallow_clone())).collect()
     }
 
-    /// The whole state on rank 0, copied into the CPU's memory, with the names and shapes it has without shards; nothing on the other
-    /// ranks, all of which have to call it.
+    /// The whole state on rank 0, copied into the CPU's memory, with the names and shapes it has without shards;
+    /// nothing on the other ranks, all of which have to call it.
     pub fn gather_state(&self, ranks: &ProcessGroup) -> Result<Vec<(String, Tensor)>, Error> {
         let mut named = Vec::new();
         for Entry { name, tensor, like } in self.entries() {
@@ -247,12 +267,12 @@ impl Optimizer {
     fn entries(&self) -> Vec<Entry<'_>> {
         let [first, second] = self.rule.state();
         let mut entries = Vec::new();
-        for (g, group) in self.groups.iter().enumerate() {
+        for group in &self.groups {
             for (tensors, what) in group.state.iter().zip([first, second, "step"]).filter(|(_, what)| !what.is_empty())
             {
                 let likes = std::iter::zip(&group.parameters, &group.cuts);
-                entries.extend(tensors.iter().zip(likes).enumerate().map(|(i, (tensor, like))| Entry {
-                    name: format!("{g}.{i}.{what}"),
+                entries.extend(tensors.iter().zip(likes).zip(&group.names).map(|((tensor, like), name)| Entry {
+                    name: format!("{name}.{what}"),
                     tensor,
                     like: (what != "step").then_some(like),
                 }));
@@ -269,7 +289,7 @@ mod tests {
     /// Three steps on `w` from 1, -2 with the gradients 0.5, -1 and then 0.1 times the weights.
     fn run(rule: Rule, weight_decay: f64) -> (Vec<f64>, Optimizer) {
         let mut w = Tensor::from_slice(&[1.0_f32, -2.0]).to_device(Device::Cpu).set_requires_grad(true);
-        let groups = vec![(weight_decay, vec![w.shallow_clone()])];
+        let groups = vec![ParameterGroup { weight_decay, parameters: vec![("w".to_owned(), w.shallow_clone())] }];
         let mut optimizer = Optimizer::new(rule, groups, Shard::WHOLE).unwrap();
         for step in 0..3 {
             zero_grad(&[w.shallow_clone()]).unwrap();
@@ -284,7 +304,8 @@ mod tests {
         (Vec::<f64>::try_from(w.detach_().to_kind(Kind::Double)).unwrap(), optimizer)
     }
 
-    /// The same by hand, from the rules' definitions; `update` gets the gradient, weight decay added where the rule adds it.
+    /// The same by hand, from the rules' definitions; `update` gets the gradient, weight decay added where the rule
+    /// adds it.
     fn naive(decay: f64, coupled: bool, mut update: impl FnMut(usize, i32, f64) -> f64) -> Vec<f64> {
         let mut w = [1.0, -2.0];
         for step in 1..=3 {
@@ -349,7 +370,7 @@ mod tests {
             assert_eq!(a, b, "{name}");
         }
         let missing = other.load_state(|_| None).unwrap_err().to_string();
-        assert!(missing.contains("square_avg is missing"), "{missing}");
+        assert!(missing.contains("w.square_avg is missing"), "{missing}");
         assert_eq!(run(Rule::Sgd { momentum: 0.0 }, 0.0).1.state().len(), 2);
     }
 

@@ -5,7 +5,8 @@ use tch::{Device, Tensor};
 
 use crate::{Error, ProcessGroup};
 
-/// Fused kernels go by cache lines of 16 floats: a part that begins with one gets the bits it would get within the whole.
+/// Fused kernels go by cache lines of 16 floats: a part that begins with one gets the bits it would get within the
+/// whole.
 const ALIGNMENT: i64 = 16;
 
 /// The part of the state that a process keeps: that of `rank`, if `world` ranks share it.
@@ -20,12 +21,13 @@ impl Shard {
     pub const WHOLE: Self = Self { rank: 0, world: 1 };
 }
 
-/// Where a tensor is cut among the ranks: rank `r` has the elements from the `r`-th number to the next, of the flat tensor.
+/// Where a tensor is cut among the ranks: rank `r` has the elements from the `r`-th number to the next, of the flat
+/// tensor.
 pub(crate) struct Cuts(pub Vec<i64>);
 
 impl Cuts {
-    /// Cuts tensors with these numbers of elements, laid end to end, into parts that are even but for [`ALIGNMENT`]. A large one,
-    /// such as an embedding table, is shared by several ranks. The same on all ranks.
+    /// Cuts tensors with these numbers of elements, laid end to end, into parts that are even but for [`ALIGNMENT`]. A
+    /// large one, such as an embedding table, is shared by several ranks. The same on all ranks.
     pub fn of(sizes: &[i64], world: usize) -> Vec<Self> {
         let (total, world) = (sizes.iter().sum::<i64>(), world as i64);
         let begins = sizes.iter().scan(0, |end, &size| {
@@ -43,7 +45,8 @@ impl Cuts {
             .collect()
     }
 
-    /// A view of a rank's part: the tensor itself where that is all of it, else flat, `[elements]`, of none at all perhaps.
+    /// A view of a rank's part: the tensor itself where that is all of it, else flat, `[elements]`, of none at all
+    /// perhaps.
     pub fn part(&self, tensor: &Tensor, rank: usize) -> Result<Tensor, Error> {
         let (begin, end) = (self.0[rank], self.0[rank + 1]);
         if (end - begin) as usize == tensor.numel() {
@@ -52,8 +55,8 @@ impl Cuts {
         Ok(tensor.f_view([-1_i64])?.f_narrow(0, begin, end - begin)?)
     }
 
-    /// Puts a tensor shaped like `like` together on rank 0, in the CPU's memory, of which each rank has the part `own`. Ranks take
-    /// turns, so that no more than one part is under way. All ranks have to call it; the others get nothing.
+    /// Puts a tensor shaped like `like` together on rank 0, in the CPU's memory, of which each rank has the part `own`.
+    /// Ranks take turns, so that no more than one part is under way. All ranks have to call it; the others get nothing.
     pub fn gather(&self, like: &Tensor, own: &Tensor, group: &ProcessGroup) -> Result<Option<Tensor>, Error> {
         let whole = (group.rank() == 0).then(|| Tensor::empty(like.size(), (own.kind(), Device::Cpu)));
         for owner in 0..group.world() {
@@ -80,7 +83,7 @@ pub(crate) mod tests {
     use tch::Kind;
 
     use super::*;
-    use crate::{Backend, Optimizer, Rendezvous, Rule, backward, zero_grad};
+    use crate::{Backend, Optimizer, ParameterGroup, Rendezvous, Rule, backward, zero_grad};
 
     #[test]
     fn parts_are_even_and_cover_everything_once() {
@@ -103,8 +106,8 @@ pub(crate) mod tests {
 
     type Named = Vec<(String, Tensor)>;
 
-    /// Runs `of_rank` on a thread for each of `world` ranks. A rank that panics drops its process group, which closes its connections:
-    /// the others fail at their next collective instead of waiting for their timeout.
+    /// Runs `of_rank` on a thread for each of `world` ranks. A rank that panics drops its process group, which closes
+    /// its connections: the others fail at their next collective instead of waiting for their timeout.
     pub(crate) fn on_ranks(world: usize, of_rank: impl Fn(&ProcessGroup) + Sync) {
         let store_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
@@ -138,8 +141,11 @@ pub(crate) mod tests {
                 values.view(*shape).set_requires_grad(true)
             };
             let parameters: Vec<Tensor> = shapes.iter().map(parameter).collect();
-            let shared = |range: std::ops::Range<usize>| parameters[range].iter().map(Tensor::shallow_clone).collect();
-            let groups = vec![(0.01, shared(0..2)), (0.0, shared(2..5))];
+            let group = |weight_decay: f64, range: std::ops::Range<usize>| {
+                let named = range.map(|index| (format!("parameter {index}"), parameters[index].shallow_clone()));
+                ParameterGroup { weight_decay, parameters: named.collect() }
+            };
+            let groups = vec![group(0.01, 0..2), group(0.0, 2..5)];
             let optimizer = Optimizer::new(rule, groups, shard).unwrap();
             Self { parameters, optimizer }
         }

@@ -8,14 +8,14 @@
 //! - [`job`]: a job from its configuration to its artifact, with `check` and the search on a laptop;
 //! - [`data`]: rows to tokens and batches;
 //! - [`curate`]: the rows of one training: annotated, selected, augmented;
+//! - [`network`]: the model of a job, an encoder or a decoder;
 //! - [`tasks`]: what differs between tasks, one file each;
 //! - [`objectives`]: what is minimised, one file a term; [`teacher`]: the model whose answers a student learns;
-//! - [`training`]: the loop; [`checkpoint`]: its state, saved and resumed;
+//! - [`train`]: the loop, its optimizer step on one rank or many, and checkpoints;
 //! - [`evaluate`]: metrics and gates; [`compress`]: smaller forms of the result;
 //! - [`distributed`]: rank and world, rendezvous, and launching the ranks of one machine;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
-pub mod checkpoint;
 pub mod compress;
 pub mod curate;
 pub mod data;
@@ -23,14 +23,12 @@ pub mod distributed;
 mod error;
 pub mod evaluate;
 pub mod job;
+pub mod network;
 pub mod objectives;
 pub mod report;
-pub mod schedule;
 pub mod tasks;
 pub mod teacher;
-pub mod training;
-pub mod watchdog;
-mod words;
+pub mod train;
 
 pub use error::TrainError;
 

@@ -17,7 +17,7 @@ use athanor_trainer::{
     distributed::{Topology, environment, launch::launch},
     job::{check, config, context::Process, run, search},
     report::{Timeline, ops, termination},
-    watchdog::Watchdog,
+    train::watchdog::Watchdog,
 };
 use clap::{Args, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};

@@ -20,13 +20,16 @@ use athanor_data::{Part, part_of};
 use athanor_models::{Model, Options};
 use athanor_trainer::{
     TrainError,
-    checkpoint::{self, Restored, State, Writer},
     data::{Encoded, batches::epoch_batches},
+    network::Network,
     objectives::Objective,
     report::Timeline,
     tasks::regression::Numbers,
-    training::{self, Session},
-    watchdog::Watchdog,
+    train::{
+        self, Session,
+        checkpoint::{self, Restored, State, Writer},
+        watchdog::Watchdog,
+    },
 };
 use place::Place;
 use serde_json::{Value, json};
@@ -100,7 +103,8 @@ fn run(spec: &TrainSpec, bad: &[usize], special: Special) -> Result<Ended, Train
     let _turn = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-bert");
     let options = Options { dropout: Some(0.1), head_dropout: Some(0.1), ..Options::default() };
-    let mut model = Model::load(&folder, athanor_models::Task::Regression, &options, Device::Cpu).unwrap();
+    let mut model =
+        Network::from(Model::load(&folder, athanor_models::Task::Regression, &options, Device::Cpu).unwrap());
     let weights: Vec<Tensor> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
     let terms = spec.objective_terms();
     let objective = Objective::new(terms, Task::TextRegression, &model, None, SEED, Device::Cpu).unwrap();
@@ -134,7 +138,7 @@ fn run(spec: &TrainSpec, bad: &[usize], special: Special) -> Result<Ended, Train
         stop: special.stop,
         loss_log: Some(log.path().to_owned()),
     };
-    if let Some(mut writer) = training::train(session)?.checkpoints {
+    if let Some(mut writer) = train::train(session)?.checkpoints {
         writer.finish()?;
     }
     let text = std::fs::read_to_string(log.path()).unwrap();

@@ -11,13 +11,12 @@ use athanor_trainer::{
         Columns, Encoded,
         batches::{epoch_batches, mix},
     },
+    network::Network,
     objectives::{Objective, Teacher},
     report::Timeline,
-    schedule::LearningRate,
     tasks::{classification::Labels, masked_language_model::Maskable, masking::mask_row},
     teacher::{Online, Student},
-    training::{self, Session},
-    watchdog::Watchdog,
+    train::{self, Session, schedule::LearningRate, watchdog::Watchdog},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -84,8 +83,9 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         _ => athanor_models::Task::Classification(labels.to_vec()),
     };
     let options = Options { dropout: Some(0.0), head_dropout: Some(0.0), ..Options::default() };
-    let mut model = Model::load(&folder, head, &options, device).unwrap();
-    assert_eq!(model.fresh_layers(), [""; 0], "the golden model is whole");
+    let mut model = Network::from(Model::load(&folder, head, &options, device).unwrap());
+    let Network::Encoder(encoder) = &model else { panic!("an encoder") };
+    assert_eq!(encoder.fresh_layers(), [""; 0], "the golden model is whole");
     let train = rows(task);
     let terms = spec.objective_terms();
     let teacher = teacher.map(|name| {
@@ -118,7 +118,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         stop: CancellationToken::new(),
         loss_log: Some(log.path().to_owned()),
     };
-    training::train(session).unwrap();
+    train::train(session).unwrap();
     let text = std::fs::read_to_string(log.path()).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

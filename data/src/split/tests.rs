@@ -14,7 +14,7 @@ fn dataset<'a>(rows: impl IntoIterator<Item = (&'a str, Option<&'a str>, Option<
     let mut built = Rows::default();
     built.begin(0, Origin::File { uri: "f".into() });
     for (text, label, group) in rows {
-        built.push(1, Fields { text, label, group, pair: None });
+        built.push(1, Fields { text, label, group, ..Fields::default() });
     }
     Dataset { sources: vec!["s".into()], rows: built, ..Dataset::default() }
 }

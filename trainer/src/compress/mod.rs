@@ -14,12 +14,13 @@ use tch::{Device, Tensor};
 
 use crate::{
     TrainError,
-    checkpoint::Snapshot,
     data::{
         Encoded,
         batches::{evaluation_batches, inputs},
     },
-    evaluate::{self, Evaluation, Others},
+    evaluate::{self, Evaluation, How, Others},
+    network::Network,
+    train::checkpoint::Snapshot,
 };
 
 /// Training rows whose inputs Wanda looks at, and rows of one pass.
@@ -72,13 +73,14 @@ pub struct Compressed {
 
 impl Compression<'_> {
     /// Applies the steps to the model's weights one after the other. A step that costs too much is undone.
-    pub fn apply(&self, model: &Model, trained: Evaluation) -> Result<Compressed, TrainError> {
+    pub fn apply(&self, network: &Network, trained: Evaluation) -> Result<Compressed, TrainError> {
         let mut quantized = None;
         let mut evaluation = trained;
         let mut forms = Vec::new();
         if self.steps.is_empty() {
             return Ok(Compressed { forms, quantized, evaluation });
         }
+        let model = network.encoder()?;
         let folder = self.written(model, None)?;
         let mut before = self.form("trained".into(), model, (&folder, &served(&folder)?), &evaluation)?;
         forms.push(before.clone());
@@ -101,7 +103,8 @@ impl Compression<'_> {
             };
             let folder = self.written(model, how)?;
             let served = served(&folder)?;
-            let found = evaluate::evaluate(&served, self.test, None, Device::Cpu, false, || (self.beat)())?;
+            let how_measured = How { group: None, device: Device::Cpu, bf16: false, generates: false };
+            let found = evaluate::evaluate(&served, self.test, how_measured, || (self.beat)())?;
             let mut form = self.form(name, model, (&folder, &served), &found)?;
             form.left_out = self.too_much(step, &before, &form, &found);
             if form.left_out.is_some() {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use athanor_contract::train::{AugmentSpec, SelectSpec, SelectViewer, TeacherOutputs};
-use athanor_models::{Model, tokenizer::TokenRows};
+use athanor_models::tokenizer::TokenRows;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
         setup,
         training_context::{RowEncoder, TrainingContext},
     },
+    network::Network,
     objectives::Teacher,
     report::Reporter,
     teacher::{
@@ -52,11 +53,14 @@ impl TrainingData {
     pub fn new(
         context: &TrainingContext,
         rows: &[usize],
-        model: &Model,
+        model: &Network,
         reporter: &mut Option<Reporter>,
     ) -> Result<Self, TrainError> {
         let spec = context.spec();
         let mut train = context.encoder.encode(rows)?;
+        if spec.hyperparameters.packing {
+            train.pack(context.encoder.max_length);
+        }
         let mut teacher = match &context.prepared.teacher {
             Some(folder) if spec.learns_from_teacher() => Some(context.load_teacher(folder, rows)?),
             _ => None,
@@ -102,7 +106,7 @@ impl TrainingContext<'_> {
         &self,
         spec: &SelectSpec,
         viewer: Option<&Online>,
-        model: &Model,
+        model: &Network,
         train: &Encoded,
         teacher: Option<&Online>,
     ) -> Result<Selection, TrainError> {
@@ -110,7 +114,7 @@ impl TrainingContext<'_> {
         let beat = || self.job.beat();
         let (encoder, texts) = match viewer {
             Some(teacher) => (teacher.model(), teacher.asked(&train.ids)),
-            None => (model, &train.ids),
+            None => (model.encoder()?, &train.ids),
         };
         let vectors = evaluate::embed(encoder, texts, group, device, self.bf16, beat)?.to_device(Device::Cpu);
         self.job.process.watchdog.rest();
@@ -157,7 +161,7 @@ impl TrainingContext<'_> {
         let near = Neighbours::find(texts.iter().copied(), teacher.words(), &embeddings, self.group())?;
         let new: Vec<String> = augment::texts(spec, &texts, &near).collect();
         let RowEncoder { tokenizer, max_length, .. } = &self.encoder;
-        let ids = tokenizer.encode_rows(new.iter().map(String::as_str), *max_length)?;
+        let ids = tokenizer.encoder()?.encode_rows(new.iter().map(String::as_str), *max_length)?;
         let copies = usize::from(spec.copies);
         let sources: Vec<u32> = train.sources.iter().flat_map(|&source| std::iter::repeat_n(source, copies)).collect();
         train.extend(&ids, sources);

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use athanor_contract::train::WeightedTerm;
-use athanor_models::{Model, tokenizer::TokenRows};
+use athanor_models::{self as models, tokenizer::TokenRows};
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 
@@ -11,6 +11,7 @@ use super::batches::inputs;
 use crate::{
     TrainError,
     evaluate::{evaluation::Results, measuring::Measuring},
+    network::ModelRef,
 };
 
 /// Marks a label that counts nothing, as in libtorch.
@@ -44,6 +45,12 @@ pub trait Columns: Debug + Send + Sync {
         None
     }
 
+    /// Packs several rows into one, each of at most `max_length` tokens, and returns the rows of each pack; `None` for
+    /// tasks that do not pack. `ids` are the rows' tokens.
+    fn pack(&mut self, _ids: &TokenRows, _max_length: usize) -> Option<Vec<Vec<usize>>> {
+        None
+    }
+
     /// The tensors of one forward pass. `terms` are those of the objective.
     ///
     /// # Errors
@@ -58,7 +65,7 @@ pub trait Columns: Debug + Send + Sync {
     fn evaluate(
         &self,
         rows: &Encoded,
-        model: &Model,
+        model: ModelRef,
         measuring: &mut Measuring,
     ) -> Result<Box<dyn Results>, TrainError>;
 }
@@ -79,9 +86,8 @@ pub struct Part<'a> {
 }
 
 /// What one forward pass reads, and what it should predict.
-#[derive(Debug)]
 pub struct Batch {
-    /// [B, T].
+    /// [B, T]; of a decoder all tokens of all sequences, [N].
     pub ids: Tensor,
     /// [B, T], 1 where a token is; absent where nothing is padding.
     pub mask: Option<Tensor>,
@@ -92,13 +98,15 @@ pub struct Batch {
     /// Rows of the global batch for each of its targets. A sum over targets times this, divided by the rows of the
     /// global batch, is the mean over targets. 1 where each row is one target.
     pub rows_per_target: f64,
+    /// A decoder's sequences.
+    pub sequences: Option<models::Batch>,
 }
 
 impl Batch {
     /// Texts without anything to predict. An absent mask means that nothing is padding.
     pub fn of_texts(texts: &[&[u32]], pad_id: i64, device: Device) -> Self {
         let (ids, mask) = inputs(texts, pad_id, device);
-        Self { ids, mask, places: None, targets: Tensor::new(), rows_per_target: 1.0 }
+        Self { ids, mask, places: None, targets: Tensor::new(), rows_per_target: 1.0, sequences: None }
     }
 }
 
@@ -144,6 +152,16 @@ impl Encoded {
         self.ids = self.ids.select(rows);
         self.columns.select(rows);
         self.sources = rows.iter().map(|&row| self.sources[row]).collect();
+    }
+
+    /// Packs several rows into one of at most `max_length` tokens, if the task can; a pack is of its first row's source.
+    pub fn pack(&mut self, max_length: usize) {
+        let Some(packs) = self.columns.pack(&self.ids, max_length) else { return };
+        let tokens =
+            |rows: &Vec<usize>| rows.iter().flat_map(|&row| self.ids[row].iter().copied()).collect::<Vec<u32>>();
+        let ids = packs.iter().map(tokens).collect();
+        self.sources = packs.iter().map(|rows| self.sources[rows[0]]).collect();
+        self.ids = ids;
     }
 
     /// Adds rows without a label, each with the index of its source.

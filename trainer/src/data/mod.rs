@@ -2,6 +2,8 @@
 
 pub mod batches;
 mod encoded;
+mod tokenizer;
 
 pub use athanor_data::{Dataset, Parts};
 pub use encoded::{Batch, Columns, Encoded, IGNORED, Part};
+pub use tokenizer::TaskTokenizer;

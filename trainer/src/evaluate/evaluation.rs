@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, fmt::Debug};
 
-use athanor_contract::train::Metric;
+use athanor_contract::{artifact::TextReference, train::Metric};
+use serde::Serialize;
 
 /// What a model did on some rows, with the truth about them.
 #[derive(Debug)]
@@ -39,6 +40,36 @@ pub trait Results: Debug + Send + Sync {
     fn classes(&self) -> Option<&Classes> {
         None
     }
+
+    /// The answers that a language model generated, in the order of their rows.
+    fn answers(&self) -> &[GeneratedAnswer] {
+        &[]
+    }
+
+    /// What the monitor compares a language model's live answers with.
+    fn text_reference(&self) -> Option<TextReference> {
+        None
+    }
+}
+
+/// What a language model answered to one row.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GeneratedAnswer {
+    /// Index of the row among those that were measured.
+    pub row: usize,
+    /// The last message before the answer, or the prompt.
+    pub question: String,
+    pub expected: String,
+    pub text: String,
+    /// Whether the text is the expected one, white space at the ends apart.
+    pub exact: bool,
+    #[serde(rename = "tokenF1")]
+    pub token_f1: f64,
+    /// Number of tokens, the one included that ends the answer.
+    pub tokens: usize,
+    /// Mean natural logarithm of the tokens' probabilities.
+    pub mean_log_probability: f64,
 }
 
 /// The winning label and its probability for each row.
@@ -55,12 +86,27 @@ pub struct Classes {
     pub predictions: Predictions,
 }
 
+/// Every metric, in the order of reports.
+const METRICS: [Metric; 7] = [
+    Metric::Accuracy,
+    Metric::MacroF1,
+    Metric::PearsonCorrelation,
+    Metric::Perplexity,
+    Metric::TokenAccuracy,
+    Metric::ExactMatch,
+    Metric::TokenF1,
+];
+
 /// A metric's name in results, such as `macroF1`.
 pub fn name(metric: Metric) -> &'static str {
     match metric {
         Metric::Accuracy => "accuracy",
         Metric::MacroF1 => "macroF1",
         Metric::PearsonCorrelation => "pearsonCorrelation",
+        Metric::Perplexity => "perplexity",
+        Metric::TokenAccuracy => "tokenAccuracy",
+        Metric::ExactMatch => "exactMatch",
+        Metric::TokenF1 => "tokenF1",
     }
 }
 
@@ -91,7 +137,7 @@ impl Evaluation {
     /// The metrics that a result reports: over all rows, and the main one on each source.
     pub fn report(&self, sources: &[String]) -> BTreeMap<String, f64> {
         let mut values = BTreeMap::new();
-        for metric in [Metric::Accuracy, Metric::MacroF1, Metric::PearsonCorrelation] {
+        for metric in METRICS {
             values.extend(self.metric(metric, None).map(|value| (name(metric).to_owned(), value)));
         }
         let reported = self.results.reported(&self.all());

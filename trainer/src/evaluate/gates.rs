@@ -32,6 +32,9 @@ fn failure(gate: &Gate, sources: &[String], result: &Evaluation, others: Others)
     if let Some(minimum) = gate.minimum {
         return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
     }
+    if let Some(maximum) = gate.maximum {
+        return (value > maximum.get()).then(|| format!("{name} on {place} is {value:.4}, more than {maximum}"));
+    }
     if let Some(share) = gate.minimum_of_teacher {
         let Some(of_teacher) = others.teacher.and_then(value_of) else {
             return Some(format!("{name} on {place}: there is no teacher to compare with"));
@@ -44,9 +47,10 @@ fn failure(gate: &Gate, sources: &[String], result: &Evaluation, others: Others)
     let Some(before) = others.baseline.and_then(value_of) else {
         return Some(format!("{name} on {place}: there is no baseline to compare with"));
     };
+    let (found, sign) = if gate.metric.is_loss() { (before - value, "minus") } else { (value - before, "plus") };
     // Both are ratios of small integers: a gain that is exactly reached must not fail by rounding.
-    (value - before < gain.get() - 1e-9)
-        .then(|| format!("{name} on {place} is {value:.4}; required: the baseline's score ({before:.4}) plus {gain}"))
+    (found < gain.get() - 1e-9)
+        .then(|| format!("{name} on {place} is {value:.4}; required: the baseline's score ({before:.4}) {sign} {gain}"))
 }
 
 #[cfg(test)]
@@ -70,6 +74,7 @@ mod tests {
             sources: (!sources.is_empty()).then(|| sources.iter().map(|&name| name.to_owned()).collect()),
             minimum: minimum.and_then(Decimal::new),
             minimum_gain: gain.and_then(Decimal::new),
+            maximum: None,
             minimum_of_teacher: None,
         };
         let of_teacher = |sources: &[&str], share: f64| Gate {

@@ -17,6 +17,8 @@ pub struct Measuring<'a> {
     pub group: Option<&'a ProcessGroup>,
     pub device: Device,
     pub bf16: bool,
+    /// Whether answers are generated, which takes longer than all the rest.
+    pub generates: bool,
     /// Called after each batch.
     pub beat: &'a mut dyn FnMut(),
 }

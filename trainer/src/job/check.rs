@@ -10,8 +10,7 @@ use std::{
 
 use athanor_contract::train::{DataSpec, EndpointAnnotator, Gate, TrainConfig, TrainSpec};
 use athanor_data::annotate::Estimate;
-use athanor_models::{EncoderConfig, Model, Tokenizer};
-use athanor_torch::{Optimizer, Shard, backward, norm, zero_grad};
+use athanor_models::EncoderConfig;
 use tch::Device;
 use tokio::runtime::Handle;
 
@@ -19,12 +18,12 @@ use super::{search, setup};
 use crate::{
     TrainError,
     curate::{annotate, select},
-    data::{Dataset, Encoded, Parts, batches::epoch_batches},
+    data::{Dataset, Encoded, Parts, TaskTokenizer, batches::epoch_batches},
+    network::Network,
     objectives::{Objective, Part, Teacher},
     report::{Reading, page},
     tasks::{self, Rows, Task},
-    training,
-    words::Words,
+    train::{count_steps, update},
 };
 
 /// Steps whose time is measured, after as many that warm up.
@@ -42,8 +41,9 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
     let model = work.path().join("model");
     let folder = runtime.block_on(fetch(&config.spec.model.from, &model));
     let folder = folder.map_err(|error| mistakes.push(error.to_string())).ok();
-    let parent =
-        folder.and_then(|()| EncoderConfig::load(&model).map_err(|error| mistakes.push(error.to_string())).ok());
+    let tokenizer = folder.and_then(|()| {
+        setup::load_tokenizer(&config.spec, &model).map_err(|error| mistakes.push(error.to_string())).ok()
+    });
     let teacher = match &config.spec.teacher {
         Some(teacher) => {
             let to = work.path().join("teacher");
@@ -56,12 +56,14 @@ pub fn check(config: &TrainConfig, device: Device, runtime: &Handle) -> Result<S
         let fetched = runtime.block_on(fetch(baseline, &work.path().join("baseline")));
         mistakes.extend(fetched.err().map(|error| format!("evaluate.baseline: {error}")));
     }
-    let report = match (dataset, parent) {
+    let report = match (dataset, tokenizer) {
         // Without a teacher to label them rows have no labels, and its mistake is reported.
-        (Some(mut dataset), Some(parent)) if teacher.is_some() || !config.spec.data.teacher_annotates() => {
+        (Some(mut dataset), Some((tokenizer, max_length)))
+            if teacher.is_some() || !config.spec.data.teacher_annotates() =>
+        {
             let teacher = teacher.as_deref();
             let report = plan_annotation(&mut dataset, &config.spec, teacher).and_then(|annotation| {
-                Report { config, device, dataset, annotation, parent, folder: &model, teacher }.text()
+                Report { config, device, dataset, annotation, tokenizer, max_length, folder: &model, teacher }.text()
             });
             report.map_err(|error| mistakes.push(error.to_string())).ok()
         }
@@ -148,7 +150,9 @@ struct Report<'a> {
     device: Device,
     dataset: Dataset,
     annotation: Option<Annotation>,
-    parent: EncoderConfig,
+    tokenizer: TaskTokenizer,
+    /// Tokens that texts are cut to.
+    max_length: usize,
     folder: &'a Path,
     teacher: Option<&'a Path>,
 }
@@ -201,14 +205,16 @@ impl Report<'_> {
         let labels = setup::choose_labels(spec, dataset, self.folder, self.teacher)?;
         let parts = dataset.split(&spec.data.split)?;
         setup::check_gates(&spec.evaluate.gates, dataset, &parts)?;
-        let tokenizer = Tokenizer::load(self.folder)?;
-        let task = tasks::of(spec.model.task);
+        let (tokenizer, max_length) = (&self.tokenizer, self.max_length);
+        let (task, generation) = (tasks::of(spec.model.task), spec.evaluate.generation);
         let encode = |max_length: usize| {
-            let (rows, labels, tokenizer) = (&parts.train[..], &labels[..], &tokenizer);
-            tasks::encode(task, &Rows { dataset, rows, labels, tokenizer, max_length })
+            let (rows, labels) = (&parts.train[..], &labels[..]);
+            task.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation })
         };
-        let max_length = setup::max_length(spec, &self.parent);
         let (whole, mut train) = (encode(usize::MAX)?, encode(max_length)?);
+        if spec.hyperparameters.packing {
+            train.pack(max_length);
+        }
         train.select(&(0..self.kept(&parts.train, &labels)).collect::<Vec<_>>());
         let folds = self.fold_rows(&parts, &labels)?;
         Ok(Plan { labels, parts, whole, train, max_length, folds })
@@ -225,7 +231,7 @@ impl Report<'_> {
         Ok(Some(Teacher::Online(Box::new(teacher))))
     }
 
-    fn describe_job(&self, lines: &mut Lines, model: &Model, objective: &Objective) {
+    fn describe_job(&self, lines: &mut Lines, model: &Network, objective: &Objective) {
         let spec = &self.config.spec;
         lines.add("job", &self.config.name);
         lines.add("model", self.describe_model(model));
@@ -255,9 +261,9 @@ impl Report<'_> {
         let spec = &self.config.spec;
         let h = &spec.hyperparameters;
         let rows = self.with_new(plan.train.len());
-        let (steps_per_epoch, total_steps) = training::count_steps(rows, h);
+        let (steps_per_epoch, total_steps) = count_steps(rows, h);
         lines.add("steps", format!("{total_steps} of {} rows, {steps_per_epoch} an epoch", h.batch_size));
-        let of_folds: u64 = plan.folds.iter().map(|&rows| training::count_steps(rows, h).1).sum();
+        let of_folds: u64 = plan.folds.iter().map(|&rows| count_steps(rows, h).1).sum();
         if let (Some(least), Some(most)) = (plan.folds.iter().min(), plan.folds.iter().max()) {
             let count = plan.folds.len();
             lines.add(
@@ -289,7 +295,7 @@ impl Report<'_> {
     fn measure_time(
         &self,
         lines: &mut Lines,
-        model: &mut Model,
+        model: &mut Network,
         objective: &Objective,
         teacher: Option<&Teacher>,
         plan: &Plan,
@@ -334,16 +340,20 @@ impl Report<'_> {
         Ok(folds.iter().map(|fold| self.with_new(self.kept(&fold.train, labels))).collect())
     }
 
-    fn describe_model(&self, model: &Model) -> String {
-        let count: usize = model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
-        let fresh = match model.fresh_layers() {
-            [] => String::new(),
-            layers => format!("; starts at random: {}", layers.join(", ")),
+    fn describe_model(&self, model: &Network) -> String {
+        let fresh = match model {
+            Network::Encoder(model) if !model.fresh_layers().is_empty() => {
+                format!("; starts at random: {}", model.fresh_layers().join(", "))
+            }
+            _ => String::new(),
         };
-        let config = model.config();
-        let (family, layers, size) = (config.model_type.name(), config.num_hidden_layers, config.hidden_size);
         let from = &self.config.spec.model.from;
-        format!("{from}: {family}, {layers} layers of {size}, {:.1} M parameters{fresh}", count as f64 / 1e6)
+        let trained: usize = model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+        let adapters = match &self.config.spec.adapter {
+            Some(adapter) => format!("; LoRA of rank {}: {:.2} M train", adapter.lora.rank, trained as f64 / 1e6),
+            None => String::new(),
+        };
+        format!("{from}: {}, {:.1} M parameters{adapters}{fresh}", model.describe(), model.size() as f64 / 1e6)
     }
 
     fn describe_labels(&self, labels: &[String], parts: &Parts) -> String {
@@ -362,28 +372,17 @@ impl Report<'_> {
     /// would be kept.
     fn measure(
         &self,
-        model: &mut Model,
+        model: &mut Network,
         objective: &Objective,
         teacher: Option<&Teacher>,
         train: &Encoded,
         ranks: usize,
         bf16: bool,
     ) -> Result<Duration, TrainError> {
-        let h = &self.config.spec.hyperparameters;
+        let spec = &self.config.spec;
+        let h = &spec.hyperparameters;
         model.set_trainable();
-        let mut parameters: Vec<_> = model.parameters().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-        let mut words = None;
-        let distributed = &self.config.spec.distributed;
-        if !distributed.shard_optimizer {
-            words = Words::new(model, self.config.spec.model.task, h, 0.0, self.device, String::new());
-        }
-        if words.is_some() {
-            let table = model.word_embeddings().data_ptr();
-            parameters.retain(|tensor| tensor.data_ptr() != table);
-        }
-        let shared = parameters.iter().map(tch::Tensor::shallow_clone).collect();
-        let world = if distributed.shard_optimizer { ranks } else { 1 };
-        let mut optimizer = Optimizer::new(training::rule(h), vec![(0.0, shared)], Shard { rank: 0, world })?;
+        let mut update = update::of_one_rank(model, objective, spec, self.device, ranks)?;
         let lengths = train.lengths();
         let rows = (h.batch_size as usize).div_ceil(ranks);
         let batches = epoch_batches(&lengths, rows, h.seed as u64, 0);
@@ -397,11 +396,9 @@ impl Report<'_> {
                 measured = 0;
             }
             measured += 1;
-            zero_grad(&parameters)?;
-            if let Some(words) = &mut words {
-                words.begin(model, train, &batch)?;
-            }
-            for part in batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)) {
+            update.begin(model, train, &batch)?;
+            let parts: Vec<&[usize]> = batch.chunks(batch.len().div_ceil(h.accumulate_steps as usize)).collect();
+            for (index, part) in parts.iter().enumerate() {
                 let seed = step as u64;
                 let part = Part {
                     train,
@@ -413,21 +410,14 @@ impl Report<'_> {
                     device: self.device,
                     bf16,
                 };
-                let values = objective.values(model, teacher, &part)?;
+                let values = objective.values(&*model, teacher, &part)?;
                 let weighted = values.iter().zip(objective.terms()).map(|(value, term)| value * term.weight);
                 let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
-                backward(&(sum / batch.len() as f64))?;
+                update.backward(&(sum / batch.len() as f64), index + 1 == parts.len())?;
             }
-            let rows = words.as_ref().map(|words| words.end(model, None, 1.0)).transpose()?.flatten();
-            let mut gradients = optimizer.gradients()?;
-            gradients.extend(rows.map(|rows| rows.grad()));
-            norm(&gradients)?;
-            // Where weights go, and whether other ranks' parts of them go anywhere, does not matter here: nothing is
-            // kept.
-            optimizer.step(1e-12)?;
-            if let Some(words) = &mut words {
-                words.step(1e-12)?;
-            }
+            update.finish(model, h.clip_norm)?;
+            // Where the weights go does not matter: they are not kept.
+            update.apply(h.learning_rate)?;
         }
         Ok(begun.elapsed() / measured)
     }
@@ -435,12 +425,13 @@ impl Report<'_> {
 
 fn describe_gate(gate: &Gate) -> String {
     let place = gate.sources.as_ref().map_or("all test rows".to_owned(), |names| names.join(", "));
-    let limit = match (&gate.minimum, &gate.minimum_gain, &gate.minimum_of_teacher) {
-        (Some(minimum), ..) => format!("at least {minimum}"),
-        (_, Some(gain), _) => format!("at least the baseline's plus {gain}"),
-        (.., Some(share)) => format!("at least {share} of the teacher's"),
-        _ => String::new(),
-    };
+    let limits = [
+        gate.minimum.map(|minimum| format!("at least {minimum}")),
+        gate.maximum.map(|maximum| format!("at most {maximum}")),
+        gate.minimum_gain.map(|gain| format!("better than the baseline's by at least {gain}")),
+        gate.minimum_of_teacher.map(|share| format!("at least {share} of the teacher's")),
+    ];
+    let limit = limits.into_iter().flatten().next().unwrap_or_default();
     format!("{:?} on {place}: {limit}", gate.metric)
 }
 

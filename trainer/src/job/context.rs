@@ -7,7 +7,7 @@ use tch::Device;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{distributed::Topology, report::Timeline, watchdog::Watchdog};
+use crate::{distributed::Topology, report::Timeline, train::watchdog::Watchdog};
 
 /// The process: its runtime, its clock, and how it is watched and stopped.
 pub struct Process {

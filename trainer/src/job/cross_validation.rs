@@ -23,7 +23,7 @@ use crate::{
     data::{Encoded, Parts},
     evaluate,
     report::Reporter,
-    training,
+    train,
 };
 
 /// The results of a cross-validation.
@@ -114,7 +114,7 @@ fn train_fold(
     let (teacher, reporter) = (teacher.as_ref(), reporter.as_mut());
     let session =
         context.session(Training { stage, model: &mut model, train: &train, teacher, validation, reporter })?;
-    let trained = training::train(session).map_err(|error| match error {
+    let trained = train::train(session).map_err(|error| match error {
         TrainError::Stopped { step, .. } => TrainError::Stopped { step, checkpoint: 0 },
         error => error,
     })?;

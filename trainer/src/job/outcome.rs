@@ -7,17 +7,17 @@ use athanor_contract::{
     artifact::{EVENTS, Kind, Manifest},
     train::{TrainResult, TrainSummary},
 };
-use athanor_models::Model;
 
-use super::{artifact, cross_validation::CrossValidation, training_context::TrainingContext};
+use super::{artifact::Artifact, cross_validation::CrossValidation, training_context::TrainingContext};
 use crate::{
     TrainError,
     compress::{Compressed, Compression},
     curate::{augment::AugmentReport, select::SelectionReport},
     data::{Encoded, Parts},
     evaluate::{self, Evaluation, Others, SHARE_OF_TEACHER},
+    network::Network,
     report::{History, page},
-    training::Trained,
+    train::Trained,
 };
 
 /// The models that the result is compared with, on the test rows.
@@ -36,7 +36,7 @@ impl Compared {
 /// A finished training on rank 0.
 pub struct Finished<'a> {
     pub context: &'a TrainingContext<'a>,
-    pub model: &'a Model,
+    pub model: &'a Network,
     pub parts: &'a Parts,
     pub train: &'a Encoded,
     pub test: &'a Encoded,
@@ -64,9 +64,10 @@ impl Finished<'_> {
         let sources = &self.context.prepared.dataset.sources;
         let failed_gates = evaluate::failed_gates(&spec.evaluate.gates, sources, &compressed.evaluation, others);
         let folder = job.work.join("artifact");
-        let (labels, classes) = (&self.context.encoder.labels, compressed.evaluation.classes());
-        let reference = evaluate::reference(labels, self.test.len(), classes);
-        artifact::write(&folder, self.model, compressed.quantized, &self.context.prepared.parent, &reference)?;
+        let (labels, quantized) = (&self.context.encoder.labels, compressed.quantized);
+        let reference = evaluate::reference(labels, self.test.len(), &compressed.evaluation);
+        let (tokenizer, parent) = (&self.context.encoder.tokenizer, &self.context.prepared.parent);
+        Artifact { network: self.model, quantized, tokenizer, parent, reference: &reference }.write(&folder)?;
         let location = athanor_store::open(&job.config.artifact_to)?;
         let mut summary = TrainSummary {
             artifact: location.uri.clone(),
@@ -161,6 +162,7 @@ impl Finished<'_> {
             trials: &job.config.trials,
             cross_validation: self.cross_validation.as_ref(),
             forms: &compressed.forms,
+            answers: page::answers(&compressed.evaluation, self.compared.baseline.as_ref()),
             classes: classes.map(|classes| page::ClassReport::new(labels, dataset, &self.parts.test, classes)),
         };
         page::write(folder, &report)?;

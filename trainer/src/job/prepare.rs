@@ -10,12 +10,13 @@ use tokio::{runtime::Handle, task::JoinHandle};
 
 use super::context::JobContext;
 use crate::{
-    TrainError, checkpoint,
+    TrainError,
     curate::annotate::{self, Annotation},
     data::Dataset,
     distributed::{Topology, rendezvous},
     report::Reading,
     tasks,
+    train::checkpoint,
 };
 
 /// Time for the ranks of a gang to find each other; a pod may have to be scheduled and its image pulled meanwhile.

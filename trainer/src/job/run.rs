@@ -12,7 +12,7 @@ use athanor_contract::{
     artifact::{Kind, Manifest},
     train::{TrainConfig, TrainResult},
 };
-use athanor_models::{EncoderConfig, Model, Tokenizer};
+use athanor_models::{EncoderConfig, Model};
 use tch::Device;
 use tempfile::TempDir;
 
@@ -26,14 +26,18 @@ use super::{
 };
 use crate::{
     TrainError,
-    checkpoint::{self, Restored},
     curate::training_data::TrainingData,
     data::{Encoded, Parts},
     distributed::Topology,
-    evaluate::{self, Evaluation},
+    evaluate::{self, Evaluation, How},
+    network::Network,
     objectives::Teacher,
     report::{Events, Reporter, Sender, Timeline},
-    training::{self, Session, Trained, count_steps},
+    train::{
+        self, Session, Trained,
+        checkpoint::{self, Restored},
+        count_steps,
+    },
 };
 
 const WORK: &str = "athanor-trainer-";
@@ -177,13 +181,14 @@ impl Run<'_> {
         let TrainingData { train, teacher, selection, augmented } =
             TrainingData::new(context, &self.parts.train, &model, reporter)?;
         timeline.mark("dataReady");
+        let base = self.measure_base(&model, reporter)?;
         let manifest = self.manifest();
         let trained = self.train(&mut model, &train, teacher.as_ref(), restored, &manifest, reporter)?;
         timeline.mark("trained");
         drop(teacher);
         stage(reporter, "Evaluating");
         let test = self.held_out.test()?;
-        let (found, compared) = self.measure(&mut model, &test)?;
+        let (found, compared) = self.measure(&mut model, &test, base)?;
         timeline.mark("evaluated");
         if !job.is_rank_0() {
             job.process.watchdog.rest();
@@ -211,7 +216,7 @@ impl Run<'_> {
     /// The job's own training, from a checkpoint of the same data and specification if there is one.
     fn train(
         &self,
-        model: &mut Model,
+        model: &mut Network,
         train: &Encoded,
         teacher: Option<&Teacher>,
         restored: Option<Restored>,
@@ -252,23 +257,63 @@ impl Run<'_> {
         std::thread::scope(|scope| {
             // An error is reported where the rows are used.
             scope.spawn(move || held_out.encode().map(drop));
-            training::train(session)
+            train::train(session)
         })
     }
 
     /// The model, the teacher and the baseline on the test rows.
-    fn measure(&self, model: &mut Model, test: &Encoded) -> Result<(Evaluation, Compared), TrainError> {
+    fn measure(
+        &self,
+        model: &mut Network,
+        test: &Encoded,
+        base: Option<Evaluation>,
+    ) -> Result<(Evaluation, Compared), TrainError> {
         let (context, job) = (self.context, self.context.job);
         let found = evaluate::evaluate_as_served(model, test, context.group(), job.device(), || job.beat())?;
         let teacher = context.teacher_on(&self.parts.test, test)?;
         let baseline = context.prepared.baseline.as_deref().map(|folder| self.measure_baseline(folder)).transpose()?;
-        Ok((found, Compared { teacher, baseline }))
+        Ok((found, Compared { teacher, baseline: baseline.or(base) }))
+    }
+
+    /// A language model before training, on the test rows: the baseline where the specification has none. It is the
+    /// model that training begins with, so that no second copy of it is needed.
+    fn measure_base(&self, model: &Network, reporter: &mut Option<Reporter>) -> Result<Option<Evaluation>, TrainError> {
+        let (context, job) = (self.context, self.context.job);
+        if !context.encoder.task.generates() || context.prepared.baseline.is_some() {
+            return Ok(None);
+        }
+        stage(reporter, "Measuring the base model");
+        let test = self.held_out.test()?;
+        let how = How { group: context.group(), device: job.device(), bf16: false, generates: true };
+        let found = evaluate::evaluate(model, &test, how, || job.beat())?;
+        job.process.timeline.mark("baseMeasured");
+        Ok(Some(found))
     }
 
     /// The baseline on the test rows, with its own tokenizer and labels.
     fn measure_baseline(&self, folder: &Path) -> Result<Evaluation, TrainError> {
-        let (context, job, task) = (self.context, self.context.job, self.context.encoder.task);
-        let device = job.device();
+        let (context, job) = (self.context, self.context.job);
+        let how = How { group: context.group(), device: job.device(), bf16: false, generates: true };
+        let (tokenizer, max_length) = setup::load_tokenizer(job.spec(), folder)?;
+        let (network, labels) = self.load_baseline(folder)?;
+        let encoder = RowEncoder {
+            dataset: &context.prepared.dataset,
+            task: context.encoder.task,
+            labels,
+            tokenizer,
+            max_length,
+            generation: context.encoder.generation,
+        };
+        let rows = encoder.encode(&self.parts.test)?;
+        evaluate::evaluate(&network, &rows, how, || job.beat())
+    }
+
+    /// The baseline as it is served, with its labels.
+    fn load_baseline(&self, folder: &Path) -> Result<(Network, Vec<String>), TrainError> {
+        let (task, device) = (self.context.encoder.task, self.context.job.device());
+        if task.generates() {
+            return Ok((setup::load_trained_decoder(folder, device)?.into(), Vec::new()));
+        }
         let mut model = Model::load_trained(folder, device)?;
         let labels = match model.task() {
             athanor_models::Task::Classification(labels) => labels.clone(),
@@ -281,15 +326,7 @@ impl Run<'_> {
             let how = athanor_models::quantize::packing(&EncoderConfig::load(folder)?);
             model.pack_for_good(how)?;
         }
-        let encoder = RowEncoder {
-            dataset: &context.prepared.dataset,
-            task,
-            labels,
-            tokenizer: Tokenizer::load(folder)?,
-            max_length: setup::max_length(job.spec(), model.config()),
-        };
-        let rows = encoder.encode(&self.parts.test)?;
-        evaluate::evaluate(&model, &rows, context.group(), device, false, || job.beat())
+        Ok((model.into(), labels))
     }
 
     /// Everything of a manifest but its files.

@@ -16,7 +16,7 @@ use tokio::{process::Command, runtime::Handle, sync::OnceCell, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::{config, run};
-use crate::{TrainError, distributed::environment, report::Reading, tasks, training::count_steps};
+use crate::{TrainError, distributed::environment, report::Reading, tasks, train::count_steps};
 
 /// Runs the trials of the specification and returns the job with the values of the best one.
 ///

@@ -4,14 +4,17 @@ use std::path::Path;
 
 use athanor_contract::train::{self, Gate, Precision, TrainSpec};
 use athanor_models::{
-    EncoderConfig, Initializer, Model, Options, Shape,
+    CausalLanguageModel, CausalOptions, DecoderTokenizer, EncoderConfig, Initializer, LoraOptions, Model, Options,
+    Shape,
     config::{HeadActivation, HiddenHead},
+    tokenizer::decoder,
 };
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::{
     TrainError,
-    data::{Dataset, Parts},
+    data::{Dataset, Parts, TaskTokenizer},
+    network::Network,
     tasks,
     teacher::{Online, Student},
 };
@@ -48,7 +51,53 @@ pub fn choose_labels(
 }
 
 /// The model that is trained, before its first step.
-pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: Device) -> Result<Model, TrainError> {
+pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: Device) -> Result<Network, TrainError> {
+    let Some(head) = tasks::of(spec.model.task).head(labels) else {
+        return Ok(load_decoder(spec, parent, device)?.into());
+    };
+    Ok(load_encoder(spec, parent, head, device)?.into())
+}
+
+/// A decoder, with adapters if the specification has some. Frozen weights need no more digits than the matrix products
+/// read of them.
+fn load_decoder(spec: &TrainSpec, parent: &Path, device: Device) -> Result<CausalLanguageModel, TrainError> {
+    let h = &spec.hyperparameters;
+    let lora = spec.adapter.as_ref().map(|adapter| LoraOptions {
+        rank: i64::from(adapter.lora.rank),
+        alpha: adapter.lora.alpha,
+        dropout: adapter.lora.dropout,
+        target_modules: adapter.lora.target_modules.clone(),
+        seed: h.seed as u64,
+    });
+    let is_frozen = lora.is_some() && uses_bf16(h.precision, device);
+    let kind = Some(if is_frozen { Kind::BFloat16 } else { Kind::Float });
+    Ok(CausalLanguageModel::load(&decoder::locate(parent)?, &CausalOptions { kind, device, lora })?)
+}
+
+/// A trained decoder, to measure it.
+pub fn load_trained_decoder(folder: &Path, device: Device) -> Result<CausalLanguageModel, TrainError> {
+    let options = CausalOptions { kind: Some(Kind::Float), device, lora: None };
+    Ok(CausalLanguageModel::load(&decoder::locate(folder)?, &options)?)
+}
+
+/// The tokenizer in a model's folder, and the tokens that rows are cut to.
+pub fn load_tokenizer(spec: &TrainSpec, folder: &Path) -> Result<(TaskTokenizer, usize), TrainError> {
+    if !tasks::of(spec.model.task).generates() {
+        let longest = max_length(spec, &EncoderConfig::load(folder)?);
+        return Ok((TaskTokenizer::of_encoder(folder)?, longest));
+    }
+    let tokenizer = DecoderTokenizer::load(&decoder::locate(folder)?)?;
+    let asked = spec.hyperparameters.max_sequence_length as usize;
+    let longest = tokenizer.max_length().map_or(asked, |longest| longest.min(asked));
+    Ok((TaskTokenizer::Decoder(tokenizer.into()), longest))
+}
+
+fn load_encoder(
+    spec: &TrainSpec,
+    parent: &Path,
+    task: athanor_models::Task,
+    device: Device,
+) -> Result<Model, TrainError> {
     let head = spec.model.head.clone().unwrap_or_default();
     let student = spec.model.student.as_ref();
     let options = Options {
@@ -78,7 +127,6 @@ pub fn load_model(spec: &TrainSpec, parent: &Path, labels: &[String], device: De
         head_dropout: head.dropout,
         dropout: spec.hyperparameters.dropout,
     };
-    let task = tasks::of(spec.model.task).head(labels);
     Ok(Model::load(parent, task, &options, device)?)
 }
 

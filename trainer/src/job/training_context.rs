@@ -2,19 +2,19 @@
 
 use std::sync::Arc;
 
-use athanor_contract::train::TrainSpec;
-use athanor_models::{EncoderConfig, Model, Tokenizer};
+use athanor_contract::train::{GenerationSpec, TrainSpec};
 use athanor_torch::ProcessGroup;
 use tch::Device;
 
 use super::{context::JobContext, prepare::Prepared, setup};
 use crate::{
     TrainError,
-    data::{Dataset, Encoded},
+    data::{Dataset, Encoded, TaskTokenizer},
+    network::Network,
     objectives::{Objective, Teacher},
     report::Reporter,
     tasks::{self, Rows, Task},
-    training::Session,
+    train::Session,
 };
 
 /// What all trainings of a run share.
@@ -30,26 +30,27 @@ pub struct RowEncoder<'a> {
     pub dataset: &'a Dataset,
     pub task: &'static dyn Task,
     pub labels: Vec<String>,
-    pub tokenizer: Tokenizer,
+    pub tokenizer: TaskTokenizer,
     /// Tokens that texts are cut to.
     pub max_length: usize,
+    pub generation: GenerationSpec,
 }
 
 impl RowEncoder<'_> {
     /// The given rows, in their order.
     ///
     /// # Errors
-    /// As [`tasks::encode`].
+    /// As [`Task::encode`].
     pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
-        let Self { dataset, task, labels, tokenizer, max_length } = self;
-        tasks::encode(*task, &Rows { dataset, rows, labels, tokenizer, max_length: *max_length })
+        let Self { dataset, task, labels, tokenizer, max_length, generation } = self;
+        task.encode(&Rows { dataset, rows, labels, tokenizer, max_length: *max_length, generation: *generation })
     }
 }
 
 /// One training: its model, its data, and how it is watched.
 pub struct Training<'s> {
     pub stage: String,
-    pub model: &'s mut Model,
+    pub model: &'s mut Network,
     pub train: &'s Encoded,
     pub teacher: Option<&'s Teacher>,
     /// Validation rows; called at the first validation.
@@ -62,12 +63,14 @@ impl<'a> TrainingContext<'a> {
     /// A tokenizer, configuration or data that do not fit the task are user errors.
     pub fn new(job: JobContext<'a>, prepared: &'a Prepared) -> Result<Self, TrainError> {
         let (spec, dataset, parent) = (job.spec(), &prepared.dataset, &prepared.parent);
+        let (tokenizer, max_length) = setup::load_tokenizer(spec, parent)?;
         let encoder = RowEncoder {
             dataset,
             task: tasks::of(spec.model.task),
             labels: setup::choose_labels(spec, dataset, parent, prepared.teacher.as_deref())?,
-            tokenizer: Tokenizer::load(parent)?,
-            max_length: setup::max_length(spec, &EncoderConfig::load(parent)?),
+            tokenizer,
+            max_length,
+            generation: spec.evaluate.generation,
         };
         Ok(Self { job, prepared, encoder, bf16: setup::uses_bf16(spec.hyperparameters.precision, job.device()) })
     }
@@ -85,7 +88,7 @@ impl<'a> TrainingContext<'a> {
     }
 
     /// The model as every training starts with it.
-    pub fn load_model(&self) -> Result<Model, TrainError> {
+    pub fn load_model(&self) -> Result<Network, TrainError> {
         setup::load_model(self.spec(), &self.prepared.parent, &self.encoder.labels, self.device())
     }
 
@@ -97,7 +100,7 @@ impl<'a> TrainingContext<'a> {
         let (spec, process) = (self.spec(), self.job.process);
         let Training { stage, model, train, teacher, validation, reporter } = training;
         let seed = spec.hyperparameters.seed as u64;
-        let objective = Objective::new(spec.objective_terms(), spec.model.task, model, teacher, seed, self.device())?;
+        let objective = Objective::new(spec.objective_terms(), spec.model.task, &*model, teacher, seed, self.device())?;
         Ok(Session {
             spec,
             stage,

@@ -6,14 +6,13 @@
 pub mod terms;
 
 use athanor_contract::train::{Task, WeightedTerm};
-use athanor_models::Model;
 use athanor_torch::Autocast;
 use tch::{Device, Kind, Tensor};
 
 pub use crate::{data::Part, teacher::Teacher};
 
 use self::terms::{Models, Pass, Term};
-use crate::{TrainError, tasks};
+use crate::{TrainError, network::ModelRef, tasks};
 
 /// The terms of a job, with the parameters that they train next to the model's.
 pub struct Objective {
@@ -28,16 +27,20 @@ impl Objective {
     ///
     /// # Errors
     /// Layers that a model does not have, and widths that differ without a projection, are user errors.
-    pub fn new(
+    pub fn new<'m>(
         specs: Vec<WeightedTerm>,
         task: Task,
-        model: &Model,
+        model: impl Into<ModelRef<'m>>,
         teacher: Option<&Teacher>,
         seed: u64,
         device: Device,
     ) -> Result<Self, TrainError> {
         let task = tasks::of(task);
-        let (student, teacher) = (model.config(), teacher.and_then(Teacher::config));
+        let student = match model.into() {
+            ModelRef::Encoder(model) => Some(model.config()),
+            ModelRef::Decoder(_) => None,
+        };
+        let teacher = teacher.and_then(Teacher::config);
         let mut terms = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
             let user = |message: String| TrainError::User(format!("objective.terms[{index}]: {message}"));
@@ -60,16 +63,38 @@ impl Objective {
     }
 
     /// The value of each term without its weight, a sum over the part's rows (FP32, with gradients).
-    pub fn values(&self, model: &Model, teacher: Option<&Teacher>, part: &Part) -> Result<Vec<Tensor>, TrainError> {
+    pub fn values<'m>(
+        &self,
+        model: impl Into<ModelRef<'m>>,
+        teacher: Option<&Teacher>,
+        part: &Part,
+    ) -> Result<Vec<Tensor>, TrainError> {
         let _autocast = part.bf16.then(|| Autocast::bf16(part.device));
+        let model = model.into();
+        let pad_id = match model {
+            ModelRef::Encoder(model) => model.config().pad_token_id,
+            // Nothing is padding.
+            ModelRef::Decoder(_) => 0,
+        };
+        let batch = part.train.columns.collate(part, &self.specs, pad_id)?;
         let every = self.terms.iter().any(|term| term.needs_states());
-        let batch = part.train.columns.collate(part, &self.specs, model.config().pad_token_id)?;
-        let states = match every || self.task.reads_every_token() {
-            true => model.hidden_states(&batch.ids, batch.mask.as_ref(), true, every),
-            false => vec![model.head_states(&batch.ids, batch.mask.as_ref(), true)],
+        let states = match (model, &batch.sequences) {
+            (ModelRef::Decoder(model), Some(sequences)) => vec![model.forward(sequences, None, true)],
+            (model, _) => {
+                let model = model.encoder()?;
+                match every || self.task.reads_every_token() {
+                    true => model.hidden_states(&batch.ids, batch.mask.as_ref(), true, every),
+                    false => vec![model.head_states(&batch.ids, batch.mask.as_ref(), true)],
+                }
+            }
         };
         let answer = teacher.map(|teacher| teacher.answer(part, &batch, every));
-        let outputs = self.task.outputs(model, &batch, &states[states.len() - 1], true);
+        let last = &states[states.len() - 1];
+        let outputs = match model {
+            ModelRef::Encoder(model) => self.task.outputs(model, &batch, last, true),
+            // The logits over the vocabulary are computed in parts, where the term needs them.
+            ModelRef::Decoder(_) => last.shallow_clone(),
+        };
         let (states, outputs, answer) = (&states[..], &outputs, answer.as_ref());
         let pass = Pass { task: self.task, model, part, batch: &batch, states, outputs, answer };
         let mut values = self.terms.iter().map(|term| term.value(&pass)).collect::<Result<Vec<_>, _>>()?;
@@ -93,7 +118,7 @@ mod tests {
     use std::path::PathBuf;
 
     use athanor_contract::train::{HiddenStateLoss, ObjectiveTermSpec};
-    use athanor_models::{Options, Shape};
+    use athanor_models::{Model, Options, Shape};
 
     use super::*;
     use crate::{

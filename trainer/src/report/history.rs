@@ -144,8 +144,12 @@ impl History {
         Ok(())
     }
 
+    /// A score that is not finite is left out: a checkpoint is JSON, which cannot hold it.
     pub fn validated(&mut self, step: u64, epoch: f64, name: &str, score: f64) {
         name.clone_into(&mut self.score_name);
+        if !score.is_finite() {
+            return;
+        }
         self.validations.push(Validation { step, epoch, score, time: now() });
     }
 }
@@ -157,6 +161,18 @@ fn now() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkpoint_can_be_read_after_a_validation_that_was_not_finite() {
+        let mut history = History::default();
+        for (step, score) in [(1, f64::NAN), (2, f64::NEG_INFINITY), (3, 0.5)] {
+            history.validated(step, 1.0, "accuracy", score);
+        }
+        let text = serde_json::to_string(&history).unwrap();
+        let read: History = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.validations.iter().map(|one| one.step).collect::<Vec<_>>(), [3]);
+        assert!(read == history);
+    }
 
     #[test]
     fn long_runs_are_thinned_to_means() {

@@ -19,7 +19,7 @@ use crate::{
     compress::Form,
     curate::{annotate::Annotation, augment::AugmentReport, select::SelectionReport},
     data::{Dataset, Parts},
-    evaluate::SHARE_OF_TEACHER,
+    evaluate::{Evaluation, GeneratedAnswer, SHARE_OF_TEACHER},
     job::cross_validation::{CrossValidation, FoldResult},
 };
 
@@ -62,9 +62,34 @@ pub struct Report<'a> {
     /// The trained model and its smaller forms; empty where none were asked for.
     #[serde(skip_serializing_if = "<[Form]>::is_empty")]
     pub forms: &'a [Form],
+    /// Answers of a language model to some test rows; empty for other tasks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<AnswerRow>,
     /// Absent for tasks without classes.
     #[serde(flatten)]
     pub classes: Option<ClassReport>,
+}
+
+/// What a language model answered to one test row.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct AnswerRow {
+    #[serde(flatten)]
+    pub answer: GeneratedAnswer,
+    /// The baseline's answer to the same row, if it was measured.
+    pub baseline: Option<String>,
+}
+
+/// Answers that a report shows: those of the first rows.
+const SHOWN_ANSWERS: usize = 50;
+
+/// The first answers, each with the baseline's.
+pub fn answers(found: &Evaluation, baseline: Option<&Evaluation>) -> Vec<AnswerRow> {
+    let before = baseline.map_or(&[][..], |baseline| baseline.results.answers());
+    let row = |answer: &GeneratedAnswer| {
+        let same = before.iter().find(|other| other.row == answer.row);
+        AnswerRow { answer: answer.clone(), baseline: same.map(|other| other.text.clone()) }
+    };
+    found.results.answers().iter().take(SHOWN_ANSWERS).map(row).collect()
 }
 
 /// A term of the objective in words.
@@ -335,6 +360,19 @@ mod tests {
             trials: &trials,
             cross_validation: Some(&cross_validation),
             forms: &forms,
+            answers: vec![AnswerRow {
+                answer: GeneratedAnswer {
+                    row: 0,
+                    question: "who <b>lends</b>?".into(),
+                    expected: "the bank".into(),
+                    text: "a bank".into(),
+                    exact: false,
+                    token_f1: 0.5,
+                    tokens: 3,
+                    mean_log_probability: -1.0,
+                },
+                baseline: Some("I cannot tell".into()),
+            }],
             classes: Some(ClassReport::new(&labels, &dataset, &[0, 1], &found)),
         };
         write(folder.path(), &report).unwrap();
@@ -357,6 +395,8 @@ mod tests {
             "0.0003</td>\n          <td class=\"number\">0.9375</td>\n          <td><span class=\"good\">the best",
             "<span class=\"bad\">failed",
             "s3:&#x2f;&#x2f;b&#x2f;teacher",
+            "who &lt;b&gt;lends&lt;&#x2f;b&gt;?",
+            "I cannot tell",
         ] {
             assert!(html.contains(part), "{part} is not in {html}");
         }

@@ -14,6 +14,7 @@ use crate::{
         evaluation::{Classes, Predictions, Results},
         measuring::Measuring,
     },
+    network::ModelRef,
 };
 
 pub struct Classification;
@@ -35,19 +36,19 @@ impl Task for Classification {
         true
     }
 
-    fn head(&self, labels: &[String]) -> models::Task {
-        models::Task::Classification(labels.to_vec())
+    fn head(&self, labels: &[String]) -> Option<models::Task> {
+        Some(models::Task::Classification(labels.to_vec()))
     }
 
     fn accepts_teacher(&self, head: &models::Task) -> bool {
         matches!(head, models::Task::Classification(_))
     }
 
-    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
+    fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError> {
         // At most 1,024 labels are found; a model that has more than 65,536 has none for the rest.
         let index: HashMap<&str, u16> = rows.labels.iter().map(String::as_str).zip(0..).collect();
         let label = |&row: &usize| index.get(rows.dataset.rows.label(row)?).copied();
-        Ok(Box::new(Labels(rows.rows.iter().map(label).collect())))
+        rows.with(Labels(rows.rows.iter().map(label).collect()))
     }
 
     fn outputs(&self, model: &Model, _batch: &Batch, last: &Tensor, train: bool) -> Tensor {
@@ -81,9 +82,10 @@ impl Columns for Labels {
     fn evaluate(
         &self,
         rows: &Encoded,
-        model: &Model,
+        model: ModelRef,
         measuring: &mut Measuring,
     ) -> Result<Box<dyn Results>, TrainError> {
+        let model = model.encoder()?;
         let (pad_id, device) = (model.config().pad_token_id, measuring.device);
         let found = measuring.rows(&rows.lengths(), 2, |batch| {
             let texts: Vec<&[u32]> = batch.iter().map(|&row| &rows.ids[row]).collect();
@@ -111,7 +113,7 @@ impl Results for Classes {
                 Some(hits as f64 / pairs.len() as f64)
             }
             Metric::MacroF1 => Some(macro_f1(&pairs)),
-            Metric::PearsonCorrelation => None,
+            _ => None,
         }
     }
 

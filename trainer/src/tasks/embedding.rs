@@ -11,6 +11,7 @@ use crate::{
     TrainError,
     data::{Batch, Columns, Dataset, Encoded, Part},
     evaluate::{evaluation::Results, measuring::Measuring},
+    network::ModelRef,
 };
 
 /// Texts that are compared with all candidates at once.
@@ -35,8 +36,8 @@ impl Task for Embedding {
         true
     }
 
-    fn head(&self, _labels: &[String]) -> models::Task {
-        models::Task::Embedding
+    fn head(&self, _labels: &[String]) -> Option<models::Task> {
+        Some(models::Task::Embedding)
     }
 
     /// Any encoder has vectors, whatever its head is for.
@@ -44,9 +45,10 @@ impl Task for Embedding {
         true
     }
 
-    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
+    fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError> {
         let second: Result<Vec<&str>, TrainError> = rows.rows.iter().map(|&row| pair(rows.dataset, row)).collect();
-        Ok(Box::new(SecondTexts(rows.tokenizer.encode_rows(second?, rows.max_length)?)))
+        let second = rows.tokenizer.encoder()?.encode_rows(second?, rows.max_length)?;
+        rows.with(SecondTexts(second))
     }
 
     fn outputs(&self, model: &Model, batch: &Batch, last: &Tensor, _train: bool) -> Tensor {
@@ -79,9 +81,10 @@ impl Columns for SecondTexts {
     fn evaluate(
         &self,
         rows: &Encoded,
-        model: &Model,
+        model: ModelRef,
         measuring: &mut Measuring,
     ) -> Result<Box<dyn Results>, TrainError> {
+        let model = model.encoder()?;
         let (texts, second) = (measuring.embed(model, &rows.ids)?, measuring.embed(model, &self.0)?);
         let same = same_texts(&self.0);
         let candidates = candidates(rows.len(), CANDIDATES);

@@ -12,6 +12,7 @@ use crate::{
     TrainError,
     data::{Batch, Columns, Encoded, Part},
     evaluate::{evaluation::Results, measuring::Measuring},
+    network::ModelRef,
 };
 
 /// Share of the tokens that the model has to predict when it is measured, and the seed of their choice.
@@ -29,16 +30,16 @@ impl Task for MaskedLanguageModel {
         true
     }
 
-    fn head(&self, _labels: &[String]) -> models::Task {
-        models::Task::MaskedLanguageModel
+    fn head(&self, _labels: &[String]) -> Option<models::Task> {
+        Some(models::Task::MaskedLanguageModel)
     }
 
     fn accepts_teacher(&self, head: &models::Task) -> bool {
         *head == models::Task::MaskedLanguageModel
     }
 
-    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
-        Ok(Box::new(Maskable(rows.tokenizer.mask_tokens())))
+    fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError> {
+        rows.with(Maskable(rows.tokenizer.encoder()?.mask_tokens()))
     }
 
     /// Logits over the vocabulary of the masked tokens, [N, V].
@@ -93,9 +94,10 @@ impl Columns for Maskable {
     fn evaluate(
         &self,
         rows: &Encoded,
-        model: &Model,
+        model: ModelRef,
         measuring: &mut Measuring,
     ) -> Result<Box<dyn Results>, TrainError> {
+        let model = model.encoder()?;
         let (pad_id, device, tokens) = (model.config().pad_token_id, measuring.device, self.tokens()?);
         let found = measuring.rows(&rows.lengths(), 3, |batch| {
             let masked = Masked::new(&rows.ids, batch, tokens, MASKED, MASK_SEED);

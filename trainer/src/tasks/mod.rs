@@ -1,5 +1,6 @@
 //! The tasks that a model can be trained for, one file each. A new task is a new file and one line in [`of`].
 
+pub mod causal_language_model;
 pub mod classification;
 pub mod embedding;
 pub mod masked_language_model;
@@ -11,8 +12,6 @@ use athanor_contract::train;
 
 pub use task::{Rows, Task};
 
-use crate::{TrainError, data::Encoded};
-
 /// The task of a specification.
 pub fn of(kind: train::Task) -> &'static dyn Task {
     match kind {
@@ -20,21 +19,8 @@ pub fn of(kind: train::Task) -> &'static dyn Task {
         train::Task::TextRegression => &regression::Regression,
         train::Task::MaskedLanguageModel => &masked_language_model::MaskedLanguageModel,
         train::Task::Embedding => &embedding::Embedding,
+        train::Task::CausalLanguageModel => &causal_language_model::CausalLanguageModel,
     }
-}
-
-/// The rows as tokens, with the columns of the task.
-///
-/// # Errors
-/// Rows without what the task requires are user errors.
-pub fn encode(task: &dyn Task, rows: &Rows) -> Result<Encoded, TrainError> {
-    let (dataset, tokenizer) = (rows.dataset, rows.tokenizer);
-    let texts = rows.rows.iter().map(|&row| dataset.rows.text(row));
-    Ok(Encoded {
-        columns: task.encode(rows)?,
-        ids: tokenizer.encode_rows(texts, rows.max_length)?,
-        sources: rows.rows.iter().map(|&row| dataset.rows.source(row) as u32).collect(),
-    })
 }
 
 #[cfg(test)]
@@ -48,10 +34,13 @@ mod tests {
             train::Task::TextRegression,
             train::Task::MaskedLanguageModel,
             train::Task::Embedding,
+            train::Task::CausalLanguageModel,
         ] {
             let task = of(kind);
             assert_eq!(task.kind(), kind);
-            assert!(task.accepts_teacher(&task.head(&["a".into(), "b".into()])), "{kind:?}");
+            let head = task.head(&["a".into(), "b".into()]);
+            assert_eq!(head.is_none(), task.generates(), "{kind:?}");
+            assert!(head.is_none_or(|head| task.accepts_teacher(&head)), "{kind:?}");
         }
     }
 }

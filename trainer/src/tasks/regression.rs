@@ -9,6 +9,7 @@ use crate::{
     TrainError,
     data::{Batch, Columns, Dataset, Encoded, Part},
     evaluate::{evaluation::Results, measuring::Measuring},
+    network::ModelRef,
 };
 
 pub struct Regression;
@@ -26,17 +27,17 @@ impl Task for Regression {
         true
     }
 
-    fn head(&self, _labels: &[String]) -> models::Task {
-        models::Task::Regression
+    fn head(&self, _labels: &[String]) -> Option<models::Task> {
+        Some(models::Task::Regression)
     }
 
     fn accepts_teacher(&self, head: &models::Task) -> bool {
         *head == models::Task::Regression
     }
 
-    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError> {
+    fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError> {
         let numbers: Result<_, TrainError> = rows.rows.iter().map(|&row| number(rows.dataset, row)).collect();
-        Ok(Box::new(Numbers(numbers?)))
+        rows.with(Numbers(numbers?))
     }
 
     fn outputs(&self, model: &Model, _batch: &Batch, last: &Tensor, train: bool) -> Tensor {
@@ -66,9 +67,10 @@ impl Columns for Numbers {
     fn evaluate(
         &self,
         rows: &Encoded,
-        model: &Model,
+        model: ModelRef,
         measuring: &mut Measuring,
     ) -> Result<Box<dyn Results>, TrainError> {
+        let model = model.encoder()?;
         let (pad_id, device) = (model.config().pad_token_id, measuring.device);
         let found = measuring.rows(&rows.lengths(), 1, |batch| {
             let texts: Vec<&[u32]> = batch.iter().map(|&row| &rows.ids[row]).collect();

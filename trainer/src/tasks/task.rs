@@ -1,12 +1,12 @@
 //! What a task is to the trainer: one trait that every `model.task` implements in a file of its own.
 
-use athanor_contract::train;
-use athanor_models::{self as models, Model, Tokenizer};
+use athanor_contract::train::{self, GenerationSpec};
+use athanor_models::{self as models, Model};
 use tch::Tensor;
 
 use crate::{
     TrainError,
-    data::{Batch, Columns, Dataset},
+    data::{Batch, Columns, Dataset, Encoded, TaskTokenizer},
 };
 
 /// Rows to encode, and what encoding them requires.
@@ -16,9 +16,26 @@ pub struct Rows<'a> {
     pub rows: &'a [usize],
     /// Class names in the order of the outputs; empty for tasks without classes.
     pub labels: &'a [String],
-    pub tokenizer: &'a Tokenizer,
+    pub tokenizer: &'a TaskTokenizer,
     /// Tokens that texts are cut to.
     pub max_length: usize,
+    /// How a language model's answers are generated when the rows are measured.
+    pub generation: GenerationSpec,
+}
+
+impl Rows<'_> {
+    /// The rows' texts as an encoder reads them, with the columns of the task.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot read.
+    pub fn with(&self, columns: impl Columns + 'static) -> Result<Encoded, TrainError> {
+        let texts = self.rows.iter().map(|&row| self.dataset.rows.text(row));
+        Ok(Encoded {
+            columns: Box::new(columns),
+            ids: self.tokenizer.encoder()?.encode_rows(texts, self.max_length)?,
+            sources: self.rows.iter().map(|&row| self.dataset.rows.source(row) as u32).collect(),
+        })
+    }
 }
 
 /// One `model.task`. What depends on rows is behind the [`Columns`] that the task encodes: batches, and the evaluation.
@@ -61,18 +78,23 @@ pub trait Task: Send + Sync {
         false
     }
 
-    /// The head of a model for the task.
-    fn head(&self, labels: &[String]) -> models::Task;
+    /// Whether the model is a decoder that generates text.
+    fn generates(&self) -> bool {
+        false
+    }
+
+    /// The head of an encoder for the task; `None` if the task is a decoder's.
+    fn head(&self, labels: &[String]) -> Option<models::Task>;
 
     /// Whether a model with this head can teach the task.
     fn accepts_teacher(&self, head: &models::Task) -> bool;
 
-    /// What the task keeps of each row besides its text.
+    /// The rows as tokens, with what the task keeps of each row besides them.
     ///
     /// # Errors
     /// Rows without what the task requires are user errors.
-    fn encode(&self, rows: &Rows) -> Result<Box<dyn Columns>, TrainError>;
+    fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError>;
 
-    /// What the task predicts from the last hidden states: one row for each row or target of the batch.
+    /// What the task predicts from the last hidden states of an encoder: one row for each row or target of the batch.
     fn outputs(&self, model: &Model, batch: &Batch, last: &Tensor, train: bool) -> Tensor;
 }

@@ -7,17 +7,17 @@ use std::{
 
 use athanor_contract::train::TeacherAnnotator;
 use athanor_data::Dataset;
-use athanor_models::{Classifier, EncoderConfig, Tokenizer};
+use athanor_models::{Classifier, EncoderConfig};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
 use super::labels::{Context, apply, open_rows, shared};
 use crate::{
     TrainError,
-    data::Encoded,
-    evaluate::{self, Predictions},
+    data::{Encoded, TaskTokenizer},
+    evaluate::{self, How, Predictions},
     job::{context::JobContext, setup},
-    tasks::{self, Rows, classification::Classification},
+    tasks::{Rows, Task, classification::Classification},
     teacher::cached::{cached_at, read_kept, write_cached},
 };
 
@@ -121,7 +121,7 @@ pub fn check_labels(teacher: &Path, wanted: Option<&[String]>) -> Result<(), Tra
 /// A teacher ready to be asked.
 struct Annotator<'a> {
     classifier: Classifier,
-    tokenizer: Tokenizer,
+    tokenizer: TaskTokenizer,
     folder: &'a Path,
     context: &'a Context<'a>,
 }
@@ -129,7 +129,7 @@ struct Annotator<'a> {
 impl<'a> Annotator<'a> {
     fn load(folder: &'a Path, context: &'a Context) -> Result<Self, TrainError> {
         let classifier = Classifier::load(folder, context.job.device())?;
-        Ok(Self { classifier, tokenizer: Tokenizer::load(folder)?, folder, context })
+        Ok(Self { classifier, tokenizer: TaskTokenizer::of_encoder(folder)?, folder, context })
     }
 
     /// The winning label and its probability for each row; kept next to the output, and read from there where every
@@ -157,7 +157,8 @@ impl<'a> Annotator<'a> {
     fn encode(&self, dataset: &Dataset, rows: &[usize]) -> Result<Encoded, TrainError> {
         let (tokenizer, labels) = (&self.tokenizer, self.classifier.labels());
         let max_length = setup::max_length(self.context.job.spec(), self.classifier.model().config());
-        tasks::encode(&Classification, &Rows { dataset, rows, labels, tokenizer, max_length })
+        let generation = self.context.job.spec().evaluate.generation;
+        Classification.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation })
     }
 
     fn compute(&self, rows: &Encoded) -> Result<Predictions, TrainError> {
@@ -174,7 +175,8 @@ impl<'a> Annotator<'a> {
                 tracing::info!(batches, rows = rows.len(), "the teacher labels rows");
             }
         };
-        let found = evaluate::evaluate(self.classifier.model(), rows, group, device, bf16, beat)?;
+        let found =
+            evaluate::evaluate(self.classifier.model(), rows, How { group, device, bf16, generates: false }, beat)?;
         let classes = found.classes().ok_or_else(|| TrainError::Other("a classifier gave no classes".into()))?;
         Ok(classes.predictions.clone())
     }

@@ -22,14 +22,15 @@ impl Term for Contrastive {
 
     /// Over the pairs of all ranks, of which each rank differentiates its own.
     fn value(&self, pass: &Pass) -> Result<Tensor, TrainError> {
+        let model = pass.model.encoder()?;
         let Part { train, rows, device, group, .. } = pass.part;
         let Some(pairs) = train.second_texts() else {
             return Err(TrainError::User("data.sources[].columns.pair: contrastive terms need pairs of texts".into()));
         };
         let texts: Vec<&[u32]> = rows.iter().map(|&row| &pairs[row]).collect();
-        let (ids, mask) = inputs(&texts, pass.model.config().pad_token_id, *device);
-        let last = pass.model.last_hidden_state(&ids, mask.as_ref(), true);
-        let positives = pass.model.embedding(&last, mask.as_ref());
+        let (ids, mask) = inputs(&texts, model.config().pad_token_id, *device);
+        let last = model.last_hidden_state(&ids, mask.as_ref(), true);
+        let positives = model.embedding(&last, mask.as_ref());
         let (anchors, positives) = match group {
             Some(group) if group.world() > 1 => {
                 (gather(pass.outputs, pass.part, group)?, gather(&positives, pass.part, group)?)

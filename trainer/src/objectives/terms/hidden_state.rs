@@ -30,7 +30,7 @@ impl Term for HiddenState {
         let Some(teacher) = models.teacher else {
             return Err("hiddenState needs a teacher whose outputs are Online".into());
         };
-        let student = models.student;
+        let Some(student) = models.student else { return Err("hiddenState needs an encoder".into()) };
         for pair in &self.spec.layers {
             for (whose, layer, config) in [("student", pair.student, student), ("teacher", pair.teacher, teacher)] {
                 let layers = config.num_hidden_layers;

@@ -9,8 +9,9 @@ pub struct MeanSquaredError;
 
 impl Term for MeanSquaredError {
     fn prepare(&mut self, models: &Models) -> Result<(), String> {
-        let Some(teacher) = models.teacher.filter(|_| models.task.outputs_are_vectors()) else { return Ok(()) };
-        let (own, wanted) = (models.student.hidden_size, teacher.hidden_size);
+        let teacher = models.teacher.filter(|_| models.task.outputs_are_vectors());
+        let Some((student, teacher)) = models.student.zip(teacher) else { return Ok(()) };
+        let (own, wanted) = (student.hidden_size, teacher.hidden_size);
         if own == wanted {
             return Ok(());
         }

@@ -8,6 +8,7 @@ pub mod cross_entropy;
 pub mod hidden_state;
 pub mod masked_tokens;
 pub mod mean_squared_error;
+pub mod next_token;
 pub mod soft_label;
 mod term;
 #[cfg(test)]
@@ -26,5 +27,6 @@ pub fn of(term: &ObjectiveTerm) -> Box<dyn Term> {
         ObjectiveTerm::HiddenState(spec) => Box::new(hidden_state::HiddenState::new(spec.clone())),
         ObjectiveTerm::MaskedLanguageModel(_) => Box::new(masked_tokens::MaskedTokens),
         ObjectiveTerm::Contrastive(spec) => Box::new(contrastive::Contrastive(*spec)),
+        ObjectiveTerm::NextToken => Box::new(next_token::NextToken),
     }
 }

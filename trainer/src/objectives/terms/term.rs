@@ -1,11 +1,12 @@
 //! What a term is to the objective, and what it reads.
 
-use athanor_models::{EncoderConfig, Model};
+use athanor_models::EncoderConfig;
 use tch::{Device, Tensor};
 
 use crate::{
     TrainError,
     data::{Batch, Part},
+    network::ModelRef,
     tasks::Task,
     teacher::Answer,
 };
@@ -44,7 +45,8 @@ pub struct Models<'a> {
     /// Place of the term in the objective.
     pub index: usize,
     pub task: &'a dyn Task,
-    pub student: &'a EncoderConfig,
+    /// Absent for a decoder.
+    pub student: Option<&'a EncoderConfig>,
     /// Absent without a teacher, and where its answers are cached.
     pub teacher: Option<&'a EncoderConfig>,
     pub seed: u64,
@@ -54,12 +56,13 @@ pub struct Models<'a> {
 /// One forward pass of the student.
 pub struct Pass<'a> {
     pub task: &'a dyn Task,
-    pub model: &'a Model,
+    pub model: ModelRef<'a>,
     pub part: &'a Part<'a>,
     pub batch: &'a Batch,
-    /// Hidden states [B, T, C] of the first layer's input and each layer's output, or of the last layer alone.
+    /// Hidden states [B, T, C] of the first layer's input and each layer's output, or of the last layer alone; of a
+    /// decoder those [N, C] of the last layer.
     pub states: &'a [Tensor],
-    /// What the task predicts: logits [B, L] or [tokens, V], numbers [B, 1], vectors [B, C].
+    /// What the task predicts: logits [B, L] or [tokens, V], numbers [B, 1], vectors [B, C]; a decoder's hidden states.
     pub outputs: &'a Tensor,
     pub answer: Option<&'a Answer>,
 }

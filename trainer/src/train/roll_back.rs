@@ -1,15 +1,17 @@
-//! `failurePolicy.onNonFinite: RollBack`: back to the state of the last checkpoint, and on without the step that was not finite.
+//! `failurePolicy.onNonFinite: RollBack`: back to the state of the last checkpoint, and on without the step that was
+//! not finite.
 //!
-//! Every rank keeps that state in memory, taken whenever a checkpoint falls due, so that going back needs neither the store nor the
-//! other ranks: all of them see the same loss and the same gradients, and go back alike. Steps are functions of seed and number,
-//! so that those taken again are the same as before, and a run that was killed in between comes to the same end.
+//! Every rank keeps that state in memory, taken whenever a checkpoint falls due, so that going back needs neither the
+//! store nor the other ranks: all of them see the same loss and the same gradients, and go back alike. Steps are
+//! functions of seed and number, so that those taken again are the same as before, and a run that was killed in between
+//! comes to the same end.
 
 use std::collections::HashMap;
 
 use tch::Tensor;
 
-use super::{Loop, overwrite, share_named};
-use crate::{TrainError, checkpoint::Snapshot};
+use super::{Loop, checkpoint::Snapshot, saving::overwrite, share_named};
+use crate::TrainError;
 
 /// Times in a row, without a checkpoint in between, before the run fails.
 const MOST: u32 = 3;
@@ -33,7 +35,8 @@ impl RollBack {
 }
 
 impl Loop<'_> {
-    /// Restores the last checkpoint's state. The current step, of which `what` is not finite, is left out when its turn comes again.
+    /// Restores the last checkpoint's state. The current step, of which `what` is not finite, is left out when its turn
+    /// comes again.
     ///
     /// # Errors
     /// The fourth time without a new checkpoint.
@@ -47,13 +50,9 @@ impl Loop<'_> {
             return Err(TrainError::RolledBackInVain { step, what, times: MOST, checkpoint });
         }
         *times += 1;
-        overwrite(&self.parameters, &to.model)?;
+        overwrite(&self.trainable, &to.model)?;
         let saved: HashMap<&str, &Tensor> = to.optimizer.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let find = |name: &str| saved.get(name).map(|tensor| tensor.shallow_clone());
-        self.optimizer.load_state(find)?;
-        if let Some(words) = &mut self.words {
-            words.load_state(find)?;
-        }
+        self.update.load(&mut |name| saved.get(name).map(|tensor| tensor.shallow_clone()))?;
         self.best = to.state.best.clone().zip(to.best.as_ref().map(|weights| share_named(weights)));
         self.history = to.state.history.clone();
         self.step = checkpoint;

@@ -1,11 +1,13 @@
 //! Training state in folders `step-NNNNNNNN`, written in the background and complete once their manifest is there.
 //!
-//! A checkpoint holds weights, optimizer moments, the best weights so far and the step. Batches, learning rates and the random
-//! state of a step are functions of seed and step, so nothing else is needed to go on exactly as if nothing had happened.
+//! A checkpoint holds weights, optimizer moments, the best weights so far and the step. Batches, learning rates and the
+//! random state of a step are functions of seed and step, so nothing else is needed to go on exactly as if nothing had
+//! happened.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use athanor_contract::artifact::{MANIFEST, Manifest};
@@ -13,7 +15,10 @@ use athanor_models::load::{self, Weights};
 use athanor_store::{Location, StoreError, artifact};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::{
+    runtime::Handle,
+    task::{JoinError, JoinHandle},
+};
 
 use crate::{
     TrainError,
@@ -27,6 +32,7 @@ const STATE: &str = "state.json";
 /// Complete checkpoints that are kept: the newest, and one more in case the newest is damaged.
 const KEPT: usize = 2;
 
+/// Tensors by name.
 pub type Named = Vec<(String, Tensor)>;
 
 /// What a checkpoint says about itself.
@@ -159,7 +165,8 @@ impl Writer {
         self.writing.as_ref().is_some_and(|writing| !writing.is_finished())
     }
 
-    /// Starts to write in the background, after waiting for the one before. `events` go first: the curves of a checkpoint are there.
+    /// Starts to write in the background, after waiting for the one before. `events` go first: the curves of a
+    /// checkpoint are there.
     pub fn save(&mut self, snapshot: Snapshot, events: Option<Upload>) -> Result<(), TrainError> {
         self.finish()?;
         let manifest = Manifest { step: snapshot.state.step, ..self.template.clone() };
@@ -177,11 +184,29 @@ impl Writer {
         Ok(())
     }
 
-    /// Waits for the checkpoint under way. A store that is away costs this checkpoint and a warning, no more: the next may do. One
-    /// that refuses access or does not exist ends the run, whose artifact would not arrive either.
+    /// Waits for the checkpoint under way. A store that is away costs this checkpoint and a warning, no more: the next
+    /// may do. One that refuses access or does not exist ends the run, whose artifact would not arrive either.
     pub fn finish(&mut self) -> Result<(), TrainError> {
-        let Some(writing) = self.writing.take() else { return Ok(()) };
-        match self.runtime.block_on(writing).map_err(TrainError::other)? {
+        match self.writing.take() {
+            Some(writing) => self.ended(self.runtime.block_on(writing)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits at most so long for the checkpoint under way; returns whether none is under way any more. Errors are those
+    /// of [`Writer::finish`].
+    pub fn wait(&mut self, most: Duration) -> Result<bool, TrainError> {
+        let Some(writing) = &mut self.writing else { return Ok(true) };
+        let Ok(ended) = self.runtime.block_on(async { tokio::time::timeout(most, writing).await }) else {
+            return Ok(false);
+        };
+        self.writing = None;
+        self.ended(ended)?;
+        Ok(true)
+    }
+
+    fn ended(&mut self, written: Result<Result<u64, TrainError>, JoinError>) -> Result<(), TrainError> {
+        match written.map_err(TrainError::other)? {
             Ok(step) => self.newest = step,
             Err(error @ TrainError::User(_)) => return Err(error),
             Err(error) => {
@@ -283,20 +308,37 @@ fn complete_steps(names: &[String]) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, time::Instant};
 
     use athanor_contract::artifact::Kind;
 
     use super::*;
 
     #[test]
-    fn the_newest_whole_checkpoint_is_found_and_two_are_kept() {
-        let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fn a_slow_upload_is_waited_for_in_parts() {
+        let work = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let location =
-            athanor_store::open(&format!("file://{}", folder.path().display())).unwrap().child("checkpoints");
-        assert!(runtime.block_on(newest(&location, work.path())).unwrap().is_none());
-        let template = Manifest {
+        let location = athanor_store::open(&format!("file://{}", work.path().display())).unwrap();
+        let mut writer = Writer::new(location, template(), work.path().to_owned(), runtime.handle().clone());
+        assert!(writer.wait(Duration::ZERO).unwrap(), "nothing is under way");
+        let (uploaded, waits) = std::sync::mpsc::channel::<()>();
+        writer.writing = Some(runtime.spawn_blocking(move || {
+            waits.recv().unwrap();
+            Ok(5)
+        }));
+        for _ in 0..3 {
+            assert!(!writer.wait(Duration::from_millis(5)).unwrap() && writer.is_busy());
+        }
+        uploaded.send(()).unwrap();
+        let begun = Instant::now();
+        while !writer.wait(Duration::from_millis(5)).unwrap() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+        }
+        assert_eq!((writer.newest(), writer.is_busy()), (5, false));
+    }
+
+    fn template() -> Manifest {
+        Manifest {
             kind: Kind::Checkpoint,
             job: "job".into(),
             model_digest: String::new(),
@@ -307,8 +349,17 @@ mod tests {
             max_sequence_length: None,
             files: BTreeMap::new(),
             metrics: BTreeMap::new(),
-        };
-        let mut writer = Writer::new(location.clone(), template, work.path().to_owned(), runtime.handle().clone());
+        }
+    }
+
+    #[test]
+    fn the_newest_whole_checkpoint_is_found_and_two_are_kept() {
+        let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let location =
+            athanor_store::open(&format!("file://{}", folder.path().display())).unwrap().child("checkpoints");
+        assert!(runtime.block_on(newest(&location, work.path())).unwrap().is_none());
+        let mut writer = Writer::new(location.clone(), template(), work.path().to_owned(), runtime.handle().clone());
         for step in [5, 10, 15] {
             let named = |value: i64| vec![("w".to_owned(), Tensor::from_slice(&[value as f32]))];
             let best = Best { step: 10, score: 0.5, metrics: [("macroF1".to_owned(), 0.25)].into() };

@@ -1,0 +1,396 @@
+//! The training loop of one rank. With N ranks each computes its share of every global batch, so the losses are those
+//! of one rank on the same batches, dropout apart.
+//!
+//! - [`update`]: the optimizer step, on one rank or many; [`schedule`]: its learning rate;
+//! - `saving`: what the run keeps (best weights, checkpoints) and how it goes on from it; [`checkpoint`]: the files;
+//!   `roll_back`;
+//! - [`watchdog`]: ends a process in which nothing moves any more.
+
+pub mod checkpoint;
+mod roll_back;
+mod saving;
+pub mod schedule;
+pub mod update;
+pub mod watchdog;
+
+use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
+
+use athanor_contract::train::{DEFAULT_EPOCHS, Hyperparameters, Metric, OnNonFinite, TrainSpec};
+use athanor_torch::ProcessGroup;
+use tch::{Device, Tensor};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    TrainError,
+    data::{
+        Encoded,
+        batches::{Batches, epoch_batches, mix, share},
+    },
+    evaluate::{self, How},
+    network::Network,
+    objectives::{Objective, Part, Teacher},
+    report::{Events, History, Reporter, Step, Timeline},
+};
+pub use checkpoint::Named;
+use checkpoint::{Best, Restored, Snapshot, Writer};
+use roll_back::RollBack;
+use schedule::LearningRate;
+use update::Update;
+use watchdog::Watchdog;
+
+/// Everything a run of the loop needs; the caller made and keeps it.
+pub struct Session<'a> {
+    pub spec: &'a TrainSpec,
+    /// What progress calls this training.
+    pub stage: String,
+    pub device: Device,
+    pub bf16: bool,
+    pub group: Option<&'a ProcessGroup>,
+    pub model: &'a mut Network,
+    pub objective: Objective,
+    pub teacher: Option<&'a Teacher>,
+    pub train: &'a Encoded,
+    /// Returns the validation rows; called first at the first validation.
+    pub validation: Box<dyn Fn() -> Result<Arc<Encoded>, TrainError> + 'a>,
+    pub fingerprint: String,
+    pub restored: Option<Restored>,
+    /// Rank 0's.
+    pub checkpoints: Option<Writer>,
+    /// Rank 0's.
+    pub events: Option<Events>,
+    pub reporter: Option<&'a mut Reporter>,
+    pub timeline: Timeline,
+    pub watchdog: Watchdog,
+    pub stop: CancellationToken,
+    pub loss_log: Option<PathBuf>,
+}
+
+/// How training ended.
+pub struct Trained {
+    pub steps: u64,
+    pub best: Best,
+    pub history: History,
+    /// The last checkpoint may still be under way.
+    pub checkpoints: Option<Writer>,
+}
+
+/// Steps of an epoch and of the whole run.
+pub fn count_steps(rows: usize, h: &Hyperparameters) -> (u64, u64) {
+    let steps_per_epoch = rows.div_ceil(h.batch_size as usize) as u64;
+    let total = h.max_steps.unwrap_or_else(|| u64::from(h.epochs.unwrap_or(DEFAULT_EPOCHS)) * steps_per_epoch);
+    (steps_per_epoch, total)
+}
+
+/// Whether trials of a search are compared by generated answers, which validations then have to generate.
+fn searches_by_answers(spec: &TrainSpec) -> bool {
+    let search = spec.hyperparameters.search.as_ref();
+    search.is_some_and(|search| matches!(search.objective.metric, Metric::ExactMatch | Metric::TokenF1))
+}
+
+/// Trains to the end and leaves the best weights in the model.
+pub fn train(session: Session) -> Result<Trained, TrainError> {
+    let mut run = Loop::new(session)?;
+    while run.step < run.total_steps {
+        run.advance()?;
+    }
+    run.finish()
+}
+
+struct Loop<'a> {
+    session: Session<'a>,
+    rank: usize,
+    world: usize,
+    /// The parameters that training changes, sharing memory with the model and the objective.
+    trainable: Named,
+    update: Box<dyn Update + 'a>,
+    learning_rate: LearningRate,
+    lengths: Vec<usize>,
+    steps_per_epoch: u64,
+    total_steps: u64,
+    /// Steps taken.
+    step: u64,
+    /// Number and batches of the current epoch.
+    epoch: Option<(u64, Batches)>,
+    best: Option<(Best, Named)>,
+    /// Under the policy RollBack.
+    roll_back: Option<RollBack>,
+    /// Steps, counted from 1, that are left out since a roll-back.
+    skipped: BTreeSet<u64>,
+    history: History,
+    /// The last step's value of each term, without weights; a mean over the batch.
+    terms: Vec<f64>,
+    loss_log: Option<std::fs::File>,
+}
+
+/// What the passes of a step add up to, on this rank or, after [`Update::sum`], on all.
+struct Sums {
+    /// The weighted sum of all terms.
+    loss: f64,
+    /// Each term without its weight.
+    terms: Vec<f64>,
+    /// Ranks that were asked to stop.
+    stops: f64,
+}
+
+impl Sums {
+    fn over_ranks(self, update: &dyn Update) -> Result<Self, TrainError> {
+        let mut numbers = [&[self.loss, self.stops], self.terms.as_slice()].concat();
+        update.sum(&mut numbers)?;
+        Ok(Self { loss: numbers[0], stops: numbers[1], terms: numbers.split_off(2) })
+    }
+}
+
+impl<'a> Loop<'a> {
+    fn new(session: Session<'a>) -> Result<Self, TrainError> {
+        let spec = session.spec;
+        let h = &spec.hyperparameters;
+        let (steps_per_epoch, total_steps) = count_steps(session.train.len(), h);
+        session.model.set_trainable();
+        let trainable = update::trainable(session.model, &session.objective);
+        if let Some(restored) = &session.restored {
+            saving::load_named(&mut restored.model(session.device)?, &trainable)?;
+        }
+        if let Some(group) = session.group {
+            // The folder may have changed between two ranks' downloads, and averaged gradients never bring ranks
+            // together.
+            for (_, tensor) in &trainable {
+                group.broadcast(&tensor.detach(), 0)?;
+            }
+        }
+        let update = update::new(session.model, &session.objective, spec, session.device, session.group)?;
+        let loss_log = match &session.loss_log {
+            Some(path) if session.group.is_none_or(|group| group.rank() == 0) => {
+                Some(std::fs::File::options().create(true).append(true).open(path).map_err(TrainError::at(path))?)
+            }
+            _ => None,
+        };
+        let mut run = Self {
+            rank: session.group.map_or(0, ProcessGroup::rank),
+            world: session.group.map_or(1, ProcessGroup::world),
+            trainable,
+            update,
+            learning_rate: LearningRate::new(h.learning_rate, h.warmup_ratio, total_steps, h.schedule),
+            lengths: session.train.lengths(),
+            steps_per_epoch,
+            total_steps,
+            step: 0,
+            epoch: None,
+            best: None,
+            roll_back: None,
+            skipped: BTreeSet::new(),
+            history: History::default(),
+            terms: Vec::new(),
+            loss_log,
+            session,
+        };
+        run.resume()?;
+        if let Some(reporter) = &mut run.session.reporter {
+            reporter.begin(&run.session.stage, run.step, total_steps);
+            reporter.checkpointed(run.step);
+        }
+        if spec.failure_policy.on_non_finite == OnNonFinite::RollBack {
+            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state())));
+        }
+        Ok(run)
+    }
+
+    /// One optimizer step and what falls due after it; or, if the step was not finite, a roll-back.
+    fn advance(&mut self) -> Result<(), TrainError> {
+        self.session.watchdog.beat();
+        let epoch = self.step / self.steps_per_epoch;
+        if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
+            let h = &self.session.spec.hyperparameters;
+            self.epoch = Some((epoch, epoch_batches(&self.lengths, h.batch_size as usize, h.seed as u64, epoch)));
+        }
+        let mut stop = false;
+        if self.skipped.contains(&(self.step + 1)) {
+            tracing::warn!(step = self.step + 1, "the step is left out since a roll-back");
+            self.step += 1;
+        } else {
+            let place = (self.step % self.steps_per_epoch) as usize;
+            let batch = self.epoch.as_ref().map(|(_, batches)| batches.get(place)).unwrap_or_default();
+            let Some((outcome, stops)) = self.optimize(&batch)? else { return Ok(()) };
+            stop = stops;
+            self.step += 1;
+            self.session.timeline.mark("firstStep");
+            self.report(outcome)?;
+        }
+
+        let epoch_ends = self.step.is_multiple_of(self.steps_per_epoch) || self.step == self.total_steps;
+        let step = self.step;
+        let due = |every: u64| every > 0 && step.is_multiple_of(every);
+        if epoch_ends || due(self.session.spec.evaluate.every_steps) {
+            self.validate()?;
+        }
+        if epoch_ends || stop || due(self.session.spec.checkpoint.every_steps) {
+            self.checkpoint(epoch_ends || stop)?;
+        }
+        if stop { self.end_early() } else { Ok(()) }
+    }
+
+    /// Forward and backward passes and the update on a global batch. Returns the step and whether a rank was asked to
+    /// stop; `None` if the run was rolled back.
+    fn optimize(&mut self, batch: &[usize]) -> Result<Option<(Step, bool)>, TrainError> {
+        let spec = self.session.spec;
+        let h = &spec.hyperparameters;
+        let learning_rate = self.learning_rate.at(self.step);
+        // Dropout's random numbers are a function of seed, step and rank: a resumed run draws the same.
+        tch::manual_seed((mix(mix(h.seed as u64, self.step), self.rank as u64) >> 1) as i64);
+        // Terms are sums over rows: the loss is their mean over the rows of the global batch.
+        let units = batch.len() as f64;
+        self.update.begin(self.session.model, self.session.train, batch)?;
+        let sums = self.passes(batch, units)?.over_ranks(self.update.as_ref())?;
+        let loss = sums.loss / units;
+        let gradient_norm = self.update.finish(self.session.model, h.clip_norm)?;
+        match (update::not_finite(loss, gradient_norm), spec.failure_policy.on_non_finite) {
+            (None, _) => self.update.apply(learning_rate)?,
+            (Some(what), OnNonFinite::Fail) => return Err(TrainError::NonFinite { step: self.step + 1, what }),
+            (Some(what), OnNonFinite::Skip) => {
+                metrics::counter!("athanor_train_skipped_steps_total").increment(1);
+                tracing::warn!(step = self.step + 1, what, "not finite: the step is left out");
+            }
+            // A rank that was asked to stop reports it again at the next step.
+            (Some(what), OnNonFinite::RollBack) => {
+                self.go_back(what)?;
+                return Ok(None);
+            }
+        }
+        let tokens = batch.iter().map(|&row| self.lengths[row]).sum();
+        let step = Step { step: self.step + 1, loss, learning_rate, gradient_norm, samples: batch.len(), tokens };
+        self.terms = sums.terms.iter().map(|value| value / units).collect();
+        Ok(Some((step, sums.stops > 0.0)))
+    }
+
+    /// Forward and backward passes of this rank's rows of a global batch, part by part.
+    fn passes(&mut self, batch: &[usize], units: f64) -> Result<Sums, TrainError> {
+        let h = &self.session.spec.hyperparameters;
+        let mut rows = share(batch, &self.lengths, self.rank, self.world);
+        // All ranks have to take part in collectives: one without rows computes a row that counts nothing.
+        let weight = if rows.is_empty() { 0.0 } else { 1.0 };
+        if rows.is_empty() {
+            rows.push(batch[0]);
+        }
+        let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
+        let Session { model, objective, teacher, train, device, bf16, group, stop, .. } = &self.session;
+        let terms = objective.terms();
+        let mut sums =
+            Sums { loss: 0.0, terms: vec![0.0; terms.len()], stops: f64::from(u8::from(stop.is_cancelled())) };
+        for (index, part) in parts.iter().enumerate() {
+            let seed = mix(h.seed as u64, self.step);
+            let part = Part { train, rows: part, batch, weight, seed, group: *group, device: *device, bf16: *bf16 };
+            let values = objective.values(&**model, *teacher, &part)?;
+            // Of a term that all ranks compute whole, each differentiates its own rows and reports its share.
+            let share = |index: usize| if objective.is_shared(index) { 1.0 } else { weight };
+            let weighted =
+                values.iter().zip(terms).enumerate().map(|(index, (value, term))| value * (term.weight * share(index)));
+            let sum = weighted.reduce(|sum, value| sum + value).unwrap_or_default();
+            self.update.backward(&(&sum * (1.0 / units)), index + 1 == parts.len())?;
+            for (index, (value, term)) in values.iter().zip(terms).enumerate() {
+                let copies = if objective.is_shared(index) { self.world as f64 } else { 1.0 };
+                let value = f64::try_from(value)? * share(index) / copies;
+                sums.loss += value * term.weight;
+                sums.terms[index] += value;
+            }
+        }
+        Ok(sums)
+    }
+
+    fn report(&mut self, step: Step) -> Result<(), TrainError> {
+        self.history.step(&step);
+        if let Some(events) = &mut self.session.events {
+            events.step(&step);
+        }
+        if let Some(log) = &mut self.loss_log {
+            let terms: serde_json::Map<String, serde_json::Value> =
+                std::iter::zip(self.session.objective.terms(), &self.terms)
+                    .map(|(term, value)| (term.name().to_owned(), (*value).into()))
+                    .collect();
+            let line = serde_json::json!({
+                "step": step.step, "loss": step.loss, "gradientNorm": step.gradient_norm, "terms": terms
+            });
+            writeln!(log, "{line}").map_err(TrainError::other)?;
+        }
+        if let Some(writer) = &mut self.session.checkpoints {
+            writer.poll()?;
+            if let Some(reporter) = &mut self.session.reporter {
+                reporter.checkpointed(writer.newest());
+            }
+        }
+        if let Some(reporter) = &mut self.session.reporter {
+            reporter.step(step);
+        }
+        Ok(())
+    }
+
+    /// Measures the validation rows and keeps the weights if they are the best so far.
+    fn validate(&mut self) -> Result<(), TrainError> {
+        self.update.catch_up()?;
+        let session = &mut self.session;
+        let rows = (session.validation)()?;
+        let watchdog = session.watchdog.clone();
+        let how = How {
+            group: session.group,
+            device: session.device,
+            bf16: session.bf16,
+            generates: searches_by_answers(session.spec),
+        };
+        let found = evaluate::evaluate(&*session.model, &rows, how, || watchdog.beat())?;
+        let (name, score) = found.score();
+        // A score that is not a number is worse than any, and JSON, which checkpoints are in, cannot hold it.
+        let rank = score.max(f64::MIN);
+        let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
+        if is_best {
+            let weights = Snapshot::copy(&update::trainable_of_model(session.model));
+            let mut metrics = found.report(&[]);
+            metrics.insert(name.to_owned(), score);
+            metrics.retain(|_, value| value.is_finite());
+            self.best = Some((Best { step: self.step, score: rank, metrics }, weights));
+        }
+        let epoch = self.step as f64 / self.steps_per_epoch as f64;
+        self.history.validated(self.step, epoch, name, score);
+        if let Some(events) = &mut session.events {
+            events.validated(self.step, (name, score));
+        }
+        if let Some(reporter) = &mut session.reporter {
+            reporter.validated(self.step, epoch, (name, score), is_best);
+        }
+        Ok(())
+    }
+
+    fn end_early(&mut self) -> Result<(), TrainError> {
+        let mut checkpoint = self.step;
+        if let Some(writer) = &mut self.session.checkpoints {
+            // The upload has the time limits of the store; no step has to end meanwhile.
+            self.session.watchdog.rest();
+            writer.finish()?;
+            checkpoint = writer.newest();
+        }
+        Err(TrainError::Stopped { step: self.step, checkpoint })
+    }
+
+    fn finish(self) -> Result<Trained, TrainError> {
+        let Some((best, weights)) = self.best else {
+            return Err(TrainError::Other("the run ended without a validation".into()));
+        };
+        saving::overwrite(&self.trainable, &weights)?;
+        Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
+    }
+}
+
+/// The same tensors once more, sharing memory.
+fn share_named(named: &[(String, Tensor)]) -> Named {
+    named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_follow_epochs_or_are_given() {
+        let h = |epochs, max_steps| Hyperparameters { epochs, max_steps, batch_size: 32, ..Hyperparameters::default() };
+        assert_eq!(count_steps(100, &h(None, None)), (4, 12));
+        assert_eq!(count_steps(96, &h(Some(2), None)), (3, 6));
+        assert_eq!(count_steps(100, &h(None, Some(7))), (4, 7));
+    }
+}
