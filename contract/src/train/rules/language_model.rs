@@ -31,6 +31,7 @@ fn check_absent(spec: &TrainSpec, found: &mut Found) {
         ("model.head", spec.model.head.is_some()),
         ("model.student", spec.model.student.is_some()),
         ("teacher", spec.teacher.is_some()),
+        ("hyperparameters.dropout", spec.hyperparameters.dropout.is_some()),
         ("data.annotate", spec.data.annotate.is_some()),
         ("data.select", spec.data.select.is_some()),
         ("data.augment", spec.data.augment.is_some()),
