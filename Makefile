@@ -44,8 +44,8 @@ test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
 	@helm/check
 
-test-cluster: ## kill tests and bad input on the running demo cluster (after `make demo`)
-	@$(CARGO) test --release --workspace --test cluster -- --ignored --test-threads=1 --nocapture
+test-cluster: ## kill tests and bad input on the running cluster (after `make demo` and `make demo-chat`)
+	@$(CARGO) test --release --workspace --test cluster --test cluster_chat -- --ignored --test-threads=1 --nocapture
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
