@@ -43,4 +43,4 @@ pub use layers::{Excerpt, Packing};
 pub use load::LoadError;
 pub use lora::LoraOptions;
 pub use model::{Model, Options, Shape, Task};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, decoder::DecoderTokenizer};

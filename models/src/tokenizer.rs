@@ -1,6 +1,7 @@
 //! Texts to token ids, by the model folder's `tokenizer.json`, and ids to padded tensors.
 
 pub mod chat;
+pub mod decoder;
 pub mod gguf;
 mod python;
 pub mod stream;
