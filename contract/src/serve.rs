@@ -22,6 +22,36 @@ pub struct ServeConfig {
     pub grpc_port: u16,
     #[serde(default)]
     pub limits: ServeLimits,
+    /// Engine of a language model; other models do not read it.
+    #[serde(default)]
+    pub engine: EngineConfig,
+}
+
+/// How the built-in engine runs a language model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct EngineConfig {
+    /// Largest number of tokens of a sequence, prompt and answer together. Absent: the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_length: Option<usize>,
+    /// Memory for the keys and values of all sequences, in bytes. Absent: 1 GiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_memory: Option<u64>,
+    pub weights: Weights,
+}
+
+/// Format of a language model's weights in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Weights {
+    /// BF16 on a GPU and on a CPU that multiplies bfloat16 in hardware, FP32 elsewhere.
+    #[default]
+    Auto,
+    /// 32-bit floating-point numbers.
+    FP32,
+    /// 16-bit floating-point numbers (bfloat16).
+    BF16,
+    /// 8-bit integers with one scale for each output channel. The CPU alone has it.
+    Int8,
 }
 
 fn http_port() -> u16 {
@@ -48,7 +78,12 @@ pub struct ServeLimits {
     pub max_sequence_length: usize,
     /// Seconds that a shutdown waits for requests in progress.
     pub drain_seconds: u64,
+    /// Longest duration of a generation in seconds; a shutdown waits that long for those in progress.
+    pub max_request_seconds: u64,
 }
+
+/// Default of `maxRequestSeconds`.
+pub const MAX_REQUEST_SECONDS: u64 = 300;
 
 impl Default for ServeLimits {
     fn default() -> Self {
@@ -60,6 +95,7 @@ impl Default for ServeLimits {
             max_batch_tokens: 8192,
             max_sequence_length: 128,
             drain_seconds: 20,
+            max_request_seconds: MAX_REQUEST_SECONDS,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     families::Backbone,
     heads::causal::{self, NextTokenLoss},
     kv_cache::{CacheShape, KvCache},
+    layers::{Packed, Packing},
     load::{self, LoadError, Weights},
     lora::{self, LoraOptions},
     registry,
@@ -44,6 +45,8 @@ pub struct CausalLanguageModel {
     backbone: Box<dyn Backbone>,
     /// [V, C]; absent where the head is the table of token embeddings.
     head: Option<Tensor>,
+    /// The head, for inference.
+    packed_head: Option<Packed>,
     vocab_size: i64,
     max_length: usize,
     parameters: Vec<(String, Tensor)>,
@@ -92,6 +95,7 @@ impl CausalLanguageModel {
             config,
             backbone: loaded.backbone,
             head,
+            packed_head: None,
             vocab_size: loaded.vocab_size,
             max_length: loaded.max_length,
             parameters: builder.finish(),
@@ -146,7 +150,28 @@ impl CausalLanguageModel {
 
     /// Hidden states [N, C] to logits [N, V] in FP32.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        causal::logits(hidden, self.head())
+        match &self.packed_head {
+            Some(head) => head.product(hidden),
+            None => causal::logits(hidden, self.head()),
+        }
+    }
+
+    /// Lays all matrices out as the CPU multiplies fastest, adapters merged: the model only infers from now on, and has
+    /// no parameters to train or to save. FP32 on the CPU.
+    ///
+    /// # Errors
+    /// libtorch has no memory for a copy of a matrix.
+    pub fn pack_for_good(&mut self, how: Packing) -> Result<(), LoadError> {
+        self.parameters.clear();
+        self.adapters.clear();
+        self.lora = None;
+        for projection in self.backbone.projections_mut() {
+            projection.pack_for_good(how)?;
+        }
+        let bias = Tensor::f_zeros([self.vocab_size], (Kind::Float, self.head().device()))?;
+        self.packed_head = Some(Packed::new(&self.head().to_kind(Kind::Float), &bias, how)?);
+        self.head = None;
+        Ok(())
     }
 
     /// Cross entropy of `targets` [N] (ids; a negative one is left out) given the hidden states [N, C] that predict them.

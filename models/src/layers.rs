@@ -25,12 +25,26 @@ pub struct Linear {
     observed: RefCell<Option<Tensor>>,
 }
 
-enum Packed {
+/// A matrix and its bias, laid out for inference on the CPU.
+pub(crate) enum Packed {
     Float(PackedLinear),
     Int8(QuantizedLinear),
 }
 
 impl Packed {
+    /// `weight` [outputs, inputs] and `bias` [outputs].
+    pub(crate) fn new(weight: &Tensor, bias: &Tensor, how: Packing) -> Result<Self, LoadError> {
+        Ok(match how {
+            Packing::Float => Self::Float(PackedLinear::new(weight, bias)?),
+            Packing::Int8 => Self::Int8(QuantizedLinear::new(weight, bias)?),
+        })
+    }
+
+    /// The product alone, [..., inputs] to [..., outputs].
+    pub(crate) fn product(&self, x: &Tensor) -> Tensor {
+        self.forward(x, athanor_torch::Activation::Identity)
+    }
+
     fn forward(&self, x: &Tensor, activation: athanor_torch::Activation) -> Tensor {
         computed(match self {
             Self::Float(packed) => packed.forward(x, activation),
@@ -86,10 +100,7 @@ impl Linear {
 
     /// Lays the weight out as the CPU multiplies fastest: while it is so, the layer only infers.
     pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
-        self.packed = Some(match how {
-            Packing::Float => Packed::Float(PackedLinear::new(&self.weight, &self.bias)?),
-            Packing::Int8 => Packed::Int8(QuantizedLinear::new(&self.weight, &self.bias)?),
-        });
+        self.packed = Some(Packed::new(&self.weight, &self.bias, how)?);
         Ok(())
     }
 

@@ -1,5 +1,8 @@
 //! `athanor-server`: fetches one model revision and answers for it over HTTP and gRPC.
 
+mod generate;
+mod load;
+mod tokenizer;
 mod torch;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -14,7 +17,6 @@ use athanor_serving::{
         inference::{self, Inference, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
         openai::{self, ApiError},
     },
-    engine::encode::Engine,
     lifecycle::{self, Servers},
     service::Service,
 };
@@ -66,7 +68,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     servers.http(listener, Router::new().fallback(dispatch).with_state(app));
 
     let loaded = tokio::select! {
-        loaded = load(&config, arguments.cache.as_deref()) => loaded?,
+        loaded = fetch_and_load(&config, arguments.cache.as_deref()) => loaded?,
         () = shutdown.cancelled() => return Ok(()),
     };
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
@@ -90,12 +92,18 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     );
     tokio::spawn({
         let shutdown = shutdown.clone();
+        let service = service.clone();
         async move {
             shutdown.cancelled().await;
             health.set_not_serving::<GrpcInferenceServiceServer<Inference>>().await;
+            tokio::time::sleep(lifecycle::grace()).await;
+            service.drain();
         }
     });
-    let drain = Duration::from_secs(config.limits.drain_seconds);
+    let limits = config.limits;
+    // A stream may take as long as a request may.
+    let longest = if service.generator().is_ok() { limits.max_request_seconds } else { 0 };
+    let drain = Duration::from_secs(limits.drain_seconds.max(longest));
     let fault = async {
         service.stopped().await;
         "the engine's thread ended by a fault".to_owned()
@@ -110,7 +118,7 @@ fn read_config(path: &PathBuf) -> anyhow::Result<ServeConfig> {
 }
 
 /// Fetches, loads and warms up the model. The folder is removed when the second value is dropped, unless it is a given cache.
-async fn load(
+async fn fetch_and_load(
     config: &ServeConfig,
     cache: Option<&std::path::Path>,
 ) -> anyhow::Result<(Arc<Service>, Option<tempfile::TempDir>)> {
@@ -136,21 +144,13 @@ async fn load(
         seconds = started.elapsed().as_secs_f64(),
         "model fetched"
     );
-    let mut config = config.clone();
-    if let Some(longest) = manifest.and_then(|manifest| manifest.max_sequence_length) {
-        config.limits.max_sequence_length = longest as usize;
-    }
-    let limits = config.limits;
-    let uri = config.model_uri.clone();
-    let (engine, positions, labels, tokenizer) = tokio::task::spawn_blocking(move || {
-        let (backend, labels, tokenizer) = torch::load(&folder).with_context(|| format!("loading {uri}"))?;
-        let positions = backend.positions();
-        let engine = Engine::start(backend, &limits).context("starting the engine's thread")?;
-        anyhow::Ok((engine, positions, labels, tokenizer))
+    let max_sequence_length = manifest.and_then(|manifest| manifest.max_sequence_length);
+    let config = config.clone();
+    let service = tokio::task::spawn_blocking(move || {
+        load::load(&config, &folder, max_sequence_length).with_context(|| format!("loading {}", config.model_uri))
     })
     .await??;
-    config.limits.max_sequence_length = config.limits.max_sequence_length.min(positions);
-    let service = Arc::new(Service::new(&config, labels, Arc::new(tokenizer), engine));
+    let service = Arc::new(service);
     service.warm_up().await.context("the model did not answer a warm-up")?;
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "warmed up");
     Ok((service, temporary))

@@ -1,84 +1,105 @@
-//! The engine's backend over libtorch: a classifier of the crate `models` on one device, in FP32.
+//! The engine's backends over libtorch for encoders of the crate `models`, in FP32 on one device.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
 };
 
-use athanor_models::{Classifier, Tokenizer, tokenizer::pad};
-use athanor_serving::{
-    engine::backend::{BackendError, EncodeBackend},
-    service::Tokenize,
-};
-use tch::Device;
+use athanor_models::{Classifier, EncoderConfig, LoadError, Model, Options, Task, quantize, tokenizer::pad};
+use athanor_serving::engine::backend::{BackendError, EncodeBackend};
+use tch::{Device, Kind, Tensor};
 
 /// A classifier and the id it pads with.
-pub struct TorchBackend {
+pub struct TorchClassifier {
     classifier: Classifier,
     device: Device,
     pad_id: i64,
 }
 
-/// Loads the model and its tokenizer from a local folder: the backend, its labels and the tokenizer.
-pub fn load(folder: &Path) -> anyhow::Result<(TorchBackend, Vec<String>, TextTokenizer)> {
-    // libtorch's default counts the machine's cores, not those this container may use.
-    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
-    let device = Device::cuda_if_available();
-    let tokenizer = Tokenizer::load(folder)?;
-    let classifier = Classifier::load(folder, device)?;
-    let labels = classifier.labels().to_vec();
-    let pad_id = classifier.config().pad_token_id;
-    tracing::info!(?device, threads, labels = labels.len(), "model loaded");
-    Ok((TorchBackend { classifier, device, pad_id }, labels, TextTokenizer(tokenizer)))
-}
-
-impl TorchBackend {
-    /// Tokens of the longest text the model takes.
-    pub fn positions(&self) -> usize {
-        self.classifier.config().max_length()
+impl TorchClassifier {
+    pub fn new(classifier: Classifier, device: Device) -> Self {
+        let pad_id = classifier.config().pad_token_id;
+        Self { classifier, device, pad_id }
     }
 }
 
-impl EncodeBackend for TorchBackend {
+impl EncodeBackend for TorchClassifier {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
-        // libtorch's errors (memory of a GPU above all) are panics here. Weights are only read, so nothing is left half changed, and
-        // the next batch may well fit.
-        let logits = catch_unwind(AssertUnwindSafe(|| {
+        caught(|| {
             let (ids, mask) = pad(rows, self.pad_id);
             self.classifier.forward(&ids, &mask)
-        }));
-        let logits = logits.map_err(|panic| BackendError(describe(&*panic)))?;
-        Vec::<Vec<f32>>::try_from(logits).map_err(|error| BackendError(error.to_string()))
+        })
     }
 
     fn call_cost(&self) -> usize {
-        // On a GPU a call of a small encoder takes as long as some thousand tokens, on a CPU as long as a handful.
-        if self.device.is_cuda() { 2048 } else { 12 }
+        call_cost(self.device)
     }
+}
+
+/// An encoder whose vectors are those of training: the mean of the tokens' hidden states, which training compares by
+/// cosine. They are scaled to length 1, so that a product of two is their cosine.
+pub struct TorchEmbedder {
+    model: Model,
+    device: Device,
+}
+
+impl TorchEmbedder {
+    pub fn load(folder: &Path, device: Device) -> Result<Self, LoadError> {
+        let how = quantize::packing(&EncoderConfig::load(folder)?);
+        let mut model = Model::load(folder, Task::Embedding, &Options::default(), device)?;
+        if device == Device::Cpu {
+            model.pack_for_good(how)?;
+        }
+        Ok(Self { model, device })
+    }
+}
+
+impl EncodeBackend for TorchEmbedder {
+    fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
+        caught(|| {
+            tch::no_grad(|| {
+                let (ids, mask) = pad(rows, self.model.config().pad_token_id);
+                let padded = rows.iter().any(|row| row.len() != rows[0].len());
+                let mask = padded.then(|| mask.to_device(self.device));
+                let last = self.model.last_hidden_state(&ids.to_device(self.device), mask.as_ref(), false);
+                let vectors = self.model.embedding(&last, mask.as_ref());
+                unit(&vectors).to_device(Device::Cpu)
+            })
+        })
+    }
+
+    fn call_cost(&self) -> usize {
+        call_cost(self.device)
+    }
+}
+
+/// Vectors [B, C] scaled to length 1.
+fn unit(vectors: &Tensor) -> Tensor {
+    let lengths = vectors.square().sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float).sqrt();
+    vectors / lengths.clamp_min(1e-12)
+}
+
+/// Runs the model. libtorch's errors (memory of a GPU above all) are panics here. Weights are only read, so nothing is
+/// left half changed, and the next batch may well fit.
+fn caught(run: impl FnOnce() -> Tensor) -> Result<Vec<Vec<f32>>, BackendError> {
+    let outputs = catch_unwind(AssertUnwindSafe(run)).map_err(|panic| BackendError(describe(&*panic)))?;
+    Vec::<Vec<f32>>::try_from(outputs).map_err(|error| BackendError(error.to_string()))
+}
+
+/// On a GPU a call of a small encoder takes as long as some thousand tokens, on a CPU as long as a handful.
+fn call_cost(device: Device) -> usize {
+    if device.is_cuda() { 2048 } else { 12 }
 }
 
 /// The first line of a panic's message: libtorch appends a stack.
-fn describe(panic: &(dyn std::any::Any + Send)) -> String {
+pub fn describe(panic: &(dyn std::any::Any + Send)) -> String {
     let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
     message.and_then(|message| message.lines().next()).unwrap_or("a panic").to_owned()
-}
-
-/// The model's tokenizer.
-pub struct TextTokenizer(Tokenizer);
-
-impl Tokenize for TextTokenizer {
-    fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
-        self.0.encode_batch(texts, max_length).map_err(|error| error.to_string())
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
-
-    use athanor_models::Model;
-    use tch::{Kind, Tensor};
 
     use super::*;
 
@@ -115,9 +136,9 @@ mod tests {
                     form => model.save_quantized(to.path(), form == "weights and inputs"),
                 }
                 .unwrap();
-                std::fs::copy(golden(name).join("tokenizer.json"), to.path().join("tokenizer.json")).unwrap();
-                let (mut backend, labels, _) = load(to.path()).unwrap();
-                assert_eq!(labels, ["a", "b"], "{name}, {form}");
+                let classifier = Classifier::load(to.path(), Device::Cpu).unwrap();
+                assert_eq!(classifier.labels(), ["a", "b"], "{name}, {form}");
+                let mut backend = TorchClassifier::new(classifier, Device::Cpu);
                 let found = probabilities(backend.forward(&rows).unwrap());
                 let (ids, mask) = pad(&rows, model.config().pad_token_id);
                 let exact = tch::no_grad(|| model.forward(&ids, Some(&mask), false));

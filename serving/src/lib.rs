@@ -1,7 +1,7 @@
 //! What a server answers with, without a model of its own: models come in by the traits of [`engine::backend`].
 //!
 //! - [`engine`]: one thread owns the model and batches waiting requests; it works on token ids, not on texts or wire types;
-//! - [`service`]: texts to token ids to probabilities, under the limits of the configuration;
+//! - [`service`]: texts to token ids and back, under the limits of the configuration;
 //! - [`api`]: the OpenAI-style JSON API and the Open Inference Protocol v2 over a [`service::Service`];
 //! - [`lifecycle`]: listeners, their limits and the shutdown of a process; the router uses it as well.
 //!

@@ -12,7 +12,7 @@ use crate::{
         backend::{BackendError, EncodeBackend},
         encode::Engine,
     },
-    service::{Service, Tokenize},
+    service::{Classifier, Model, Service, Tokenize},
 };
 
 /// One token a word: its length.
@@ -52,9 +52,11 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
         http_port: 0,
         grpc_port: 0,
         limits,
+        engine: Default::default(),
     };
     let gate = Arc::<Gate>::default();
     let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
     let labels = vec!["negative".into(), "positive".into()];
-    (Arc::new(Service::new(&config, labels, Arc::new(Words), engine)), gate)
+    let classifier = Classifier::new(limits, labels, Arc::new(Words), engine);
+    (Arc::new(Service::new(&config, Model::Classifier(classifier))), gate)
 }

@@ -30,6 +30,17 @@ impl Drop for Autocast {
     }
 }
 
+/// Whether bfloat16 products are the hardware's own.
+pub fn computes_in_bf16(device: Device) -> bool {
+    if device.is_cuda() {
+        return true;
+    }
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 /// State of the CPU's default random generator, a byte tensor.
 pub fn rng_state() -> Result<Tensor, Error> {
     let into = Tensor::new();

@@ -2,7 +2,11 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{layers::drop, lora::Adapter};
+use crate::{
+    layers::{Packed, Packing, drop},
+    load::LoadError,
+    lora::Adapter,
+};
 
 /// `x W^T + b`, or `x W + b` where the checkpoint stores the matrix transposed.
 pub struct Projection {
@@ -14,9 +18,34 @@ pub struct Projection {
     /// GPT-2's Conv1D stores its matrix as [inputs, outputs].
     pub transposed: bool,
     pub adapter: Option<Adapter>,
+    /// Instead of the weight, for inference.
+    packed: Option<Packed>,
 }
 
 impl Projection {
+    /// A projection without an adapter; see the fields.
+    pub fn new(name: &str, weight: Tensor, bias: Option<Tensor>, transposed: bool) -> Self {
+        Self { name: name.to_owned(), weight, bias, transposed, adapter: None, packed: None }
+    }
+
+    /// Lays the weight, with its adapter, out as the CPU multiplies fastest, and drops it: the projection only infers
+    /// from now on.
+    ///
+    /// # Errors
+    /// libtorch has no memory for the copy.
+    pub fn pack_for_good(&mut self, how: Packing) -> Result<(), LoadError> {
+        let bias = match &self.bias {
+            Some(bias) => bias.to_kind(Kind::Float),
+            None => Tensor::f_zeros([self.outputs()], (Kind::Float, self.weight.device()))?,
+        };
+        let weight = self.merged().to_kind(Kind::Float);
+        let weight = if self.transposed { weight.tr() } else { weight };
+        self.packed = Some(Packed::new(&weight.contiguous(), &bias, how)?);
+        self.weight = Tensor::new();
+        (self.bias, self.adapter) = (None, None);
+        Ok(())
+    }
+
     pub fn inputs(&self) -> i64 {
         self.weight.size()[usize::from(!self.transposed)]
     }
@@ -27,6 +56,9 @@ impl Projection {
 
     /// [N, inputs] to [N, outputs].
     pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        if let Some(packed) = &self.packed {
+            return packed.product(x);
+        }
         let base = if self.transposed {
             x.linear(&self.weight.tr(), self.bias.as_ref())
         } else {

@@ -56,14 +56,14 @@ impl<'a> Builder<'a> {
     pub fn projection(&mut self, name: &str, inputs: i64, outputs: i64, bias: bool) -> Result<Projection, LoadError> {
         let weight = self.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
         let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[outputs])).transpose()?;
-        Ok(Projection { name: name.to_owned(), weight, bias, transposed: false, adapter: None })
+        Ok(Projection::new(name, weight, bias, false))
     }
 
     /// A projection with a bias whose matrix is stored as [inputs, outputs].
     pub fn transposed_projection(&mut self, name: &str, inputs: i64, outputs: i64) -> Result<Projection, LoadError> {
         let weight = self.tensor(&format!("{name}.weight"), &[inputs, outputs])?;
         let bias = Some(self.tensor(&format!("{name}.bias"), &[outputs])?);
-        Ok(Projection { name: name.to_owned(), weight, bias, transposed: true, adapter: None })
+        Ok(Projection::new(name, weight, bias, true))
     }
 
     pub fn rms_norm(&mut self, name: &str, size: i64, eps: f64) -> Result<RmsNorm, LoadError> {

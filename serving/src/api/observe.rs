@@ -26,6 +26,14 @@ pub fn classification(request_id: &str, revision: &str, incoming: &HeaderMap) ->
     span
 }
 
+/// The span of a request to a language or embedding model, as a child of the trace that `incoming` names.
+pub fn generation(route: &str, request_id: &str, revision: &str, incoming: &HeaderMap) -> Span {
+    let span = tracing::info_span!("generate", otel.kind = "server", route, request_id, revision);
+    // Fails only when traces are off.
+    let _ = span.set_parent(athanor_telemetry::propagation::extract(incoming));
+    span
+}
+
 /// Writes what the engine did into the current span.
 pub fn classified(classified: &Classified) {
     let span = Span::current();

@@ -60,10 +60,11 @@ impl Inference {
 
     async fn infer(&self, request: ModelInferRequest) -> Result<ModelInferResponse, Status> {
         self.check(&request.model_name, request.model_version.as_deref()).map_err(status)?;
+        let classifier = self.service.classifier().map_err(status)?;
         let invalid = |error: tensors::TensorError| Status::invalid_argument(error.to_string());
         tensors::check_outputs(&request).map_err(invalid)?;
         let texts = tensors::decode_texts(&request).map_err(invalid)?;
-        let classified = self.service.classify(texts).await.map_err(status)?;
+        let classified = classifier.classify(texts).await.map_err(status)?;
         observe::classified(&classified);
         let mut response = ModelInferResponse {
             model_name: self.service.model_name.clone(),
@@ -71,7 +72,7 @@ impl Inference {
             id: request.id.clone(),
             ..Default::default()
         };
-        tensors::encode(&request, &self.service.labels, &classified.results, &mut response).map_err(invalid)?;
+        tensors::encode(&request, &classifier.labels, &classified.results, &mut response).map_err(invalid)?;
         Ok(response)
     }
 }
@@ -81,14 +82,21 @@ fn status(error: ServiceError) -> Status {
     let message = error.to_string();
     match error {
         ServiceError::UnknownModel { .. } => Status::not_found(message),
-        ServiceError::NoInput | ServiceError::TooManyInputs { .. } | ServiceError::EmptyInput { .. } => {
-            Status::invalid_argument(message)
-        }
+        ServiceError::WrongKind { .. } => Status::unimplemented(message),
+        ServiceError::NoInput
+        | ServiceError::TooManyInputs { .. }
+        | ServiceError::TooManyAnswers { .. }
+        | ServiceError::EmptyInput { .. }
+        | ServiceError::LongInput { .. }
+        | ServiceError::UnknownToken { .. }
+        | ServiceError::Conversation(_) => Status::invalid_argument(message),
         ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),
-        ServiceError::Engine(EngineError::Stopped) => Status::unavailable(message),
-        ServiceError::Engine(EngineError::Backend(_)) | ServiceError::NotFinite { .. } | ServiceError::Tokenizer(_) => {
-            Status::internal(message)
-        }
+        ServiceError::Engine(EngineError::Stopped) | ServiceError::Draining => Status::unavailable(message),
+        // The protocol has no route to a language model's engine.
+        ServiceError::Engine(EngineError::Backend(_))
+        | ServiceError::NotFinite { .. }
+        | ServiceError::Tokenizer(_)
+        | ServiceError::Generate(_) => Status::internal(message),
     }
 }
 
@@ -147,9 +155,13 @@ impl GrpcInferenceService for Inference {
     ) -> Result<Response<ModelMetadataResponse>, Status> {
         let request = request.into_inner();
         self.check(&request.name, request.version.as_deref()).map_err(status)?;
-        let (inputs, outputs) = tensors::describe(self.service.labels.len());
+        // Other models than classifiers have no tensors here.
+        let (inputs, outputs) = self
+            .service
+            .classifier()
+            .map_or_else(|_| Default::default(), |classifier| tensors::describe(classifier.labels.len()));
         let labels =
-            serde_json::to_string(&self.service.labels).map_err(|error| Status::internal(error.to_string()))?;
+            serde_json::to_string(self.service.labels()).map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(ModelMetadataResponse {
             name: self.service.model_name.clone(),
             versions: vec![self.service.revision.clone()],

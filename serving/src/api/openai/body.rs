@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use axum::{
     body::{Body, BodyDataStream},
+    extract::Request,
     http::{
         HeaderMap, StatusCode,
         header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT},
@@ -13,11 +14,18 @@ use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
-use super::ApiError;
+use super::error::ApiError;
 
 /// What is read of a body that is too large, in bytes and in time.
 const DISCARDED: usize = 64 << 20;
 const DISCARDING: Duration = Duration::from_secs(2);
+
+/// Reads the body of a request that has to be JSON, of at most `limit` bytes.
+pub async fn json(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    let (parts, body) = request.into_parts();
+    check_content_type(&parts.headers)?;
+    read(&parts.headers, body, limit).await
+}
 
 /// Reads a whole body of at most `limit` bytes.
 pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
@@ -98,8 +106,13 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             let message = param.as_ref().map_or_else(|| inner.to_string(), |param| format!("{param}: {inner}"));
             ("invalid_field", message, param)
         } else {
-            // Where the text stops being JSON, the path so far says nothing.
-            ("invalid_json", format!("the body is not JSON: {inner}"), None)
+            // Where the text stops being JSON, the path so far says nothing, but for numbers that JSON does not have.
+            let param = is_not_finite(text, &inner).then_some(path).filter(|path| path != ".");
+            let message = match &param {
+                Some(param) => format!("{param}: JSON has neither NaN nor Infinity: {inner}"),
+                None => format!("the body is not JSON: {inner}"),
+            };
+            ("invalid_json", message, param)
         };
         ApiError { status: StatusCode::BAD_REQUEST, message, param, code }
     })?;
@@ -112,4 +125,13 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 /// serde puts the path of a missing field at its parent; its name is only in the message.
 fn missing_field(message: &str) -> Option<String> {
     message.strip_prefix("missing field `")?.split('`').next().map(str::to_owned)
+}
+
+/// Whether the text stops being JSON at a NaN or an Infinity, which some clients write.
+fn is_not_finite(text: &str, error: &serde_json::Error) -> bool {
+    let Some(line) = text.lines().nth(error.line().saturating_sub(1)) else { return false };
+    // The error is at the first or at the second character of the word.
+    (0..=2)
+        .filter_map(|back| line.get(error.column().checked_sub(back)?..))
+        .any(|rest| ["NaN", "Infinity", "-Infinity"].iter().any(|word| rest.starts_with(word)))
 }

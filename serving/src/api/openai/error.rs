@@ -7,7 +7,10 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{engine::encode::EngineError, service::ServiceError};
+use crate::{
+    engine::{encode::EngineError, generate::GenerateError},
+    service::ServiceError,
+};
 
 /// `{"error": {"message", "type", "param", "code"}}` with a status.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,6 +47,30 @@ impl ApiError {
         self
     }
 
+    /// An error of the service whose inputs are in this field of the request.
+    pub fn of_field(error: ServiceError, field: &str) -> Self {
+        let error = Self::from(error);
+        let param = error.param.map(|param| match param.strip_prefix("input") {
+            Some(rest) => format!("{field}{rest}"),
+            None => param,
+        });
+        // OpenAI's status; `/v1/classify` has another one.
+        let is_unprocessable = error.status == StatusCode::UNPROCESSABLE_ENTITY;
+        let status = if is_unprocessable { StatusCode::BAD_REQUEST } else { error.status };
+        Self { status, param, ..error }
+    }
+
+    /// The JSON of the error.
+    pub fn body(self) -> ErrorBody {
+        let error = ErrorDetail {
+            r#type: self.kind().into(),
+            message: self.message,
+            param: self.param,
+            code: self.code.into(),
+        };
+        ErrorBody { error }
+    }
+
     fn kind(&self) -> &'static str {
         match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
@@ -56,14 +83,9 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let detail = ErrorDetail {
-            r#type: self.kind().into(),
-            message: self.message,
-            param: self.param,
-            code: self.code.into(),
-        };
-        let mut response = (self.status, Json(ErrorBody { error: detail })).into_response();
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        let status = self.status;
+        let mut response = (status, Json(self.body())).into_response();
+        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
@@ -84,6 +106,20 @@ impl From<ServiceError> for ApiError {
             ServiceError::EmptyInput { index } => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, "input_empty", message).param(format!("input[{index}]"))
             }
+            ServiceError::WrongKind { .. } => Self::new(StatusCode::NOT_FOUND, "wrong_model_kind", message),
+            ServiceError::TooManyAnswers { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "too_many_answers", message).param("n")
+            }
+            ServiceError::LongInput { index, .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param(format!("input[{index}]"))
+            }
+            ServiceError::UnknownToken { index, .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(format!("input[{index}]"))
+            }
+            ServiceError::Conversation(_) => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_conversation", message).param("messages")
+            }
+            ServiceError::Draining => Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message),
             ServiceError::Engine(EngineError::QueueFull { .. }) => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message)
             }
@@ -93,6 +129,28 @@ impl From<ServiceError> for ApiError {
             ServiceError::Engine(EngineError::Backend(_))
             | ServiceError::NotFinite { .. }
             | ServiceError::Tokenizer(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message),
+            ServiceError::Generate(error) => error.into(),
+        }
+    }
+}
+
+impl From<GenerateError> for ApiError {
+    fn from(error: GenerateError) -> Self {
+        let message = error.to_string();
+        match error {
+            GenerateError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
+            GenerateError::EmptyPrompt => Self::new(StatusCode::BAD_REQUEST, "input_empty", message).param("prompt"),
+            GenerateError::TooLong { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param("max_tokens")
+            }
+            GenerateError::Invalid(invalid) => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(invalid.field)
+            }
+            GenerateError::Logits(_) | GenerateError::Backend(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
+            }
+            GenerateError::TimedOut { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, "request_timeout", message),
+            GenerateError::Stopped => Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine_stopped", message),
         }
     }
 }

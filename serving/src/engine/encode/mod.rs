@@ -173,7 +173,7 @@ fn run_batch(backend: &mut impl EncodeBackend, mut items: Vec<Item>) {
     let rows: Vec<&[u32]> = items.iter().map(|item| item.ids.as_slice()).collect();
     let tokens: usize = rows.iter().map(|row| row.len()).sum();
     metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
-    metrics::counter!("athanor_server_tokens_total").increment(tokens as u64);
+    metrics::counter!("athanor_server_tokens_total", "kind" => "prompt").increment(tokens as u64);
     let logits = backend.forward(&rows).and_then(|logits| match logits.len() == rows.len() {
         true => Ok(logits),
         false => Err(BackendError(format!("{} rows of logits for {} inputs", logits.len(), rows.len()))),

@@ -103,7 +103,7 @@ impl Engine {
         let mut choices = Vec::with_capacity(request.choices);
         let mut replies = Vec::with_capacity(request.choices);
         while let Some(place) = places.split(1).filter(|_| choices.len() < request.choices) {
-            let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 1);
+            let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 2);
             choices.push(receiver);
             replies.push((sender, Place::new(place)));
         }

@@ -29,6 +29,10 @@ pub type Choice = mpsc::Receiver<Result<Event, GenerateError>>;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The first event: the sequence runs, and the prefix cache had this many tokens of its prompt.
+    Admitted {
+        cached_tokens: usize,
+    },
     Token(Sampled),
     Finished(Finished),
 }
@@ -60,6 +64,8 @@ pub enum GenerateError {
     Logits(#[from] LogitsError),
     #[error("the model failed: {0}")]
     Backend(String),
+    #[error("the answer was not complete after {seconds} s")]
+    TimedOut { seconds: u64 },
     /// The thread has ended; the process should end as well.
     #[error("the engine has stopped")]
     Stopped,

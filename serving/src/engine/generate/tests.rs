@@ -132,6 +132,7 @@ async fn read(mut choice: Choice) -> Result<(Vec<u32>, Finished), GenerateError>
     let mut tokens = Vec::new();
     loop {
         match choice.recv().await.unwrap_or(Err(GenerateError::Stopped))? {
+            Event::Admitted { .. } => {}
             Event::Token(sampled) => tokens.push(sampled.token),
             Event::Finished(finished) => {
                 assert!(choice.recv().await.is_none(), "nothing follows the end");

@@ -151,17 +151,18 @@ impl<B: GenerateBackend> Worker<B> {
 
     fn record_admissions(&mut self, plan: &Plan, now: Instant) {
         metrics::counter!("athanor_server_preemptions_total").increment(plan.preempted as u64);
-        for id in &plan.admitted {
-            if let Some(client) = self.clients.get_mut(id) {
+        for sequence in self.scheduler.running().iter().filter(|sequence| plan.admitted.contains(&sequence.id)) {
+            let cached_tokens = sequence.cached();
+            tokens("cached").increment(cached_tokens as u64);
+            tokens("prompt").increment((sequence.prompt_length - cached_tokens) as u64);
+            if let Some(client) = self.clients.get_mut(&sequence.id) {
                 client.place.take();
                 client.admitted = Some(now);
+                client.send(Ok(Event::Admitted { cached_tokens }));
                 let queued = now.saturating_duration_since(client.since);
                 metrics::histogram!("athanor_server_queue_seconds").record(queued.as_secs_f64());
             }
         }
-        let admitted = self.scheduler.running().iter().filter(|sequence| plan.admitted.contains(&sequence.id));
-        let cached: usize = admitted.map(Sequence::cached).sum();
-        metrics::counter!("athanor_server_prefix_cached_tokens_total").increment(cached as u64);
     }
 
     fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>, BackendError> {
@@ -175,9 +176,7 @@ impl<B: GenerateBackend> Worker<B> {
                 wants_logits: work.wants_logits,
             })
             .collect();
-        let tokens: usize = work.iter().map(|work| work.length).sum();
         metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
-        metrics::counter!("athanor_server_tokens_total").increment(tokens as u64);
         let answers = self.backend.step(&rows)?;
         if answers.len() != rows.len() {
             return Err(BackendError(format!("{} rows of logits for {} rows of tokens", answers.len(), rows.len())));
@@ -199,7 +198,7 @@ impl<B: GenerateBackend> Worker<B> {
             }
         };
         self.scheduler.push(index, sampled.token);
-        metrics::counter!("athanor_server_generated_tokens_total").increment(1);
+        tokens("completion").increment(1);
         let sequence = &self.scheduler.running()[index];
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.record_token(now);
@@ -227,6 +226,14 @@ impl<B: GenerateBackend> Worker<B> {
         self.progress.running.store(running, Ordering::Relaxed);
         self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
         metrics::gauge!("athanor_server_running_sequences").set(running as f64);
+        metrics::gauge!("athanor_server_waiting_sequences").set(self.scheduler.waiting() as f64);
+        metrics::gauge!("athanor_server_kv_cache_used_blocks").set(blocks.used() as f64);
         metrics::gauge!("athanor_server_kv_cache_usage_ratio").set(blocks.used() as f64 / blocks.count().max(1) as f64);
     }
+}
+
+/// Counts tokens: `prompt` those of prompts that were computed, `cached` those that the prefix cache had, `completion`
+/// those of answers.
+fn tokens(kind: &'static str) -> metrics::Counter {
+    metrics::counter!("athanor_server_tokens_total", "kind" => kind)
 }

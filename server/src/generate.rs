@@ -1,0 +1,150 @@
+//! The engine's backend over libtorch for language models: a decoder of the crate `models` and its paged cache on one
+//! device.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
+
+use anyhow::{Context, bail};
+use athanor_contract::serve::{EngineConfig, ServeLimits, Weights};
+use athanor_models::{Batch, CachedRow, CausalLanguageModel, CausalOptions, KvCache, Packing};
+use athanor_serving::engine::{
+    backend::{BackendError, GenerateBackend, GenerateLimits, Row},
+    generate::{EngineLimits, scheduler::StepLimits},
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::torch::describe;
+
+/// Positions in a block of the cache.
+const BLOCK: usize = 16;
+/// Memory of the cache if the configuration has none.
+const CACHE_MEMORY: u64 = 1 << 30;
+/// Tokens of a step on a CPU: a longer step would hold up the answers in progress, and is no faster for each token.
+const CPU_STEP_TOKENS: usize = 512;
+
+/// A language model and the keys and values of its sequences.
+pub struct TorchGenerator {
+    model: CausalLanguageModel,
+    cache: KvCache,
+    limits: GenerateLimits,
+    device: Device,
+}
+
+/// The format of the weights that a configuration asks for on a device.
+///
+/// # Errors
+/// `Int8` on a GPU.
+fn format(weights: Weights, device: Device) -> anyhow::Result<(Kind, Option<Packing>)> {
+    let on_cpu = device == Device::Cpu;
+    let float = (Kind::Float, on_cpu.then_some(Packing::Float));
+    Ok(match weights {
+        Weights::Auto if athanor_torch::computes_in_bf16(device) => (Kind::BFloat16, None),
+        Weights::Auto | Weights::FP32 => float,
+        Weights::BF16 => (Kind::BFloat16, None),
+        Weights::Int8 if on_cpu => (Kind::Float, Some(Packing::Int8)),
+        Weights::Int8 => bail!("engine.weights: Int8 requires a CPU; a GPU has BF16 and FP32"),
+    })
+}
+
+impl TorchGenerator {
+    /// Loads a GGUF file or a model folder. At most `sequences` sequences run at once.
+    ///
+    /// # Errors
+    /// The model cannot be loaded, or the memory for the cache has no room for a block.
+    pub fn load(model: &Path, config: &EngineConfig, sequences: usize, device: Device) -> anyhow::Result<Self> {
+        let (kind, packing) = format(config.weights, device)?;
+        let options = CausalOptions { kind: Some(kind), device, ..CausalOptions::default() };
+        let mut model = CausalLanguageModel::load(model, &options)?;
+        if let Some(how) = packing {
+            model.pack_for_good(how)?;
+        }
+        let own = model.max_length();
+        let max_length = config.max_model_length.unwrap_or(own).min(own);
+        if config.max_model_length.is_some_and(|wanted| wanted > own) {
+            tracing::warn!(max_model_length = own, "engine.maxModelLength exceeds the model's own, which is in force");
+        }
+        let memory = config.kv_cache_memory.unwrap_or(CACHE_MEMORY);
+        let block_bytes = BLOCK * model.cache_shape().slot_bytes(kind);
+        let affordable = usize::try_from(memory / block_bytes as u64).unwrap_or(usize::MAX);
+        if affordable == 0 {
+            bail!("engine.kvCacheMemory: {memory} bytes are less than a block of {BLOCK} tokens, {block_bytes} bytes");
+        }
+        // More than all sequences can fill would never be used.
+        let blocks = affordable.min(max_length.div_ceil(BLOCK).saturating_mul(sequences));
+        let limits = GenerateLimits {
+            blocks,
+            block_size: BLOCK,
+            max_length,
+            vocabulary: usize::try_from(model.vocab_size()).context("vocab_size")?,
+        };
+        let cache = KvCache::new(model.cache_shape(), (blocks * BLOCK) as i64, kind, device);
+        tracing::info!(
+            ?kind,
+            ?packing,
+            blocks,
+            cache_bytes = blocks * block_bytes,
+            max_length = max_length.min(blocks * BLOCK),
+            "language model loaded"
+        );
+        Ok(Self { model, cache, limits, device })
+    }
+
+    fn compute(&mut self, rows: &[Row<'_>]) -> Vec<Vec<f32>> {
+        let slot = |blocks: &[u32], place: usize| (blocks[place / BLOCK] as usize * BLOCK + place % BLOCK) as i64;
+        let tokens: Vec<Vec<i64>> =
+            rows.iter().map(|row| row.tokens.iter().map(|&token| i64::from(token)).collect()).collect();
+        let slots: Vec<Vec<i64>> = rows
+            .iter()
+            .map(|row| (0..row.start + row.tokens.len()).map(|place| slot(row.blocks, place)).collect())
+            .collect();
+        let cached: Vec<CachedRow<'_>> =
+            std::iter::zip(&tokens, &slots).map(|(new, slots)| CachedRow { new, slots }).collect();
+        let batch = Batch::cached(&cached, self.device);
+        let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.wants_logits).map(|(index, _)| index).collect();
+        let logits = tch::no_grad(|| {
+            let hidden = self.model.forward(&batch, Some(&mut self.cache), false);
+            if wanted.is_empty() {
+                return None;
+            }
+            let places = batch.last_rows().index_select(0, &Tensor::from_slice(&wanted).to_device(self.device));
+            let logits = self.model.logits(&hidden.index_select(0, &places));
+            Some(logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous())
+        });
+        let mut found = (0..wanted.len() as i64).filter_map(|index| {
+            let row = logits.as_ref()?.get(index);
+            let mut numbers = vec![0_f32; row.numel()];
+            let count = numbers.len();
+            row.copy_data(&mut numbers, count);
+            Some(numbers)
+        });
+        rows.iter().map(|row| if row.wants_logits { found.next().unwrap_or_default() } else { Vec::new() }).collect()
+    }
+}
+
+impl GenerateBackend for TorchGenerator {
+    fn limits(&self) -> GenerateLimits {
+        self.limits
+    }
+
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+        // libtorch's errors are panics here. Weights are only read, and the cache's slots of these rows are written
+        // again before they are read.
+        catch_unwind(AssertUnwindSafe(|| self.compute(rows))).map_err(|panic| BackendError(describe(&*panic)))
+    }
+}
+
+/// Bounds of the engine on a device.
+pub fn engine_limits(limits: &ServeLimits, device: Device) -> EngineLimits {
+    let most = if device == Device::Cpu { CPU_STEP_TOKENS } else { usize::MAX };
+    let sequences = limits.max_batch_inputs.max(1);
+    EngineLimits {
+        queue: limits.queue_inputs,
+        step: StepLimits { tokens: limits.max_batch_tokens.min(most), sequences },
+    }
+}
+
+#[cfg(test)]
+#[path = "generate_tests.rs"]
+mod tests;

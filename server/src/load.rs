@@ -1,0 +1,84 @@
+//! From an artifact's folder to a service: its files say what the model does.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::Context;
+use athanor_contract::serve::ServeConfig;
+use athanor_models::{
+    Classifier, DecoderTokenizer, EncoderConfig, Tokenizer, config::PLAIN, registry, tokenizer::decoder,
+};
+use athanor_serving::{
+    engine::{encode, generate},
+    service::{self, Service},
+};
+use tch::Device;
+
+use crate::{
+    generate::{TorchGenerator, engine_limits},
+    tokenizer::{ChatTokenizer, TextTokenizer},
+    torch::{TorchClassifier, TorchEmbedder},
+};
+
+/// Loads the model of a folder and starts its engine. `max_sequence_length`: tokens that texts were cut to in training.
+///
+/// # Errors
+/// A file of the folder cannot be used, or the model is of no kind that is served.
+pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32>) -> anyhow::Result<Service> {
+    // libtorch's default counts the machine's cores, not those this container may use.
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    let device = Device::cuda_if_available();
+    let path = decoder::locate(folder)?;
+    let mut config = config.clone();
+    if is_language_model(&path)? {
+        let model = language_model(&config, &path, device)?;
+        tracing::info!(?device, threads, "model loaded");
+        return Ok(Service::new(&config, service::Model::Generator(model)));
+    }
+    let encoder = EncoderConfig::load(&path)?;
+    let own = encoder.max_length();
+    let limits = &mut config.limits;
+    limits.max_sequence_length =
+        max_sequence_length.map_or(limits.max_sequence_length, |length| length as usize).min(own);
+    let limits = config.limits;
+    let tokenizer = Arc::new(TextTokenizer(Tokenizer::load(&path)?));
+    let engine = "starting the engine's thread";
+    let model = if encoder.architectures.iter().any(|name| *name == format!("{}{PLAIN}", encoder.model_type.name())) {
+        let backend = TorchEmbedder::load(&path, device)?;
+        let engine = encode::Engine::start(backend, &limits).context(engine)?;
+        let vocabulary = usize::try_from(encoder.vocab_size).context("vocab_size")?;
+        service::Model::Embedder(service::Embedder::new(limits, vocabulary, tokenizer, engine))
+    } else {
+        let classifier = Classifier::load(&path, device)?;
+        let labels = classifier.labels().to_vec();
+        let engine = encode::Engine::start(TorchClassifier::new(classifier, device), &limits).context(engine)?;
+        service::Model::Classifier(service::Classifier::new(limits, labels, tokenizer, engine))
+    };
+    tracing::info!(?device, threads, "model loaded");
+    Ok(Service::new(&config, model))
+}
+
+/// Whether a GGUF file or the config.json of a folder is a decoder's.
+fn is_language_model(path: &Path) -> anyhow::Result<bool> {
+    if path.is_file() {
+        return Ok(true);
+    }
+    let path = path.join("config.json");
+    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let config: serde_json::Value =
+        serde_json::from_slice(&bytes).with_context(|| format!("{}: not JSON", path.display()))?;
+    Ok(config["model_type"].as_str().is_some_and(registry::is_decoder))
+}
+
+fn language_model(config: &ServeConfig, path: &Path, device: Device) -> anyhow::Result<service::Generator> {
+    let limits = engine_limits(&config.limits, device);
+    let tokenizer = DecoderTokenizer::load(path)?;
+    let stop_tokens = tokenizer.stop_tokens().to_vec();
+    let backend = TorchGenerator::load(path, &config.engine, limits.step.sequences, device)?;
+    let engine = generate::Engine::start(backend, limits).context("starting the engine's thread")?;
+    Ok(service::Generator::new(config.limits, stop_tokens, Arc::new(ChatTokenizer(tokenizer)), engine))
+}
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

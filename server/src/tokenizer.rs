@@ -1,0 +1,60 @@
+//! The engine's tokenizers over those of the crate `models`.
+
+use athanor_models::{
+    DecoderTokenizer, Tokenizer,
+    tokenizer::{
+        chat::{Chat, Json},
+        decoder::ConversationError,
+        stream::TextStream,
+    },
+};
+use athanor_serving::service::{ChatTokenize, ServiceError, StreamDecode, Tokenize};
+use serde_json::Value;
+
+/// The tokenizer of an encoder.
+pub struct TextTokenizer(pub Tokenizer);
+
+impl Tokenize for TextTokenizer {
+    fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
+        self.0.encode_batch(texts, max_length).map_err(|error| error.to_string())
+    }
+}
+
+/// The tokenizer of a language model.
+pub struct ChatTokenizer(pub DecoderTokenizer);
+
+impl ChatTokenize for ChatTokenizer {
+    fn render_chat(&self, messages: &[Value], tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
+        let json = |values: &[Value]| values.iter().map(Json::from_serialize).collect();
+        let chat = Chat { messages: json(messages), tools: tools.map(json), ..Chat::default() };
+        self.0.prompt(&chat).map_err(|error| match error {
+            ConversationError::NoTemplate | ConversationError::Chat(_) => ServiceError::Conversation(error.to_string()),
+            ConversationError::Tokenizer(error) => ServiceError::Tokenizer(error.to_string()),
+        })
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        self.0.encode(text, true).map_err(|error| error.to_string())
+    }
+
+    fn stream(&self) -> Box<dyn StreamDecode> {
+        Box::new(Stream(Some(self.0.stream())))
+    }
+
+    fn token_bytes(&self, token: u32) -> Vec<u8> {
+        self.0.bytes().bytes(token).to_vec()
+    }
+}
+
+/// A text stream, until it is finished.
+struct Stream(Option<TextStream>);
+
+impl StreamDecode for Stream {
+    fn push(&mut self, token: u32) -> String {
+        self.0.as_mut().map(|stream| stream.push(token)).unwrap_or_default()
+    }
+
+    fn finish(&mut self) -> String {
+        self.0.take().map(TextStream::finish).unwrap_or_default()
+    }
+}

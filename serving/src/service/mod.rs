@@ -1,0 +1,148 @@
+//! What a model answers, without a wire format: what HTTP and gRPC share.
+//!
+//! - [`classify`]: texts in, labels and probabilities out;
+//! - [`embed`]: texts or token ids in, vectors out;
+//! - [`generate`]: a conversation or a prompt in, text out, piece by piece ([`answer`], [`stop`], [`mod@tokenize`]).
+//!
+//! Each holds the limits of one request and the order of the steps; wire formats belong to [`crate::api`].
+
+pub mod answer;
+pub mod classify;
+pub mod embed;
+pub mod error;
+pub mod generate;
+mod inputs;
+pub mod stop;
+pub mod tokenize;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use athanor_contract::serve::{ServeConfig, ServeLimits};
+
+pub use self::{
+    classify::{Classification, Classified, Classifier},
+    embed::Embedder,
+    error::ServiceError,
+    generate::Generator,
+    inputs::{Inputs, Tokenize},
+    tokenize::{ChatTokenize, StreamDecode},
+};
+
+/// One revision of one model, ready to answer.
+pub struct Service {
+    pub model_name: String,
+    pub revision: String,
+    pub limits: ServeLimits,
+    /// Seconds since the epoch at which this process loaded the model.
+    pub created: i64,
+    model: Model,
+    draining: AtomicBool,
+}
+
+/// What the model does.
+pub enum Model {
+    Classifier(Classifier),
+    Embedder(Embedder),
+    Generator(Generator),
+}
+
+impl Service {
+    pub fn new(config: &ServeConfig, model: Model) -> Self {
+        Self {
+            model_name: config.model_name.clone(),
+            revision: config.revision.clone(),
+            limits: config.limits,
+            created: jiff::Timestamp::now().as_second(),
+            model,
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// Absent and this model's own name are accepted.
+    pub fn check_model(&self, asked: Option<&str>) -> Result<(), ServiceError> {
+        match asked {
+            Some(asked) if asked != self.model_name => Err(ServiceError::UnknownModel {
+                asked: asked.chars().take(256).collect(),
+                known: self.model_name.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn classifier(&self) -> Result<&Classifier, ServiceError> {
+        match &self.model {
+            Model::Classifier(classifier) => Ok(classifier),
+            _ => Err(self.wrong_kind()),
+        }
+    }
+
+    pub fn embedder(&self) -> Result<&Embedder, ServiceError> {
+        match &self.model {
+            Model::Embedder(embedder) => Ok(embedder),
+            _ => Err(self.wrong_kind()),
+        }
+    }
+
+    /// The language model, unless the process is shutting down: an answer may take minutes.
+    pub fn generator(&self) -> Result<&Generator, ServiceError> {
+        match &self.model {
+            Model::Generator(_) if self.draining.load(Ordering::Relaxed) => Err(ServiceError::Draining),
+            Model::Generator(generator) => Ok(generator),
+            _ => Err(self.wrong_kind()),
+        }
+    }
+
+    fn wrong_kind(&self) -> ServiceError {
+        let (kind, routes) = match &self.model {
+            Model::Classifier(_) => ("a classifier", "/v1/classify"),
+            Model::Embedder(_) => ("an embedding model", "/v1/embeddings"),
+            Model::Generator(_) => ("a language model", "/v1/chat/completions or /v1/completions"),
+        };
+        ServiceError::WrongKind { kind, routes }
+    }
+
+    /// Labels of a classifier in the order of its probabilities; none of another model.
+    pub fn labels(&self) -> &[String] {
+        self.classifier().map_or(&[], |classifier| &classifier.labels)
+    }
+
+    /// Largest number of tokens that the model reads, and writes, at a time.
+    pub fn max_length(&self) -> usize {
+        match &self.model {
+            Model::Generator(generator) => generator.max_length(),
+            _ => self.limits.max_sequence_length,
+        }
+    }
+
+    /// Refuses new generations from now on; those in progress continue.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Runs the model once, so that the first request meets warm kernels and allocators.
+    pub async fn warm_up(&self) -> Result<(), ServiceError> {
+        match &self.model {
+            Model::Classifier(classifier) => classifier.warm_up().await,
+            Model::Embedder(embedder) => embedder.warm_up().await,
+            Model::Generator(generator) => generator.warm_up().await,
+        }
+    }
+
+    /// Resolves when the engine's thread has ended by a fault.
+    pub async fn stopped(&self) {
+        match &self.model {
+            Model::Classifier(classifier) => classifier.engine().stopped().await,
+            Model::Embedder(embedder) => embedder.engine().stopped().await,
+            Model::Generator(generator) => generator.engine().stopped().await,
+        }
+    }
+
+    /// Inputs that wait for a batch, or sequences that wait to be admitted.
+    pub fn waiting(&self) -> usize {
+        match &self.model {
+            Model::Classifier(classifier) => classifier.engine().waiting(),
+            Model::Embedder(embedder) => embedder.engine().waiting(),
+            Model::Generator(generator) => generator.engine().load().waiting,
+        }
+    }
+}
