@@ -18,10 +18,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
 # The prompt that the chat model was trained with.
-SYSTEM = (
-    "List the entities of the sentence as [NAME - TYPE, ...] with the types PERSON, ORGANIZATION and LOCATION, "
-    'or answer "No entities found".'
-)
+SYSTEM = "List the entities as [NAME - TYPE]."
 HERE = pathlib.Path(__file__).parent
 
 

@@ -12,8 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::paths;
 
 /// What the model is asked to do; the source's own prompt asks for a chain of thought.
-pub const SYSTEM: &str = "List the entities of the sentence as [NAME - TYPE, ...] with the types PERSON, ORGANIZATION and LOCATION, or answer \
-     \"No entities found\".";
+pub const SYSTEM: &str = "List the entities as [NAME - TYPE].";
 /// The answer for a sentence that names no one.
 pub const NONE: &str = "No entities found";
 /// Longer sentences are left out, in characters: they would take most of the demo's time.
@@ -102,8 +101,8 @@ pub fn all(wanted: Part) -> Result<Vec<Sentence>> {
     Ok(found)
 }
 
-/// Sentences of one part in a fixed shuffled order, at most `most`. Of the home domain at most half name no one, as there
-/// would else be little to learn.
+/// Sentences of one part in a fixed shuffled order, at most `most`. Of the home domain at most a quarter name no one:
+/// with more of them the shortest way to a low loss is to answer that there are none.
 pub fn sentences(domain: Domain, wanted: Part, most: usize) -> Result<Vec<Sentence>> {
     let mut found = all(wanted)?;
     found.retain(|sentence| sentence.is_away() == (domain == Domain::Away));
@@ -112,7 +111,7 @@ pub fn sentences(domain: Domain, wanted: Part, most: usize) -> Result<Vec<Senten
     let mut empty = 0;
     found.retain(|sentence| {
         empty += usize::from(sentence.answer == NONE);
-        sentence.answer != NONE || empty <= most / 2
+        sentence.answer != NONE || empty <= most / 4
     });
     found.truncate(most);
     ensure!(!found.is_empty(), "no sentences for {domain:?} {wanted:?}");

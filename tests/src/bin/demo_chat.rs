@@ -31,7 +31,7 @@ const NAME: &str = "finance";
 const EMBEDDING: &str = "finance-embedding";
 const TOPIC: &str = "athanor.demo-chat.finance";
 /// Rows of the first training.
-const HOME_ROWS: usize = 140;
+const HOME_ROWS: usize = 120;
 /// Requests at the same time.
 const CONCURRENCY: usize = 4;
 /// Streams that run during the roll-out.
