@@ -98,7 +98,9 @@ pub struct Generation {
     pub answer: String,
     /// OpenAI's word for why generation ended, such as `stop` or `length`.
     pub finish_reason: String,
-    pub usage: TokenUsage,
+    /// Absent: the server reported none, as in a stream without `stream_options.include_usage`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<TokenUsage>,
     /// Mean natural logarithm of the probabilities of the answer's tokens. Absent: not computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean_log_probability: Option<f32>,

@@ -131,22 +131,55 @@ pub struct RouterLimits {
     pub max_body_bytes: usize,
     /// Attempts on other endpoints after a connection error or 502, 503, 504, 429.
     pub retries: u32,
+    /// Longest duration of a classification in seconds, all attempts together.
     pub request_timeout_seconds: u64,
+    /// Longest duration of a request to a language model in seconds, from its head to the end of its answer.
+    pub max_request_seconds: u64,
+    /// Seconds that a shutdown waits for requests in progress. While requests to a language model are in progress it
+    /// waits for at least `maxRequestSeconds`.
     pub drain_seconds: u64,
 }
 
 impl Default for RouterLimits {
     fn default() -> Self {
-        Self { max_body_bytes: 1 << 20, retries: 3, request_timeout_seconds: 30, drain_seconds: 20 }
+        Self {
+            max_body_bytes: 1 << 20,
+            retries: 3,
+            request_timeout_seconds: 30,
+            max_request_seconds: MAX_REQUEST_SECONDS,
+            drain_seconds: 20,
+        }
     }
 }
 
-/// Kafka topic of the events.
+/// Kafka topic of the events, and what is recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EventsConfig {
     pub bootstrap_servers: String,
     pub topic: String,
+    /// Percentage of requests whose answers and feedback are recorded. The id of a request decides.
+    #[serde(default = "all")]
+    pub sample_percent: u32,
+    /// Regular expressions; each match in a recorded text is replaced by [`crate::redaction::REDACTED`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub redact: Vec<String>,
+}
+
+impl EventsConfig {
+    /// A topic in which everything is recorded as it is.
+    pub fn new(bootstrap_servers: impl Into<String>, topic: impl Into<String>) -> Self {
+        Self {
+            bootstrap_servers: bootstrap_servers.into(),
+            topic: topic.into(),
+            sample_percent: 100,
+            redact: Vec::new(),
+        }
+    }
+}
+
+fn all() -> u32 {
+    100
 }
 
 /// Response of `GET /analysis` on a router's ops port: counts since the router started, by which a canary is analysed.
@@ -158,10 +191,14 @@ pub struct RouterAnalysis {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RevisionAnalysis {
-    /// Number of attempts, including failed ones.
+    /// Number of attempts to run the model, including failed ones, without refusals.
     pub requests: u64,
-    /// Number of attempts that failed or were answered with a 5xx.
+    /// Number of attempts that failed, were answered with a 5xx, or whose answer broke off.
     pub errors: u64,
+    /// Number of attempts that were answered with a 4xx, such as 429 of a full queue. A router of an earlier version
+    /// does not report it.
+    #[serde(default)]
+    pub refused: u64,
     /// 95th percentile of latency in milliseconds; 0 without answers.
     pub latency_p95_ms: f64,
     /// Number of remembered answers with feedback, each counted once.

@@ -70,6 +70,11 @@ pub struct ModelDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
+    /// Longest duration in seconds of a request to a language model, from its head to the end of its answer. Pods that
+    /// are going down let such requests end.
+    #[serde(default = "default_max_request")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub max_request_seconds: u32,
     /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,
@@ -86,6 +91,10 @@ pub struct ModelDeploymentSpec {
 
 fn one() -> i32 {
     1
+}
+
+fn default_max_request() -> u32 {
+    300
 }
 
 /// The model to serve: exactly one of `from` and `fromJob`.
@@ -192,6 +201,19 @@ impl Default for AnalysisSpec {
 pub struct FeedbackSpec {
     /// Kafka cluster and topic.
     pub kafka: KafkaSpec,
+    /// Percentage of requests that are recorded with their answers and feedback. The id of a request decides.
+    #[serde(default = "default_sample")]
+    #[schemars(range(min = 1, max = 100))]
+    pub sample_percent: u32,
+    /// Regular expressions in the syntax of Rust's regex crate. Each match in a recorded prompt, message, answer, text
+    /// or correction is replaced by "[redacted]" before it is written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 256)), extend("x-kubernetes-list-type" = "atomic"))]
+    pub redact: Vec<String>,
+}
+
+fn default_sample() -> u32 {
+    100
 }
 
 /// A Kafka topic.

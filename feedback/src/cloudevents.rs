@@ -171,7 +171,7 @@ mod tests {
                 input,
                 answer: "[Bank - ORGANIZATION]".into(),
                 finish_reason: "stop".into(),
-                usage: TokenUsage { prompt_tokens: 40, completion_tokens: 7 },
+                usage: Some(TokenUsage { prompt_tokens: 40, completion_tokens: 7 }),
                 mean_log_probability: Some(-0.25),
                 latency_ms: 310.5,
             }))

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 /// A topic of its own for each test.
 fn config() -> EventsConfig {
     let bootstrap_servers = std::env::var("ATHANOR_TEST_KAFKA").expect("ATHANOR_TEST_KAFKA=host:port");
-    EventsConfig { bootstrap_servers, topic: format!("athanor-test-{}", uuid::Uuid::now_v7()) }
+    EventsConfig::new(bootstrap_servers, format!("athanor-test-{}", uuid::Uuid::now_v7()))
 }
 
 fn start(config: &EventsConfig, dir: &tempfile::TempDir) -> (Producer, CancellationToken) {
@@ -31,7 +31,7 @@ fn start(config: &EventsConfig, dir: &tempfile::TempDir) -> (Producer, Cancellat
 }
 
 fn source(config: &EventsConfig, partition: i32, begin: i64, end: i64) -> KafkaSource {
-    let EventsConfig { bootstrap_servers, topic } = config.clone();
+    let EventsConfig { bootstrap_servers, topic, .. } = config.clone();
     KafkaSource { bootstrap_servers, topic, ranges: vec![OffsetRange { partition, begin, end }] }
 }
 

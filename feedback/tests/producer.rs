@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 #[tokio::test(flavor = "multi_thread")]
 async fn without_kafka_events_are_on_disk_within_seconds() {
     let dir = tempfile::tempdir().expect("a folder");
-    let config = EventsConfig { bootstrap_servers: "127.0.0.1:1".into(), topic: "events".into() };
+    let config = EventsConfig::new("127.0.0.1:1", "events");
     let shutdown = CancellationToken::new();
     let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts without Kafka");
     let busy = Producer::start(config, dir.path().into(), shutdown.clone());
@@ -42,7 +42,7 @@ async fn without_kafka_events_are_on_disk_within_seconds() {
 async fn an_outage_delays_events_and_loses_none() {
     let cluster = MockCluster::new(1).expect("librdkafka's broker");
     cluster.create_topic("events", 3, 1).expect("a topic");
-    let config = EventsConfig { bootstrap_servers: cluster.bootstrap_servers(), topic: "events".into() };
+    let config = EventsConfig::new(cluster.bootstrap_servers(), "events");
     let dir = tempfile::tempdir().expect("a folder");
     let shutdown = CancellationToken::new();
     let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts");

@@ -22,6 +22,7 @@ const GROWTH: f64 = 1.083;
 pub struct Counters {
     requests: AtomicU64,
     errors: AtomicU64,
+    refused: AtomicU64,
     feedback_total: AtomicU64,
     feedback_correct: AtomicU64,
     latency: Vec<AtomicU64>,
@@ -32,6 +33,7 @@ impl Default for Counters {
         Self {
             requests: AtomicU64::new(0),
             errors: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
             feedback_total: AtomicU64::new(0),
             feedback_correct: AtomicU64::new(0),
             latency: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
@@ -57,6 +59,16 @@ impl Counters {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// An attempt that was answered with a 4xx: the model did not run, and its latency says nothing.
+    pub fn refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An answer that was counted at its head and broke off afterwards.
+    pub fn broken(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Feedback to an answer of this revision.
     pub fn judged(&self, correct: bool) {
         self.feedback_total.fetch_add(1, Ordering::Relaxed);
@@ -68,6 +80,7 @@ impl Counters {
         RevisionAnalysis {
             requests: self.requests.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
             latency_p95_ms: percentile(&counts, 0.95),
             feedback_total: self.feedback_total.load(Ordering::Relaxed),
             feedback_correct: self.feedback_correct.load(Ordering::Relaxed),
@@ -129,10 +142,13 @@ mod tests {
             counters.answered(Duration::from_millis(200), false);
         }
         counters.failed();
+        counters.refused();
+        counters.broken();
         counters.judged(true);
         counters.judged(false);
         let read = &analysis.read().revisions["a"];
-        assert_eq!((read.requests, read.errors, read.feedback_total, read.feedback_correct), (101, 7, 2, 1));
+        assert_eq!((read.requests, read.errors, read.refused), (101, 8, 1));
+        assert_eq!((read.feedback_total, read.feedback_correct), (2, 1));
         assert!((200.0..220.0).contains(&read.latency_p95_ms), "{}", read.latency_p95_ms);
         for (latency, low, high) in [(0, 0.0, 0.11), (5, 5.0, 5.5), (1_000_000, 100_000.0, 1e9)] {
             let counters = Counters::default();

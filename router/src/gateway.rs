@@ -1,17 +1,26 @@
 //! What HTTP and gRPC of the router share: the state of the process and what is recorded of an answer.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use athanor_contract::{
-    event::Prediction,
-    serve::{RouterConfig, RouterLimits},
+    event::{GenerationInput, Prediction},
+    redaction::Redaction,
+    serve::RouterLimits,
 };
 
 use crate::{
     analysis::Analysis,
     balance::{client::Client, endpoints::Registry},
+    config::Configuration,
     record::{
-        events::{self, Events},
+        events::{self, EventSink, Events},
+        generation::{Recorder, generations},
         labels::Labels,
         recent::{self, Answer, Recent},
         request_id::{RequestId, RequestIds},
@@ -27,6 +36,32 @@ pub struct Gateway {
     pub recent: Recent,
     pub events: Arc<Events>,
     pub labels: Arc<Labels>,
+    /// Requests to language models, from their head to the end of their answer.
+    pub running: RunningRequests,
+}
+
+/// Number of requests in progress.
+#[derive(Clone, Default)]
+pub struct RunningRequests(Arc<AtomicUsize>);
+
+/// Counts a request while it lives.
+pub struct Running(RunningRequests);
+
+impl RunningRequests {
+    pub fn begin(&self) -> Running {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Running(self.clone())
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One answered request, to be recorded.
@@ -53,6 +88,7 @@ impl Gateway {
             recent: Recent::new(recent::CAPACITY),
             events: Arc::default(),
             labels: Arc::default(),
+            running: RunningRequests::default(),
         }
     }
 
@@ -60,13 +96,20 @@ impl Gateway {
         self.registry.snapshot().config.as_ref().map(|config| config.limits).unwrap_or_default()
     }
 
+    /// How long a shutdown waits for requests in progress: longer while a language model is answering.
+    pub fn drain(&self) -> Duration {
+        let limits = self.limits();
+        let longest = if self.running.count() > 0 { limits.max_request_seconds } else { 0 };
+        Duration::from_secs(limits.drain_seconds.max(longest))
+    }
+
     /// Whether answers are recorded at all.
-    pub fn records(&self) -> Option<Arc<RouterConfig>> {
+    pub fn records(&self) -> Option<Arc<Configuration>> {
         self.registry.snapshot().config.clone().filter(|config| config.events.is_some())
     }
 
     /// Remembers an answer and publishes one event for each input. Never waits.
-    pub fn record(&self, config: &RouterConfig, answered: Answered) {
+    pub fn record(&self, config: &Configuration, answered: Answered) {
         let Ok(uuid) = self.ids.verify(&answered.id.text) else { return };
         if answered.texts.len() != answered.results.len() {
             tracing::warn!(
@@ -75,15 +118,13 @@ impl Gateway {
             );
             return;
         }
-        let sink = self.events.get();
+        let sink = self.sink(config, &answered.id);
         let trace_parent = athanor_telemetry::propagation::current_traceparent();
-        for ((index, text), (label, confidence)) in (0..).zip(answered.texts).zip(answered.results) {
+        for ((index, mut text), (label, confidence)) in (0..).zip(answered.texts).zip(answered.results) {
             let answer = Answer { revision: answered.revision.clone(), label: label.as_str().into() };
             self.recent.insert((uuid, index), answer);
-            let Some(sink) = &sink else {
-                metrics::counter!("athanor_router_events_lost_total").increment(1);
-                continue;
-            };
+            let Some(sink) = &sink else { continue };
+            config.redaction.apply(&mut text);
             let prediction = Prediction {
                 request_id: answered.id.text.clone(),
                 index,
@@ -95,5 +136,62 @@ impl Gateway {
             };
             sink.publish(events::prediction(config, trace_parent.clone(), prediction));
         }
+    }
+
+    /// Remembers a language model's answer that is whole, and publishes one event for each choice. Never waits.
+    pub fn record_generations(&self, recorder: Recorder, revision: &Arc<str>, latency: Duration) {
+        let Recorder { config, id, request, answers, trace_parent } = recorder;
+        let Ok(uuid) = self.ids.verify(&id.text) else { return };
+        let recorded = match generations(&id, revision, &request, answers, latency) {
+            Ok(recorded) => recorded,
+            Err(why) => {
+                tracing::debug!(revision = &**revision, ?why, "an answer is not recorded");
+                metrics::counter!("athanor_router_unrecorded_generations_total", "reason" => why.label()).increment(1);
+                return;
+            }
+        };
+        let sink = self.sink(&config, &id);
+        for mut generation in recorded {
+            let answer = Answer { revision: revision.clone(), label: "".into() };
+            self.recent.insert((uuid, generation.index), answer);
+            let Some(sink) = &sink else { continue };
+            config.redaction.apply(&mut generation.answer);
+            match &mut generation.input {
+                GenerationInput::Messages(messages) => {
+                    messages.iter_mut().for_each(|message| redact_value(&config.redaction, message));
+                }
+                GenerationInput::Prompt(prompt) => config.redaction.apply(prompt),
+            }
+            sink.publish(events::generation(&config, trace_parent.clone(), generation));
+        }
+    }
+
+    /// Where the events of a request go; `None` if it is not in the sample, or if events are lost at the moment.
+    fn sink(&self, config: &Configuration, id: &RequestId) -> Option<Arc<dyn EventSink>> {
+        let percent = config.events.as_ref().map_or(0, |events| events.sample_percent);
+        if !id.is_sampled(percent) {
+            return None;
+        }
+        let sink = self.events.get();
+        if sink.is_none() {
+            metrics::counter!("athanor_router_events_lost_total").increment(1);
+        }
+        sink
+    }
+}
+
+/// Redacts every text in a message, except for names of the protocol.
+fn redact_value(redaction: &Redaction, value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::String(text) => redaction.apply(text),
+        serde_json::Value::Array(values) => values.iter_mut().for_each(|value| redact_value(redaction, value)),
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                if name != "role" && name != "type" {
+                    redact_value(redaction, value);
+                }
+            }
+        }
+        _ => {}
     }
 }

@@ -3,7 +3,10 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use athanor_contract::process::{port, variable};
+use athanor_contract::{
+    process::{port, variable},
+    serve::RouterLimits,
+};
 use athanor_router::{
     gateway::Gateway,
     proxy::{grpc::Passing, http},
@@ -20,6 +23,10 @@ use athanor_serving::{
 use athanor_telemetry::Readiness;
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
+use tonic_health::ServingStatus;
+
+/// Bytes that a message of gRPC may have beyond the largest body of HTTP.
+const GRPC_OVERHEAD: usize = 64 << 10;
 
 /// Routes requests to revisions by weight, retries, publishes predictions and takes feedback.
 #[derive(Parser)]
@@ -85,8 +92,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops);
     servers.http(lifecycle::listen(&arguments.address, arguments.http_port).await?, http::app(gateway.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
+    // The whole server (the empty name) is as healthy as its only service.
     health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
+    health.set_service_status("", ServingStatus::NotServing).await;
+    let longest = RouterLimits::default().max_body_bytes + GRPC_OVERHEAD;
     let passing = GrpcInferenceServiceServer::new(Passing::new(gateway.clone(), ready.clone()));
+    let passing = passing.max_decoding_message_size(longest);
     let routes = inference::reflection()?.add_service(health_service).add_service(passing);
     servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes);
 
@@ -118,15 +129,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             }
             ready.set(true);
             health.set_serving::<GrpcInferenceServiceServer<Passing>>().await;
+            health.set_service_status("", ServingStatus::Serving).await;
             tracing::info!("ready");
             shutdown.cancelled().await;
             health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
+            health.set_service_status("", ServingStatus::NotServing).await;
         }
     });
 
     let drain = {
         let gateway = gateway.clone();
-        move || Duration::from_secs(gateway.limits().drain_seconds)
+        move || gateway.drain()
     };
     let result = servers.run(shutdown, ready, lifecycle::grace(), drain, std::future::pending()).await;
     // Only now: requests that were drained had events too.

@@ -164,7 +164,7 @@ mod tests {
             input,
             answer: "an answer".into(),
             finish_reason: "stop".into(),
-            usage: TokenUsage::default(),
+            usage: Some(TokenUsage::default()),
             mean_log_probability: None,
             latency_ms: 1.0,
         });

@@ -1,8 +1,5 @@
 use super::*;
-use athanor_contract::{
-    artifact::TextReference,
-    event::{GenerationInput, TokenUsage},
-};
+use athanor_contract::{artifact::TextReference, event::GenerationInput};
 use proptest::prelude::*;
 
 const LABELS: [&str; 2] = ["negative", "positive"];
@@ -67,7 +64,7 @@ fn generation(at: i64) -> Event {
         input: GenerationInput::Prompt("List the entities".into()),
         answer: "[Bank - ORGANIZATION]".into(),
         finish_reason: "stop".into(),
-        usage: TokenUsage::default(),
+        usage: None,
         mean_log_probability: None,
         latency_ms: 1.0,
     });

@@ -38,7 +38,7 @@ fn event(id: String, data: EventData) -> Event {
 
 /// Everything that is in the topic now.
 pub fn whole_topic(config: &EventsConfig) -> KafkaSource {
-    let EventsConfig { bootstrap_servers, topic } = config.clone();
+    let EventsConfig { bootstrap_servers, topic, .. } = config.clone();
     let consumer: BaseConsumer<LogContext> =
         consumer_config(&bootstrap_servers, "athanor-test").create_with_context(LogContext).expect("a consumer");
     let wait = Duration::from_secs(10);

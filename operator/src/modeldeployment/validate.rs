@@ -1,7 +1,10 @@
 //! Turns a ModelDeployment into one that children can be built from. What the API server refuses by the CRD is not
 //! checked again.
 
-use athanor_contract::serve::EventsConfig;
+use athanor_contract::{
+    redaction::{InvalidPattern, Redaction},
+    serve::EventsConfig,
+};
 use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
@@ -46,6 +49,8 @@ pub enum InvalidDeployment {
     SourceName(String),
     #[error("spec.feedback.kafka.topic: {0:?} has more than {LONGEST_TOPIC} characters; set a shorter one")]
     Topic(String),
+    #[error("spec.feedback.{0}")]
+    Redact(#[from] InvalidPattern),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -74,7 +79,12 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     let events = spec.feedback.as_ref().map(|feedback| EventsConfig {
         bootstrap_servers: feedback.kafka.bootstrap_servers.clone(),
         topic: feedback.kafka.topic.clone().unwrap_or_else(|| format!("athanor.{namespace}.{name}")),
+        sample_percent: feedback.sample_percent,
+        redact: feedback.redact.clone(),
     });
+    if let Some(events) = &events {
+        Redaction::compile(&events.redact)?;
+    }
     if let Some(events) = events.as_ref().filter(|events| events.topic.len() > LONGEST_TOPIC) {
         return Err(InvalidDeployment::Topic(events.topic.clone()));
     }

@@ -40,15 +40,21 @@ impl Default for Client {
 }
 
 impl Client {
-    /// Sends a request and reads the whole answer, of at most `limit` bytes.
-    pub async fn send(&self, request: Request<Body>, limit: usize) -> Result<Response<Bytes>, ClientError> {
+    /// Sends a request and returns the answer as soon as its head is there. Dropping the body before its end closes the
+    /// connection, by which the server notices that nobody waits.
+    pub async fn open(&self, request: Request<Body>) -> Result<Response<Body>, ClientError> {
         let response = self.0.request(request).await.map_err(|error| {
             let message = describe(&error);
             if error.is_connect() { ClientError::Connect(message) } else { ClientError::Lost(message) }
         })?;
-        let (parts, body) = response.into_parts();
+        Ok(response.map(Body::new))
+    }
+
+    /// Sends a request and reads the whole answer, of at most `limit` bytes.
+    pub async fn send(&self, request: Request<Body>, limit: usize) -> Result<Response<Bytes>, ClientError> {
+        let (parts, body) = self.open(request).await?.into_parts();
         let mut whole = bytes::BytesMut::new();
-        let mut chunks = Body::new(body).into_data_stream();
+        let mut chunks = body.into_data_stream();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|error| ClientError::Lost(describe(&error)))?;
             if whole.len() + chunk.len() > limit {
@@ -73,7 +79,7 @@ impl Client {
 }
 
 /// An error with its causes, which hyper keeps out of its messages.
-fn describe(error: &dyn std::error::Error) -> String {
+pub fn describe(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -10,9 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_contract::serve::RouterConfig;
 use tokio::sync::watch;
 use tonic::transport::Channel;
+
+use crate::config::Configuration;
 
 /// Where a server listens, as a source of endpoints says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,6 +98,7 @@ impl Endpoint {
 }
 
 /// Counts a request of an endpoint while it lives.
+#[derive(Debug)]
 pub struct Outstanding(Arc<Endpoint>);
 
 impl Drop for Outstanding {
@@ -117,7 +119,7 @@ pub struct Revision {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Absent until the first valid configuration.
-    pub config: Option<Arc<RouterConfig>>,
+    pub config: Option<Arc<Configuration>>,
     /// In the order of the configuration.
     pub revisions: Vec<Revision>,
     /// The endpoints of every revision have been listed at least once.
@@ -132,7 +134,7 @@ impl Snapshot {
 
 #[derive(Default)]
 struct Known {
-    config: Option<Arc<RouterConfig>>,
+    config: Option<Arc<Configuration>>,
     services: HashMap<String, Vec<Arc<Endpoint>>>,
 }
 
@@ -158,7 +160,7 @@ impl Registry {
     }
 
     /// Replaces the configuration; services it no longer names are forgotten.
-    pub fn set_config(&self, config: RouterConfig) {
+    pub fn set_config(&self, config: Configuration) {
         self.change(|known| {
             known.services.retain(|service, _| config.revisions.iter().any(|revision| revision.service == *service));
             known.config = Some(Arc::new(config));

@@ -12,10 +12,10 @@ use std::{
 use athanor_contract::serve::RouterLimits;
 
 use super::{
-    endpoints::{Endpoint, Registry, Snapshot},
+    endpoints::{Endpoint, Outstanding, Registry, Snapshot},
     select::{self, Target},
 };
-use crate::analysis::Analysis;
+use crate::analysis::{Analysis, Counters};
 
 /// How long an endpoint is avoided that could not be reached or said that it is unavailable.
 pub const AVOID: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ pub struct Policy {
     pub retries: u32,
     /// For everything together.
     pub timeout: Duration,
-    /// For one attempt.
+    /// For one attempt, up to its answer, or up to the head of an answer that is a stream.
     pub attempt_timeout: Duration,
     /// How long a request waits, all in all, while there is no endpoint.
     pub wait: Duration,
@@ -41,12 +41,20 @@ impl Policy {
         // Half of it, so that a server that hangs leaves time for another.
         Self { retries: limits.retries, timeout, attempt_timeout: timeout / 2, wait: Duration::from_secs(5) }
     }
+
+    /// For a request to a language model, which may take the whole time in its first attempt.
+    pub fn generation(limits: &RouterLimits) -> Self {
+        let timeout = Duration::from_secs(limits.max_request_seconds.max(1));
+        Self { timeout, attempt_timeout: timeout, ..Self::new(limits) }
+    }
 }
 
 /// What one attempt came to.
 pub enum Attempt<T> {
     /// The answer to hand on; `ok` is false when it is the server's fault.
     Answer { answer: T, ok: bool },
+    /// The server refuses this request, as any other would: the answer to hand on.
+    Refused { answer: T },
     /// The server has too much to do: another may take it now, else this is the answer.
     Busy { answer: T },
     /// The server answered that it cannot: another should, else this is the answer.
@@ -64,6 +72,8 @@ pub struct Forwarded<T> {
     pub revision: Arc<str>,
     /// Of the last attempt.
     pub latency: Duration,
+    /// Counts the request as load of the endpoint. It lives as long as the answer is being read.
+    pub outstanding: Outstanding,
 }
 
 /// Why there is no answer.
@@ -90,10 +100,10 @@ impl ForwardError {
 }
 
 /// Runs `attempt` on one endpoint after the other until there is an answer. `usable` leaves endpoints out, such as those without
-/// a gRPC port.
+/// a gRPC port. Attempts are counted in `analysis`; requests that do not run the model are not counted anywhere.
 pub async fn forward<T, F>(
     registry: &Registry,
-    analysis: &Analysis,
+    analysis: Option<&Analysis>,
     target: &Target,
     policy: Policy,
     usable: impl Fn(&Endpoint) -> bool,
@@ -124,7 +134,7 @@ where
             if busy || now >= until {
                 let revision = first(&snapshot, target);
                 if failure.is_none() && fallback.is_none() && snapshot.revision(&revision).is_some() {
-                    analysis.of(&revision.as_str().into()).failed();
+                    count(analysis, &revision.as_str().into(), Counters::failed);
                 }
                 return fallback.ok_or(ForwardError::NoEndpoint { revision, failure });
             }
@@ -136,41 +146,43 @@ where
             }
             continue;
         };
-        let counters = analysis.of(&revision);
         let outstanding = endpoint.begin();
         let limit = policy.attempt_timeout.min(deadline.saturating_duration_since(now));
         let outcome = tokio::time::timeout(limit, attempt(endpoint.clone())).await.unwrap_or_else(|_| Attempt::Lost {
             failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()),
         });
-        drop(outstanding);
         let ended = Instant::now();
         let latency = ended.saturating_duration_since(now);
         let mut reached = true;
         busy = false;
         match outcome {
             Attempt::Answer { answer, ok } => {
-                counters.answered(latency, ok);
-                return Ok(Forwarded { answer, revision, latency });
+                count(analysis, &revision, |counters| counters.answered(latency, ok));
+                return Ok(Forwarded { answer, revision, latency, outstanding });
+            }
+            Attempt::Refused { answer } => {
+                count(analysis, &revision, Counters::refused);
+                return Ok(Forwarded { answer, revision, latency, outstanding });
             }
             Attempt::Busy { answer } => {
-                counters.answered(latency, true);
-                fallback = Some(Forwarded { answer, revision: revision.clone(), latency });
+                count(analysis, &revision, Counters::refused);
+                fallback = Some(Forwarded { answer, revision: revision.clone(), latency, outstanding });
                 busy = true;
             }
             Attempt::Unavailable { answer } => {
-                counters.failed();
+                count(analysis, &revision, Counters::failed);
                 endpoint.avoid(ended, AVOID);
-                fallback = Some(Forwarded { answer, revision: revision.clone(), latency });
+                fallback = Some(Forwarded { answer, revision: revision.clone(), latency, outstanding });
                 // It has not begun, as a server that is starting or going: like one that was not reached.
                 reached = false;
             }
             Attempt::Lost { failure: why } => {
-                counters.failed();
+                count(analysis, &revision, Counters::failed);
                 endpoint.avoid(ended, AVOID_SHORTLY);
                 failure = Some(why);
             }
             Attempt::Unreached { failure: why } => {
-                counters.failed();
+                count(analysis, &revision, Counters::failed);
                 endpoint.avoid(ended, AVOID);
                 failure = Some(why);
                 reached = false;
@@ -190,6 +202,12 @@ where
         tracing::debug!(revision = &*revision, endpoint = %endpoint.http, failure, busy, "trying another endpoint");
         metrics::counter!("athanor_router_retries_total").increment(1);
         tried.push(endpoint);
+    }
+}
+
+fn count(analysis: Option<&Analysis>, revision: &Arc<str>, event: impl FnOnce(&Counters)) {
+    if let Some(analysis) = analysis {
+        event(&analysis.of(revision));
     }
 }
 

@@ -3,17 +3,14 @@
 
 use std::{error::Error as _, sync::Arc, time::Instant};
 
-use athanor_serving::api::{
-    headers,
+use athanor_serving::api::inference::{
     inference::{
-        inference::{
-            ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
-            ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
-            ServerReadyRequest, ServerReadyResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
-            grpc_inference_service_server::GrpcInferenceService,
-        },
-        label, tensors,
+        ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
+        ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
+        ServerReadyRequest, ServerReadyResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+        grpc_inference_service_server::GrpcInferenceService,
     },
+    label, tensors,
 };
 use athanor_telemetry::Readiness;
 use tonic::{
@@ -24,7 +21,7 @@ use tonic::{
 use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::http::target;
+use super::pass::{passed_on, target};
 use crate::{
     balance::{
         endpoints::Endpoint,
@@ -36,6 +33,14 @@ use crate::{
 
 /// The most that an answer of a server may hold.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
+
+/// A call of the protocol.
+#[derive(Clone, Copy)]
+struct Route {
+    name: &'static str,
+    /// Whether it runs the model, and so counts in the analysis of a canary.
+    is_counted: bool,
+}
 
 /// The protocol over the revisions of a [`Gateway`].
 pub struct Passing {
@@ -51,7 +56,7 @@ impl Passing {
     /// Passes one call on, with id, trace, retries and metrics.
     async fn pass_on<Q, A, F>(
         &self,
-        route: &'static str,
+        route: Route,
         request: Request<Q>,
         call: impl Fn(GrpcInferenceServiceClient<Channel>, Request<Q>) -> F,
     ) -> (RequestId, Result<Forwarded<Result<Response<A>, Status>>, Status>)
@@ -64,16 +69,14 @@ impl Passing {
         let id = gateway.ids.generate();
         let (metadata, _, message) = request.into_parts();
         let incoming = metadata.into_headers();
-        let span = tracing::info_span!("route", otel.name = route, otel.kind = "server", request_id = %id.text);
+        let span = tracing::info_span!("route", otel.name = route.name, otel.kind = "server", request_id = %id.text);
         // Fails only when traces are off.
         let _ = span.set_parent(athanor_telemetry::propagation::extract(&incoming));
         let limits = gateway.limits();
         let result = async {
             let target = target(&gateway.registry.snapshot(), &incoming, id.hash)
                 .map_err(|error| Status::not_found(error.message))?;
-            let mut passed = axum::http::HeaderMap::new();
-            passed.insert(headers::REQUEST_ID, headers::text(&id.text));
-            athanor_telemetry::propagation::inject_current(&mut passed);
+            let passed = passed_on(&incoming, &id);
             let attempt = |endpoint: Arc<Endpoint>| {
                 let request =
                     Request::from_parts(MetadataMap::from_headers(passed.clone()), Default::default(), message.clone());
@@ -89,9 +92,8 @@ impl Passing {
             };
             let usable = |endpoint: &Endpoint| endpoint.grpc.is_some();
             let policy = Policy::new(&limits);
-            forward::forward(&gateway.registry, &gateway.analysis, &target, policy, usable, attempt)
-                .await
-                .map_err(status)
+            let analysis = route.is_counted.then_some(&*gateway.analysis);
+            forward::forward(&gateway.registry, analysis, &target, policy, usable, attempt).await.map_err(status)
         };
         let result = result.instrument(span).await;
         let (revision, code) = match &result {
@@ -104,7 +106,7 @@ impl Passing {
         metrics::histogram!("athanor_router_request_seconds", "revision" => revision.clone())
             .record(started.elapsed().as_secs_f64());
         let code = format!("{code:?}");
-        metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route)
+        metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route.name)
             .increment(1);
         (id, result)
     }
@@ -132,6 +134,13 @@ fn outcome<A>(endpoint: &Endpoint, answer: Result<Response<A>, Status>) -> Attem
     match status.code() {
         Code::ResourceExhausted => Attempt::Busy { answer },
         Code::Unavailable => Attempt::Unavailable { answer },
+        Code::InvalidArgument
+        | Code::NotFound
+        | Code::FailedPrecondition
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::PermissionDenied
+        | Code::Unauthenticated => Attempt::Refused { answer },
         Code::Internal | Code::Unknown | Code::DataLoss => Attempt::Answer { answer, ok: false },
         _ => Attempt::Answer { answer, ok: true },
     }
@@ -139,20 +148,20 @@ fn outcome<A>(endpoint: &Endpoint, answer: Result<Response<A>, Status>) -> Attem
 
 /// The server's answer with this router's id, and without what belongs to the connection to the server.
 fn respond<A>(
-    id: &RequestId,
+    id: &str,
     forwarded: Result<Forwarded<Result<Response<A>, Status>>, Status>,
 ) -> Result<Response<A>, Status> {
     let Forwarded { answer, revision, .. } = match forwarded {
         Ok(forwarded) => forwarded,
         Err(mut status) => {
-            label(status.metadata_mut(), &id.text, "");
+            label(status.metadata_mut(), id, "");
             return Err(status);
         }
     };
     match answer {
         Ok(response) => {
             let mut clean = Response::new(response.into_inner());
-            label(clean.metadata_mut(), &id.text, &revision);
+            label(clean.metadata_mut(), id, &revision);
             Ok(clean)
         }
         Err(status) => {
@@ -164,7 +173,7 @@ fn respond<A>(
                     clean.metadata_mut().insert(key.clone(), value.clone());
                 }
             }
-            label(clean.metadata_mut(), &id.text, &revision);
+            label(clean.metadata_mut(), id, &revision);
             Err(clean)
         }
     }
@@ -194,8 +203,8 @@ impl GrpcInferenceService for Passing {
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let call =
             |mut client: GrpcInferenceServiceClient<Channel>, request| async move { client.model_ready(request).await };
-        let (id, forwarded) = self.pass_on("ModelReady", request, call).await;
-        respond(&id, forwarded)
+        let (id, forwarded) = self.pass_on(Route { name: "ModelReady", is_counted: false }, request, call).await;
+        respond(id.without_proof(), forwarded)
     }
 
     async fn model_metadata(
@@ -205,15 +214,15 @@ impl GrpcInferenceService for Passing {
         let call = |mut client: GrpcInferenceServiceClient<Channel>, request| async move {
             client.model_metadata(request).await
         };
-        let (id, forwarded) = self.pass_on("ModelMetadata", request, call).await;
-        respond(&id, forwarded)
+        let (id, forwarded) = self.pass_on(Route { name: "ModelMetadata", is_counted: false }, request, call).await;
+        respond(id.without_proof(), forwarded)
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let recorded = self.gateway.records().map(|config| (config, request.get_ref().clone()));
         let call =
             |mut client: GrpcInferenceServiceClient<Channel>, request| async move { client.model_infer(request).await };
-        let (id, forwarded) = self.pass_on("ModelInfer", request, call).await;
+        let (id, forwarded) = self.pass_on(Route { name: "ModelInfer", is_counted: true }, request, call).await;
         if let Some((config, request)) = recorded
             && let Ok(forwarded) = &forwarded
             && let Ok(response) = &forwarded.answer
@@ -224,6 +233,8 @@ impl GrpcInferenceService for Passing {
             let (revision, latency) = (forwarded.revision.clone(), forwarded.latency);
             self.gateway.record(&config, Answered { id: id.clone(), revision, texts, results, latency });
         }
-        respond(&id, forwarded)
+        // There can be feedback to answers only.
+        let is_answer = forwarded.as_ref().is_ok_and(|forwarded| forwarded.answer.is_ok());
+        respond(if is_answer { &id.text } else { id.without_proof() }, forwarded)
     }
 }

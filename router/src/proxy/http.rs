@@ -1,5 +1,5 @@
-//! The router's HTTP API: `/v1/classify` and `/v1/models` passed on to a revision, `/v1/feedback` answered here; `/analysis` and the
-//! usual on the ops port.
+//! The router's HTTP API: `/v1/classify`, `/v1/models` and the routes of language models ([`super::generation`]) passed on to a
+//! revision, `/v1/feedback` answered here; `/analysis` and the usual on the ops port.
 
 use std::{sync::Arc, time::Instant};
 
@@ -15,11 +15,7 @@ use axum::{
     Json, Router,
     body::Body,
     extract::{MatchedPath, Request, State},
-    http::{
-        HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri,
-        header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE},
-        request::Parts,
-    },
+    http::{HeaderValue, StatusCode, header::CONTENT_LENGTH},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -29,35 +25,32 @@ use opentelemetry::trace::Status as SpanStatus;
 use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
+use super::{
+    generation,
+    pass::{self, AnsweredBy, ApiErrorOf, Way},
+};
 use crate::{
-    balance::{
-        client::ClientError,
-        endpoints::{Endpoint, Snapshot},
-        forward::{self, Attempt, ForwardError, Forwarded, Policy},
-        select::Target,
-    },
+    balance::forward::{Forwarded, Policy},
     gateway::{Answered, Gateway},
-    record::{
-        feedback::{self, Accepted, Items},
-        request_id::RequestId,
-    },
+    record::feedback::{self, Accepted, Items},
 };
 
 /// The most that an answer of a server may hold.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// Headers that belong to one connection, and those that the client library writes itself.
-const NOT_PASSED_ON: [HeaderName; 8] =
-    [CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
-
-/// The revision that answered, for the metrics around.
-#[derive(Clone)]
-struct AnsweredBy(Arc<str>);
+const CLASSIFY: &str = "/v1/classify";
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+/// Routes to whose answers there can be feedback.
+const TAKE_FEEDBACK: [&str; 3] = [CLASSIFY, CHAT, COMPLETIONS];
 
 /// The application on the HTTP port.
 pub fn app(gateway: Arc<Gateway>) -> Router {
     Router::new()
-        .route("/v1/classify", post(classify))
+        .route(CLASSIFY, post(classify))
+        .route(CHAT, post(generation::pass))
+        .route(COMPLETIONS, post(generation::pass))
+        .route(generation::EMBEDDINGS, post(generation::pass))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(models))
         .route("/v1/feedback", post(accept_feedback))
@@ -107,7 +100,10 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
         .record(started.elapsed().as_secs_f64());
     metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route)
         .increment(1);
-    response.headers_mut().insert(headers::REQUEST_ID, headers::text(&id.text));
+    // Whoever has an id can give feedback, so only an answer comes with a whole one.
+    let takes_feedback = response.status() == StatusCode::OK && TAKE_FEEDBACK.contains(&&*route);
+    let shown = if takes_feedback { &*id.text } else { id.without_proof() };
+    response.headers_mut().insert(headers::REQUEST_ID, headers::text(shown));
     response
 }
 
@@ -116,8 +112,10 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     let answer = async {
         body::check_content_type(&parts.headers)?;
         let body = body::read(&parts.headers, body, gateway.limits().max_body_bytes).await?;
-        let id = id(&parts)?;
-        let forwarded = pass_on(&gateway, &parts, &id, body.clone()).await?;
+        let id = pass::id(&parts)?;
+        let way = Way { policy: Policy::new(&gateway.limits()), is_counted: true };
+        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
+        let forwarded = pass::pass_on(&gateway, &parts, &id, &body, way, send).await?;
         Ok::<_, ApiErrorOf>((id, body, forwarded))
     };
     let (id, body, forwarded) = match answer.await {
@@ -152,7 +150,9 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
 
 async fn models(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
     let (parts, _) = request.into_parts();
-    let answer = async { pass_on(&gateway, &parts, &id(&parts)?, Bytes::new()).await };
+    let way = Way { policy: Policy::new(&gateway.limits()), is_counted: false };
+    let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
+    let answer = async { pass::pass_on(&gateway, &parts, &pass::id(&parts)?, &Bytes::new(), way, send).await };
     answer.await.map_or_else(IntoResponse::into_response, respond)
 }
 
@@ -167,138 +167,10 @@ async fn accept_feedback(
     Ok((StatusCode::ACCEPTED, Json(feedback::accept(&gateway, items).await?)))
 }
 
-/// An error with the revision it is about, if there is one.
-struct ApiErrorOf {
-    error: ApiError,
-    revision: Option<Arc<str>>,
-}
-
-impl From<ApiError> for ApiErrorOf {
-    fn from(error: ApiError) -> Self {
-        Self { error, revision: None }
-    }
-}
-
-impl IntoResponse for ApiErrorOf {
-    fn into_response(self) -> Response {
-        let response = self.error.into_response();
-        match self.revision {
-            Some(revision) => by(response, revision),
-            None => response,
-        }
-    }
-}
-
-impl From<ForwardError> for ApiErrorOf {
-    fn from(error: ForwardError) -> Self {
-        let message = error.to_string();
-        let revision = Some(error.revision()).filter(|name| !name.is_empty()).map(Arc::from);
-        let error = match error {
-            ForwardError::NoEndpoint { .. } => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_endpoint", message),
-            ForwardError::Failed { .. } => ApiError::new(StatusCode::BAD_GATEWAY, "no_answer", message),
-            ForwardError::Timeout { .. } => ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message),
-        };
-        Self { error, revision }
-    }
-}
-
-fn by(mut response: Response, revision: Arc<str>) -> Response {
-    response.headers_mut().insert(headers::REVISION, headers::text(&revision));
-    response.extensions_mut().insert(AnsweredBy(revision));
-    response
-}
-
-fn id(parts: &Parts) -> Result<RequestId, ApiError> {
-    let missing = || ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "no_request_id", "the request was given no id");
-    parts.extensions.get::<RequestId>().cloned().ok_or_else(missing)
-}
-
-/// By weight, or the revision that `x-athanor-revision` names.
-pub fn target(snapshot: &Snapshot, headers: &HeaderMap, hash: u64) -> Result<Target, ApiError> {
-    let Some(pinned) = headers.get(headers::REVISION) else { return Ok(Target::Weighted(hash)) };
-    let name = String::from_utf8_lossy(pinned.as_bytes()).into_owned();
-    if snapshot.revision(&name).is_some() {
-        return Ok(Target::Pinned(name));
-    }
-    let known =
-        snapshot.revisions.iter().map(|revision| format!("{:?}", &*revision.name)).collect::<Vec<_>>().join(", ");
-    let shown: String = name.chars().take(80).collect();
-    let message = format!("there is no revision {shown:?}; the revisions are {known}");
-    Err(ApiError::new(StatusCode::NOT_FOUND, "revision_not_found", message).param(headers::REVISION.as_str()))
-}
-
-async fn pass_on(
-    gateway: &Gateway,
-    parts: &Parts,
-    id: &RequestId,
-    body: Bytes,
-) -> Result<Forwarded<axum::http::Response<Bytes>>, ApiErrorOf> {
-    let target = target(&gateway.registry.snapshot(), &parts.headers, id.hash)?;
-    let passed = passed_on(&parts.headers, id);
-    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let attempt = |endpoint: Arc<Endpoint>| {
-        let request = request(&endpoint, parts.method.clone(), path, passed.clone(), body.clone());
-        async move {
-            let request = match request {
-                Ok(request) => request,
-                Err(error) => return Attempt::Lost { failure: format!("{path} cannot be passed on: {error}") },
-            };
-            classify_outcome(&endpoint, gateway.client.send(request, MAX_ANSWER_BYTES).await)
-        }
-    };
-    let policy = Policy::new(&gateway.limits());
-    Ok(forward::forward(&gateway.registry, &gateway.analysis, &target, policy, |_| true, attempt).await?)
-}
-
-fn classify_outcome(
-    endpoint: &Endpoint,
-    outcome: Result<axum::http::Response<Bytes>, ClientError>,
-) -> Attempt<axum::http::Response<Bytes>> {
-    match outcome {
-        Ok(answer) => match answer.status() {
-            StatusCode::TOO_MANY_REQUESTS => Attempt::Busy { answer },
-            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
-                Attempt::Unavailable { answer }
-            }
-            status => Attempt::Answer { answer, ok: !status.is_server_error() },
-        },
-        Err(ClientError::Connect(error)) => Attempt::Unreached { failure: format!("{}: {error}", endpoint.http) },
-        Err(ClientError::Lost(error)) => Attempt::Lost { failure: format!("{}: {error}", endpoint.http) },
-    }
-}
-
-/// The headers for a server: the client's, with our id and the current trace.
-fn passed_on(incoming: &HeaderMap, id: &RequestId) -> HeaderMap {
-    let mut passed = HeaderMap::with_capacity(incoming.len() + 2);
-    for (name, value) in incoming {
-        if !NOT_PASSED_ON.contains(name) && *name != headers::REVISION && !name.as_str().starts_with("proxy-") {
-            passed.append(name.clone(), value.clone());
-        }
-    }
-    passed.insert(headers::REQUEST_ID, headers::text(&id.text));
-    athanor_telemetry::propagation::inject_current(&mut passed);
-    passed
-}
-
-fn request(
-    endpoint: &Endpoint,
-    method: Method,
-    path: &str,
-    headers: HeaderMap,
-    body: Bytes,
-) -> Result<axum::http::Request<Body>, axum::http::Error> {
-    let uri: Uri = format!("http://{}{path}", endpoint.http).parse()?;
-    let mut request = axum::http::Request::builder().method(method).uri(uri).body(Body::from(body))?;
-    *request.headers_mut() = headers;
-    Ok(request)
-}
-
 /// The server's answer, to the client.
 fn respond(forwarded: Forwarded<axum::http::Response<Bytes>>) -> Response {
     let (mut parts, body) = forwarded.answer.into_parts();
-    for name in NOT_PASSED_ON {
-        parts.headers.remove(name);
-    }
+    pass::clean(&mut parts.headers);
     parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
-    by(Response::from_parts(parts, Body::from(body)), forwarded.revision)
+    pass::by(Response::from_parts(parts, Body::from(body)), forwarded.revision)
 }

@@ -1,4 +1,7 @@
 //! The protocols that are forwarded to a revision.
 
+pub mod generation;
 pub mod grpc;
 pub mod http;
+pub mod pass;
+pub mod stream;

@@ -8,7 +8,7 @@ use std::{
 
 use async_trait::async_trait;
 use athanor_contract::{
-    event::{Event, EventData, Prediction},
+    event::{Event, EventData, Generation, Prediction},
     serve::{EventsConfig, RouterConfig},
 };
 use athanor_feedback::producer::Producer;
@@ -74,12 +74,25 @@ pub fn prediction(config: &RouterConfig, trace_parent: Option<String>, predictio
     }
 }
 
+/// The event of one choice of a language model's answer.
+pub fn generation(config: &RouterConfig, trace_parent: Option<String>, generation: Generation) -> Event {
+    Event {
+        id: format!("{}/{}", generation.request_id, generation.index),
+        source: source(config),
+        time: jiff::Timestamp::now().to_string(),
+        trace_parent,
+        data: EventData::Generation(generation),
+    }
+}
+
 /// Keeps a producer running for the configured events until `shutdown`, then flushes it.
 pub async fn keep_producer(registry: Arc<Registry>, events: Arc<Events>, spill: PathBuf, shutdown: CancellationToken) {
     let mut snapshots = registry.subscribe();
     let mut running: Option<(EventsConfig, Producer, CancellationToken)> = None;
     loop {
         let wanted = snapshots.borrow_and_update().config.as_ref().and_then(|config| config.events.clone());
+        // What is recorded may change without a new producer.
+        let wanted = wanted.map(|events| EventsConfig::new(events.bootstrap_servers, events.topic));
         let mut retry = false;
         if running.as_ref().map(|(config, ..)| config) != wanted.as_ref() {
             events.set(None);

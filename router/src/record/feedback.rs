@@ -2,10 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use athanor_contract::{
-    event::{Event, EventData, Feedback, Judgement, JudgementError, Rating},
-    serve::RouterConfig,
-};
+use athanor_contract::event::{Event, EventData, Feedback, Judgement, JudgementError, Rating};
 use athanor_serving::api::openai::ApiError;
 use axum::http::StatusCode;
 use serde::{
@@ -15,7 +12,7 @@ use serde::{
 use uuid::Uuid;
 
 use super::events;
-use crate::gateway::Gateway;
+use crate::{config::Configuration, gateway::Gateway};
 
 /// Items of one request.
 const MAX_ITEMS: usize = 256;
@@ -117,7 +114,10 @@ pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiErro
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "events_unavailable", "events cannot be kept at the moment")
     })?;
     let trace_parent = athanor_telemetry::propagation::current_traceparent();
-    let events = checked.iter().map(|item| event(&config, item, trace_parent.clone())).collect();
+    let percent = config.events.as_ref().map_or(0, |events| events.sample_percent);
+    // Feedback to an answer that is not recorded would be about nothing.
+    let recorded = checked.iter().filter(|item| gateway.ids.sign(item.uuid).is_sampled(percent));
+    let events: Vec<Event> = recorded.map(|item| event(&config, item, trace_parent.clone())).collect();
     sink.publish_durable(events).await.map_err(|error| {
         tracing::error!(error, "feedback could not be kept");
         ApiError::new(
@@ -172,7 +172,20 @@ fn check(gateway: &Gateway, item: Item, path: &dyn Fn(&str) -> String) -> Result
         None => gateway.labels.all().into_iter().collect(),
     };
     match &judgement {
+        Judgement::ExpectedLabel(_) if known.is_empty() && gateway.labels.are_known() => {
+            let message = "expected_label is for classifiers; this deployment is a language model: use expected_text, rating or \
+                           preferred";
+            let error = ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_feedback", message);
+            return Err(error.param(path("expected_label")));
+        }
         Judgement::ExpectedLabel(label) => check_label(label, &known, path)?,
+        Judgement::Preferred(choice)
+            if gateway.recent.get((uuid, 0)).is_some() && gateway.recent.get((uuid, *choice)).is_none() =>
+        {
+            let message = format!("request {shown:?} had no choice {choice}");
+            let error = ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "no_such_choice", message);
+            return Err(error.param(path("preferred")));
+        }
         Judgement::ExpectedText(_) if !known.is_empty() => return Err(not_of_a_classifier("expected_text", path)),
         Judgement::Preferred(_) if !known.is_empty() => return Err(not_of_a_classifier("preferred", path)),
         Judgement::ExpectedText(_) | Judgement::Preferred(_) | Judgement::Rating(_) => {}
@@ -200,7 +213,16 @@ fn check_label(label: &str, known: &[String], path: &dyn Fn(&str) -> String) -> 
     Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "unknown_label", message).param(path("expected_label")))
 }
 
-fn event(config: &Arc<RouterConfig>, item: &Checked, trace_parent: Option<String>) -> Event {
+fn event(config: &Arc<Configuration>, item: &Checked, trace_parent: Option<String>) -> Event {
+    let redacted = |text: &String| {
+        let mut text = text.clone();
+        config.redaction.apply(&mut text);
+        text
+    };
+    let judgement = match &item.judgement {
+        Judgement::ExpectedText(text) => Judgement::ExpectedText(redacted(text)),
+        other => other.clone(),
+    };
     Event {
         id: Uuid::now_v7().to_string(),
         source: events::source(config),
@@ -209,8 +231,8 @@ fn event(config: &Arc<RouterConfig>, item: &Checked, trace_parent: Option<String
         data: EventData::Feedback(Feedback {
             request_id: item.request_id.clone(),
             index: item.index,
-            judgement: item.judgement.clone(),
-            comment: item.comment.clone(),
+            judgement,
+            comment: item.comment.as_ref().map(redacted),
         }),
     }
 }

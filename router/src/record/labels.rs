@@ -36,6 +36,11 @@ impl Labels {
         known.values().flat_map(|labels| labels.iter().cloned()).collect()
     }
 
+    /// Whether the labels of a revision are known. A language model has none.
+    pub fn are_known(&self) -> bool {
+        !self.known.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     fn keep(&self, names: &[Arc<str>]) {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| names.contains(name));
     }

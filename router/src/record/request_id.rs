@@ -22,6 +22,19 @@ pub struct RequestId {
     pub hash: u64,
 }
 
+impl RequestId {
+    /// The id without its proof, for answers to which there can be no feedback: it is found in logs and verifies nowhere.
+    pub fn without_proof(&self) -> &str {
+        self.text.rsplit_once('-').map_or(&self.text, |(id, _)| id)
+    }
+
+    /// Whether the request is among the `percent` of requests that are recorded: the same for every replica. The upper
+    /// half of the hash decides, because the whole of it has chosen the revision.
+    pub fn is_sampled(&self, percent: u32) -> bool {
+        (self.hash >> 32) % 100 < u64::from(percent)
+    }
+}
+
 /// Why an id is not one of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
@@ -100,6 +113,23 @@ mod tests {
         let upper = id.text.to_uppercase();
         for bad in ["", "r-", "x", &id.text[..40], &id.text[1..], &upper, &format!("{}00", id.text)] {
             assert_eq!(ours.verify(bad), Err(IdError::Form), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_sample_has_its_share_of_each_revision() {
+        let ids: Vec<RequestId> =
+            (0..20_000).map(|index| RequestIds::new(b"key").sign(Uuid::from_u128(index))).collect();
+        for canary in [true, false] {
+            let of_revision = ids.iter().filter(|id| (id.hash % 100 < 10) == canary);
+            let (mut all, mut sampled) = (0.0, 0.0);
+            for id in of_revision {
+                all += 1.0;
+                sampled += f64::from(u8::from(id.is_sampled(30)));
+                assert!(id.is_sampled(100) && !id.is_sampled(0));
+            }
+            // More than five standard deviations for 2,000 ids.
+            assert!((0.25..0.35_f64).contains(&(sampled / all)), "{sampled} of {all}");
         }
     }
 

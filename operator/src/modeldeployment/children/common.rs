@@ -51,6 +51,14 @@ pub fn probes(port: &'static str, startup: HttpProbe) -> Probes {
     }
 }
 
+/// Seconds of a pod's grace beyond its drain: the time in which others stop sending, and that of the last events.
+const MARGIN_SECONDS: i64 = 15;
+
+/// Returns the time that a pod has to end: its drain, in which the longest request may end as well.
+pub fn grace_seconds(drain_seconds: u64, max_request_seconds: u64) -> i64 {
+    i64::try_from(drain_seconds.max(max_request_seconds)).unwrap_or(i64::MAX - MARGIN_SECONDS) + MARGIN_SECONDS
+}
+
 /// Builds a Deployment whose updates never have fewer available pods than `replicas`.
 pub fn workload(metadata: ObjectMeta, replicas: i32, selector: Labels, template: PodTemplateSpec) -> Deployment {
     Deployment {

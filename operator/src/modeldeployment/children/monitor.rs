@@ -2,7 +2,7 @@
 
 use athanor_contract::{
     process::{api, file, path, port},
-    serve::{MonitorConfig, MonitoredRevision},
+    serve::{EventsConfig, MonitorConfig, MonitoredRevision},
 };
 use athanor_crds::label;
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::ConfigMap};
@@ -41,7 +41,8 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
     let config = MonitorConfig {
         namespace: deployment.namespace.clone(),
         deployment: deployment.name.clone(),
-        events,
+        // The rest concerns the router: a change of it must not make the monitor start again.
+        events: EventsConfig::new(events.bootstrap_servers, events.topic),
         // The current revision is the first.
         revisions: revisions
             .map(|revision| MonitoredRevision { name: revision.name.clone(), model_uri: revision.model_uri.clone() })

@@ -3,7 +3,7 @@
 use athanor_contract::{
     artifact::sha256_hex,
     process::{annotation, file, path, port, variable},
-    serve::ServeConfig,
+    serve::{ServeConfig, ServeLimits},
 };
 use athanor_crds::{RevisionStatus, label};
 use k8s_openapi::api::{
@@ -12,7 +12,7 @@ use k8s_openapi::api::{
     policy::v1::PodDisruptionBudget,
 };
 
-use super::common::{Kind, Port, budget, metadata, probes, service, workload};
+use super::common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload};
 use crate::{
     modeldeployment::{names::SERVER, validate::ValidatedDeployment},
     pods::{self, HttpProbe, Labels, PodPlan},
@@ -41,11 +41,13 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         model_uri: revision.model_uri.clone(),
         http_port: port::HTTP,
         grpc_port: port::GRPC,
-        limits: Default::default(),
+        limits: ServeLimits {
+            max_request_seconds: deployment.spec.max_request_seconds.into(),
+            ..ServeLimits::default()
+        },
         engine: Default::default(),
     };
     let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
-    let drain = i64::try_from(config.limits.drain_seconds).unwrap_or(20);
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
@@ -71,7 +73,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         probes: Some(probes("http", startup)),
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
-        grace_seconds: drain + 15,
+        grace_seconds: grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds),
         spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
     });
     let metadata = |name: &str| metadata(deployment, name, labels.clone());

@@ -2,7 +2,7 @@
 
 use athanor_contract::{
     process::{file, path, port, variable},
-    serve::{RouterConfig, RouterRevision},
+    serve::{RouterConfig, RouterLimits, RouterRevision},
 };
 use athanor_crds::label;
 use k8s_openapi::api::{
@@ -11,7 +11,7 @@ use k8s_openapi::api::{
     policy::v1::PodDisruptionBudget,
 };
 
-use super::common::{Account, Port, account, budget, metadata, probes, rule, service, workload};
+use super::common::{Account, Port, account, budget, grace_seconds, metadata, probes, rule, service, workload};
 use crate::{
     modeldeployment::{
         names::{self, ROUTER},
@@ -66,9 +66,12 @@ pub fn build(
         deployment: deployment.name.clone(),
         revisions: weights(rollout),
         events: deployment.events.clone(),
-        limits: Default::default(),
+        limits: RouterLimits {
+            max_request_seconds: deployment.spec.max_request_seconds.into(),
+            ..RouterLimits::default()
+        },
     };
-    let grace = i64::try_from(config.limits.drain_seconds).unwrap_or(20) + 15;
+    let grace = grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds);
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let template = pod_template(deployment, settings, &name, &labels, grace);
     // A name restricts list and watch as well, if the field selector has it.

@@ -20,6 +20,9 @@ use super::error::ApiError;
 const DISCARDED: usize = 64 << 20;
 const DISCARDING: Duration = Duration::from_secs(2);
 
+/// Longest time in which a client sends its body.
+const READING: Duration = Duration::from_secs(60);
+
 /// Reads the body of a request that has to be JSON, of at most `limit` bytes.
 pub async fn json(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     let (parts, body) = request.into_parts();
@@ -27,8 +30,14 @@ pub async fn json(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     read(&parts.headers, body, limit).await
 }
 
-/// Reads a whole body of at most `limit` bytes.
+/// Reads a whole body of at most `limit` bytes within a minute.
 pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let message = || format!("the body did not arrive within {} s", READING.as_secs());
+    let read = tokio::time::timeout(READING, read_all(headers, body, limit)).await;
+    read.unwrap_or_else(|_| Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message())))
+}
+
+async fn read_all(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", format!("the body is larger than {limit} bytes"))
     };

@@ -1,5 +1,8 @@
 //! The router against real local servers that die, stall and refuse.
 
+mod generations;
+mod streams;
+
 use std::{
     net::SocketAddr,
     sync::{
@@ -47,9 +50,7 @@ use crate::{
 
 /// A server that answers every input with "good" and counts its requests, until its token is cancelled.
 async fn server(address: SocketAddr, status: StatusCode) -> (SocketAddr, Arc<AtomicUsize>, CancellationToken) {
-    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (count, stop) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+    let count = Arc::new(AtomicUsize::new(0));
     let counted = count.clone();
     let classify = post(async move |Json(request): Json<Value>| {
         counted.fetch_add(1, Ordering::Relaxed);
@@ -67,7 +68,16 @@ async fn server(address: SocketAddr, status: StatusCode) -> (SocketAddr, Arc<Ato
         json!({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "athanor",
         "labels": ["good", "bad"]}]}),
     ));
-    let app = Router::new().route("/v1/classify", classify).route("/v1/models", models);
+    let (address, stop) =
+        serve(address, Router::new().route("/v1/classify", classify).route("/v1/models", models)).await;
+    (address, count, stop)
+}
+
+/// Serves an application until its token is cancelled.
+async fn serve(address: SocketAddr, app: Router) -> (SocketAddr, CancellationToken) {
+    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
     let stopped = stop.clone();
     tokio::spawn(async move {
         // Dropped at once, connections included: the server is killed, not asked to go.
@@ -86,7 +96,7 @@ async fn server(address: SocketAddr, status: StatusCode) -> (SocketAddr, Arc<Ato
             }
         }
     });
-    (address, count, stop)
+    (address, stop)
 }
 
 async fn healthy() -> (SocketAddr, Arc<AtomicUsize>, CancellationToken) {
@@ -109,7 +119,7 @@ fn config(weights: &[(&str, u32)]) -> RouterConfig {
 
 fn gateway(config: RouterConfig, endpoints: &[(&str, &[SocketAddr])]) -> Arc<Gateway> {
     let gateway = Gateway::new(RequestIds::new(b"key"));
-    gateway.registry.set_config(config);
+    gateway.registry.set_config(crate::config::check(config).unwrap());
     for (service, addresses) in endpoints {
         let addresses = addresses.iter().map(|&http| Address { http, grpc: None, draining: false });
         gateway.registry.set_endpoints(service, addresses.collect());
@@ -269,7 +279,7 @@ impl EventSink for Kept {
 async fn predictions_and_feedback_become_events() {
     let (address, _, _server) = healthy().await;
     let mut with_events = config(&[("a", 100)]);
-    with_events.events = Some(EventsConfig { bootstrap_servers: "nowhere:9092".into(), topic: "t".into() });
+    with_events.events = Some(EventsConfig::new("nowhere:9092", "t"));
     let gateway = gateway(with_events, &[("a", &[address])]);
     let kept = Arc::new(Kept::default());
     gateway.events.set(Some(kept.clone()));
@@ -346,7 +356,7 @@ async fn predictions_and_feedback_become_events() {
 
     kept.broken.store(true, Ordering::Relaxed);
     assert_eq!(post(both.clone()).await.0, 503, "not accepted unless it is kept");
-    gateway.registry.set_config(config(&[("a", 100)]));
+    gateway.registry.set_config(crate::config::check(config(&[("a", 100)])).unwrap());
     assert_eq!(post(both).await.0, 404, "events are off");
 }
 
@@ -395,7 +405,7 @@ async fn grpc_passes_through_the_router_and_is_recorded() {
     ready.set(true);
     let server = serve_grpc(Inference::new(service, ready.clone())).await;
     let mut with_events = config(&[("reviews-1", 100)]);
-    with_events.events = Some(EventsConfig { bootstrap_servers: "nowhere:9092".into(), topic: "t".into() });
+    with_events.events = Some(EventsConfig::new("nowhere:9092", "t"));
     let gateway = gateway(with_events, &[]);
     let address = |grpc| Address { http: server, grpc: Some(grpc), draining: false };
     // One of the two is dead.

@@ -1,0 +1,68 @@
+//! The routes of language models: passed on like a classification up to the head of the answer, whose body is then passed on as
+//! it arrives ([`super::stream`]).
+
+use std::{sync::Arc, time::Instant};
+
+use athanor_serving::api::openai::body;
+use axum::{
+    extract::{Request, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    pass::{self, ApiErrorOf, Way},
+    stream::{self, Passing},
+};
+use crate::{
+    balance::forward::Policy,
+    gateway::Gateway,
+    record::generation::{Answers, Recorder},
+};
+
+/// Path of the route whose answers are not recorded: there is nothing to learn from an embedding.
+pub const EMBEDDINGS: &str = "/v1/embeddings";
+
+/// Passes a request to a language model on.
+pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
+    let running = gateway.running.begin();
+    let (parts, body) = request.into_parts();
+    let answer = async {
+        body::check_content_type(&parts.headers)?;
+        let limits = gateway.limits();
+        let body = body::read(&parts.headers, body, limits.max_body_bytes).await?;
+        let id = pass::id(&parts)?;
+        let began = Instant::now();
+        let policy = Policy::generation(&limits);
+        let send = |request| gateway.client.open(request);
+        let way = Way { policy, is_counted: true };
+        let forwarded = pass::pass_on(&gateway, &parts, &id, &body, way, send).await?;
+        Ok::<_, ApiErrorOf>((id, body, began, policy, forwarded))
+    };
+    let (id, body, began, policy, forwarded) = match answer.await {
+        Ok(answered) => answered,
+        Err(error) => return error.into_response(),
+    };
+    let status = forwarded.answer.status();
+    let is_recorded = status == StatusCode::OK && parts.uri.path() != EMBEDDINGS;
+    let recorder = gateway.records().filter(|_| is_recorded).map(|config| Recorder {
+        config,
+        id,
+        request: body,
+        answers: Answers::default(),
+        trace_parent: athanor_telemetry::propagation::current_traceparent(),
+    });
+    let revision = forwarded.revision.clone();
+    let passing = Passing {
+        gateway,
+        revision: forwarded.revision,
+        // A head with an error status has been counted as what it is.
+        is_counted: status.is_success(),
+        recorder,
+        began,
+        limit: policy.timeout,
+        outstanding: forwarded.outstanding,
+        running,
+    };
+    pass::by(stream::respond(forwarded.answer, passing), revision)
+}

@@ -1,0 +1,312 @@
+//! What is recorded of an answer of a language model: put together from the events of a stream as they pass, or read from a bounded
+//! copy of a whole answer. The request is read when the answer is over, so that neither is delayed.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use athanor_contract::event::{Generation, GenerationInput, TokenUsage};
+use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::Value;
+
+use super::request_id::RequestId;
+use crate::config::Configuration;
+
+/// Most bytes of text in an answer, all choices together.
+const MOST_TEXT: usize = 1 << 20;
+/// Most bytes of a whole answer that are kept to be read.
+const MOST_COPY: usize = 8 << 20;
+/// Most choices of an answer.
+const MOST_CHOICES: usize = 1024;
+
+/// Why an answer is not recorded, as the label of a counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unrecorded {
+    /// More text than is kept.
+    TooLong,
+    /// A choice without a finish reason, or a stream without its end.
+    Unfinished,
+    /// Not an answer of OpenAI's shape.
+    Unreadable,
+    /// Token ids instead of a prompt's text, or calls of tools instead of an answer's.
+    NoText,
+}
+
+impl Unrecorded {
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::TooLong => "too_long",
+            Self::Unfinished => "unfinished",
+            Self::Unreadable => "unreadable",
+            Self::NoText => "no_text",
+        }
+    }
+}
+
+/// Records one answer while it passes.
+pub struct Recorder {
+    pub config: Arc<Configuration>,
+    pub id: RequestId,
+    /// Body of the request.
+    pub request: Bytes,
+    pub answers: Answers,
+    pub trace_parent: Option<String>,
+}
+
+/// One answer, or one event of a stream.
+#[derive(Deserialize)]
+struct Part {
+    #[serde(default)]
+    choices: Vec<ChoicePart>,
+    #[serde(default)]
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+struct ChoicePart {
+    #[serde(default)]
+    index: u32,
+    /// Of a chat completion.
+    #[serde(default, alias = "delta")]
+    message: Option<Message>,
+    /// Of a completion.
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(default)]
+    content: Option<String>,
+    #[serde(default)]
+    tool_calls: Option<Vec<IgnoredAny>>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: u64,
+    #[serde(default)]
+    completion_tokens: u64,
+}
+
+#[derive(Default)]
+struct Choice {
+    text: String,
+    finish_reason: Option<String>,
+}
+
+/// The choices of an answer so far.
+#[derive(Default)]
+pub struct Answers {
+    choices: BTreeMap<u32, Choice>,
+    usage: Option<TokenUsage>,
+    /// Bytes of text so far.
+    bytes: usize,
+    /// Copy of an answer that is not a stream.
+    copy: BytesMut,
+    is_stream: bool,
+    is_done: bool,
+    unrecorded: Option<Unrecorded>,
+}
+
+impl Answers {
+    /// Takes the data of one event of a stream.
+    pub fn event(&mut self, data: &[u8]) {
+        self.is_stream = true;
+        if data == b"[DONE]" {
+            self.is_done = true;
+        } else if self.unrecorded.is_none() {
+            self.part(data);
+        }
+    }
+
+    /// Takes a piece of a whole answer.
+    pub fn piece(&mut self, bytes: &[u8]) {
+        if self.unrecorded.is_some() {
+            return;
+        }
+        if self.copy.len() + bytes.len() > MOST_COPY {
+            self.give_up(Unrecorded::TooLong);
+        } else {
+            self.copy.extend_from_slice(bytes);
+        }
+    }
+
+    /// Frees what was kept: nothing will be recorded.
+    fn give_up(&mut self, why: Unrecorded) {
+        *self = Self { unrecorded: Some(why), is_stream: self.is_stream, ..Self::default() };
+    }
+
+    fn part(&mut self, json: &[u8]) {
+        let Ok(part) = serde_json::from_slice::<Part>(json) else { return self.give_up(Unrecorded::Unreadable) };
+        if let Some(usage) = part.usage {
+            let Usage { prompt_tokens, completion_tokens } = usage;
+            self.usage = Some(TokenUsage { prompt_tokens, completion_tokens });
+        }
+        for choice in part.choices {
+            let message = choice.message.unwrap_or(Message { content: None, tool_calls: None });
+            if message.tool_calls.is_some_and(|calls| !calls.is_empty()) {
+                return self.give_up(Unrecorded::NoText);
+            }
+            let text = message.content.or(choice.text).unwrap_or_default();
+            self.bytes += text.len();
+            if self.bytes > MOST_TEXT
+                || (self.choices.len() == MOST_CHOICES && !self.choices.contains_key(&choice.index))
+            {
+                return self.give_up(Unrecorded::TooLong);
+            }
+            let known = self.choices.entry(choice.index).or_default();
+            known.text.push_str(&text);
+            known.finish_reason = choice.finish_reason.or(known.finish_reason.take());
+        }
+    }
+}
+
+/// What is read of a request.
+#[derive(Deserialize)]
+struct Question {
+    #[serde(default)]
+    messages: Option<Vec<Value>>,
+    #[serde(default)]
+    prompt: Option<Prompt>,
+    #[serde(default)]
+    n: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Prompt {
+    One(String),
+    Many(Vec<String>),
+    /// Token ids.
+    Other(IgnoredAny),
+}
+
+impl Question {
+    /// The input that choice `index` answers.
+    fn input(&self, index: u32) -> Result<GenerationInput, Unrecorded> {
+        match (&self.messages, &self.prompt) {
+            (Some(messages), _) => Ok(GenerationInput::Messages(messages.clone())),
+            (None, Some(Prompt::One(prompt))) => Ok(GenerationInput::Prompt(prompt.clone())),
+            (None, Some(Prompt::Many(prompts))) => {
+                // The choices of the first prompt come first.
+                let position = (index / self.n.unwrap_or(1).max(1)) as usize;
+                let prompt = prompts.get(position).ok_or(Unrecorded::Unreadable)?;
+                Ok(GenerationInput::Prompt(prompt.clone()))
+            }
+            (None, Some(Prompt::Other(_))) => Err(Unrecorded::NoText),
+            (None, None) => Err(Unrecorded::Unreadable),
+        }
+    }
+}
+
+/// What is recorded of an answer that has ended as it should.
+pub fn generations(
+    id: &RequestId,
+    revision: &str,
+    request: &[u8],
+    mut answers: Answers,
+    latency: Duration,
+) -> Result<Vec<Generation>, Unrecorded> {
+    if !answers.is_stream && answers.unrecorded.is_none() {
+        let copy = answers.copy.split();
+        answers.part(&copy);
+    }
+    if let Some(why) = answers.unrecorded {
+        return Err(why);
+    }
+    if answers.choices.is_empty() || (answers.is_stream && !answers.is_done) {
+        return Err(Unrecorded::Unfinished);
+    }
+    let question: Question = serde_json::from_slice(request).map_err(|_| Unrecorded::Unreadable)?;
+    let usage = answers.usage;
+    let generations = answers.choices.into_iter().map(|(index, choice)| {
+        Ok(Generation {
+            request_id: id.text.clone(),
+            index,
+            revision: revision.to_owned(),
+            adapter: None,
+            input: question.input(index)?,
+            answer: choice.text,
+            finish_reason: choice.finish_reason.ok_or(Unrecorded::Unfinished)?,
+            usage,
+            mean_log_probability: None,
+            latency_ms: latency.as_secs_f32() * 1e3,
+        })
+    });
+    generations.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::request_id::RequestIds;
+
+    fn read(request: &str, answers: Answers) -> Result<Vec<Generation>, Unrecorded> {
+        let id = RequestIds::new(b"key").generate();
+        generations(&id, "a", request.as_bytes(), answers, Duration::from_millis(5))
+    }
+
+    fn stream(events: &[&str]) -> Answers {
+        let mut answers = Answers::default();
+        events.iter().for_each(|event| answers.event(event.as_bytes()));
+        answers
+    }
+
+    const CHAT: &str = r#"{"messages": [{"role": "user", "content": "hi"}]}"#;
+
+    #[test]
+    fn a_stream_is_put_together_by_choice() {
+        let answers = stream(&[
+            r#"{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}, {"index": 1, "delta": {}}]}"#,
+            r#"{"choices": [{"index": 1, "delta": {"content": "No"}}, {"index": 0, "delta": {"content": "Ye"}}]}"#,
+            r#"{"choices": [{"index": 0, "delta": {"content": "s"}, "finish_reason": "stop"}]}"#,
+            r#"{"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}], "usage": null}"#,
+            r#"{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}"#,
+            "[DONE]",
+        ]);
+        let read = read(CHAT, answers).unwrap();
+        let shown: Vec<_> = read.iter().map(|g| (g.index, &*g.answer, &*g.finish_reason)).collect();
+        assert_eq!(shown, [(0, "Yes", "stop"), (1, "No", "length")]);
+        assert_eq!(read[0].usage, Some(TokenUsage { prompt_tokens: 3, completion_tokens: 4 }));
+        let GenerationInput::Messages(messages) = &read[0].input else { panic!("{read:?}") };
+        assert_eq!(messages[0]["content"], "hi");
+    }
+
+    #[test]
+    fn each_choice_of_a_completion_has_its_prompt() {
+        let mut answers = Answers::default();
+        let choice = |index| format!(r#"{{"index": {index}, "text": "t{index}", "finish_reason": "stop"}}"#);
+        let choices = (0..4).map(choice).collect::<Vec<_>>().join(",");
+        for piece in format!(r#"{{"choices": [{choices}]}}"#).as_bytes().chunks(7) {
+            answers.piece(piece);
+        }
+        let read = read(r#"{"prompt": ["a", "b"], "n": 2}"#, answers).unwrap();
+        let inputs: Vec<_> = read.into_iter().map(|generation| generation.input).collect();
+        assert_eq!(inputs, ["a", "a", "b", "b"].map(|prompt| GenerationInput::Prompt(prompt.into())));
+    }
+
+    #[test]
+    fn what_is_not_recorded_has_a_reason() {
+        let end = r#"{"choices": [{"delta": {}, "finish_reason": "stop"}]}"#;
+        let long = format!(r#"{{"choices": [{{"delta": {{"content": "{}"}}}}]}}"#, "x".repeat(MOST_TEXT / 2 + 1));
+        let tools = r#"{"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]}"#;
+        for (request, events, expected) in [
+            (CHAT, &[end][..], Unrecorded::Unfinished),
+            (CHAT, &["[DONE]"], Unrecorded::Unfinished),
+            (CHAT, &[r#"{"choices": [{"delta": {"content": "a"}}]}"#, "[DONE]"], Unrecorded::Unfinished),
+            (CHAT, &["{", end, "[DONE]"], Unrecorded::Unreadable),
+            (CHAT, &[&long, &long, end, "[DONE]"], Unrecorded::TooLong),
+            (CHAT, &[tools, end, "[DONE]"], Unrecorded::NoText),
+            (r#"{"prompt": [1, 2]}"#, &[end, "[DONE]"], Unrecorded::NoText),
+            ("{}", &[end, "[DONE]"], Unrecorded::Unreadable),
+        ] {
+            assert_eq!(read(request, stream(events)), Err(expected), "{request}");
+        }
+        assert!(read(CHAT, stream(&[&long, end, "[DONE]"])).is_ok());
+        let mut answers = Answers::default();
+        (0..=MOST_COPY >> 20).for_each(|_| answers.piece(&[b' '; 1 << 20]));
+        assert_eq!(read(CHAT, answers), Err(Unrecorded::TooLong));
+    }
+}
