@@ -12,7 +12,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{FineTuneJobSpec, PodOverrides};
+use crate::{FineTuneJobSpec, PodOverrides, engine::EngineSpec};
 
 /// A ModelDeployment serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls out new models
 /// behind a canary, records requests, answers and feedback, and retrains the model when it has become stale.
@@ -70,6 +70,9 @@ pub struct ModelDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
+    /// What runs a language model; a change restarts the server's pods one by one.
+    #[serde(default)]
+    pub engine: EngineSpec,
     /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,

@@ -1,7 +1,7 @@
 //! Turns a ModelDeployment into one that children can be built from. What the API server refuses by the CRD is not
 //! checked again.
 
-use athanor_contract::serve::EventsConfig;
+use athanor_contract::serve::{EngineConfig, EventsConfig};
 use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
@@ -20,6 +20,7 @@ pub struct ValidatedDeployment {
     pub source: Source,
     /// Kafka topic of the events, with its name filled in.
     pub events: Option<EventsConfig>,
+    pub engine: EngineConfig,
     pub spec: ModelDeploymentSpec,
 }
 
@@ -46,6 +47,8 @@ pub enum InvalidDeployment {
     SourceName(String),
     #[error("spec.feedback.kafka.topic: {0:?} has more than {LONGEST_TOPIC} characters; set a shorter one")]
     Topic(String),
+    #[error("spec.engine.builtin.kvCacheMemory: {0:?} is not a quantity of bytes such as 512Mi")]
+    CacheMemory(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -78,7 +81,9 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     if let Some(events) = events.as_ref().filter(|events| events.topic.len() > LONGEST_TOPIC) {
         return Err(InvalidDeployment::Topic(events.topic.clone()));
     }
+    let engine = spec.engine.builtin.config().map_err(InvalidDeployment::CacheMemory)?;
     Ok(ValidatedDeployment {
+        engine,
         uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,
         owner: cluster::owner(deployment),
         spec: spec.clone(),

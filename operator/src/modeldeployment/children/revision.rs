@@ -42,7 +42,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         http_port: port::HTTP,
         grpc_port: port::GRPC,
         limits: Default::default(),
-        engine: Default::default(),
+        engine: deployment.engine,
     };
     let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let drain = i64::try_from(config.limits.drain_seconds).unwrap_or(20);
