@@ -8,6 +8,7 @@
 // Printer columns are attributes that repeat json_path and type_ by design.
 #![allow(clippy::duplicated_attributes)]
 
+mod engine;
 mod finetunejob;
 mod modeldeployment;
 mod pod;
@@ -19,6 +20,7 @@ pub use athanor_contract::process::api::GROUP;
 /// Labels of the objects that Athanor creates.
 pub use athanor_contract::process::label;
 
+pub use engine::{BuiltinEngine, EngineSpec};
 pub use finetunejob::*;
 pub use modeldeployment::*;
 pub use pod::PodOverrides;

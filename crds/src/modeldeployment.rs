@@ -12,7 +12,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{FineTuneJobSpec, PodOverrides};
+use crate::{FineTuneJobSpec, PodOverrides, engine::EngineSpec};
 
 /// A ModelDeployment serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls out new models
 /// behind a canary, records requests, answers and feedback, and retrains the model when it has become stale.
@@ -75,6 +75,9 @@ pub struct ModelDeploymentSpec {
     #[serde(default = "default_max_request")]
     #[schemars(range(min = 1, max = 3600))]
     pub max_request_seconds: u32,
+    /// What runs a language model; a change restarts the server's pods one by one.
+    #[serde(default)]
+    pub engine: EngineSpec,
     /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,

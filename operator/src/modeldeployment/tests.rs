@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_contract::{
-    serve::{MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, Verdict},
+    serve::{
+        EngineConfig, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig, Verdict, Weights,
+    },
     train::{OffsetRange, TrainSummary},
 };
 use athanor_crds::{
@@ -443,6 +445,29 @@ fn the_children_are_what_processes_read() {
     let monitor = children.monitor.unwrap();
     let config: MonitorConfig = serde_json::from_str(&monitor.config.data.unwrap()["monitor.json"]).unwrap();
     assert_eq!(config.revisions.iter().map(|revision| revision.name.as_str()).collect::<Vec<_>>(), [OLD, NEW]);
+}
+
+#[test]
+fn a_changed_engine_restarts_the_servers_with_it() {
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let mut subject = canary(None);
+    let built = |subject: &Observed| {
+        let validated = validate(&subject.deployment).unwrap();
+        let revision = build::build(&validated, &settings, &decision(subject, 60), "00ff".into()).revisions.remove(0);
+        let config: ServeConfig = serde_json::from_str(&revision.config.data.unwrap()["serve.json"]).unwrap();
+        (config.engine, revision.deployment.spec.unwrap().template.metadata.unwrap().annotations)
+    };
+    let (before, annotations) = built(&subject);
+    assert_eq!(before, EngineConfig::default());
+    let spec = json!({"builtin": {"maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8"}});
+    subject.deployment.spec.engine = serde_json::from_value(spec).unwrap();
+    let (after, changed) = built(&subject);
+    let expected =
+        EngineConfig { max_model_length: Some(512), kv_cache_memory: Some(256 << 20), weights: Weights::Int8 };
+    assert_eq!(after, expected);
+    assert_ne!(annotations, changed);
+    subject.deployment.spec.engine.builtin.kv_cache_memory = Some("much".into());
+    assert_eq!(validate(&subject.deployment).err(), Some(InvalidDeployment::CacheMemory("much".into())));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use athanor_contract::{
     redaction::{InvalidPattern, Redaction},
-    serve::EventsConfig,
+    serve::{EngineConfig, EventsConfig},
 };
 use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -23,6 +23,7 @@ pub struct ValidatedDeployment {
     pub source: Source,
     /// Kafka topic of the events, with its name filled in.
     pub events: Option<EventsConfig>,
+    pub engine: EngineConfig,
     pub spec: ModelDeploymentSpec,
 }
 
@@ -51,6 +52,8 @@ pub enum InvalidDeployment {
     Topic(String),
     #[error("spec.feedback.{0}")]
     Redact(#[from] InvalidPattern),
+    #[error("spec.engine.builtin.kvCacheMemory: {0:?} is not a quantity of bytes such as 512Mi")]
+    CacheMemory(String),
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -88,7 +91,9 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     if let Some(events) = events.as_ref().filter(|events| events.topic.len() > LONGEST_TOPIC) {
         return Err(InvalidDeployment::Topic(events.topic.clone()));
     }
+    let engine = spec.engine.builtin.config().map_err(InvalidDeployment::CacheMemory)?;
     Ok(ValidatedDeployment {
+        engine,
         uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,
         owner: cluster::owner(deployment),
         spec: spec.clone(),

@@ -15,7 +15,7 @@ use super::{
     tokenize::ChatTokenize,
 };
 use crate::engine::generate::{
-    Engine, GenerateError, GenerateRequest,
+    Engine, GenerateError, GenerateRequest, Load,
     sampling::Sampling,
     sequence::{FinishReason, Stopping},
 };
@@ -74,6 +74,11 @@ impl Generator {
     /// Largest number of tokens of prompt and answer together.
     pub fn max_length(&self) -> usize {
         self.engine.max_length()
+    }
+
+    /// What the engine does at the moment.
+    pub fn load(&self) -> Load {
+        self.engine.load()
     }
 
     /// Starts the answers of one request.

@@ -45,7 +45,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
             max_request_seconds: deployment.spec.max_request_seconds.into(),
             ..ServeLimits::default()
         },
-        engine: Default::default(),
+        engine: deployment.engine,
     };
     let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");

@@ -14,6 +14,8 @@ mod models;
 mod options;
 mod sse;
 #[cfg(test)]
+mod generate_tests;
+#[cfg(test)]
 mod tests;
 pub mod types;
 mod usage;

@@ -1,9 +1,12 @@
-//! A service with a rule for a model, for the tests of HTTP, gRPC and the router.
+//! Services with a rule for a model, for the tests of HTTP, gRPC and the router.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
-};
+mod gate;
+mod language;
+
+use std::sync::{Arc, atomic::Ordering};
+
+pub use gate::Gate;
+pub use language::{BEGIN, END, LONGEST, language_model};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
@@ -12,7 +15,7 @@ use crate::{
         backend::{BackendError, EncodeBackend},
         encode::Engine,
     },
-    service::{Classifier, Model, Service, Tokenize},
+    service::{Classifier, Embedder, Model, Service, Tokenize},
 };
 
 /// One token a word: its length.
@@ -26,13 +29,6 @@ impl Tokenize for Words {
 
 /// Answers "positive", with three to one, to a first word of more than three letters; stands still while a test holds the gate.
 struct Rule(Arc<Gate>);
-
-/// What holds the model, and the batches that have come to it.
-#[derive(Default)]
-pub struct Gate {
-    pub lock: Mutex<()>,
-    pub batches: AtomicUsize,
-}
 
 impl EncodeBackend for Rule {
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
@@ -59,4 +55,29 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
     let labels = vec!["negative".into(), "positive".into()];
     let classifier = Classifier::new(limits, labels, Arc::new(Words), engine);
     (Arc::new(Service::new(&config, Model::Classifier(classifier))), gate)
+}
+
+/// Two numbers for each text: the length of its first word, and of the second one.
+struct Lengths;
+
+impl EncodeBackend for Lengths {
+    fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError> {
+        Ok(rows.iter().map(|row| vec![row[0] as f32, row.get(1).copied().unwrap_or_default() as f32]).collect())
+    }
+}
+
+/// Embedding model `vectors`, at most 3 inputs a request and 8 tokens an input, with a vocabulary of 20 tokens.
+pub fn embedding_model() -> Arc<Service> {
+    let limits = ServeLimits { max_inputs: 3, max_sequence_length: 8, ..ServeLimits::default() };
+    let config = ServeConfig {
+        model_name: "vectors".into(),
+        revision: "vectors-1".into(),
+        model_uri: "file:///nowhere".into(),
+        http_port: 0,
+        grpc_port: 0,
+        limits,
+        engine: Default::default(),
+    };
+    let engine = Engine::start(Lengths, &limits).expect("a thread starts");
+    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, Arc::new(Words), engine))))
 }

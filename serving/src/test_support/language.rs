@@ -1,0 +1,146 @@
+//! A language model by a rule: it answers what stands between the last `[` and the `]` behind it in its prompt.
+//!
+//! A token is a byte. A prompt ends with [`BEGIN`], an answer with [`END`].
+
+use std::sync::{Arc, atomic::Ordering};
+
+use athanor_contract::serve::{ServeConfig, ServeLimits};
+use serde_json::Value;
+
+use super::gate::Gate;
+use crate::{
+    engine::{
+        backend::{BackendError, GenerateBackend, GenerateLimits, Row},
+        generate::{Engine, EngineLimits, scheduler::StepLimits},
+    },
+    service::{ChatTokenize, Generator, Model, Service, ServiceError, StreamDecode},
+};
+
+/// The last token of a prompt.
+pub const BEGIN: u32 = 1;
+/// The token that ends an answer.
+pub const END: u32 = 256;
+const VOCABULARY: usize = 258;
+/// Tokens of prompt and answer together.
+pub const LONGEST: usize = 256;
+
+struct Bytes;
+
+impl ChatTokenize for Bytes {
+    fn render_chat(&self, messages: &[Value], _tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
+        if messages[0]["role"] == "tool" {
+            return Err(ServiceError::Conversation("a conversation begins with no tool".into()));
+        }
+        let line = |message: &Value| format!("{}: {}\n", message["role"].as_str().unwrap_or_default(), message["content"].as_str().unwrap_or_default());
+        let text: String = messages.iter().map(line).collect();
+        Ok(tokens(&text))
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        Ok(tokens(text))
+    }
+
+    fn stream(&self) -> Box<dyn StreamDecode> {
+        Box::new(Text(Vec::new()))
+    }
+
+    fn token_bytes(&self, token: u32) -> Vec<u8> {
+        u8::try_from(token).map_or_else(|_| b"<end>".to_vec(), |byte| vec![byte])
+    }
+}
+
+fn tokens(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).chain([BEGIN]).collect()
+}
+
+/// Bytes that are no characters yet.
+struct Text(Vec<u8>);
+
+impl StreamDecode for Text {
+    fn push(&mut self, token: u32) -> String {
+        self.0.extend(u8::try_from(token));
+        match String::from_utf8(std::mem::take(&mut self.0)) {
+            Ok(text) => text,
+            Err(error) => {
+                self.0 = error.into_bytes();
+                String::new()
+            }
+        }
+    }
+
+    fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned()
+    }
+}
+
+/// Fails where it would say `!`, and has logits that are not finite where it would say `?`.
+struct Rule {
+    limits: GenerateLimits,
+    slots: Vec<u32>,
+    gate: Arc<Gate>,
+}
+
+impl Rule {
+    fn next(prefix: &[u32]) -> u32 {
+        let begin = prefix.iter().rposition(|&token| token == BEGIN).unwrap_or_default();
+        let (prompt, answer) = prefix.split_at(begin);
+        let from = prompt.iter().rposition(|&token| token == u32::from(b'[')).map_or(prompt.len(), |open| open + 1);
+        let said = prompt[from..].iter().copied().take_while(|&token| token != u32::from(b']'));
+        said.chain([END]).nth(answer.len().saturating_sub(1)).unwrap_or(END)
+    }
+}
+
+impl GenerateBackend for Rule {
+    fn limits(&self) -> GenerateLimits {
+        self.limits
+    }
+
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+        self.gate.batches.fetch_add(1, Ordering::SeqCst);
+        let _gate = self.gate.lock.lock().map_err(|error| BackendError(error.to_string()))?;
+        let size = self.limits.block_size;
+        let slot = |row: &Row<'_>, place: usize| row.blocks[place / size] as usize * size + place % size;
+        for row in rows {
+            for (index, &token) in row.tokens.iter().enumerate() {
+                self.slots[slot(row, row.start + index)] = token;
+            }
+        }
+        rows.iter()
+            .map(|row| {
+                if !row.wants_logits {
+                    return Ok(Vec::new());
+                }
+                let prefix: Vec<u32> =
+                    (0..row.start + row.tokens.len()).map(|place| self.slots[slot(row, place)]).collect();
+                let next = Self::next(&prefix);
+                if next == u32::from(b'!') {
+                    return Err(BackendError("out of memory".into()));
+                }
+                let mut logits = vec![0.0; VOCABULARY];
+                logits[next as usize] = if next == u32::from(b'?') { f32::NAN } else { 10.0 };
+                logits[next as usize + 1] = 5.0;
+                Ok(logits)
+            })
+            .collect()
+    }
+}
+
+/// Model `writer`, revision `writer-1`, of [`LONGEST`] tokens, and the gate that holds it.
+pub fn language_model(limits: ServeLimits) -> (Arc<Service>, Arc<Gate>) {
+    let config = ServeConfig {
+        model_name: "writer".into(),
+        revision: "writer-1".into(),
+        model_uri: "file:///nowhere".into(),
+        http_port: 0,
+        grpc_port: 0,
+        limits,
+        engine: Default::default(),
+    };
+    let gate = Arc::<Gate>::default();
+    let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };
+    let backend = Rule { limits: sizes, slots: vec![0; sizes.blocks * sizes.block_size], gate: gate.clone() };
+    let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
+    let engine = Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }).expect("a thread starts");
+    let generator = Generator::new(limits, vec![END], Arc::new(Bytes), engine);
+    (Arc::new(Service::new(&config, Model::Generator(generator))), gate)
+}
