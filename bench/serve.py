@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Serving a language model side by side: athanor-server and llama.cpp's server (xllamacpp), the same SmolLM2-135M, the same requests.
+
+Measures tokens a second at 1 and 16 streams and the prefill of a prompt of 512 tokens, in turns; llama.cpp at the best of its formats
+(Q4_1 as shipped, Q4_0, Q8_0 made from it) with flash attention on and off. Prints a table and writes bench/results/serve.json. `make
+bench-serve` installs what it needs and runs it.
+"""
+import argparse, concurrent.futures, contextlib, json, os, pathlib, socket, statistics, subprocess, sys, tempfile, time
+
+import numpy as np
+import requests
+
+TOKENS, PROMPT = 64, 512
+ROOT = pathlib.Path(__file__).parent.parent
+MODEL = pathlib.Path(os.environ["ATHANOR_MODELS"]) / "smollm2-135m"
+SERVER = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "athanor-server"
+OURS = dict(os.environ, LD_LIBRARY_PATH=f"{os.environ['LIBTORCH']}/lib")
+WORDS = "the bank will lend and the borrower will repay the principal with interest on the last day of each quarter".split()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait(address, process):
+    for _ in range(600):
+        with contextlib.suppress(requests.ConnectionError):
+            if requests.get(address, timeout=2).status_code == 200:
+                return
+        if process is not None and process.poll() is not None:
+            sys.exit("the server ended")
+        time.sleep(0.1)
+    sys.exit(f"{address} is not ready")
+
+
+def requantized(kind, to):
+    """The model's matrices in another format of llama.cpp, by the gguf package."""
+    import gguf
+
+    reader = gguf.GGUFReader(next(MODEL.glob("*.gguf")))
+    writer = gguf.GGUFWriter(to, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            value_type = field.types[0]
+            sub_type = field.types[-1] if value_type == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), value_type, sub_type=sub_type)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if tensor.tensor_type == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, numbers.astype(np.float32))
+        else:
+            packed = gguf.quants.quantize(numbers.astype(np.float32), kind)
+            writer.add_tensor(tensor.name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@contextlib.contextmanager
+def ours(weights):
+    """Our server with one format of weights."""
+    with tempfile.TemporaryDirectory() as work:
+        port = free_port()
+        config = pathlib.Path(work) / "serve.json"
+        config.write_text(json.dumps({
+            "modelName": "bench", "revision": "bench-1", "modelUri": f"file://{MODEL}", "httpPort": port, "grpcPort": free_port(),
+            "engine": {"weights": weights, "maxModelLength": 1024, "kvCacheMemory": 1 << 30},
+        }))
+        with open(pathlib.Path(work) / "log", "w") as log:
+            process = subprocess.Popen([SERVER, "--address", "127.0.0.1", "--config", config], env=OURS, stdout=log, stderr=log)
+        try:
+            wait(f"http://127.0.0.1:{port}/readyz", process)
+            yield f"http://127.0.0.1:{port}/v1", "bench"
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def theirs(file, flash):
+    """llama.cpp's server in a process of its own."""
+    program = (
+        "import sys, time, xllamacpp as xlc\n"
+        "params = xlc.CommonParams()\n"
+        f"params.model.path = {str(file)!r}\n"
+        "params.n_parallel = 16\nparams.n_ctx = 16 * 1024\n"
+        f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {len(os.sched_getaffinity(0))}\n"
+        f"params.flash_attn_type = xlc.llama_flash_attn_type.{flash}\n"
+        "server = xlc.Server(params)\n"
+        "print(server.listening_address, flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        if not address.startswith("http"):
+            sys.exit(f"llama.cpp did not start with {file} and {flash}")
+        wait(f"{address}/health", process)
+        yield f"{address}/v1", "any"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(base, model, number, words, tokens):
+    # Another beginning each time, so that no prefix is found in a cache.
+    prompt = f"{number} " + " ".join(WORDS[(number + place) % len(WORDS)] for place in range(words))
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 1.0, "seed": number, "stop": ["\x00"]}
+    answer = requests.post(f"{base}/completions", json=body, timeout=600)
+    answer.raise_for_status()
+    usage = answer.json()["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"]
+
+
+def measure(base, model, turn):
+    """Tokens a second at 1 and 16 streams, and of a long prompt."""
+    ask(base, model, 7000 + turn, 20, 8)
+    began = time.monotonic()
+    _, one = ask(base, model, 10 * turn, 8, TOKENS)
+    one /= time.monotonic() - began
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        done = list(pool.map(lambda number: ask(base, model, 100 + 20 * turn + number, 8, TOKENS)[1], range(16)))
+    many = sum(done) / (time.monotonic() - began)
+    began = time.monotonic()
+    prompt, _ = ask(base, model, 9000 + turn, PROMPT - 4, 1)
+    return {"1 stream, tokens/s": one, "16 streams, tokens/s": many, "prefill, tokens/s": prompt / (time.monotonic() - began)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="turns of each server (default: %(default)s)")
+    options = parser.parse_args()
+    import gguf
+
+    with tempfile.TemporaryDirectory() as work:
+        files = {"Q4_1": next(MODEL.glob("*.gguf"))}
+        for name in ("Q4_0", "Q8_0"):
+            files[name] = pathlib.Path(work) / f"{name}.gguf"
+            requantized(gguf.GGMLQuantizationType[name], files[name])
+        servers = {f"athanor {weights}": (ours, (weights,)) for weights in ("Auto", "Int8")}
+        for name, file in files.items():
+            for flash in ("ENABLED", "DISABLED"):
+                kind = f"LLAMA_FLASH_ATTN_TYPE_{flash}"
+                servers[f"llama.cpp {name}, flash attention {flash.lower()}"] = (theirs, (file, kind))
+        found = {}
+        for turn in range(options.runs):
+            order = list(servers) if turn % 2 == 0 else list(servers)[::-1]
+            for name in order:
+                start, arguments = servers[name]
+                with start(*arguments) as (base, model):
+                    for what, value in measure(base, model, turn).items():
+                        found.setdefault(name, {}).setdefault(what, []).append(value)
+                print(f"turn {turn + 1}, {name}: " + ", ".join(f"{what} {values[-1]:.1f}" for what, values in found[name].items()), flush=True)
+    medians = {name: {what: statistics.median(values) for what, values in rows.items()} for name, rows in found.items()}
+    results = []
+    print(f"\n{'':24} {'ours':>10} {'llama.cpp':>10} {'ratio':>7}")
+    for what in next(iter(medians.values())):
+        best = lambda whose: max((name for name in medians if name.startswith(whose)), key=lambda name: medians[name][what])
+        own, peer = best("athanor"), best("llama.cpp")
+        ratio = medians[own][what] / medians[peer][what]
+        print(f"{what:24} {medians[own][what]:10.1f} {medians[peer][what]:10.1f} {ratio:7.2f}  {own}, {peer}")
+        results.append({
+            "name": f"SmolLM2-135M, {what}", "ours": medians[own][what], "ours_name": own, "peer": medians[peer][what], "peer_name": peer,
+            "unit": "tokens/s", "ratio": ratio, "target": None, "runs": options.runs,
+        })
+    (ROOT / "bench/results/serve.json").write_text(json.dumps({"results": results, "all": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
