@@ -71,7 +71,7 @@ impl Attempt {
 pub fn read(batch_job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) -> Attempt {
     let ends = match read_ends(pods, now) {
         Ok(ends) => ends,
-        Err(result) => return result,
+        Err(result) => return *result,
     };
     if let Some(cause) = ends.crashed.into_iter().next() {
         return Attempt::Ended { counted: true, cause };
@@ -102,7 +102,7 @@ struct Ends {
 }
 
 /// Collects the ends of all pods; `Err` is the result that one of them carries.
-fn read_ends(pods: &[&Pod], now: Timestamp) -> Result<Ends, Attempt> {
+fn read_ends(pods: &[&Pod], now: Timestamp) -> Result<Ends, Box<Attempt>> {
     let mut ends = Ends::default();
     for pod in pods {
         let name = pod.name_any();
@@ -114,10 +114,10 @@ fn read_ends(pods: &[&Pod], now: Timestamp) -> Result<Ends, Attempt> {
             continue;
         };
         match end.exit_code {
-            exit_code::USER_ERROR => return Err(user_error(end)),
+            exit_code::USER_ERROR => return Err(Box::new(user_error(end))),
             exit_code::DONE if index(pod) == Some(0) => match result(end) {
-                Some(TrainResult::Succeeded(summary)) => return Err(Attempt::Succeeded(summary)),
-                Some(TrainResult::GateFailed(summary)) => return Err(gate_failed(summary)),
+                Some(TrainResult::Succeeded(summary)) => return Err(Box::new(Attempt::Succeeded(summary))),
+                Some(TrainResult::GateFailed(summary)) => return Err(Box::new(gate_failed(summary))),
                 _ => ends.crashed.push(format!("pod {name} ended with code 0 but without a result")),
             },
             exit_code::DONE => {}

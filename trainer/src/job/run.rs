@@ -137,15 +137,18 @@ fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result
 struct HeldOut<'a> {
     encoder: &'a RowEncoder<'a>,
     parts: &'a Parts,
-    encoded: OnceLock<Result<(Arc<Encoded>, Arc<Encoded>), String>>,
+    encoded: OnceLock<Result<BothParts, String>>,
 }
+
+/// Validation and test rows.
+type BothParts = (Arc<Encoded>, Arc<Encoded>);
 
 impl<'a> HeldOut<'a> {
     fn new(encoder: &'a RowEncoder<'a>, parts: &'a Parts) -> Self {
         Self { encoder, parts, encoded: OnceLock::new() }
     }
 
-    fn encode(&self) -> Result<(Arc<Encoded>, Arc<Encoded>), TrainError> {
+    fn encode(&self) -> Result<BothParts, TrainError> {
         let encode = |rows: &[usize]| self.encoder.encode(rows).map(Arc::new).map_err(|error| error.to_string());
         let both = || Ok((encode(&self.parts.validation)?, encode(&self.parts.test)?));
         self.encoded.get_or_init(both).clone().map_err(TrainError::User)

@@ -110,7 +110,7 @@ fn read_row(rows: &Rows, row: usize, tokenizer: &DecoderTokenizer) -> Result<Rea
             let mut ids = prompt.clone();
             ids.extend(tokenizer.encode(completion, false).map_err(words)?);
             ids.push(end()?);
-            let targets = vec![prompt.len().max(1)..ids.len()];
+            let targets = one(prompt.len().max(1)..ids.len());
             let question = Question { prompt, text: text.to_owned(), expected: completion.to_owned() };
             Ok(Read { ids, targets, question: Some(question) })
         }
@@ -118,11 +118,15 @@ fn read_row(rows: &Rows, row: usize, tokenizer: &DecoderTokenizer) -> Result<Rea
             let mut ids = tokenizer.encode(text, true).map_err(words)?;
             ids.push(end()?);
             // The first token is predicted from nothing.
-            let all = 1..ids.len();
-            let targets = if all.is_empty() { Vec::new() } else { vec![all] };
+            let targets = one(1..ids.len());
             Ok(Read { ids, targets, question: None })
         }
     }
+}
+
+/// A range, unless it is empty.
+fn one(range: Range<usize>) -> Vec<Range<usize>> {
+    Some(range).into_iter().filter(|range| !range.is_empty()).collect()
 }
 
 fn read_conversation(before: &str, answer: &str, tokenizer: &DecoderTokenizer) -> Result<Read, String> {
