@@ -93,6 +93,7 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
         tracing::warn!(parent: &span, status = response.status().as_u16(), route, "a request failed");
     }
     let code = response.status().as_str().to_owned();
+    let takes_feedback = response.status() == StatusCode::OK && TAKE_FEEDBACK.contains(&&*route);
     if route == "/v1/feedback" {
         metrics::counter!("athanor_router_feedback_total", "code" => code.clone()).increment(1);
     }
@@ -101,7 +102,6 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
     metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route)
         .increment(1);
     // Whoever has an id can give feedback, so only an answer comes with a whole one.
-    let takes_feedback = response.status() == StatusCode::OK && TAKE_FEEDBACK.contains(&&*route);
     let shown = if takes_feedback { &*id.text } else { id.without_proof() };
     response.headers_mut().insert(headers::REQUEST_ID, headers::text(shown));
     response
