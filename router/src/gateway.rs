@@ -53,6 +53,13 @@ impl RunningRequests {
         Running(self.clone())
     }
 
+    /// Resolves once no request is in progress.
+    pub async fn ended(&self) {
+        while self.count() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     pub fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }

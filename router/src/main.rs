@@ -25,6 +25,8 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 
+/// Wait for the events of answers whose last byte has been sent.
+const LAST_EVENTS: Duration = Duration::from_millis(500);
 /// Bytes that a message of gRPC may have beyond the largest body of HTTP.
 const GRPC_OVERHEAD: usize = 64 << 10;
 
@@ -142,7 +144,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         move || gateway.drain()
     };
     let result = servers.run(shutdown, ready, lifecycle::grace(), drain, std::future::pending()).await;
-    // Only now: requests that were drained had events too.
+    // Only now: requests that were drained had events too, some of them written just after their answers' ends.
+    let _ = tokio::time::timeout(LAST_EVENTS, gateway.running.ended()).await;
     stop_events.cancel();
     producer.await.context("the task that keeps the producer failed")?;
     result

@@ -418,6 +418,9 @@ fn the_children_are_what_processes_read() {
     subject.deployment.spec.feedback = full.spec.feedback;
     subject.deployment.spec.monitor = full.spec.monitor;
     subject.deployment.spec.replicas = 3;
+    subject.deployment.spec.max_request_seconds = 600;
+    let feedback = subject.deployment.spec.feedback.as_mut().unwrap();
+    (feedback.sample_percent, feedback.redact) = (25, vec![r"\d{16}".into()]);
     let mut validated = validate(&subject.deployment).unwrap();
     validated.owner = vec![OwnerReference { uid: "d1".into(), controller: Some(true), ..OwnerReference::default() }];
     let decision = decision(&subject, 60);
@@ -433,18 +436,30 @@ fn the_children_are_what_processes_read() {
     let selector = server["spec"]["selector"]["matchLabels"].as_object().unwrap();
     let labels = &server["spec"]["template"]["metadata"]["labels"];
     assert!(selector.iter().all(|(key, value)| labels[key] == *value));
+    // The longest request may end before the pod is killed.
+    let grace = |pod: &serde_json::Value| pod["spec"]["template"]["spec"]["terminationGracePeriodSeconds"].clone();
+    let served = children.revisions[1].config.data.as_ref().unwrap()["serve.json"].clone();
+    let served: ServeConfig = serde_json::from_str(&served).unwrap();
+    assert_eq!((served.limits.max_request_seconds, grace(&server)), (600, json!(615)));
     let router = children.router.unwrap();
+    assert_eq!(grace(&serde_json::to_value(&router.deployment).unwrap()), json!(615));
     let config: RouterConfig = serde_json::from_str(&router.config.data.unwrap()["router.json"]).unwrap();
     let weights: Vec<_> =
         config.revisions.iter().map(|revision| (revision.service.as_str(), revision.weight)).collect();
     assert_eq!(weights, [(OLD, 50), (NEW, 50)]);
-    assert_eq!(config.events.unwrap().topic, "athanor.ns.m");
+    assert_eq!(config.limits.max_request_seconds, 600);
+    let events = config.events.unwrap();
+    assert_eq!(
+        (&*events.topic, events.sample_percent, &events.redact[..]),
+        ("athanor.ns.m", 25, &[r"\d{16}".into()][..])
+    );
     assert_eq!(router.service.metadata.name.as_deref(), Some("m"));
     let rules = serde_json::to_value(&router.account.role.rules).unwrap();
     assert_eq!(rules[0]["resourceNames"], json!(["m-router"]));
     let monitor = children.monitor.unwrap();
     let config: MonitorConfig = serde_json::from_str(&monitor.config.data.unwrap()["monitor.json"]).unwrap();
     assert_eq!(config.revisions.iter().map(|revision| revision.name.as_str()).collect::<Vec<_>>(), [OLD, NEW]);
+    assert!(config.events.redact.is_empty(), "another pattern does not restart the monitor");
 }
 
 #[test]
@@ -491,6 +506,10 @@ fn a_wrong_name_or_source_is_refused() {
     let mut clash = retraining_spec();
     clash["retrain"]["sourceName"] = json!("reviews");
     assert_eq!(validate(&deployment(clash)).err(), Some(InvalidDeployment::SourceName("reviews".into())));
+    let mut pattern = retraining_spec();
+    pattern["feedback"]["redact"] = json!(["a", "["]);
+    let refused = validate(&deployment(pattern)).err().unwrap().to_string();
+    assert!(refused.starts_with("spec.feedback.redact[1]: regex parse error"), "{refused}");
     assert_eq!(names::revision("m", Some("ABCDEF0123"), ""), "m-abcdef01");
     assert_ne!(names::revision("m", None, "s3://a"), names::revision("m", None, "s3://b"));
 }

@@ -80,6 +80,7 @@ pub fn respond(answer: Response<Body>, passing: Passing) -> Response {
         lines: is_event_stream.then(Lines::default),
         left: length,
         deadline: (passing.began + passing.limit).into(),
+        is_done: false,
         has_failed: false,
         recorder: passing.recorder,
     };
@@ -90,13 +91,13 @@ pub fn respond(answer: Response<Body>, passing: Passing) -> Response {
         began: passing.began,
         limit: passing.limit,
     };
-    let load = (passing.outstanding, passing.running);
+    let (load, running) = (passing.outstanding, passing.running);
     let carried = async move {
         let mut carrier = carrier;
         let end = carrier.carry(body.into_data_stream()).await;
         // The server is free, whatever the client still has to read.
         drop(load);
-        carrier.finish(end, account).await;
+        carrier.finish(end, account, running).await;
     };
     tokio::spawn(carried.in_current_span());
     Response::from_parts(parts, Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context))))
@@ -124,14 +125,24 @@ struct Carrier {
     /// Bytes that are still to come, if the server announced them.
     left: Option<u64>,
     deadline: tokio::time::Instant,
+    /// Whether the last event has been handed on: clients go then, without waiting for the end of the body.
+    is_done: bool,
     /// Whether an event of the server says that the model failed.
     has_failed: bool,
     recorder: Option<Recorder>,
 }
 
 impl Carrier {
-    /// Carries pieces until the answer ends.
-    async fn carry(&mut self, mut upstream: BodyDataStream) -> End {
+    /// Carries an answer to its end.
+    async fn carry(&mut self, upstream: BodyDataStream) -> End {
+        match self.carry_pieces(upstream).await {
+            _ if self.is_done && !self.has_failed => End::Whole,
+            End::Whole if self.has_failed => End::Broken("the server reported an error in its stream".into()),
+            end => end,
+        }
+    }
+
+    async fn carry_pieces(&mut self, mut upstream: BodyDataStream) -> End {
         // A client has the whole of a body with a length before the server's end of it is seen here.
         while self.left != Some(0) {
             let arrived = tokio::select! {
@@ -160,7 +171,6 @@ impl Carrier {
         }
         let rest = self.lines.as_mut().map(Lines::rest).unwrap_or_default();
         match self.hand_on(rest).await {
-            Ok(()) if self.has_failed => End::Broken("the server reported an error in its stream".into()),
             Ok(()) => End::Whole,
             Err(end) => end,
         }
@@ -182,6 +192,7 @@ impl Carrier {
             return Ok(());
         }
         for data in sse::data(&piece) {
+            self.is_done |= data == b"[DONE]";
             self.has_failed |= data.starts_with(br#"{"error""#);
             if let Some(recorder) = &mut self.recorder {
                 recorder.answers.event(data);
@@ -191,7 +202,7 @@ impl Carrier {
     }
 
     /// Ends the client's body and counts how it ended.
-    async fn finish(self, end: End, account: Account) {
+    async fn finish(self, end: End, account: Account, running: Running) {
         let Account { gateway, revision, is_counted, began, limit } = account;
         let is_servers = end != End::Unread;
         let (code, message) = match end {
@@ -200,6 +211,8 @@ impl Carrier {
                 if let Some(recorder) = self.recorder {
                     gateway.record_generations(recorder, &revision, began.elapsed());
                 }
+                // Only now: a shutdown waits for the event as well.
+                drop(running);
                 return;
             }
             End::Gone => {
@@ -211,6 +224,7 @@ impl Carrier {
             End::Unread => ("timeout", format!("the answer was not read within {} s", limit.as_secs())),
         };
         count(code, &revision);
+        drop(running);
         // A slow client is nobody's error but its own.
         if is_counted && is_servers {
             gateway.analysis.of(&revision).broken();

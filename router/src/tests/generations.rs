@@ -2,6 +2,8 @@
 
 use athanor_contract::event::{Generation, GenerationInput, TokenUsage};
 
+use futures::StreamExt;
+
 use super::{
     streams::{QUESTION, chat},
     *,
@@ -17,9 +19,17 @@ const WHOLE: &str = r#"{"choices": [{"index": 0, "message": {"content": "one"}, 
 /// A server that answers with a stream if it is asked for one.
 async fn model() -> (SocketAddr, CancellationToken) {
     let answer = post(async |Json(request): Json<Value>| match (&request["stream"], &request["break"]) {
+        (_, Value::String(_)) => {
+            let pieces = futures::stream::iter([Ok::<_, std::io::Error>(STREAM)]).chain(futures::stream::pending());
+            ([("content-type", "text/event-stream")], Body::from_stream(pieces)).into_response()
+        }
         (_, Value::Bool(true)) => {
-            let pieces = [Ok(STREAM.split_at(40).0), Err(std::io::Error::other("killed"))];
-            let body = Body::from_stream(futures::stream::iter(pieces));
+            let begun = futures::stream::iter([Ok(STREAM.split_at(40).0)]);
+            let broken = futures::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                Err(std::io::Error::other("killed"))
+            });
+            let body = Body::from_stream(begun.chain(broken));
             ([("content-type", "text/event-stream")], body).into_response()
         }
         (Value::Bool(true), _) => ([("content-type", "text/event-stream")], STREAM).into_response(),
@@ -111,6 +121,17 @@ async fn streams_and_whole_answers_are_recorded_and_take_feedback() {
     assert_eq!(kept.events.lock().unwrap().len(), 3 + 3);
     let counts = gateway.analysis.read().revisions["a"].clone();
     assert_eq!((counts.feedback_total, counts.feedback_correct, counts.errors), (1, 1, 1));
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_at_the_last_event_had_its_answer() {
+    let (gateway, kept, _model) = recording(|_| ()).await;
+    let asked = QUESTION.replace("}]", r#"}], "break": "never""#);
+    let request = chat().body(Body::from(asked)).unwrap();
+    let mut body = app(gateway.clone()).oneshot(request).await.unwrap().into_body().into_data_stream();
+    assert_eq!(body.next().await.unwrap().unwrap(), STREAM);
+    drop(body);
+    assert_eq!(generations(&kept, 1).await[0].answer, "call 0123456 ");
 }
 
 #[tokio::test]

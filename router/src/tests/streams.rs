@@ -279,6 +279,8 @@ async fn refusals_are_passed_on_and_counted_apart() {
     assert_eq!((parts.status, &answer["error"]["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
     let embed = Request::builder().method(Method::POST).uri("/v1/embeddings");
     assert_eq!(send(&gateway, embed, "{}").await.0.status, StatusCode::TOO_MANY_REQUESTS);
+    let id = parts.headers["x-request-id"].to_str().unwrap();
+    assert!(id.starts_with("r-") && gateway.ids.verify(id).is_err(), "there can be no feedback to {id}");
     let models = Request::builder().uri("/v1/models");
     assert_eq!(send(&gateway, models, "").await.0.status, StatusCode::OK);
     let counts = gateway.analysis.read().revisions["a"].clone();

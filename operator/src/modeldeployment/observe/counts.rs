@@ -68,6 +68,7 @@ fn sum(answers: Vec<Counts>) -> Counts {
         let all = total.entry(name).or_default();
         all.requests += counts.requests;
         all.errors += counts.errors;
+        all.refused += counts.refused;
         // Percentiles do not add up; the slowest router's counts.
         all.latency_p95_ms = all.latency_p95_ms.max(counts.latency_p95_ms);
     }
