@@ -31,7 +31,13 @@ impl ChatTokenize for Bytes {
         if messages[0]["role"] == "tool" {
             return Err(ServiceError::Conversation("a conversation begins with no tool".into()));
         }
-        let line = |message: &Value| format!("{}: {}\n", message["role"].as_str().unwrap_or_default(), message["content"].as_str().unwrap_or_default());
+        let line = |message: &Value| {
+            format!(
+                "{}: {}\n",
+                message["role"].as_str().unwrap_or_default(),
+                message["content"].as_str().unwrap_or_default()
+            )
+        };
         let text: String = messages.iter().map(line).collect();
         Ok(tokens(&text))
     }

@@ -10,11 +10,11 @@ mod completions;
 mod embeddings;
 mod error;
 mod fields;
+#[cfg(test)]
+mod generate_tests;
 mod models;
 mod options;
 mod sse;
-#[cfg(test)]
-mod generate_tests;
 #[cfg(test)]
 mod tests;
 pub mod types;
