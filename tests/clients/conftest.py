@@ -1,5 +1,6 @@
 """A model that athanor-trainer makes on this machine, and athanor-server serving it: both the real binaries, on loopback."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -65,17 +66,17 @@ def artifact(tmp_path_factory, rows):
     return manifest_path.parent
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory, artifact):
-    """Addresses of a server of that model: HTTP and gRPC."""
+@contextlib.contextmanager
+def serving(folder, name, uri, **more):
+    """athanor-server of a model: its addresses by HTTP and gRPC. `more`: further fields of serve.json."""
     http, grpc = free_port(), free_port()
-    config = tmp_path_factory.mktemp("serve") / "serve.json"
-    serve = {"modelName": "clients", "revision": "clients-1", "modelUri": f"file://{artifact}", "httpPort": http, "grpcPort": grpc}
+    config = folder / "serve.json"
+    serve = {"modelName": name, "revision": f"{name}-1", "modelUri": uri, "httpPort": http, "grpcPort": grpc, **more}
     config.write_text(json.dumps(serve))
     process = subprocess.Popen([TARGET / "athanor-server", "--config", config], env=OURS)
     try:
         base = f"http://127.0.0.1:{http}"
-        for _ in range(300):
+        for _ in range(600):
             try:
                 if requests.get(f"{base}/readyz", timeout=1).status_code == 200:
                     break
@@ -84,8 +85,30 @@ def server(tmp_path_factory, artifact):
             assert process.poll() is None, "athanor-server ended"
             time.sleep(0.1)
         else:
-            raise TimeoutError("athanor-server was not ready in 30 s")
+            raise TimeoutError("athanor-server was not ready in 60 s")
         yield base, f"127.0.0.1:{grpc}"
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, artifact):
+    """Addresses of a server of that model: HTTP and gRPC."""
+    with serving(tmp_path_factory.mktemp("serve"), "clients", f"file://{artifact}") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """Addresses of a server of SmolLM2-135M-Instruct, from a folder with one GGUF file."""
+    more = {"engine": {"maxModelLength": 1024, "kvCacheMemory": 256 << 20, "weights": "FP32"}}
+    with serving(tmp_path_factory.mktemp("chat"), "smol", f"file://{MODELS}/smollm2-135m", **more) as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def embedding_model(tmp_path_factory):
+    """Addresses of a server of MiniLM, an encoder without a head."""
+    with serving(tmp_path_factory.mktemp("embed"), "mini", f"file://{MODELS}/minilm-l6") as addresses:
+        yield addresses

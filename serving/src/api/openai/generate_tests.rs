@@ -478,7 +478,7 @@ async fn embeddings_are_numbers_or_base64() {
         (json!({"input": ["a", ""]}), "input[1]", "input_empty"),
         (json!({"input": ["a", "b", "c", "d"]}), "input", "too_many_inputs"),
         (json!({"input": [[1], [20]]}), "input[1]", "invalid_field"),
-        (json!({"input": [[1; 9]]}), "input[0]", "context_length_exceeded"),
+        (json!({"input": [[1, 1, 1, 1, 1, 1, 1, 1, 1]]}), "input[0]", "context_length_exceeded"),
         (json!({"input": {"a": 1}}), "input", "invalid_field"),
         (json!({"input": "a", "dimensions": 3}), "dimensions", "unsupported_parameter"),
         (json!({"input": "a", "encoding_format": "int8"}), "encoding_format", "invalid_field"),

@@ -1,0 +1,189 @@
+"""OpenAI's own client and LangChain against a language model and an embedding model: both the real server, on loopback."""
+
+import base64
+import json
+import math
+import struct
+import threading
+import time
+
+import openai
+import pytest
+import requests
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def client(language_model):
+    return openai.OpenAI(base_url=f"{language_model[0]}/v1", api_key="none", max_retries=0)
+
+
+def metric(base, name):
+    """The sum of a metric over its labels."""
+    lines = requests.get(f"{base}/metrics", timeout=10).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def ask(client, **more):
+    return client.chat.completions.create(**{"model": "smol", "messages": QUESTION, "temperature": 0, "max_tokens": 24, **more})
+
+
+def test_a_chat_is_answered(client):
+    answer = ask(client)
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    again = ask(client)
+    assert again.choices[0].message.content == answer.choices[0].message.content
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_parameters_of_an_answer(client):
+    assert ask(client, max_tokens=2).choices[0].finish_reason == "length"
+    assert ask(client, max_completion_tokens=2, max_tokens=openai.NOT_GIVEN).usage.completion_tokens == 2
+    stopped = ask(client, stop=["France"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("The capital of ", "stop")
+    several = ask(client, n=3, temperature=1.5, seed=7)
+    assert len({choice.message.content for choice in several.choices}) > 1
+    again = ask(client, n=3, temperature=1.5, seed=7)
+    assert [choice.message.content for choice in again.choices] == [choice.message.content for choice in several.choices]
+    content = ask(client, logprobs=True, top_logprobs=3, max_tokens=4).choices[0].logprobs.content
+    assert "".join(token.token for token in content) == "The capital of France"
+    assert all(len(token.top_logprobs) == 3 and token.top_logprobs[0].logprob == token.logprob <= 0 for token in content)
+    assert bytes(content[0].bytes) == b"The"
+    extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0}
+    assert ask(client, temperature=2, extra_body=extra).choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_texts_are_continued(client):
+    answer = client.completions.create(model="smol", prompt=["The sky is", "Two plus two is"], max_tokens=4, temperature=0, logprobs=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(len(choice.logprobs.tokens) == 4 and choice.finish_reason == "length" for choice in answer.choices)
+    chunks = client.completions.create(model="smol", prompt="The sky is", max_tokens=4, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("error", "param", "parameters"),
+    [
+        (openai.NotFoundError, "model", {"model": "other"}),
+        (openai.BadRequestError, "temperature", {"temperature": 3}),
+        (openai.BadRequestError, "top_p", {"top_p": -1}),
+        (openai.BadRequestError, "stop", {"stop": list("abcde")}),
+        (openai.BadRequestError, "n", {"n": 0}),
+        (openai.BadRequestError, "messages", {"messages": []}),
+        (openai.BadRequestError, "messages[0].role", {"messages": [{"role": "robot", "content": "x"}]}),
+        (openai.BadRequestError, "max_tokens", {"max_tokens": 100_000}),
+        (openai.BadRequestError, "max_tokens", {"messages": [{"role": "user", "content": "word " * 2000}]}),
+        (openai.BadRequestError, "tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (openai.BadRequestError, "response_format", {"response_format": {"type": "json_object"}}),
+        (openai.BadRequestError, "colour", {"extra_body": {"colour": "red"}}),
+    ],
+)
+def test_an_error_names_its_parameter(client, error, param, parameters):
+    with pytest.raises(error) as raised:
+        ask(client, **parameters)
+    assert raised.value.param == param
+    assert raised.value.code and raised.value.type
+    if param == "max_tokens":
+        assert raised.value.code == "context_length_exceeded"
+
+
+def test_a_number_that_is_none_names_its_parameter(language_model):
+    body = json.dumps({"messages": QUESTION, "temperature": math.nan})
+    answer = requests.post(f"{language_model[0]}/v1/chat/completions", data=body, headers={"content-type": "application/json"}, timeout=10)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
+
+
+def test_a_client_that_goes_away_ends_its_answer(client, language_model):
+    base = language_model[0]
+    cancelled = metric(base, "athanor_server_cancelled_sequences_total")
+    long = {"messages": [{"role": "user", "content": "Write a long story."}], "max_tokens": 900}
+    with ask(client, stream=True, **long) as stream:
+        for _, chunk in zip(range(5), stream):
+            assert chunk.choices
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=1).chat.completions.create(model="smol", **long)
+    for _ in range(100):
+        if metric(base, "athanor_server_cancelled_sequences_total") == cancelled + 2:
+            break
+        time.sleep(0.05)
+    assert metric(base, "athanor_server_cancelled_sequences_total") == cancelled + 2
+    assert metric(base, "athanor_server_running_sequences") == 0
+    assert metric(base, "athanor_server_kv_cache_used_blocks") == 0
+
+
+def test_many_streams_answer_as_one_does(client):
+    prompts = [f"Name the number after {number}." for number in range(8)]
+    single = [ask(client, messages=[{"role": "user", "content": prompt}]).choices[0].message.content for prompt in prompts]
+    found = [None] * len(prompts)
+
+    def stream(index):
+        chunks = ask(client, messages=[{"role": "user", "content": prompts[index]}], stream=True)
+        found[index] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    threads = [threading.Thread(target=stream, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == single
+
+
+def test_the_models_are_listed(client, embedding_model):
+    assert [model.id for model in client.models.list()] == ["smol"]
+    assert client.models.retrieve("smol").max_model_len == 1024
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="language model"):
+        client.embeddings.create(model="smol", input="x")
+    other = openai.OpenAI(base_url=f"{embedding_model[0]}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="embedding model"):
+        ask(other, model="mini")
+
+
+def test_embeddings_are_those_of_the_model(embedding_model):
+    client = openai.OpenAI(base_url=f"{embedding_model[0]}/v1", api_key="none", max_retries=0)
+    texts = ["A cat sits on the mat.", "A kitten lies on a rug.", "Interest rates rise."]
+    # The client asks for base64 unless it is told otherwise.
+    answer = client.embeddings.create(model="mini", input=texts)
+    vectors = [entry.embedding for entry in answer.data]
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens > 0
+    numbers = client.embeddings.create(model="mini", input=texts, encoding_format="float")
+    for vector, entry in zip(vectors, numbers.data):
+        assert vector == pytest.approx(entry.embedding, abs=1e-6)
+        assert math.fsum(value * value for value in vector) == pytest.approx(1, abs=1e-5)
+    dot = lambda a, b: math.fsum(x * y for x, y in zip(a, b))
+    assert dot(vectors[0], vectors[1]) > dot(vectors[0], vectors[2]) + 0.2
+    raw = requests.post(f"{embedding_model[0]}/v1/embeddings", json={"input": [101, 1037, 102], "encoding_format": "base64"}, timeout=10)
+    encoded = base64.b64decode(raw.json()["data"][0]["embedding"])
+    assert len(struct.unpack(f"<{len(encoded) // 4}f", encoded)) == 384
+    for param, parameters in [("dimensions", {"dimensions": 8}), ("input[1]", {"input": ["a", ""]}), ("input", {"input": []})]:
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.embeddings.create(**{"model": "mini", "input": "x", **parameters})
+        assert raised.value.param == param
+
+
+def test_langchain_answers_streams_and_embeds(language_model, embedding_model):
+    model = ChatOpenAI(base_url=f"{language_model[0]}/v1", api_key="none", model="smol", temperature=0, max_tokens=24)
+    answer = model.invoke([("system", "You are helpful."), ("human", "What is the capital of France?")])
+    assert "Paris" in answer.content and answer.usage_metadata["output_tokens"] > 0
+    pieces = [piece.content for piece in model.stream("What is the capital of France?")]
+    assert len(pieces) > 3 and "Paris" in "".join(pieces)
+    embeddings = OpenAIEmbeddings(
+        base_url=f"{embedding_model[0]}/v1", api_key="none", model="mini", check_embedding_ctx_length=False
+    )
+    one, two = embeddings.embed_documents(["A cat.", "A dog."])
+    assert len(one) == len(two) == 384 and one != two
+    assert embeddings.embed_query("A cat.") == pytest.approx(one, abs=1e-5)
