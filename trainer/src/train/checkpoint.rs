@@ -20,6 +20,7 @@ use tokio::{
     task::{JoinError, JoinHandle},
 };
 
+use super::named::Named;
 use crate::{
     TrainError,
     report::{History, Upload},
@@ -31,9 +32,6 @@ const BEST: &str = "best.safetensors";
 const STATE: &str = "state.json";
 /// Complete checkpoints that are kept: the newest, and one more in case the newest is damaged.
 const KEPT: usize = 2;
-
-/// Tensors by name.
-pub type Named = Vec<(String, Tensor)>;
 
 /// What a checkpoint says about itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -7,85 +7,36 @@
 //! - [`watchdog`]: ends a process in which nothing moves any more.
 
 pub mod checkpoint;
+pub mod named;
 mod roll_back;
 mod saving;
 pub mod schedule;
+mod session;
+mod state;
 pub mod update;
 pub mod watchdog;
 
-use std::{collections::BTreeSet, io::Write, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, io::Write};
 
-use athanor_contract::train::{DEFAULT_EPOCHS, Hyperparameters, Metric, OnNonFinite, TrainSpec};
+use athanor_contract::train::OnNonFinite;
 use athanor_torch::ProcessGroup;
-use tch::{Device, Tensor};
-use tokio_util::sync::CancellationToken;
 
+use self::{
+    checkpoint::{Best, Snapshot},
+    roll_back::RollBack,
+    schedule::LearningRate,
+    session::searches_by_answers,
+    state::Loop,
+    update::Update,
+};
 use crate::{
     TrainError,
-    data::{
-        Encoded,
-        batches::{Batches, epoch_batches, mix, share},
-    },
+    data::batches::{epoch_batches, mix, share},
     evaluate::{self, How},
-    network::Network,
-    objectives::{Objective, Part, Teacher},
-    report::{Events, History, Reporter, Step, Timeline},
+    objectives::Part,
+    report::{History, Step},
 };
-pub use checkpoint::Named;
-use checkpoint::{Best, Restored, Snapshot, Writer};
-use roll_back::RollBack;
-use schedule::LearningRate;
-use update::Update;
-use watchdog::Watchdog;
-
-/// Everything a run of the loop needs; the caller made and keeps it.
-pub struct Session<'a> {
-    pub spec: &'a TrainSpec,
-    /// What progress calls this training.
-    pub stage: String,
-    pub device: Device,
-    pub bf16: bool,
-    pub group: Option<&'a ProcessGroup>,
-    pub model: &'a mut Network,
-    pub objective: Objective,
-    pub teacher: Option<&'a Teacher>,
-    pub train: &'a Encoded,
-    /// Returns the validation rows; called first at the first validation.
-    pub validation: Box<dyn Fn() -> Result<Arc<Encoded>, TrainError> + 'a>,
-    pub fingerprint: String,
-    pub restored: Option<Restored>,
-    /// Rank 0's.
-    pub checkpoints: Option<Writer>,
-    /// Rank 0's.
-    pub events: Option<Events>,
-    pub reporter: Option<&'a mut Reporter>,
-    pub timeline: Timeline,
-    pub watchdog: Watchdog,
-    pub stop: CancellationToken,
-    pub loss_log: Option<PathBuf>,
-}
-
-/// How training ended.
-pub struct Trained {
-    pub steps: u64,
-    pub best: Best,
-    pub history: History,
-    /// The last checkpoint may still be under way.
-    pub checkpoints: Option<Writer>,
-}
-
-/// Steps of an epoch and of the whole run.
-pub fn count_steps(rows: usize, h: &Hyperparameters) -> (u64, u64) {
-    let steps_per_epoch = rows.div_ceil(h.batch_size as usize) as u64;
-    let total = h.max_steps.unwrap_or_else(|| u64::from(h.epochs.unwrap_or(DEFAULT_EPOCHS)) * steps_per_epoch);
-    (steps_per_epoch, total)
-}
-
-/// Whether trials of a search are compared by generated answers, which validations then have to generate.
-fn searches_by_answers(spec: &TrainSpec) -> bool {
-    let search = spec.hyperparameters.search.as_ref();
-    search.is_some_and(|search| matches!(search.objective.metric, Metric::ExactMatch | Metric::TokenF1))
-}
+pub use session::{Session, Trained, count_steps};
 
 /// Trains to the end and leaves the best weights in the model.
 pub fn train(session: Session) -> Result<Trained, TrainError> {
@@ -94,32 +45,6 @@ pub fn train(session: Session) -> Result<Trained, TrainError> {
         run.advance()?;
     }
     run.finish()
-}
-
-struct Loop<'a> {
-    session: Session<'a>,
-    rank: usize,
-    world: usize,
-    /// The parameters that training changes, sharing memory with the model and the objective.
-    trainable: Named,
-    update: Box<dyn Update + 'a>,
-    learning_rate: LearningRate,
-    lengths: Vec<usize>,
-    steps_per_epoch: u64,
-    total_steps: u64,
-    /// Steps taken.
-    step: u64,
-    /// Number and batches of the current epoch.
-    epoch: Option<(u64, Batches)>,
-    best: Option<(Best, Named)>,
-    /// Under the policy RollBack.
-    roll_back: Option<RollBack>,
-    /// Steps, counted from 1, that are left out since a roll-back.
-    skipped: BTreeSet<u64>,
-    history: History,
-    /// The last step's value of each term, without weights; a mean over the batch.
-    terms: Vec<f64>,
-    loss_log: Option<std::fs::File>,
 }
 
 /// What the passes of a step add up to, on this rank or, after [`Update::sum`], on all.
@@ -148,7 +73,7 @@ impl<'a> Loop<'a> {
         session.model.set_trainable();
         let trainable = update::trainable(session.model, &session.objective);
         if let Some(restored) = &session.restored {
-            saving::load_named(&mut restored.model(session.device)?, &trainable)?;
+            named::load(&mut restored.model(session.device)?, &trainable)?;
         }
         if let Some(group) = session.group {
             // The folder may have changed between two ranks' downloads, and averaged gradients never bring ranks
@@ -372,25 +297,7 @@ impl<'a> Loop<'a> {
         let Some((best, weights)) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };
-        saving::overwrite(&self.trainable, &weights)?;
+        named::overwrite(&self.trainable, &weights)?;
         Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
-    }
-}
-
-/// The same tensors once more, sharing memory.
-fn share_named(named: &[(String, Tensor)]) -> Named {
-    named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn steps_follow_epochs_or_are_given() {
-        let h = |epochs, max_steps| Hyperparameters { epochs, max_steps, batch_size: 32, ..Hyperparameters::default() };
-        assert_eq!(count_steps(100, &h(None, None)), (4, 12));
-        assert_eq!(count_steps(96, &h(Some(2), None)), (3, 6));
-        assert_eq!(count_steps(100, &h(None, Some(7))), (4, 7));
     }
 }

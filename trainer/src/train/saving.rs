@@ -1,17 +1,17 @@
 //! What the loop keeps of a run: best weights, checkpoints, and the state that a resumed run goes on from.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use tch::{Device, Tensor};
 
 use super::{
-    Loop, Named,
     checkpoint::{Snapshot, State, Writer},
-    roll_back::RollBack,
-    share_named, update,
+    named::{self, Named},
+    roll_back::{self, RollBack},
+    state::Loop,
+    update,
 };
 use crate::{TrainError, report::Events};
-use athanor_models::load::Weights;
 
 /// Longest wait for an upload between two signs of life.
 const BEAT: Duration = Duration::from_secs(1);
@@ -25,7 +25,7 @@ impl Loop<'_> {
         self.update.load(&mut |name| state.take_any(name))?;
         if let (Some(best), Some(mut weights)) = (restored.state.best.clone(), restored.best(self.session.device)?) {
             let like = update::trainable_of_model(self.session.model);
-            self.best = Some((best, take_all(&mut weights, &like)?));
+            self.best = Some((best, named::take_all(&mut weights, &like)?));
         }
         self.step = restored.state.step;
         self.skipped = restored.state.skipped.clone();
@@ -95,9 +95,9 @@ impl Loop<'_> {
 
     /// A copy of everything else that a checkpoint holds.
     pub(super) fn snapshot(&self, optimizer: Named) -> Snapshot {
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (best.clone(), share_named(weights))).unzip();
+        let (best, weights) = self.best.as_ref().map(|(best, weights)| (best.clone(), named::share(weights))).unzip();
         let mut model = match &self.best {
-            Some((best, weights)) if best.step == self.step => share_named(weights),
+            Some((best, weights)) if best.step == self.step => named::share(weights),
             _ => Snapshot::copy(&update::trainable_of_model(self.session.model)),
         };
         model.extend(Snapshot::copy(self.session.objective.parameters()));
@@ -114,30 +114,31 @@ impl Loop<'_> {
             best: weights,
         }
     }
-}
 
-/// Overwrites tensors, as far as there are others, with those in the same places.
-pub(super) fn overwrite(named: &[(String, Tensor)], saved: &[(String, Tensor)]) -> Result<(), TrainError> {
-    tch::no_grad(|| {
-        for ((_, tensor), (_, saved)) in named.iter().zip(saved) {
-            tensor.shallow_clone().f_copy_(saved)?;
+    /// Restores the last checkpoint's state. The current step, of which `what` is not finite, is left out when its turn
+    /// comes again.
+    ///
+    /// # Errors
+    /// The fourth time without a new checkpoint.
+    pub(super) fn go_back(&mut self, what: &'static str) -> Result<(), TrainError> {
+        let step = self.step + 1;
+        let Some(RollBack { to, times }) = &mut self.roll_back else {
+            return Err(TrainError::Other("there is no state to go back to".into()));
+        };
+        let checkpoint = to.state.step;
+        if *times == roll_back::MOST {
+            return Err(TrainError::RolledBackInVain { step, what, times: roll_back::MOST, checkpoint });
         }
+        *times += 1;
+        named::overwrite(&self.trainable, &to.model)?;
+        let saved: HashMap<&str, &Tensor> = to.optimizer.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        self.update.load(&mut |name| saved.get(name).map(|tensor| tensor.shallow_clone()))?;
+        self.best = to.state.best.clone().zip(to.best.as_ref().map(|weights| named::share(weights)));
+        self.history = to.state.history.clone();
+        self.step = checkpoint;
+        self.skipped.insert(step);
+        metrics::counter!("athanor_train_roll_backs_total").increment(1);
+        tracing::warn!(step, what, checkpoint, times = *times, "not finite: rolled back, the step will be left out");
         Ok(())
-    })
-}
-
-/// Overwrites tensors with those of the same names.
-pub(super) fn load_named(weights: &mut Weights, named: &[(String, Tensor)]) -> Result<(), TrainError> {
-    tch::no_grad(|| {
-        for (name, tensor) in named {
-            let saved = weights.take(name, &tensor.size())?;
-            tensor.shallow_clone().f_copy_(&saved)?;
-        }
-        Ok(())
-    })
-}
-
-/// The tensors of a file in the order of `like`.
-fn take_all(weights: &mut Weights, like: &[(String, Tensor)]) -> Result<Named, TrainError> {
-    like.iter().map(|(name, tensor)| Ok((name.clone(), weights.take(name, &tensor.size())?))).collect()
+    }
 }

@@ -5,11 +5,17 @@ use std::collections::HashMap;
 use athanor_contract::{artifact::TextReference, train::Metric};
 use athanor_models::DecoderTokenizer;
 
-use super::{
-    generate::{Generated, without_end},
-    rows::Question,
-};
+use super::generate::{Generated, without_end};
 use crate::evaluate::evaluation::{GeneratedAnswer, Results};
+
+/// The question and the expected answer of a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    pub prompt: Vec<u32>,
+    /// Text before the answer, for the report.
+    pub text: String,
+    pub expected: String,
+}
 
 /// Answers that the reference keeps as the baseline of drift detection.
 const REFERENCE_ANSWERS: usize = 2048;

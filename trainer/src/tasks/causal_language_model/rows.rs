@@ -3,17 +3,23 @@
 use std::ops::Range;
 
 use athanor_contract::train::{GenerationSpec, WeightedTerm};
-use athanor_models::{self as models, DecoderTokenizer, tokenizer::TokenRows, tokenizer::chat::Chat};
+use athanor_models::{
+    self as models, DecoderTokenizer,
+    heads::causal::LOGIT_ROWS,
+    tokenizer::{TokenRows, chat::Chat},
+};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
-use super::{generate, results::Tokens};
+use super::{
+    generate,
+    results::{Question, Tokens},
+};
 use crate::{
     TrainError,
     data::{Batch, Columns, Encoded, IGNORED, Part},
     evaluate::{evaluation::Results, measuring::Measuring},
     network::ModelRef,
-    objectives::terms::next_token::CHUNK,
     tasks::Rows,
 };
 
@@ -23,15 +29,6 @@ struct Document {
     tokens: usize,
     /// Places of the targets among the document's tokens; the first token is never one.
     targets: Vec<Range<usize>>,
-}
-
-/// The question and the expected answer of a row.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
-    pub prompt: Vec<u32>,
-    /// Text before the answer, for the report.
-    pub text: String,
-    pub expected: String,
 }
 
 /// What a language model keeps of each row besides its tokens.
@@ -246,7 +243,7 @@ impl Columns for LanguageRows {
             for &row in batch {
                 let tokens = rows.ids[row].len() as i64;
                 let (hidden, targets) = (hidden.narrow(0, begin, tokens), targets.narrow(0, begin, tokens));
-                let loss = model.next_token_loss(&hidden, &targets, CHUNK)?;
+                let loss = model.next_token_loss(&hidden, &targets, LOGIT_ROWS)?;
                 found.extend([loss.targets as f32, loss.correct as f32, f64::try_from(&loss.sum)? as f32]);
                 begin += tokens;
             }

@@ -4,8 +4,8 @@ use athanor_contract::train::Hyperparameters;
 use athanor_torch::{Optimizer, ParameterGroup, Shard, add_penalty, backward, norm, scale, zero_grad};
 use tch::Tensor;
 
-use super::{Update, rule, weight_decay};
-use crate::{TrainError, data::Encoded, network::Network, train::Named};
+use super::step::{Update, rule, weight_decay};
+use crate::{TrainError, data::Encoded, network::Network, train::named::Named};
 
 /// An optimizer over all of its parameters, or over one shard of its state.
 pub struct Alone {

@@ -5,8 +5,8 @@
 use athanor_torch::{ProcessGroup, Reducer};
 use tch::{Device, Tensor};
 
-use super::{Update, alone::Alone};
-use crate::{TrainError, data::Encoded, network::Network, train::Named};
+use super::{alone::Alone, step::Update};
+use crate::{TrainError, data::Encoded, network::Network, train::named::Named};
 
 /// One rank's update; the same code for Gloo and NCCL.
 pub struct Reduced<'a> {

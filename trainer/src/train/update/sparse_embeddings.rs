@@ -9,12 +9,12 @@ use athanor_models::{Excerpt, tokenizer::TokenRows};
 use athanor_torch::{EmbeddingAdam, ProcessGroup, norm, scale};
 use tch::{Device, Kind, Tensor};
 
-use super::{Update, rule, weight_decay};
+use super::step::{Update, rule, weight_decay};
 use crate::{
     TrainError,
     data::Encoded,
     network::Network,
-    train::{Named, checkpoint::Snapshot},
+    train::{checkpoint::Snapshot, named::Named},
 };
 
 /// The table and its optimizer.
