@@ -118,7 +118,7 @@ fn weights_of_fewer_bits_give_nearly_the_same_logits() {
     for family in FAMILIES {
         let exact = logits(&mut load(family, &config(Weights::FP32)).unwrap(), prompt);
         let largest = exact.iter().fold(0_f32, |most, value| most.max(value.abs()));
-        for (weights, tolerance) in [(Weights::BF16, 0.05), (Weights::Int8, 0.06)] {
+        for (weights, tolerance) in [(Weights::BF16, 0.05), (Weights::Int8, 0.1)] {
             let found = logits(&mut load(family, &config(weights)).unwrap(), prompt);
             let error = found.iter().zip(&exact).fold(0_f32, |most, (a, b)| most.max((a - b).abs()));
             assert!(error > 0.0 && error < tolerance * largest, "{family}, {weights:?}: {error} of {largest}");

@@ -168,7 +168,8 @@ async fn an_error_of_the_engine_is_a_500_or_the_last_event_of_a_stream() {
     }
     // The engine goes on with others.
     ask(&app, CHAT, chat("fine", json!({}))).await;
-    let (late, _, _) = application(ServeLimits { max_request_seconds: 0, ..limits() });
+    let (late, _, gate) = application(ServeLimits { max_request_seconds: 0, ..limits() });
+    let _release = hold(gate).await;
     let (parts, text) = send(&late, CHAT, chat("ab", json!({}))).await;
     assert_eq!(parts.status, 504, "{text}");
 }
