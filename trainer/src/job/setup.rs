@@ -157,17 +157,6 @@ pub fn uses_bf16(precision: Precision, device: Device) -> bool {
     match precision {
         Precision::FP32 => false,
         Precision::BF16 => true,
-        Precision::Auto => computes_in_bf16(device),
+        Precision::Auto => athanor_torch::computes_in_bf16(device),
     }
-}
-
-/// Whether bfloat16 products are the hardware's own.
-fn computes_in_bf16(device: Device) -> bool {
-    if device.is_cuda() {
-        return true;
-    }
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
 }
