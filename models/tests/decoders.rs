@@ -275,7 +275,7 @@ fn no_token_sees_a_later_one_or_another_sequence() {
         assert!(!is_same(own) && !is_same(own + 1), "{name}: the token and the next see it");
         assert!((next..all).all(is_same), "{name}: another sequence sees it");
         // Two layers of a window of 8 reach 14 tokens back.
-        assert_eq!(is_same(next - 1), false, "{name}: the last token sees it");
+        assert!(!is_same(next - 1), "{name}: the last token sees it");
     }
 }
 

@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn a_row_is_a_conversation() {
         let sentence = Sentence { text: "Bank".into(), answer: "[Bank - ORGANIZATION]".into() };
-        let row: Value = serde_json::from_str(&json_lines(&[sentence.clone()])).unwrap();
+        let row: Value = serde_json::from_str(&json_lines(std::slice::from_ref(&sentence))).unwrap();
         assert_eq!(row["messages"][2]["content"], "[Bank - ORGANIZATION]");
         assert_eq!(row["messages"].as_array().unwrap()[..2], *sentence.messages().as_array().unwrap());
     }

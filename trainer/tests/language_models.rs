@@ -57,7 +57,7 @@ fn conversations(place: &Place) {
     let row = |number: usize| {
         let word = |place: usize| WORDS[(number * 7 + place * 5) % WORDS.len()];
         let question = (0..2 + number % 3).map(word).collect::<Vec<_>>().join(" ");
-        let answer = if number % 2 == 0 { "bank" } else { "nobody" };
+        let answer = if number.is_multiple_of(2) { "bank" } else { "nobody" };
         let messages = json!([
             {"role": "user", "content": format!("{question} {}", "and ".repeat(number / 24))},
             {"role": "assistant", "content": answer},

@@ -76,9 +76,12 @@ mod tests {
         (released, false)
     }
 
+    /// Stop strings, pieces of text, what is released after each, and whether the text stops.
+    type Case<'t> = (&'t [&'t str], &'t [&'t str], &'t [&'t str], bool);
+
     #[test]
     fn text_is_held_until_it_is_no_stop_string() {
-        let cases: [(&[&str], &[&str], &[&str], bool); 7] = [
+        let cases: [Case; 7] = [
             (&[], &["a", "b"], &["a", "b", ""], false),
             (&["END"], &["go E", "N", "D more"], &["go ", "", ""], true),
             (&["END"], &["go E", "N", "S"], &["go ", "", "ENS", ""], false),
