@@ -164,10 +164,11 @@ def main():
         ratio = medians[own][what] / medians[peer][what]
         print(f"{what:24} {medians[own][what]:10.1f} {medians[peer][what]:10.1f} {ratio:7.2f}  {own}, {peer}")
         results.append({
-            "name": f"SmolLM2-135M, {what}", "ours": medians[own][what], "ours_name": own, "peer": medians[peer][what], "peer_name": peer,
-            "unit": "tokens/s", "ratio": ratio, "target": None, "runs": options.runs,
+            "name": f"SmolLM2-135M, {what}", "ours": medians[own][what], "peer": medians[peer][what], "ours_name": own,
+            "peer_name": peer, "unit": "tokens/s", "ratio": ratio, "target": None,
+            "runs": {name: rows[what] for name, rows in found.items()},
         })
-    (ROOT / "bench/results/serve.json").write_text(json.dumps({"results": results, "all": found}, indent=1) + "\n")
+    (ROOT / "bench/results/serve.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
