@@ -71,7 +71,7 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
     found
 }
 
-/// With room for 8 sequences and few tokens a step, so that prompts are computed in parts beside answers.
+/// Starts an engine for 8 sequences and few tokens a step, so that it computes prompts in parts next to answers.
 fn start(backend: TorchGenerator) -> Engine {
     Engine::start(backend, EngineLimits { queue: 64, step: StepLimits { tokens: 20, sequences: 8 } }).unwrap()
 }

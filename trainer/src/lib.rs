@@ -1,4 +1,4 @@
-//! Fine-tuning and distillation of encoders on one or many processes: data in, artifact out.
+//! Fine-tuning of encoders and decoders, and distillation of encoders, on one or many processes: data in, artifact out.
 //!
 //! [`job::run::run`] is one rank. It trains the single-device model of `athanor-models`; parallelism wraps it from
 //! outside, by a process group and a gradient reducer, and the same code runs with one rank, with Gloo and with NCCL.

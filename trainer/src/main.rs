@@ -23,7 +23,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
-/// Fine-tunes text classifiers, on one machine or as the pods of a FineTuneJob.
+/// Fine-tunes encoders and language models, on one machine or as the pods of a FineTuneJob.
 #[derive(Parser)]
 #[command(version, propagate_version = true)]
 struct Cli {

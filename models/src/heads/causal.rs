@@ -32,7 +32,8 @@ pub fn next_token_loss(hidden: &Tensor, head: &Tensor, targets: &Tensor, chunk: 
     let count = rows.size()[0];
     let targets = targets.f_index_select(0, &rows)?;
     let used = hidden.f_index_select(0, &rows)?;
-    let (needs_states, needs_head) = (used.requires_grad(), head.requires_grad());
+    // A view has a gradient only where gradients are computed, which they are not when a model is measured.
+    let (needs_states, needs_head) = (used.requires_grad(), head.f_narrow(0, 0, 1)?.requires_grad());
     let (states, table) = (used.detach(), head.detach());
     let zero = || Tensor::zeros([], (Kind::Float, hidden.device()));
     let (mut sum, mut correct) = (zero(), 0);

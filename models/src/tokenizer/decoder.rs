@@ -189,11 +189,6 @@ impl DecoderTokenizer {
         self.template.as_ref().ok_or(ConversationError::NoTemplate)
     }
 
-    /// Whether the model has a chat template.
-    pub fn has_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     /// Text of ids, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut stream = self.stream();

@@ -108,7 +108,7 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     media_type.split(';').next().is_some_and(|text| text.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// Where the end of an answer is counted.
+/// Counts how an answer ended.
 struct Account {
     gateway: Arc<Gateway>,
     revision: Arc<str>,

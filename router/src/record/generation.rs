@@ -65,10 +65,10 @@ struct Part {
 struct ChoicePart {
     #[serde(default)]
     index: u32,
-    /// Of a chat completion.
+    /// The message or delta of a chat completion.
     #[serde(default, alias = "delta")]
     message: Option<Message>,
-    /// Of a completion.
+    /// The text of a completion.
     #[serde(default)]
     text: Option<String>,
     #[serde(default)]

@@ -1,6 +1,6 @@
 //! Rows of a language model as tokens: which of them are targets, and where an answer begins.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use athanor_contract::train::{GenerationSpec, WeightedTerm};
 use athanor_models::{
@@ -39,8 +39,7 @@ pub struct LanguageRows {
     /// Absent for a plain text, and for a prompt that leaves no room for an answer.
     questions: Vec<Option<Question>>,
     generation: GenerationSpec,
-    stop_tokens: Vec<u32>,
-    tokenizer: std::sync::Arc<DecoderTokenizer>,
+    tokenizer: Arc<DecoderTokenizer>,
 }
 
 /// Tokens and targets of the rows.
@@ -55,7 +54,6 @@ pub fn encode(rows: &Rows) -> Result<Encoded, TrainError> {
         documents: Vec::with_capacity(rows.rows.len()),
         questions: Vec::with_capacity(rows.rows.len()),
         generation,
-        stop_tokens: tokenizer.stop_tokens().to_vec(),
         tokenizer: tokenizer.clone(),
     };
     let mut ids = TokenRows::default();
@@ -257,7 +255,7 @@ impl Columns for LanguageRows {
             let limits = generate::Limits {
                 max_new_tokens: self.generation.max_new_tokens as usize,
                 max_length: model.max_length(),
-                stop_tokens: &self.stop_tokens,
+                stop_tokens: self.tokenizer.stop_tokens(),
             };
             let prompts: Vec<&[u32]> = questions.iter().map(|question| &question.prompt[..]).collect();
             let generated = generate::shared(model, &prompts, &limits, measuring)?;

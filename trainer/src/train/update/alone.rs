@@ -41,7 +41,7 @@ impl Update for Alone {
         Ok(backward(loss)?)
     }
 
-    /// Of this shard's parts of the gradients.
+    /// Returns the squares of this shard's parts of the gradients.
     fn gradient_squares(&mut self, _: &mut Network) -> Result<f64, TrainError> {
         add_penalty(&self.decayed, self.l1, self.l2)?;
         Ok(norm(&self.optimizer.gradients()?)?.powi(2))
