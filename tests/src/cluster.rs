@@ -74,6 +74,12 @@ impl Cluster {
         Ok(())
     }
 
+    /// A namespace as [`Self::namespace`] makes it, without what was in it before.
+    pub async fn fresh_namespace(&self, name: &str) -> Result<()> {
+        self.delete_namespace(name).await?;
+        self.namespace(name).await
+    }
+
     /// Deletes a namespace with all in it and waits until it is gone.
     pub async fn delete_namespace(&self, name: &str) -> Result<()> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
@@ -165,6 +171,31 @@ pub async fn job_succeeded(
     let succeeded = condition(&status.conditions, "Succeeded").context("no Succeeded condition")?;
     ensure!(succeeded.status == "True", "FineTuneJob {name}: {}: {}", succeeded.reason, succeeded.message);
     Ok(job)
+}
+
+/// Waits until a job has failed by its user's error, without a restart; its message has all `parts`.
+pub async fn job_refused(
+    cluster: &Cluster,
+    namespace: &str,
+    name: &str,
+    limit: Duration,
+    parts: &[&str],
+) -> Result<()> {
+    let jobs = cluster.jobs(namespace);
+    let status = wait(&format!("{name} fails"), limit, async || {
+        let status = jobs.get(name).await?.status.unwrap_or_default();
+        let ended = condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
+        Ok(ended.then_some(status))
+    })
+    .await?;
+    let succeeded = condition(&status.conditions, "Succeeded").context("no condition")?;
+    println!("{name}: {}: {}", succeeded.reason, succeeded.message);
+    ensure!(succeeded.status == "False" && succeeded.reason == "UserError", "{name}: {}", succeeded.reason);
+    ensure!(status.restarts == 0, "{name} was retried {} times", status.restarts);
+    for part in parts {
+        ensure!(succeeded.message.contains(part), "{name}: {part:?} is not in {}", succeeded.message);
+    }
+    Ok(())
 }
 
 /// Process ids, on this machine, of the processes of a pod whose command name is `command`.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use athanor_contract::event;
 use athanor_crds::{FineTuneJob, ModelDeploymentStatus};
 use athanor_tests::{
-    cluster::{Cluster, condition, job_succeeded, kill_9, processes, wait},
+    cluster::{Cluster, condition, job_refused, job_succeeded, kill_9, processes, wait},
     events, paths,
     sentiment::{self, HOME, Part, Text},
     storage,
@@ -43,8 +43,7 @@ fn job(name: &str, change: impl Fn(&mut Value)) -> String {
 /// A fresh namespace, and the rows every test trains on.
 async fn prepare(namespace: &str) -> Result<Cluster> {
     let cluster = Cluster::connect().await?;
-    cluster.delete_namespace(namespace).await?;
-    cluster.namespace(namespace).await?;
+    cluster.fresh_namespace(namespace).await?;
     let rows = sentiment::texts(&HOME, Part::Training)?;
     storage::put(&storage::bucket()?, "tests/rows.csv", sentiment::csv(&rows[..2000]).into_bytes()).await?;
     Ok(cluster)
@@ -456,22 +455,7 @@ async fn bad_input_fails_the_job_once_with_a_reason() -> Result<()> {
         cluster.apply(namespace, manifest).await?;
     }
     for (name, _, parts) in &cases {
-        let jobs = cluster.jobs(namespace);
-        let job = wait(&format!("{name} fails"), MINUTES * 4, async || {
-            let job = jobs.get(name).await?;
-            let status = job.status.unwrap_or_default();
-            let ended =
-                condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
-            Ok(ended.then_some(status))
-        })
-        .await?;
-        let succeeded = condition(&job.conditions, "Succeeded").context("no condition")?;
-        println!("{name}: {}: {}", succeeded.reason, succeeded.message);
-        ensure!(succeeded.status == "False" && succeeded.reason == "UserError", "{name}: {}", succeeded.reason);
-        ensure!(job.restarts == 0, "{name} was retried {} times", job.restarts);
-        for part in parts {
-            ensure!(succeeded.message.contains(part), "{name}: {part:?} is not in {}", succeeded.message);
-        }
+        job_refused(&cluster, namespace, name, MINUTES * 4, parts).await?;
     }
     // Nothing was left that could be taken for a result.
     let written = storage::names(&bucket, "tests/out").await?;

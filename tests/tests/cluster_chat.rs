@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use athanor_crds::FineTuneJobStatus;
 use athanor_tests::{
     chat::Client,
-    cluster::{Cluster, condition, job_succeeded, kill_9, processes, wait},
+    cluster::{Cluster, job_refused, job_succeeded, kill_9, processes, wait},
     finance::{self, Domain, Part},
     stages::Stages,
     storage,
@@ -41,8 +41,7 @@ fn job(name: &str, change: impl Fn(&mut Value)) -> String {
 /// A fresh namespace.
 async fn prepare(namespace: &str) -> Result<Cluster> {
     let cluster = Cluster::connect().await?;
-    cluster.delete_namespace(namespace).await?;
-    cluster.namespace(namespace).await?;
+    cluster.fresh_namespace(namespace).await?;
     Ok(cluster)
 }
 
@@ -156,20 +155,7 @@ async fn bad_models_and_rows_fail_the_job_once_with_a_reason() -> Result<()> {
         cluster.apply(namespace, manifest).await?;
     }
     for (name, _, parts) in &cases {
-        let status = wait(&format!("{name} fails"), MINUTES * 4, async || {
-            let status = status(&cluster, namespace, name).await?;
-            let ended =
-                condition(&status.conditions, "Succeeded").is_some_and(|condition| condition.status != "Unknown");
-            Ok(ended.then_some(status))
-        })
-        .await?;
-        let succeeded = condition(&status.conditions, "Succeeded").context("no condition")?;
-        println!("{name}: {}: {}", succeeded.reason, succeeded.message);
-        ensure!(succeeded.status == "False" && succeeded.reason == "UserError", "{name}: {}", succeeded.reason);
-        ensure!(status.restarts == 0, "{name} was retried {} times", status.restarts);
-        for part in *parts {
-            ensure!(succeeded.message.contains(part), "{name}: {part:?} is not in {}", succeeded.message);
-        }
+        job_refused(&cluster, namespace, name, MINUTES * 4, parts).await?;
     }
     cluster.delete_namespace(namespace).await
 }
