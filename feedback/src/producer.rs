@@ -8,38 +8,26 @@
 //! ones: consumers drop second events of one CloudEvents id and order by the event's time.
 
 mod dispatch;
+mod error;
 mod replay;
 mod shared;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use athanor_contract::{event::Event, serve::EventsConfig};
-use rdkafka::error::KafkaError;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::spill::{Spill, SpillError};
+use crate::spill::Spill;
 use dispatch::{Command, Dispatcher, Pending};
 use shared::Shared;
+
+pub use error::ProducerError;
 
 /// Events waiting for the task that sends them.
 const QUEUE_EVENTS: usize = 16_384;
 /// The most the spill may hold: at a kilobyte an event, a million events.
 const MAX_SPILL_BYTES: u64 = 1 << 30;
-
-#[derive(Debug, thiserror::Error)]
-pub enum ProducerError {
-    #[error("the Kafka client cannot be configured: {0}")]
-    Configuration(#[from] KafkaError),
-    /// Neither Kafka nor the disk took the event.
-    #[error("the event could not be kept: {0}")]
-    Spill(#[from] Arc<SpillError>),
-    /// Kafka or JSON will never take this event, such as one larger than the broker's limit.
-    #[error("event {id:?} was refused: {reason}")]
-    Rejected { id: String, reason: String },
-    #[error("the producer has shut down")]
-    Closed,
-}
 
 /// Publishes a deployment's events. Clones share one queue; when the last is dropped, or at shutdown, what is queued is still sent
 /// or spilled.

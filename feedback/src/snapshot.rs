@@ -3,86 +3,21 @@
 //! The same ranges give the same rows in the same order, independent of the reader and of how Kafka interleaves its partitions.
 //! Only those ranges are read, by assignment: no consumer group is joined and no offset committed.
 
+mod error;
 mod join;
 mod read;
+mod rows;
 
 use std::time::Duration;
 
-use athanor_contract::{
-    event::GenerationInput,
-    train::{KafkaSource, OffsetRange},
-};
+use athanor_contract::train::{KafkaSource, OffsetRange};
 use tokio_util::sync::CancellationToken;
+
+pub use error::SnapshotError;
+pub use rows::{CorrectedAnswer, LabelledRow, Snapshot};
 
 /// How long a broker may stay silent.
 const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A text and the label that it should have had.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LabelledRow {
-    /// `{request_id}/{index}`.
-    pub id: String,
-    pub text: String,
-    pub label: String,
-}
-
-/// A request to a language model and the text that its answer should have been.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CorrectedAnswer {
-    /// `{request_id}/{index}`.
-    pub id: String,
-    pub input: GenerationInput,
-    pub expected: String,
-}
-
-/// The rows of some offset ranges.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Snapshot {
-    /// Classified texts with feedback, in the order of the predictions' partitions and offsets.
-    pub rows: Vec<LabelledRow>,
-    /// Generated answers with a correction, in the order of the answers' partitions and offsets.
-    pub corrections: Vec<CorrectedAnswer>,
-    /// Distinct prediction events in the ranges.
-    pub predictions: u64,
-    /// Distinct generation events in the ranges.
-    pub generations: u64,
-    /// Distinct feedback events in the ranges.
-    pub feedbacks: u64,
-    /// Events dropped because an event with the same id, or an answer for the same input, came before.
-    pub duplicates: u64,
-    /// Feedback whose answer lies outside the ranges.
-    pub orphans: u64,
-    /// Records that are not events; each is logged with partition and offset.
-    pub malformed: u64,
-    /// Hexadecimal sha256 over the rows: equal digests mean equal rows.
-    pub digest: String,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
-    #[error("topic {topic:?} does not exist at {bootstrap_servers}")]
-    TopicMissing { topic: String, bootstrap_servers: String },
-    #[error("topic {topic:?} has no partition {partition}")]
-    PartitionMissing { topic: String, partition: i32 },
-    #[error("ranges[{index}] of topic {topic:?} is not valid: {message}")]
-    Range { topic: String, index: usize, message: String },
-    #[error(
-        "partition {partition} of topic {topic:?} begins at offset {low} by now, but the range begins at {begin}: retention has \
-         deleted events"
-    )]
-    Deleted { topic: String, partition: i32, begin: i64, low: i64 },
-    #[error("partition {partition} of topic {topic:?} ends at offset {high}, but the range ends at {end}")]
-    BeyondEnd { topic: String, partition: i32, end: i64, high: i64 },
-    #[error("Kafka at {bootstrap_servers} cannot be read: {message}")]
-    Unavailable { bootstrap_servers: String, message: String },
-}
-
-impl SnapshotError {
-    /// Whether the source must be changed: trying again does not help.
-    pub fn is_user_error(&self) -> bool {
-        !matches!(self, Self::Unavailable { .. })
-    }
-}
 
 /// Reads the source's ranges and joins each feedback to its answer; if there are several, the newest counts. Answers without
 /// feedback are counted, but are not rows. Ratings and preferences are counted as feedback and make no row.

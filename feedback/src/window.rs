@@ -24,7 +24,7 @@ use crate::{
     drift::{kolmogorov_smirnov, population_stability_index},
 };
 use bounded::BoundedMap;
-use proportion::{Proportion, Ratings};
+use proportion::{Place, Proportion, Ratings};
 
 /// Number of event ids, and of answers without feedback so far, that are kept.
 pub const TRACKED: usize = 200_000;
@@ -62,8 +62,6 @@ impl Observed {
     }
 }
 
-/// Time, partition and offset: a total order that does not depend on the order of arrival.
-type Place = (jiff::Timestamp, i32, i64);
 /// Request id and index.
 type Input = (String, u32);
 

@@ -6,8 +6,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    layers::{LayerNorm, Linear},
     load::{LoadError, Weights},
+    nn::{dense::Linear, norm::LayerNorm},
 };
 
 /// How a tensor that is in no file begins.

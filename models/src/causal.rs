@@ -12,11 +12,11 @@ use crate::{
     families::Backbone,
     heads::causal::{self, NextTokenLoss},
     kv_cache::{CacheShape, KvCache},
-    layers::{Packed, Packing},
-    load::{self, LoadError, Weights},
+    load::{self, LoadError},
     lora::{self, LoraOptions},
+    nn::packed::{Packed, Packing},
     registry,
-    weights::{Source, builder::Builder, gguf::Gguf},
+    weights::{Source, builder::Builder, gguf::Gguf, sharded},
 };
 
 /// Name of an output head of its own.
@@ -71,7 +71,7 @@ impl CausalLanguageModel {
             field: "(root)".into(),
             message: format!("not JSON: {error}"),
         })?;
-        let mut weights = Weights::load_folder(folder, options.device)?;
+        let mut weights = sharded::load_folder(folder, options.device)?;
         Self::from_source(config, &mut weights, options)
     }
 

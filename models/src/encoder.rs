@@ -5,12 +5,11 @@
 use tch::Tensor;
 
 use crate::{
-    bert::Bert,
     builder::Builder,
     config::{EncoderConfig, Family},
-    layers::{Layer, Linear, Packing, WordEmbeddings},
+    families::{bert::Bert, mpnet::MpNet},
     load::LoadError,
-    mpnet::MpNet,
+    nn::{dense::Linear, embeddings::WordEmbeddings, encoder_layer::Layer, packed::Packing},
 };
 
 /// Which hidden states a forward pass returns.

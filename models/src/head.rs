@@ -7,8 +7,8 @@ use tch::{Kind, Tensor};
 use crate::{
     builder::{Builder, Initializer},
     config::{EncoderConfig, Family, HeadActivation},
-    layers::{LayerNorm, Linear, drop},
     load::LoadError,
+    nn::{dense::Linear, dropout::drop, norm::LayerNorm},
 };
 
 /// From the first token's hidden state to one value for each output.

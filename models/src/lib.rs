@@ -1,8 +1,8 @@
 //! Models on one device, with the names and files of Hugging Face: what [`Model::save`] writes, transformers loads with equal
 //! outputs, and the other way round.
 //!
-//! - [`bert`], [`mpnet`]: one family each; training and inference share them;
-//! - [`families`], [`registry`]: decoders, one file a family;
+//! - [`families`]: one file a family; training and inference share them; [`registry`] lists the decoders;
+//! - [`nn`]: layers that families share;
 //! - [`causal`]: a decoder with its output head, adapters ([`lora`]) and cache ([`kv_cache`]);
 //! - [`model`]: an encoder with the head of its task;
 //! - [`load`]: safetensors files to tensors, with errors that name file and tensor;
@@ -12,7 +12,6 @@
 //! Leaves out process groups, HTTP and downloads: parallelism and transport wrap these types from outside.
 
 pub mod batch;
-pub mod bert;
 pub mod builder;
 pub mod causal;
 pub mod classifier;
@@ -22,11 +21,9 @@ pub mod families;
 pub mod head;
 pub mod heads;
 pub mod kv_cache;
-pub mod layers;
 pub mod load;
 pub mod lora;
 pub mod model;
-pub mod mpnet;
 pub mod nn;
 pub mod quantize;
 pub mod registry;
@@ -39,8 +36,8 @@ pub use causal::{CausalLanguageModel, CausalOptions};
 pub use classifier::Classifier;
 pub use config::EncoderConfig;
 pub use kv_cache::KvCache;
-pub use layers::{Excerpt, Packing};
 pub use load::LoadError;
 pub use lora::LoraOptions;
 pub use model::{Model, Options, Shape, Task};
+pub use nn::{embeddings::EmbeddingRows, packed::Packing};
 pub use tokenizer::{Tokenizer, decoder::DecoderTokenizer};

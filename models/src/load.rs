@@ -13,8 +13,6 @@ use safetensors::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::weights::sharded;
-
 /// Name of the weights in a model folder.
 pub const WEIGHTS: &str = "model.safetensors";
 /// As the format's own library has it, in bytes.
@@ -48,23 +46,6 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads `model.safetensors` of a model folder.
-    pub fn load_folder(folder: &Path, device: Device) -> Result<Self, LoadError> {
-        let path = folder.join(WEIGHTS);
-        if !path.exists() {
-            let refused = |message: &str| LoadError::File { file: path.clone(), message: message.into() };
-            if folder.join("pytorch_model.bin").exists() {
-                return Err(refused(
-                    "missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code",
-                ));
-            }
-            if folder.join(sharded::INDEX).exists() {
-                return sharded::load(folder, device);
-            }
-        }
-        Self::load(&path, device)
-    }
-
     /// Reads a safetensors file, a tensor at a time: memory never holds it twice.
     pub fn load(path: &Path, device: Device) -> Result<Self, LoadError> {
         let mut file = std::fs::File::open(path).map_err(|error| LoadError::io(path, error))?;
@@ -251,7 +232,7 @@ mod tests {
             ("step".to_owned(), Tensor::from(3_f32)),
         ];
         save(&path, &named).unwrap();
-        let load = || Weights::load_folder(folder.path(), Device::Cpu);
+        let load = || crate::weights::sharded::load_folder(folder.path(), Device::Cpu);
         assert_eq!(load().unwrap().take("a.weight", &[3, 2]).unwrap(), tensor);
         assert_eq!(load().unwrap().take_any("step").unwrap(), Tensor::from(3_f32));
 

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     load::{self, LoadError, Weights},
-    nn::linear::Projection,
+    nn::linear::{Adapter, Projection},
 };
 
 /// Files of an adapter, as PEFT names them.
@@ -28,16 +28,6 @@ pub struct LoraOptions {
     pub target_modules: Vec<String>,
     /// Seed of the first values of A.
     pub seed: u64,
-}
-
-/// One projection's adapter: `scaling * x A^T B^T`.
-pub struct Adapter {
-    /// [rank, inputs], FP32.
-    pub a: Tensor,
-    /// [outputs, rank], FP32.
-    pub b: Tensor,
-    pub scaling: f64,
-    pub dropout: f64,
 }
 
 /// Adds adapters to the projections that `options` names: A uniform in ±1/sqrt(inputs), B zero, so that the model's outputs are

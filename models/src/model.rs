@@ -14,9 +14,10 @@ use crate::{
     config::{CLASSIFIER, EncoderConfig, HiddenHead, MASKED_LANGUAGE_MODEL, PLAIN},
     encoder::{Encoder, Keep},
     head::{MaskedLanguageModelHead, SequenceHead, mean_pooling},
-    layers::{Excerpt, Layer, Linear, Packing},
     load::{self, LoadError, Weights},
+    nn::{dense::Linear, embeddings::EmbeddingRows, encoder_layer::Layer, packed::Packing},
     quantize,
+    weights::sharded,
 };
 
 /// What a model's head is for.
@@ -91,7 +92,7 @@ impl Model {
                 Task::Embedding => false,
             };
         let layers = kept_layers(folder, &found, options)?;
-        let mut weights = if options.fresh.is_some() { None } else { Some(Weights::load_folder(folder, device)?) };
+        let mut weights = if options.fresh.is_some() { None } else { Some(sharded::load_folder(folder, device)?) };
         let keep_head = keep_head
             && (task != Task::MaskedLanguageModel
                 || weights
@@ -181,8 +182,8 @@ impl Model {
     }
 
     /// Reads words from some rows of the table, until it gets `None`.
-    pub fn set_word_excerpt(&mut self, excerpt: Option<Excerpt>) {
-        self.encoder.word_embeddings_mut().set_excerpt(excerpt);
+    pub fn set_word_rows(&mut self, rows: Option<EmbeddingRows>) {
+        self.encoder.word_embeddings_mut().set_rows(rows);
     }
 
     /// Gives the encoder's matrices the layout in which the CPU multiplies fastest. Until [`Model::unpack`] the model only infers, and

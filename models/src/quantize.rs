@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use crate::{config::EncoderConfig, layers::Packing};
+use crate::{config::EncoderConfig, nn::packed::Packing};
 
 /// `quantization_config` of `config.json`. `activations`: inputs are rounded as they come, a scale for each token.
 pub fn config(activations: bool) -> Value {

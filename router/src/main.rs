@@ -17,7 +17,7 @@ use athanor_router::{
     },
 };
 use athanor_serving::{
-    api::inference::{self, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+    api::inference::{self, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
     lifecycle::{self, Servers},
 };
 use athanor_telemetry::Readiness;

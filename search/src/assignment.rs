@@ -6,57 +6,13 @@ use athanor_contract::{
     artifact::sha256_hex,
     train::{Hyperparameters, ParameterName, TrainSpec},
 };
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::limits::Limits;
+use crate::{limits::Limits, setting::Setting};
 
 /// Characters of a trial's name.
 const NAME_LENGTH: usize = 10;
-
-/// A value of one hyperparameter.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
-pub enum Setting {
-    Number(f64),
-    Name(String),
-}
-
-impl Setting {
-    /// As JSON: a whole number has no fraction there, since fields of whole numbers take none.
-    fn to_json(&self) -> Value {
-        match self {
-            Self::Number(number) if number.fract() == 0.0 && number.abs() < (1_u64 << 53) as f64 => {
-                Value::from(*number as i64)
-            }
-            Self::Number(number) => Value::from(*number),
-            Self::Name(name) => Value::from(name.as_str()),
-        }
-    }
-}
-
-impl Serialize for Setting {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.to_json().serialize(serializer)
-    }
-}
-
-impl fmt::Display for Setting {
-    /// The shortest text that is the same number when read again.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(number) => number.fmt(f),
-            Self::Name(name) => name.fmt(f),
-        }
-    }
-}
-
-impl From<&str> for Setting {
-    /// What `Display` wrote.
-    fn from(text: &str) -> Self {
-        text.parse().map_or_else(|_| Self::Name(text.to_owned()), Self::Number)
-    }
-}
 
 /// A value for each hyperparameter that is searched for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -20,6 +20,7 @@ mod assignment;
 mod limits;
 mod random;
 mod search;
+mod setting;
 mod space;
 mod summary;
 #[cfg(test)]
@@ -27,7 +28,8 @@ mod tests;
 mod tpe;
 mod trial;
 
-pub use assignment::{Assignment, Setting, apply};
+pub use assignment::{Assignment, apply};
 pub use search::{Next, Search, Unit};
+pub use setting::Setting;
 pub use summary::{Spread, aggregate_folds, mean_and_deviation};
 pub use trial::{Trial, TrialState};

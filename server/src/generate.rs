@@ -24,12 +24,18 @@ const CACHE_MEMORY: u64 = 1 << 30;
 /// Tokens of a step on a CPU: a longer step would hold up the answers in progress, and is no faster for each token.
 const CPU_STEP_TOKENS: usize = 512;
 
+/// Steps of at most so many tokens run on one thread: waking another for each operation costs more than it computes
+/// (docs/serving.md has the measurement).
+const ONE_THREAD_TOKENS: usize = 2;
+
 /// A language model and the keys and values of its sequences.
 pub struct TorchGenerator {
     model: CausalLanguageModel,
     cache: KvCache,
     limits: GenerateLimits,
     device: Device,
+    /// Threads of an operation in a step of many tokens.
+    threads: usize,
 }
 
 /// The format of the weights that a configuration asks for on a device.
@@ -88,7 +94,7 @@ impl TorchGenerator {
             max_length = max_length.min(blocks * BLOCK),
             "language model loaded"
         );
-        Ok(Self { model, cache, limits, device })
+        Ok(Self { model, cache, limits, device, threads: athanor_torch::num_threads() })
     }
 
     fn compute(&mut self, rows: &[Row<'_>]) -> Vec<Vec<f32>> {
@@ -102,6 +108,8 @@ impl TorchGenerator {
         let cached: Vec<CachedRow<'_>> =
             std::iter::zip(&tokens, &slots).map(|(new, slots)| CachedRow { new, slots }).collect();
         let batch = Batch::cached(&cached, self.device);
+        let few = tokens.iter().map(Vec::len).sum::<usize>() <= ONE_THREAD_TOKENS;
+        athanor_torch::set_num_threads(if few { 1 } else { self.threads });
         let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.wants_logits).map(|(index, _)| index).collect();
         let logits = tch::no_grad(|| {
             let hidden = self.model.forward(&batch, Some(&mut self.cache), false);

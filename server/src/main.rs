@@ -14,7 +14,7 @@ use athanor_contract::{
 };
 use athanor_serving::{
     api::{
-        inference::{self, Inference, inference::grpc_inference_service_server::GrpcInferenceServiceServer},
+        inference::{self, Inference, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
         openai::{self, ApiError},
     },
     lifecycle::{self, Servers},

@@ -22,7 +22,9 @@ pub use embedding_adam::EmbeddingAdam;
 pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
 pub use optimizer::{Optimizer, ParameterGroup, Rule, add_penalty, backward, norm, scale, zero_grad};
-pub use runtime::{Autocast, computes_in_bf16, exit_now, has_nccl, rng_state, set_num_threads, set_rng_state};
+pub use runtime::{
+    Autocast, computes_in_bf16, exit_now, has_nccl, num_threads, rng_state, set_num_threads, set_rng_state,
+};
 pub use sharding::Shard;
 
 /// What libtorch said when a call failed.

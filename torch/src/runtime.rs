@@ -55,7 +55,12 @@ pub fn set_rng_state(state: &Tensor) -> Result<(), Error> {
     ffi::call(|message| unsafe { ffi::athanor_rng_set(ffi::pointer(state), message) })
 }
 
-/// Threads inside one operation.
+/// Threads inside one operation of this thread.
+pub fn num_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
+}
+
+/// Sets the threads inside one operation, for operations that this thread starts.
 pub fn set_num_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
 }

@@ -144,6 +144,7 @@ fn rows_without_labels_get_them_once_for_all_ranks() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one run after the other on the same rows")]
 fn a_teacher_labels_the_rows_it_is_sure_of() {
     let place = Place::new(0.1);
     let train = json!({"epochs": 3, "batchSize": 16, "maxSequenceLength": 24, "learningRate": 2e-4});

@@ -1,9 +1,11 @@
 //! What is minimised, and the teacher that is learned from.
 
+use std::borrow::Cow;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Task, rules};
+use super::{Task, rules::Rule};
 
 /// A trained model whose outputs the model learns from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -134,7 +136,7 @@ impl WeightedTerm {
 /// One term of the objective: exactly one kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [rules::exactly_one_kind()]))]
+#[schemars(extend("x-kubernetes-validations" = [exactly_one_kind()]))]
 pub struct ObjectiveTermSpec {
     /// Factor of the term in the sum.
     #[serde(default = "one")]
@@ -305,6 +307,17 @@ pub struct ContrastiveTerm {
 impl Default for ContrastiveTerm {
     fn default() -> Self {
         Self { temperature: 0.05 }
+    }
+}
+
+/// A term has exactly one kind. Both texts list the options of [`ObjectiveTermSpec`].
+pub fn exactly_one_kind() -> Rule {
+    let names = ObjectiveTermSpec::empty().kinds().map(|(name, _)| name);
+    let given = names.map(|name| format!("has(self.{name})")).join(", ");
+    let (last, others) = names.split_last().expect("there are kinds");
+    Rule {
+        rule: Cow::Owned(format!("[{given}].filter(b, b).size() == 1")),
+        message: Cow::Owned(format!("set exactly one of {} and {last}", others.join(", "))),
     }
 }
 

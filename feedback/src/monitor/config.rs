@@ -1,10 +1,11 @@
 //! The mounted configuration file, which the operator changes when revisions change.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use athanor_contract::serve::MonitorConfig;
 
-use super::PAUSE;
+/// Between attempts after an error, and between looks at the configuration.
+pub const PAUSE: Duration = Duration::from_secs(1);
 
 pub struct ConfigFile {
     path: PathBuf,

@@ -7,17 +7,14 @@ mod config;
 mod publisher;
 mod session;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
 use athanor_telemetry::Readiness;
 use tokio_util::sync::CancellationToken;
 
-use config::ConfigFile;
+use config::{ConfigFile, PAUSE};
 use session::Session;
-
-/// Between attempts after an error, and between looks at the configuration.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs until `shutdown`.
 ///

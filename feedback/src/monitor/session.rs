@@ -27,7 +27,7 @@ use rdkafka::{
 use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{PAUSE, publisher::Publisher};
+use super::{config::PAUSE, publisher::Publisher};
 
 /// For one question to the broker.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);

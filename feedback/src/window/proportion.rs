@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use athanor_contract::{Decimal, serve::Statistic};
 
-use super::Place;
 use crate::drift::{Decision, SequentialTest};
+
+/// Time, partition and offset: a total order that does not depend on the order of arrival.
+pub type Place = (jiff::Timestamp, i32, i64);
 
 /// The share of good answers of one revision against a reference share.
 #[derive(Debug)]

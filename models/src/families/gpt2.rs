@@ -11,9 +11,8 @@ use super::Backbone;
 use crate::{
     batch::Batch,
     kv_cache::{CacheShape, KvCache},
-    layers::drop,
     load::LoadError,
-    nn::{attention::Attention, linear::Projection, norm::LayerNorm},
+    nn::{attention::Attention, dropout::drop, linear::Projection, norm::LayerNorm},
     weights::builder::Builder,
 };
 

@@ -1,7 +1,9 @@
-//! One file for each family of decoders: configuration, layers, loading, forward pass.
+//! One file for each family: layers, loading, forward pass, and for decoders the configuration.
 
+pub mod bert;
 pub mod gpt2;
 pub mod llama;
+pub mod mpnet;
 
 use tch::Tensor;
 

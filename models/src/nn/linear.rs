@@ -2,11 +2,21 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{
-    layers::{Packed, Packing, drop},
-    load::LoadError,
-    lora::Adapter,
+use super::{
+    dropout::drop,
+    packed::{Packed, Packing},
 };
+use crate::load::LoadError;
+
+/// The low-rank adapter of a projection: `scaling * x A^T B^T`.
+pub struct Adapter {
+    /// [rank, inputs], FP32.
+    pub a: Tensor,
+    /// [outputs, rank], FP32.
+    pub b: Tensor,
+    pub scaling: f64,
+    pub dropout: f64,
+}
 
 /// `x W^T + b`, or `x W + b` where the checkpoint stores the matrix transposed.
 pub struct Projection {

@@ -1,4 +1,4 @@
-//! A checkpoint in several safetensors files with an index.
+//! The weights of a model folder: one safetensors file, or several with an index.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +8,7 @@ use std::{
 use serde::Deserialize;
 use tch::Device;
 
-use crate::load::{LoadError, Weights};
+use crate::load::{LoadError, WEIGHTS, Weights};
 
 /// Name of the index in a model folder.
 pub const INDEX: &str = "model.safetensors.index.json";
@@ -19,11 +19,27 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Reads every shard that the index names.
+/// Reads `model.safetensors`, or every shard that the index names.
 ///
 /// # Errors
-/// The index or a shard cannot be read, or a shard lacks a tensor that the index places in it.
-pub fn load(folder: &Path, device: Device) -> Result<Weights, LoadError> {
+/// The folder has only pickled weights, the index or a file cannot be read, or a shard lacks a tensor that the index
+/// places in it.
+pub fn load_folder(folder: &Path, device: Device) -> Result<Weights, LoadError> {
+    let path = folder.join(WEIGHTS);
+    if !path.exists() {
+        if folder.join("pytorch_model.bin").exists() {
+            let message =
+                "missing; pytorch_model.bin holds pickled weights, which are refused because loading them runs code";
+            return Err(LoadError::File { file: path, message: message.into() });
+        }
+        if folder.join(INDEX).exists() {
+            return load_shards(folder, device);
+        }
+    }
+    Weights::load(&path, device)
+}
+
+fn load_shards(folder: &Path, device: Device) -> Result<Weights, LoadError> {
     let path = folder.join(INDEX);
     let refused = |message: String| LoadError::File { file: path.clone(), message };
     let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;

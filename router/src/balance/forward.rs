@@ -5,6 +5,7 @@
 
 use std::{
     future::Future,
+    ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -76,6 +77,13 @@ pub struct Forwarded<T> {
     pub outstanding: Outstanding,
 }
 
+impl Forwarded<()> {
+    fn with<T>(self, answer: T) -> Forwarded<T> {
+        let Self { answer: (), revision, latency, outstanding } = self;
+        Forwarded { answer, revision, latency, outstanding }
+    }
+}
+
 /// Why there is no answer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ForwardError {
@@ -99,6 +107,64 @@ impl ForwardError {
     }
 }
 
+/// What the attempts of a request came to so far.
+struct SoFar<T> {
+    /// The newest answer that is worth less than another attempt.
+    fallback: Option<Forwarded<T>>,
+    /// The newest failure.
+    failure: Option<String>,
+    /// The last server had too much to do.
+    busy: bool,
+}
+
+impl<T> SoFar<T> {
+    /// Counts an attempt and keeps what is to be known of it: the answer to hand on, or whether the server took the
+    /// request on. `from`: where it went, and how long it took.
+    fn record(
+        &mut self,
+        outcome: Attempt<T>,
+        endpoint: &Endpoint,
+        from: Forwarded<()>,
+        analysis: Option<&Analysis>,
+    ) -> ControlFlow<Forwarded<T>, bool> {
+        self.busy = false;
+        match outcome {
+            Attempt::Answer { answer, ok } => {
+                count(analysis, &from.revision, |counters| counters.answered(from.latency, ok));
+                return ControlFlow::Break(from.with(answer));
+            }
+            Attempt::Refused { answer } => {
+                count(analysis, &from.revision, Counters::refused);
+                return ControlFlow::Break(from.with(answer));
+            }
+            Attempt::Busy { answer } => {
+                count(analysis, &from.revision, Counters::refused);
+                self.fallback = Some(from.with(answer));
+                self.busy = true;
+            }
+            Attempt::Unavailable { answer } => {
+                count(analysis, &from.revision, Counters::failed);
+                endpoint.avoid(Instant::now(), AVOID);
+                self.fallback = Some(from.with(answer));
+                // It has not begun, as a server that is starting or going: like one that was not reached.
+                return ControlFlow::Continue(false);
+            }
+            Attempt::Lost { failure } => {
+                count(analysis, &from.revision, Counters::failed);
+                endpoint.avoid(Instant::now(), AVOID_SHORTLY);
+                self.failure = Some(failure);
+            }
+            Attempt::Unreached { failure } => {
+                count(analysis, &from.revision, Counters::failed);
+                endpoint.avoid(Instant::now(), AVOID);
+                self.failure = Some(failure);
+                return ControlFlow::Continue(false);
+            }
+        }
+        ControlFlow::Continue(true)
+    }
+}
+
 /// Runs `attempt` on one endpoint after the other until there is an answer. `usable` leaves endpoints out, such as those without
 /// a gRPC port. Attempts are counted in `analysis`; requests that do not run the model are not counted anywhere.
 pub async fn forward<T, F>(
@@ -118,10 +184,7 @@ where
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
-    // The newest answer that is worth less than another attempt, and the newest failure.
-    let mut fallback: Option<Forwarded<T>> = None;
-    let mut failure: Option<String> = None;
-    let mut busy = false;
+    let mut so_far = SoFar { fallback: None, failure: None, busy: false };
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
@@ -131,12 +194,12 @@ where
         });
         let Some((revision, endpoint)) = chosen else {
             let until = (*give_up.get_or_insert(now + policy.wait)).min(deadline);
-            if busy || now >= until {
+            if so_far.busy || now >= until {
                 let revision = first(&snapshot, target);
-                if failure.is_none() && fallback.is_none() && snapshot.revision(&revision).is_some() {
+                if so_far.failure.is_none() && so_far.fallback.is_none() && snapshot.revision(&revision).is_some() {
                     count(analysis, &revision.as_str().into(), Counters::failed);
                 }
-                return fallback.ok_or(ForwardError::NoEndpoint { revision, failure });
+                return so_far.fallback.ok_or(ForwardError::NoEndpoint { revision, failure: so_far.failure });
             }
             tried.clear();
             let wake = soonest(&snapshot, target, now).unwrap_or(until).min(until);
@@ -153,53 +216,29 @@ where
         });
         let ended = Instant::now();
         let latency = ended.saturating_duration_since(now);
-        let mut reached = true;
-        busy = false;
-        match outcome {
-            Attempt::Answer { answer, ok } => {
-                count(analysis, &revision, |counters| counters.answered(latency, ok));
-                return Ok(Forwarded { answer, revision, latency, outstanding });
-            }
-            Attempt::Refused { answer } => {
-                count(analysis, &revision, Counters::refused);
-                return Ok(Forwarded { answer, revision, latency, outstanding });
-            }
-            Attempt::Busy { answer } => {
-                count(analysis, &revision, Counters::refused);
-                fallback = Some(Forwarded { answer, revision: revision.clone(), latency, outstanding });
-                busy = true;
-            }
-            Attempt::Unavailable { answer } => {
-                count(analysis, &revision, Counters::failed);
-                endpoint.avoid(ended, AVOID);
-                fallback = Some(Forwarded { answer, revision: revision.clone(), latency, outstanding });
-                // It has not begun, as a server that is starting or going: like one that was not reached.
-                reached = false;
-            }
-            Attempt::Lost { failure: why } => {
-                count(analysis, &revision, Counters::failed);
-                endpoint.avoid(ended, AVOID_SHORTLY);
-                failure = Some(why);
-            }
-            Attempt::Unreached { failure: why } => {
-                count(analysis, &revision, Counters::failed);
-                endpoint.avoid(ended, AVOID);
-                failure = Some(why);
-                reached = false;
-            }
-        }
+        let from = Forwarded { answer: (), revision: revision.clone(), latency, outstanding };
+        let was_taken_on = match so_far.record(outcome, &endpoint, from, analysis) {
+            ControlFlow::Break(answer) => return Ok(answer),
+            ControlFlow::Continue(was_taken_on) => was_taken_on,
+        };
         if ended >= deadline {
-            return fallback
-                .ok_or(ForwardError::Timeout { revision: revision.to_string(), seconds: policy.timeout.as_secs() });
+            let error = ForwardError::Timeout { revision: revision.to_string(), seconds: policy.timeout.as_secs() };
+            return so_far.fallback.ok_or(error);
         }
-        if reached {
+        if was_taken_on {
             if left == 0 {
-                let failure = failure.unwrap_or_default();
-                return fallback.ok_or(ForwardError::Failed { revision: revision.to_string(), failure });
+                let failure = so_far.failure.unwrap_or_default();
+                return so_far.fallback.ok_or(ForwardError::Failed { revision: revision.to_string(), failure });
             }
             left -= 1;
         }
-        tracing::debug!(revision = &*revision, endpoint = %endpoint.http, failure, busy, "trying another endpoint");
+        tracing::debug!(
+            revision = &*revision,
+            endpoint = %endpoint.http,
+            failure = so_far.failure,
+            busy = so_far.busy,
+            "trying another endpoint"
+        );
         metrics::counter!("athanor_router_retries_total").increment(1);
         tried.push(endpoint);
     }

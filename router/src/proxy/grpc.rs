@@ -4,13 +4,14 @@
 use std::{error::Error as _, sync::Arc, time::Instant};
 
 use athanor_serving::api::inference::{
-    inference::{
+    label,
+    protocol::{
         ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
         ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
         ServerReadyRequest, ServerReadyResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
         grpc_inference_service_server::GrpcInferenceService,
     },
-    label, tensors,
+    tensors,
 };
 use athanor_telemetry::Readiness;
 use tonic::{

@@ -20,7 +20,7 @@ use athanor_contract::{
 use athanor_serving::{
     api::inference::{
         Inference,
-        inference::{
+        protocol::{
             InferTensorContents, ModelInferRequest, ModelMetadataRequest, ServerReadyRequest,
             grpc_inference_service_client::GrpcInferenceServiceClient,
             grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer},

@@ -153,6 +153,7 @@ spec:
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table of cases")]
     fn errors_name_the_field() {
         let cases = [
             ("kind: FineTuneJob", "kind: Pod", "expected a FineTuneJob of athanor.dev/v1alpha1"),

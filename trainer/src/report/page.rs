@@ -291,6 +291,7 @@ mod tests {
     use crate::evaluate::{Classes, Predictions};
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table of cases")]
     fn a_page_shows_everything_and_escapes_texts() {
         let labels = ["negative".to_owned(), "positive".to_owned()];
         let folder = tempfile::tempdir().unwrap();

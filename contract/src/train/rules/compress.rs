@@ -1,15 +1,10 @@
 //! Rules of `compress`.
 
-use super::{Found, Rule};
+use super::{
+    cel::{PRUNE_OR_QUANTIZE, SPARSITY_OR_TWO_OF_FOUR},
+    rule::Found,
+};
 use crate::train::TrainSpec;
-
-pub const PRUNE_OR_QUANTIZE: Rule =
-    Rule::new("has(self.prune) != has(self.quantize)", "set exactly one of prune and quantize");
-
-pub const SPARSITY_OR_TWO_OF_FOUR: Rule = Rule::new(
-    "has(self.sparsityPercent) != (has(self.twoOfFour) && self.twoOfFour)",
-    "set exactly one of sparsityPercent and twoOfFour",
-);
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     for (index, step) in spec.compress.iter().enumerate() {

@@ -2,44 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use super::{Found, Rule, model::require_classifier_and_teacher};
+use super::{
+    cel::{
+        BEGIN_BEFORE_END, COST_NEEDS_PRICES, ENDPOINT_OR_TEACHER, FROM_0_TO_1, FROM_0_TO_2, FROM_HALF_TO_1,
+        LENGTHS_IN_ORDER, MESSAGES_OR_PROMPT, PROMPT_AND_COMPLETION, SPLIT_LEAVES_ROWS, URI_OR_KAFKA,
+    },
+    model::require_classifier_and_teacher,
+    rule::Found,
+};
 use crate::{
     Decimal,
     train::{AnnotateSpec, EndpointAnnotator, SelectMethod, SelectSpec, SelectViewer, Source, Task, TrainSpec},
 };
-
-pub const URI_OR_KAFKA: Rule = Rule::new("has(self.uri) != has(self.kafka)", "set exactly one of uri and kafka");
-
-pub const MESSAGES_OR_PROMPT: Rule =
-    Rule::new("!(has(self.messages) && has(self.prompt))", "set messages, or prompt and completion, not both");
-
-pub const PROMPT_AND_COMPLETION: Rule =
-    Rule::new("has(self.prompt) == has(self.completion)", "prompt and completion require each other");
-
-pub const BEGIN_BEFORE_END: Rule = Rule::new("self.begin <= self.end", "begin must not be after end");
-
-pub const SPLIT_LEAVES_ROWS: Rule = Rule::new(
-    "self.validationPercent + self.testPercent < 100",
-    "validationPercent and testPercent leave no rows to train on",
-);
-
-pub const LENGTHS_IN_ORDER: Rule = Rule::new(
-    "!has(self.minimumLength) || !has(self.maximumLength) || self.minimumLength <= self.maximumLength",
-    "minimumLength must not be above maximumLength",
-);
-
-pub const ENDPOINT_OR_TEACHER: Rule =
-    Rule::new("has(self.endpoint) != has(self.teacher)", "set exactly one of endpoint and teacher");
-
-pub const COST_NEEDS_PRICES: Rule = Rule::new(
-    "!has(self.maximumCost) || (has(self.inputTokenPrice) && has(self.outputTokenPrice))",
-    "maximumCost requires inputTokenPrice and outputTokenPrice",
-);
-
-// Bounds of decimals: they travel as strings, which a schema cannot bound.
-pub const FROM_0_TO_1: Rule = Rule::new("double(self) >= 0.0 && double(self) <= 1.0", "must be between 0 and 1");
-pub const FROM_0_TO_2: Rule = Rule::new("double(self) >= 0.0 && double(self) <= 2.0", "must be between 0 and 2");
-pub const FROM_HALF_TO_1: Rule = Rule::new("double(self) >= 0.5 && double(self) <= 1.0", "must be between 0.5 and 1");
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     let data = &spec.data;

@@ -1,18 +1,10 @@
 //! Rules of `evaluate`.
 
-use super::{Found, Rule};
+use super::{
+    cel::{GAIN_NEEDS_BASELINE, ONE_MINIMUM},
+    rule::Found,
+};
 use crate::train::{Metric, Task, TrainSpec};
-
-pub const GAIN_NEEDS_BASELINE: Rule = Rule::new(
-    "self.model.task == 'CausalLanguageModel' || !has(self.evaluate) || !has(self.evaluate.gates) || \
-     has(self.evaluate.baseline) || self.evaluate.gates.all(g, !has(g.minimumGain))",
-    "a gate with minimumGain requires evaluate.baseline",
-);
-
-pub const ONE_MINIMUM: Rule = Rule::new(
-    "[has(self.minimum), has(self.maximum), has(self.minimumGain), has(self.minimumOfTeacher)].filter(b, b).size() == 1",
-    "set exactly one of minimum, maximum, minimumGain and minimumOfTeacher",
-);
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     let task = spec.model.task;

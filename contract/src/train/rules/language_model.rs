@@ -1,6 +1,6 @@
 //! Rules of the task CausalLanguageModel: what it does not have, and what only it has.
 
-use super::Found;
+use super::rule::Found;
 use crate::train::{Task, TrainSpec};
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {

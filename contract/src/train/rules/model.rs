@@ -2,14 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::{Found, Rule};
+use super::{
+    cel::{HEADS_DIVIDE_SIZE, KEEP_LAYERS_OR_FRESH},
+    rule::Found,
+};
 use crate::train::{Task, TrainSpec};
-
-pub const KEEP_LAYERS_OR_FRESH: Rule =
-    Rule::new("has(self.keepLayers) != has(self.fresh)", "set exactly one of keepLayers and fresh");
-
-pub const HEADS_DIVIDE_SIZE: Rule =
-    Rule::new("self.hiddenSize % self.attentionHeads == 0", "hiddenSize must be a multiple of attentionHeads");
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     if let Some(labels) = &spec.model.labels {

@@ -1,20 +1,7 @@
 //! Rules of `objective` and `teacher`.
 
-use std::borrow::Cow;
-
-use super::{Found, Rule};
-use crate::train::{ObjectiveTermSpec, Task, TeacherOutputs, TrainSpec};
-
-/// A term has exactly one kind. Both texts list the options of [`ObjectiveTermSpec`].
-pub fn exactly_one_kind() -> Rule {
-    let names = ObjectiveTermSpec::empty().kinds().map(|(name, _)| name);
-    let given = names.map(|name| format!("has(self.{name})")).join(", ");
-    let (last, others) = names.split_last().expect("there are kinds");
-    Rule {
-        rule: Cow::Owned(format!("[{given}].filter(b, b).size() == 1")),
-        message: Cow::Owned(format!("set exactly one of {} and {last}", others.join(", "))),
-    }
-}
+use super::rule::Found;
+use crate::train::{self, Task, TeacherOutputs, TrainSpec};
 
 /// Kinds of terms that a task can minimise.
 fn kinds_of(task: Task) -> &'static [&'static str] {
@@ -32,7 +19,7 @@ pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
     for (index, entry) in spec.objective.terms.iter().enumerate() {
         let field = format!("objective.terms[{index}]");
         let Some(term) = entry.parse() else {
-            found.add(field, exactly_one_kind().message);
+            found.add(field, train::exactly_one_kind().message);
             continue;
         };
         let field = format!("{field}.{}", term.name());

@@ -2,6 +2,7 @@
 //!
 //! Left out: the protocol's optional extensions (repositories, shared memory, statistics).
 
+pub mod protocol;
 pub mod tensors;
 
 use std::sync::Arc;
@@ -19,17 +20,8 @@ use crate::{
     service::{Service, ServiceError},
 };
 
-/// Generated from `proto/open_inference_grpc.proto`.
-#[allow(missing_docs, clippy::all)]
-pub mod inference {
-    tonic::include_proto!("inference");
-}
-
-/// The descriptors that reflection serves.
-pub const DESCRIPTOR: &[u8] = tonic::include_file_descriptor_set!("inference");
-
-use inference::{
-    ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
+use protocol::{
+    DESCRIPTOR, ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
     ModelReadyResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
     ServerReadyRequest, ServerReadyResponse, grpc_inference_service_server::GrpcInferenceService,
 };

@@ -175,6 +175,7 @@ async fn an_error_of_the_engine_is_a_500_or_the_last_event_of_a_stream() {
 }
 
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn each_mistake_names_its_parameter() {
     let (app, _, _) = application(limits());
     let user = json!([{"role": "user", "content": "x"}]);

@@ -5,7 +5,7 @@
 //! table is one of these parameters and the results are the same.
 
 use athanor_contract::train::{Task, TrainSpec};
-use athanor_models::{Excerpt, tokenizer::TokenRows};
+use athanor_models::{EmbeddingRows, tokenizer::TokenRows};
 use athanor_torch::{EmbeddingAdam, ProcessGroup, norm, scale};
 use tch::{Device, Kind, Tensor};
 
@@ -82,8 +82,8 @@ impl SparseEmbeddings {
         let order = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
         let _ = self.places.f_index_copy_(0, &index, &order)?;
         if let Network::Encoder(model) = network {
-            let excerpt = Excerpt { places: self.places.shallow_clone(), rows: values.shallow_clone() };
-            model.set_word_excerpt(Some(excerpt));
+            let rows = EmbeddingRows { places: self.places.shallow_clone(), rows: values.shallow_clone() };
+            model.set_word_rows(Some(rows));
         }
         self.current = Some(Rows { ids, values });
         Ok(())
@@ -115,7 +115,7 @@ impl Update for WithSparseEmbeddings<'_> {
     /// The model reads the whole table again. Every rank has the rows' gradients whole: they count once.
     fn gradient_squares(&mut self, network: &mut Network) -> Result<f64, TrainError> {
         if let Network::Encoder(model) = network {
-            model.set_word_excerpt(None);
+            model.set_word_rows(None);
         }
         let gradients = self.embeddings.gradients();
         if let Some(group) = self.group {

@@ -1,184 +1,17 @@
-//! What encoders are made of: linear layers, normalisation, attention, and the layer that joins them.
+//! The layer that the encoder families share, which normalises behind each half.
 //!
 //! Shapes: B texts, T tokens, C = hidden_size, H heads of D = C / H.
 
-use std::cell::RefCell;
-
-use athanor_torch::{LayerCall, PackedLinear, QuantizedLinear};
+use athanor_torch::LayerCall;
 use tch::{Kind, Tensor};
 
-use crate::{
-    builder::Builder,
-    config::{Activation, EncoderConfig},
-    load::LoadError,
+use super::{
+    dense::Linear,
+    dropout::drop,
+    norm::LayerNorm,
+    packed::{Packing, computed},
 };
-
-/// `x W^T + b`.
-pub struct Linear {
-    /// In front of `.weight` and `.bias` in a checkpoint.
-    pub name: String,
-    pub weight: Tensor,
-    pub bias: Tensor,
-    /// Instead of the weight, for inference.
-    packed: Option<Packed>,
-    /// Sums of the squares of the inputs, [inputs], while somebody wants to know.
-    observed: RefCell<Option<Tensor>>,
-}
-
-/// A matrix and its bias, laid out for inference on the CPU.
-pub(crate) enum Packed {
-    Float(PackedLinear),
-    Int8(QuantizedLinear),
-}
-
-impl Packed {
-    /// `weight` [outputs, inputs] and `bias` [outputs].
-    pub(crate) fn new(weight: &Tensor, bias: &Tensor, how: Packing) -> Result<Self, LoadError> {
-        Ok(match how {
-            Packing::Float => Self::Float(PackedLinear::new(weight, bias)?),
-            Packing::Int8 => Self::Int8(QuantizedLinear::new(weight, bias)?),
-        })
-    }
-
-    /// The product alone, [..., inputs] to [..., outputs].
-    pub(crate) fn product(&self, x: &Tensor) -> Tensor {
-        self.forward(x, athanor_torch::Activation::Identity)
-    }
-
-    fn forward(&self, x: &Tensor, activation: athanor_torch::Activation) -> Tensor {
-        computed(match self {
-            Self::Float(packed) => packed.forward(x, activation),
-            Self::Int8(quantized) => quantized.forward(x, activation),
-        })
-    }
-}
-
-impl Linear {
-    pub fn new(name: String, weight: Tensor, bias: Tensor) -> Self {
-        Self { name, weight, bias, packed: None, observed: RefCell::new(None) }
-    }
-
-    /// Begins to sum up the squares of the inputs.
-    pub fn observe(&self) {
-        let inputs = self.weight.size().get(1).copied().unwrap_or(0);
-        self.observed.replace(Some(Tensor::zeros([inputs], (Kind::Float, self.weight.device()))));
-    }
-
-    /// The norm of each input since `observe`, [inputs].
-    pub fn observed(&self) -> Option<Tensor> {
-        self.observed.take().map(|squares| squares.sqrt())
-    }
-
-    fn look(&self, x: &Tensor) {
-        if let Some(squares) = self.observed.borrow_mut().as_mut() {
-            let width = squares.size()[0];
-            let seen = x.to_kind(Kind::Float).reshape([-1, width]).square();
-            *squares += seen.sum_dim_intlist([0_i64].as_slice(), false, Kind::Float);
-        }
-    }
-
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        self.look(x);
-        match &self.packed {
-            Some(packed) => packed.forward(x, athanor_torch::Activation::Identity),
-            None => x.linear(&self.weight, Some(&self.bias)),
-        }
-    }
-
-    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Tensor {
-        self.look(x);
-        if let Some(packed) = &self.packed {
-            return packed.forward(x, activation.into());
-        }
-        let inner = x.linear(&self.weight, Some(&self.bias));
-        match activation {
-            Activation::Gelu => inner.gelu("none"),
-            Activation::GeluNew => inner.gelu("tanh"),
-            Activation::Relu => inner.relu(),
-        }
-    }
-
-    /// Lays the weight out as the CPU multiplies fastest: while it is so, the layer only infers.
-    pub fn pack(&mut self, how: Packing) -> Result<(), LoadError> {
-        self.packed = Some(Packed::new(&self.weight, &self.bias, how)?);
-        Ok(())
-    }
-
-    /// The layers as one, for inputs they share.
-    fn joined<const N: usize>(layers: [&Self; N]) -> Self {
-        let weight = Tensor::cat(&layers.map(|layer| &layer.weight), 0);
-        let bias = Tensor::cat(&layers.map(|layer| &layer.bias), 0);
-        Self::new(String::new(), weight, bias)
-    }
-}
-
-/// How matrices are laid out for inference.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packing {
-    Float,
-    /// Eight bits a weight, one scale an output; inputs are rounded to eight bits as they come.
-    Int8,
-}
-
-/// Shapes are checked when a model is loaded, so that this fails as tch's own operators do: never, but for a lack of memory.
-pub fn computed(result: Result<Tensor, athanor_torch::Error>) -> Tensor {
-    result.expect("the layer has the model's shapes")
-}
-
-impl From<Activation> for athanor_torch::Activation {
-    fn from(activation: Activation) -> Self {
-        match activation {
-            Activation::Gelu => Self::Gelu,
-            Activation::GeluNew => Self::GeluTanh,
-            Activation::Relu => Self::Relu,
-        }
-    }
-}
-
-/// The table of word embeddings.
-pub struct WordEmbeddings {
-    /// [V, C].
-    pub weight: Tensor,
-    excerpt: Option<Excerpt>,
-}
-
-/// Rows of a table, read in its place: their gradient is small where the table's would be large and mostly zero.
-pub struct Excerpt {
-    /// Where each row of the table is in `rows`, [V]; anything for one that is not.
-    pub places: Tensor,
-    /// [rows, C], the padding token's first.
-    pub rows: Tensor,
-}
-
-impl WordEmbeddings {
-    pub fn new(weight: Tensor) -> Self {
-        Self { weight, excerpt: None }
-    }
-
-    pub fn set_excerpt(&mut self, excerpt: Option<Excerpt>) {
-        self.excerpt = excerpt;
-    }
-
-    /// Ids [B, T] to vectors [B, T, C].
-    pub fn forward(&self, ids: &Tensor, pad_token_id: i64) -> Tensor {
-        match &self.excerpt {
-            Some(Excerpt { places, rows }) => Tensor::embedding(rows, &places.take(ids), 0, false, false),
-            None => Tensor::embedding(&self.weight, ids, pad_token_id, false, false),
-        }
-    }
-}
-
-pub struct LayerNorm {
-    pub weight: Tensor,
-    pub bias: Tensor,
-    pub eps: f64,
-}
-
-impl LayerNorm {
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, false)
-    }
-}
+use crate::{builder::Builder, config::EncoderConfig, load::LoadError};
 
 /// Where attention may look, and how much it would like to.
 #[derive(Default)]
@@ -255,9 +88,9 @@ impl Layer {
             Some(packed) => {
                 let all = packed.forward(x);
                 let part = |from_last: i64| heads(all.narrow(2, all.size()[2] - from_last * c, c));
-                let query = match self.query.packed {
-                    Some(_) => heads(self.query.forward(asking)),
-                    None => part(3).narrow(2, 0, asking.size()[1]),
+                let query = match self.query.is_packed() {
+                    true => heads(self.query.forward(asking)),
+                    false => part(3).narrow(2, 0, asking.size()[1]),
                 };
                 [query, part(2), part(1)]
             }
@@ -283,7 +116,7 @@ impl Layer {
         train: bool,
         first_token: bool,
     ) -> Option<LayerCall<'a>> {
-        let is_plain = |linear: &&Linear| linear.packed.is_none() && linear.observed.borrow().is_none();
+        let is_plain = |linear: &&Linear| !linear.is_packed() && !linear.is_observed();
         if !LayerCall::applies(x) || self.packed.is_some() || !self.linears().iter().all(is_plain) {
             return None;
         }
@@ -314,7 +147,7 @@ impl Layer {
     /// Undoes [`Layer::pack`].
     pub fn unpack(&mut self) {
         self.packed = None;
-        self.linears_mut().into_iter().for_each(|linear| linear.packed = None);
+        self.linears_mut().into_iter().for_each(Linear::unpack);
     }
 
     /// Drops the matrices that were packed.
@@ -382,11 +215,6 @@ fn attention(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Bias, dropout:
         scores = scores.masked_fill(&mask.logical_not(), f64::NEG_INFINITY);
     }
     drop(&scores.softmax(-1, scores.kind()), dropout).matmul(value)
-}
-
-/// Sets elements to zero with probability `p` and scales the rest; nothing happens at 0.
-pub fn drop(x: &Tensor, p: f64) -> Tensor {
-    computed(athanor_torch::dropout(x, p))
 }
 
 /// `attention_mask` [B, T], 1 where a token is, to what attention broadcasts.

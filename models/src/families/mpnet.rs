@@ -6,8 +6,13 @@ use tch::Tensor;
 use crate::{
     builder::{Builder, Initializer},
     config::EncoderConfig,
-    layers::{Bias, Layer, LayerNames, LayerNorm, WordEmbeddings, allowed, drop},
     load::LoadError,
+    nn::{
+        dropout::drop,
+        embeddings::WordEmbeddings,
+        encoder_layer::{Bias, Layer, LayerNames, allowed},
+        norm::LayerNorm,
+    },
 };
 
 const NAMES: LayerNames = LayerNames {
