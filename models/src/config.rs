@@ -4,40 +4,14 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::load::LoadError;
-
-/// The architecture of an encoder, `model_type` in `config.json`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    Bert,
-    MpNet,
-}
-
-impl Family {
-    /// Of the names of architectures: `BertModel`, `MPNetForMaskedLM`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bert => "Bert",
-            Self::MpNet => "MPNet",
-        }
-    }
-
-    /// In front of the encoder's tensors in a checkpoint of a model with a head.
-    pub fn prefix(self) -> &'static str {
-        match self {
-            Self::Bert => "bert.",
-            Self::MpNet => "mpnet.",
-        }
-    }
-}
+use crate::{families::encoders::Family, load::LoadError};
 
 /// The fields of `config.json` that shape the model, and those that transformers wants to see again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EncoderConfig {
     #[serde(default)]
     pub architectures: Vec<String>,
-    pub model_type: Family,
+    pub model_type: &'static Family,
     pub vocab_size: i64,
     pub hidden_size: i64,
     pub num_hidden_layers: usize,
@@ -135,6 +109,8 @@ pub const PLAIN: &str = "Model";
 const HIDDEN_CLASSIFIER: &str = "AthanorForSequenceClassification";
 /// `problem_type` of a model whose one output is a number.
 const REGRESSION: &str = "regression";
+/// `problem_type` of a model whose outputs are classes of which a text has one.
+const SINGLE_LABEL: &str = "single_label_classification";
 /// MPNet's, where `config.json` is silent.
 const DEFAULT_BUCKETS: i64 = 32;
 
@@ -149,22 +125,19 @@ impl EncoderConfig {
             serde_json::from_slice(&bytes).map_err(|error| field("(root)", format!("not JSON: {error}")))?;
         // Before the typed reading: a GPT-2 should be refused for what it is, not for a field it lacks.
         let family = match raw.get("model_type").and_then(|value| value.as_str()) {
-            Some("bert") => Family::Bert,
-            Some("mpnet") => Family::MpNet,
-            Some(other) => {
-                return Err(field("model_type", format!("{other:?} is not supported, \"bert\" and \"mpnet\" are")));
-            }
-            None => return Err(field("model_type", "missing; \"bert\" and \"mpnet\" are supported".into())),
+            Some(name) => Family::find(name)
+                .ok_or_else(|| field("model_type", format!("{name:?} is not supported, {} are", Family::known())))?,
+            None => return Err(field("model_type", format!("missing; {} are supported", Family::known()))),
         };
         let is_known = |name: &str| {
             name == HIDDEN_CLASSIFIER
                 || name
-                    .strip_prefix(family.name())
+                    .strip_prefix(family.name)
                     .is_some_and(|kind| [PLAIN, CLASSIFIER, MASKED_LANGUAGE_MODEL, "ForPreTraining"].contains(&kind))
         };
         let architectures = raw["architectures"].as_array().into_iter().flatten();
         if let Some(other) = architectures.into_iter().find(|name| !name.as_str().is_some_and(is_known)) {
-            let name = family.name();
+            let name = family.name;
             let known = [PLAIN, CLASSIFIER, MASKED_LANGUAGE_MODEL].map(|kind| format!("\"{name}{kind}\"")).join(", ");
             return Err(field("architectures", format!("{other} is not supported, of {name} {known} are")));
         }
@@ -211,6 +184,13 @@ impl EncoderConfig {
                 return Err((name, format!("{value:?} is not in [0, 1)")));
             }
         }
+        if let Some(other) = &self.problem_type
+            && self.has_sequence_head()
+            && ![SINGLE_LABEL, REGRESSION].contains(&other.as_str())
+        {
+            let message = format!("{other:?} is not supported, {SINGLE_LABEL:?} and {REGRESSION:?} are");
+            return Err(("problem_type", message));
+        }
         if let Some(id2label) = &self.id2label
             && id2label.keys().copied().ne(0..id2label.len() as u32)
         {
@@ -219,12 +199,9 @@ impl EncoderConfig {
         Ok(())
     }
 
-    /// Row of the position embeddings that the first token gets. MPNet leaves out those up to its padding's.
+    /// Row of the position embeddings that the first token gets.
     pub fn first_position(&self) -> i64 {
-        match self.model_type {
-            Family::Bert => 0,
-            Family::MpNet => self.pad_token_id + 1,
-        }
+        if self.model_type.positions_follow_padding { self.pad_token_id + 1 } else { 0 }
     }
 
     /// Tokens of the longest text.
@@ -252,7 +229,7 @@ impl EncoderConfig {
 
     /// Whether the folder has a trained head for texts, of classes or of a number.
     pub fn has_sequence_head(&self) -> bool {
-        let own = format!("{}{CLASSIFIER}", self.model_type.name());
+        let own = format!("{}{CLASSIFIER}", self.model_type.name);
         self.architectures.iter().any(|name| *name == own || name == HIDDEN_CLASSIFIER)
     }
 
@@ -260,7 +237,7 @@ impl EncoderConfig {
     pub fn with_labels(mut self, labels: &[String]) -> Self {
         self.id2label = Some((0..).zip(labels.iter().cloned()).collect());
         self.label2id = Some(labels.iter().cloned().zip(0..).collect());
-        self.problem_type = Some("single_label_classification".into());
+        self.problem_type = Some(SINGLE_LABEL.into());
         self.with_sequence_head()
     }
 
@@ -275,14 +252,14 @@ impl EncoderConfig {
     fn with_sequence_head(mut self) -> Self {
         self.architectures = vec![match self.athanor_head {
             Some(_) => HIDDEN_CLASSIFIER.into(),
-            None => format!("{}{CLASSIFIER}", self.model_type.name()),
+            None => format!("{}{CLASSIFIER}", self.model_type.name),
         }];
         self
     }
 
     /// The same encoder as another architecture: [`PLAIN`] or [`MASKED_LANGUAGE_MODEL`].
     pub fn with_architecture(mut self, kind: &str) -> Self {
-        self.architectures = vec![format!("{}{kind}", self.model_type.name())];
+        self.architectures = vec![format!("{}{kind}", self.model_type.name)];
         (self.id2label, self.label2id, self.problem_type) = (None, None, None);
         self
     }
@@ -296,6 +273,7 @@ impl EncoderConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::families::encoders::MPNET;
 
     fn load(edit: impl FnOnce(&mut serde_json::Value)) -> Result<EncoderConfig, LoadError> {
         let mut config = serde_json::json!({
@@ -329,14 +307,14 @@ mod tests {
             c["pad_token_id"] = 1.into();
         })
         .unwrap();
-        assert_eq!((config.model_type, config.first_position(), config.max_length()), (Family::MpNet, 2, 30));
+        assert_eq!((config.model_type, config.first_position(), config.max_length()), (&MPNET, 2, 30));
         assert_eq!(serde_json::to_value(&config).unwrap()["model_type"], "mpnet");
     }
 
     #[test]
     fn what_is_no_encoder_is_refused_by_field() {
         type Edit = fn(&mut serde_json::Value);
-        let cases: [(&str, Edit); 7] = [
+        let cases: [(&str, Edit); 8] = [
             ("model_type", |c| c["model_type"] = "gpt2".into()),
             ("model_type", |c| drop(c.as_object_mut().unwrap().remove("model_type"))),
             ("architectures", |c| c["architectures"] = serde_json::json!(["MPNetModel"])),
@@ -344,6 +322,10 @@ mod tests {
             ("position_embedding_type", |c| c["position_embedding_type"] = "relative_key".into()),
             ("hidden_dropout_prob", |c| c["hidden_dropout_prob"] = 1.5.into()),
             ("pad_token_id", |c| c["pad_token_id"] = 100.into()),
+            ("problem_type", |c| {
+                c["architectures"] = serde_json::json!(["BertForSequenceClassification"]);
+                c["problem_type"] = "multi_label_classification".into();
+            }),
         ];
         for (field, edit) in cases {
             let error = load(edit).unwrap_err().to_string();

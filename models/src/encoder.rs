@@ -6,10 +6,11 @@ use tch::Tensor;
 
 use crate::{
     builder::Builder,
-    config::{EncoderConfig, Family},
-    families::{bert::Bert, mpnet::MpNet},
+    config::EncoderConfig,
+    families::EncoderBackbone,
     load::LoadError,
     nn::{dense::Linear, embeddings::WordEmbeddings, encoder_layer::Layer, packed::Packing},
+    registry,
 };
 
 /// Which hidden states a forward pass returns.
@@ -23,43 +24,25 @@ pub enum Keep {
     FirstToken,
 }
 
-pub enum Encoder {
-    Bert(Bert),
-    MpNet(MpNet),
-}
+/// An encoder's embeddings and layers.
+pub struct Encoder(Box<dyn EncoderBackbone>);
 
 impl Encoder {
     pub fn load(builder: &mut Builder, config: &EncoderConfig) -> Result<Self, LoadError> {
-        Ok(match config.model_type {
-            Family::Bert => Self::Bert(Bert::load(builder, config)?),
-            Family::MpNet => Self::MpNet(MpNet::load(builder, config)?),
-        })
+        registry::encoder(builder, config).map(Self)
     }
 
     pub fn word_embeddings(&self) -> &WordEmbeddings {
-        match self {
-            Self::Bert(bert) => &bert.word_embeddings,
-            Self::MpNet(mpnet) => &mpnet.word_embeddings,
-        }
+        self.0.word_embeddings()
     }
 
     pub fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings {
-        match self {
-            Self::Bert(bert) => &mut bert.word_embeddings,
-            Self::MpNet(mpnet) => &mut mpnet.word_embeddings,
-        }
+        self.0.word_embeddings_mut()
     }
 
     /// The matrices of all layers.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.layers().iter().flat_map(Layer::linears)
-    }
-
-    fn layers(&self) -> &[Layer] {
-        match self {
-            Self::Bert(bert) => &bert.layers,
-            Self::MpNet(mpnet) => &mpnet.layers,
-        }
+        self.0.layers().iter().flat_map(Layer::linears)
     }
 
     /// Ids and mask [B, T] to the hidden states that are kept.
@@ -72,12 +55,9 @@ impl Encoder {
         keep: Keep,
     ) -> Vec<Tensor> {
         let dropout = if train { config.hidden_dropout_prob } else { 0.0 };
-        let (mut x, bias) = match self {
-            Self::Bert(bert) => bert.embed(ids, mask, config, dropout),
-            Self::MpNet(mpnet) => mpnet.embed(ids, mask, config, dropout),
-        };
+        let (mut x, bias) = self.0.embed(ids, mask, config, dropout);
         let mut states = Vec::new();
-        let layers = self.layers();
+        let layers = self.0.layers();
         for (index, layer) in layers.iter().enumerate() {
             let first_token = keep == Keep::FirstToken && index + 1 == layers.len();
             let next = layer.forward(&x, &bias, config, train, first_token);
@@ -91,10 +71,7 @@ impl Encoder {
     }
 
     pub fn layers_mut(&mut self) -> &mut [Layer] {
-        match self {
-            Self::Bert(bert) => &mut bert.layers,
-            Self::MpNet(mpnet) => &mut mpnet.layers,
-        }
+        self.0.layers_mut()
     }
 
     /// Lays all matrices out for inference; `first_token`: of the last layer's outputs only that token's will be asked for.

@@ -6,16 +6,17 @@ use tch::{Kind, Tensor};
 
 use crate::{
     builder::{Builder, Initializer},
-    config::{EncoderConfig, Family, HeadActivation},
+    config::{EncoderConfig, HeadActivation},
+    families::encoders::MaskedHeadNames,
     load::LoadError,
     nn::{dense::Linear, dropout::drop, norm::LayerNorm},
 };
 
 /// From the first token's hidden state to one value for each output.
 pub struct SequenceHead {
-    /// BERT's `tanh(x W + b)` before anything else.
+    /// `tanh(x W + b)` before anything else.
     pooler: Option<Linear>,
-    /// MPNet's, or one that was asked for.
+    /// The family's, or one that was asked for.
     hidden: Option<(Linear, HeadActivation)>,
     output: Linear,
 }
@@ -30,10 +31,12 @@ impl SequenceHead {
         initializer: Initializer,
     ) -> Result<Self, LoadError> {
         let c = config.hidden_size;
-        let pooler = match config.model_type {
-            Family::Bert if builder.has("pooler.dense") => Some(builder.linear("pooler.dense", c, c)?),
-            Family::Bert => Some(builder.fresh_linear("bert.pooler.dense", c, c, Initializer::Normal)),
-            Family::MpNet => None,
+        let family = config.model_type;
+        let names = &family.sequence_head;
+        let pooler = match names.pooler {
+            Some(name) if builder.has(name) => Some(builder.linear(name, c, c)?),
+            Some(name) => Some(builder.fresh_linear(&format!("{}{name}", family.prefix), c, c, Initializer::Normal)),
+            None => None,
         };
         let mut linear = |name: &str, inputs: i64, outputs: i64| {
             if keep {
@@ -42,16 +45,16 @@ impl SequenceHead {
                 Ok(builder.fresh_linear(name, inputs, outputs, initializer))
             }
         };
-        let (hidden, output) = match (config.athanor_head, config.model_type) {
+        let (hidden, output) = match (config.athanor_head, names.hidden) {
             (Some(head), _) => {
                 let hidden = linear("classifier.hidden", c, head.units)?;
                 (Some((hidden, head.activation)), linear("classifier.output", head.units, outputs)?)
             }
-            (None, Family::MpNet) => {
-                let hidden = linear("classifier.dense", c, c)?;
-                (Some((hidden, HeadActivation::Tanh)), linear("classifier.out_proj", c, outputs)?)
+            (None, Some(name)) => {
+                let hidden = linear(name, c, c)?;
+                (Some((hidden, HeadActivation::Tanh)), linear(names.output, c, outputs)?)
             }
-            (None, Family::Bert) => (None, linear("classifier", c, outputs)?),
+            (None, None) => (None, linear(names.output, c, outputs)?),
         };
         Ok(Self { pooler, hidden, output })
     }
@@ -92,12 +95,7 @@ pub struct MaskedLanguageModelHead {
 
 impl MaskedLanguageModelHead {
     pub fn load(builder: &mut Builder, config: &EncoderConfig, keep: bool) -> Result<Self, LoadError> {
-        let (dense, norm, bias) = match config.model_type {
-            Family::Bert => {
-                ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
-            }
-            Family::MpNet => ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
-        };
+        let MaskedHeadNames { dense, norm, bias } = config.model_type.masked_head;
         let c = config.hidden_size;
         Ok(Self {
             dense: if keep {
@@ -108,14 +106,6 @@ impl MaskedLanguageModelHead {
             norm: builder.plain_layer_norm(norm, c, config.layer_norm_eps, !keep)?,
             bias: builder.plain_bias(bias, config.vocab_size, !keep)?,
         })
-    }
-
-    /// Name of the bias, by which a file is known to have this head.
-    pub fn mark(family: Family) -> &'static str {
-        match family {
-            Family::Bert => "cls.predictions.bias",
-            Family::MpNet => "lm_head.bias",
-        }
     }
 
     /// Hidden states [N, C] of single tokens to logits [N, V].

@@ -95,9 +95,7 @@ impl Model {
         let mut weights = if options.fresh.is_some() { None } else { Some(sharded::load_folder(folder, device)?) };
         let keep_head = keep_head
             && (task != Task::MaskedLanguageModel
-                || weights
-                    .as_ref()
-                    .is_some_and(|weights| weights.contains(MaskedLanguageModelHead::mark(found.model_type))));
+                || weights.as_ref().is_some_and(|weights| weights.contains(found.model_type.masked_head.bias)));
         let mut config = with_options(found, options, layers.len());
         if !keep_head {
             config.athanor_head = options.hidden_head;
@@ -109,7 +107,7 @@ impl Model {
             Task::MaskedLanguageModel => config.with_architecture(MASKED_LANGUAGE_MODEL),
             Task::Embedding => config.with_architecture(PLAIN),
         };
-        let prefix = config.model_type.prefix();
+        let prefix = config.model_type.prefix;
         let mut builder =
             Builder::new(weights.as_mut(), prefix, &layers, config.initializer_range, options.seed, device);
         let encoder = Encoder::load(&mut builder, &config)?;
@@ -302,7 +300,7 @@ impl Model {
     pub fn save_quantized(&self, folder: &Path, activations: bool) -> Result<(), LoadError> {
         let names = self.matrices().into_iter().map(|(name, _)| name);
         let chosen =
-            names.chain([format!("{}embeddings.word_embeddings.weight", self.config.model_type.prefix())]).collect();
+            names.chain([format!("{}embeddings.word_embeddings.weight", self.config.model_type.prefix)]).collect();
         let mut config = self.config.clone();
         config.quantization_config = Some(quantize::config(activations));
         save(folder, &config, &quantize::quantized(&self.parameters, &chosen))

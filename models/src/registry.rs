@@ -1,13 +1,17 @@
-//! The list of decoder families by `model_type` of config.json. A new family is one file in `families/` and one line here.
+//! The families by `model_type` of config.json. A new family is one file in `families/` and one line here.
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{
+    builder,
+    config::EncoderConfig,
     families::{
-        Backbone,
+        Backbone, EncoderBackbone,
+        bert::Bert,
         gpt2::{Gpt2, Gpt2Config},
         llama::{Llama, LlamaConfig},
+        mpnet::MpNet,
     },
     load::LoadError,
     weights::builder::Builder,
@@ -28,6 +32,29 @@ type Load = fn(&mut Builder<'_>, &Value) -> Result<Loaded, LoadError>;
 
 const FAMILIES: [(&str, Load); 5] =
     [("gpt2", gpt2), ("llama", llama), ("mistral", llama), ("qwen2", llama), ("qwen3", llama)];
+
+type LoadEncoder = fn(&mut builder::Builder<'_>, &EncoderConfig) -> Result<Box<dyn EncoderBackbone>, LoadError>;
+
+const ENCODERS: [(&str, LoadEncoder); 2] = [
+    ("bert", |builder, config| Ok(Box::new(Bert::load(builder, config)?))),
+    ("mpnet", |builder, config| Ok(Box::new(MpNet::load(builder, config)?))),
+];
+
+/// Loads the encoder that `config` describes.
+///
+/// # Errors
+/// A tensor is missing or has another shape.
+///
+/// # Panics
+/// If a family of `families/encoders.rs` is not listed here.
+pub fn encoder(
+    builder: &mut builder::Builder<'_>,
+    config: &EncoderConfig,
+) -> Result<Box<dyn EncoderBackbone>, LoadError> {
+    let family = config.model_type.model_type;
+    let (_, load) = ENCODERS.iter().find(|(name, _)| *name == family).expect("each family is listed");
+    load(builder, config)
+}
 
 /// Loads the backbone that `config` describes.
 ///
@@ -78,4 +105,15 @@ fn llama(builder: &mut Builder<'_>, config: &Value) -> Result<Loaded, LoadError>
         max_length: config.max_position_embeddings as usize,
         tied_head: config.tie_word_embeddings,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::families::encoders::FAMILIES as NAMES;
+
+    #[test]
+    fn each_family_of_encoders_can_be_loaded() {
+        assert_eq!(ENCODERS.map(|(name, _)| name), NAMES.map(|family| family.model_type));
+    }
 }

@@ -43,7 +43,7 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
     let limits = config.limits;
     let tokenizer = Arc::new(TextTokenizer(Tokenizer::load(&path)?));
     let engine = "starting the engine's thread";
-    let model = if encoder.architectures.iter().any(|name| *name == format!("{}{PLAIN}", encoder.model_type.name())) {
+    let model = if encoder.architectures.iter().any(|name| *name == format!("{}{PLAIN}", encoder.model_type.name)) {
         let backend = TorchEmbedder::load(&path, device)?;
         let engine = encode::Engine::start(backend, &limits).context(engine)?;
         let vocabulary = usize::try_from(encoder.vocab_size).context("vocab_size")?;

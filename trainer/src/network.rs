@@ -52,7 +52,7 @@ impl Network {
         let (family, layers, size) = match self {
             Self::Encoder(model) => {
                 let config = model.config();
-                (config.model_type.name().to_owned(), config.num_hidden_layers as u64, config.hidden_size as u64)
+                (config.model_type.name.to_owned(), config.num_hidden_layers as u64, config.hidden_size as u64)
             }
             Self::Decoder(model) => {
                 let config = model.config();

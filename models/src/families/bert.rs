@@ -3,6 +3,7 @@
 
 use tch::Tensor;
 
+use super::EncoderBackbone;
 use crate::{
     builder::{Builder, Initializer},
     config::EncoderConfig,
@@ -23,12 +24,13 @@ const NAMES: LayerNames = LayerNames {
     attention_norm: "attention.output.LayerNorm",
 };
 
+/// Embeddings and layers.
 pub struct Bert {
-    pub word_embeddings: WordEmbeddings,
+    word_embeddings: WordEmbeddings,
     position_embeddings: Tensor,
     token_type_embeddings: Tensor,
     embeddings_norm: LayerNorm,
-    pub layers: Vec<Layer>,
+    layers: Vec<Layer>,
 }
 
 impl Bert {
@@ -47,14 +49,31 @@ impl Bert {
                 .collect::<Result<_, _>>()?,
         })
     }
+}
 
-    /// Ids [B, T] to what the first layer reads [B, T, C], and what its attention minds.
-    pub fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
+impl EncoderBackbone for Bert {
+    fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
         let t = ids.size()[1];
         let words = self.word_embeddings.forward(ids, config.pad_token_id);
         // One segment: every token has type 0.
         let embedded = words + self.position_embeddings.narrow(0, 0, t) + self.token_type_embeddings.get(0);
         let x = drop(&self.embeddings_norm.forward(&embedded), dropout);
         (x, Bias { mask: allowed(mask), relative: None })
+    }
+
+    fn word_embeddings(&self) -> &WordEmbeddings {
+        &self.word_embeddings
+    }
+
+    fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings {
+        &mut self.word_embeddings
+    }
+
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
     }
 }

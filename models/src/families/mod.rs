@@ -1,6 +1,7 @@
 //! One file for each family: layers, loading, forward pass, and for decoders the configuration.
 
 pub mod bert;
+pub mod encoders;
 pub mod gpt2;
 pub mod llama;
 pub mod mpnet;
@@ -9,9 +10,28 @@ use tch::Tensor;
 
 use crate::{
     batch::Batch,
+    config::EncoderConfig,
     kv_cache::{CacheShape, KvCache},
-    nn::linear::Projection,
+    nn::{
+        embeddings::WordEmbeddings,
+        encoder_layer::{Bias, Layer},
+        linear::Projection,
+    },
 };
+
+/// An encoder without its head.
+pub trait EncoderBackbone: Send {
+    /// Ids and mask [B, T] to what the first layer reads [B, T, C], and where attention may look.
+    fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias);
+
+    fn word_embeddings(&self) -> &WordEmbeddings;
+
+    fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings;
+
+    fn layers(&self) -> &[Layer];
+
+    fn layers_mut(&mut self) -> &mut [Layer];
+}
 
 /// A decoder without its output head.
 pub trait Backbone: Send {

@@ -3,6 +3,7 @@
 
 use tch::Tensor;
 
+use super::EncoderBackbone;
 use crate::{
     builder::{Builder, Initializer},
     config::EncoderConfig,
@@ -25,11 +26,12 @@ const NAMES: LayerNames = LayerNames {
 /// Distances beyond this share the last bucket of their side.
 const MAX_DISTANCE: f64 = 128.0;
 
+/// Embeddings and layers.
 pub struct MpNet {
-    pub word_embeddings: WordEmbeddings,
+    word_embeddings: WordEmbeddings,
     position_embeddings: Tensor,
     embeddings_norm: LayerNorm,
-    pub layers: Vec<Layer>,
+    layers: Vec<Layer>,
     /// [buckets, H].
     relative_attention_bias: Tensor,
 }
@@ -54,9 +56,10 @@ impl MpNet {
                 .collect::<Result<_, _>>()?,
         })
     }
+}
 
-    /// Ids [B, T] to what the first layer reads [B, T, C], and what its attention minds.
-    pub fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
+impl EncoderBackbone for MpNet {
+    fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
         let t = ids.size()[1];
         let words = self.word_embeddings.forward(ids, config.pad_token_id);
         // Padding is at the end, where its position does not matter: nothing looks at it.
@@ -65,6 +68,22 @@ impl MpNet {
         let buckets = Tensor::from_slice(&buckets(t, config.relative_buckets())).view([t, t]).to_device(ids.device());
         let relative = Tensor::embedding(&self.relative_attention_bias, &buckets, -1, false, false);
         (x, Bias { mask: allowed(mask), relative: Some(relative.permute([2, 0, 1]).unsqueeze(0)) })
+    }
+
+    fn word_embeddings(&self) -> &WordEmbeddings {
+        &self.word_embeddings
+    }
+
+    fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings {
+        &mut self.word_embeddings
+    }
+
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
     }
 }
 
