@@ -219,6 +219,8 @@ pub fn save(path: &Path, named: &[(String, Tensor)]) -> Result<(), LoadError> {
 
 #[cfg(test)]
 mod tests {
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
     use super::*;
 
     #[test]
@@ -249,6 +251,15 @@ mod tests {
         std::fs::write(&path, &bytes[..bytes.len() - 5]).unwrap();
         let error = load().err().unwrap().to_string();
         assert!(error.contains("not a whole safetensors file"), "{error}");
+
+        let seed = rand::random();
+        let mut random = StdRng::seed_from_u64(seed);
+        for _ in 0..200 {
+            let length = random.random_range(0..bytes.len());
+            std::fs::write(&path, &bytes[..length]).unwrap();
+            let error = load().err().unwrap_or_else(|| panic!("{length} bytes are read, seed {seed}")).to_string();
+            assert!(error.contains("model.safetensors: not a whole safetensors file"), "{error}, seed {seed}");
+        }
 
         std::fs::remove_file(&path).unwrap();
         std::fs::write(folder.path().join("pytorch_model.bin"), b"").unwrap();

@@ -194,6 +194,70 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     Ok(())
 }
 
+/// A specification with as many entries in each list that a rule reads as the schema allows, and names of the longest
+/// kind.
+fn largest_spec() -> Value {
+    let name = |index: usize| format!("{index:02}{}", "s".repeat(61));
+    let ranges: Vec<Value> = (0..1024).map(|partition| json!({"partition": partition, "begin": 0, "end": 9})).collect();
+    let sources: Vec<Value> = (0..32)
+        .map(|index| {
+            let kafka = json!({"bootstrapServers": "kafka:9092", "topic": "t", "ranges": ranges});
+            json!({"name": name(index), "kafka": kafka})
+        })
+        .collect();
+    let gates: Vec<Value> = (0..32)
+        .map(|_| json!({"metric": "Accuracy", "minimumGain": "0.1", "sources": (0..32).map(name).collect::<Vec<_>>()}))
+        .collect();
+    let names = "accumulateSteps batchSize beta1 beta2 clipNorm dropout epsilon l1 l2 learningRate maxSequenceLength momentum \
+                 seed warmupRatio weightDecay epochs";
+    let parameters: Vec<Value> = names
+        .split_whitespace()
+        .map(|name| json!({"name": name, "values": (0..64).map(|value| value as f64 / 1e4).collect::<Vec<f64>>()}))
+        .collect();
+    let terms = vec![
+        json!({"weight": 1.0, "hiddenState": {"layers": (0..128).map(|_| json!({"teacher": 1, "student": 1})).collect::<Vec<_>>()}});
+        16
+    ];
+    json!({
+        "model": {
+            "from": "s3://bucket/model", "task": "TextClassification",
+            "labels": (0..1024).map(|index| format!("label {index}")).collect::<Vec<_>>(),
+            "student": {"keepLayers": (0..128).collect::<Vec<_>>()},
+        },
+        "teacher": {"from": "s3://bucket/teacher"},
+        "objective": {"terms": terms},
+        "data": {"sources": sources},
+        "hyperparameters": {"search": {"parameters": parameters}},
+        "evaluate": {"baseline": "s3://bucket/baseline", "gates": gates},
+        "compress": vec![json!({"quantize": {"method": "Int8Dynamic"}}); 8],
+        "output": {"to": "s3://bucket/out"},
+    })
+}
+
+/// The API server gives up on a rule whose evaluation costs too much: no list may be so long that this happens.
+#[tokio::test]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn the_largest_manifests_are_within_the_cost_limits_of_the_rules() -> Result<()> {
+    let server = ApiServer::start().await?;
+    let job = job(|spec| *spec = largest_spec());
+    create(&server.client, &job).await.unwrap_or_else(|error| panic!("{}", &error[..error.len().min(2000)]));
+    let deployment = deployment(|spec| {
+        let mut template = largest_spec();
+        // One source is added for the recorded events.
+        template["data"]["sources"].as_array_mut().unwrap().pop();
+        let steps = (1..=32).map(|step| json!({"trafficPercent": 3 * step + 4})).collect::<Vec<_>>();
+        *spec = json!({
+            "model": {"fromJob": {"name": "first"}},
+            "rollout": {"canary": {"steps": steps}},
+            "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}, "redact": vec!["[0-9]{4,}"; 16]},
+            "monitor": {},
+            "retrain": {"template": {"spec": template}},
+        });
+    });
+    create(&server.client, &deployment).await.unwrap_or_else(|error| panic!("{}", &error[..error.len().min(2000)]));
+    Ok(())
+}
+
 #[tokio::test]
 #[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
 async fn every_example_is_taken() -> Result<()> {

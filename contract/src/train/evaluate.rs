@@ -31,8 +31,8 @@ pub struct EvaluateSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GenerationSpec {
-    /// Largest number of rows for which an answer is generated: the first ones of the part, in the order of the
-    /// sources and their rows.
+    /// Largest number of rows for which an answer is generated: evenly spaced over the part, so that each source has
+    /// its share.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub samples: u32,
     /// Largest number of tokens of an answer.

@@ -250,7 +250,7 @@ impl Columns for LanguageRows {
         let mut tokens = Tokens::new(found.chunks(3).map(|row| [row[0], row[1], row[2]]).collect());
         if measuring.generates {
             let asked: Vec<usize> = (0..rows.len()).filter(|&row| self.questions[row].is_some()).collect();
-            let asked = &asked[..asked.len().min(self.generation.samples as usize)];
+            let asked = &evenly_spaced(&asked, self.generation.samples as usize);
             let questions: Vec<&Question> = asked.iter().filter_map(|&row| self.questions[row].as_ref()).collect();
             let limits = generate::Limits {
                 max_new_tokens: self.generation.max_new_tokens as usize,
@@ -262,5 +262,26 @@ impl Columns for LanguageRows {
             tokens.answer(asked, &questions, &generated, &self.tokenizer);
         }
         Ok(Box::new(tokens))
+    }
+}
+
+/// At most `most` of the rows, at equal distances: rows are in the order of their sources, so that each source has its
+/// share.
+fn evenly_spaced(rows: &[usize], most: usize) -> Vec<usize> {
+    let kept = rows.len().min(most);
+    (0..kept).map(|place| rows[place * rows.len() / kept]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_source_has_its_share_of_the_answers() {
+        let rows: Vec<usize> = (100..200).collect();
+        assert_eq!(evenly_spaced(&rows, 4), [100, 125, 150, 175]);
+        assert_eq!(evenly_spaced(&rows, 1000), rows);
+        assert_eq!(evenly_spaced(&rows, 99).len(), 99);
+        assert_eq!(evenly_spaced(&[], 4), [0_usize; 0]);
     }
 }
