@@ -58,7 +58,7 @@ bench-data: setup ## memory and time of preparing ten million rows
 bench-train: setup ## training speed, memory and start side by side with transformers' Trainer
 	@scripts/bench train
 
-bench-serve: setup ## tokens a second side by side with llama.cpp
+bench-serve: setup ## tokens and requests a second side by side with llama.cpp and onnxruntime
 	@scripts/bench serve
 
 demo: ## the whole loop on a real single-node Kubernetes

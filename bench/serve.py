@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Serving a language model side by side: athanor-server and llama.cpp's server (xllamacpp), the same SmolLM2-135M, the same requests.
+"""Serving side by side, in turns: a language model next to llama.cpp's server (xllamacpp), encoders next to onnxruntime.
 
-Measures tokens a second at 1 and 16 streams and the prefill of a prompt of 512 tokens, in turns; llama.cpp at the best of its formats
-(Q4_1 as shipped, Q4_0, Q8_0 made from it) with flash attention on and off. Prints a table and writes bench/results/serve.json. `make
-bench-serve` installs what it needs and runs it.
+Measures tokens a second of SmolLM2-135M at 1 and 16 streams and the prefill of a prompt of 512 tokens; llama.cpp at the best of its
+formats (Q4_1 as shipped, Q4_0, Q8_0 made from it) with flash attention on and off. Then requests a second of MiniLM-L6, see
+serve_encoders.py. Prints tables and writes bench/results/serve.json. `make bench-serve` installs what it needs and runs it.
 """
 import argparse, concurrent.futures, contextlib, json, os, pathlib, socket, statistics, subprocess, sys, tempfile, time
 
 import numpy as np
 import requests
+
+import serve_encoders
 
 TOKENS, PROMPT = 64, 512
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,23 +62,29 @@ def requantized(kind, to):
 
 
 @contextlib.contextmanager
-def ours(weights):
-    """Our server with one format of weights."""
+def server(folder, **more):
+    """Our server with the model of a folder: its port and its process."""
     with tempfile.TemporaryDirectory() as work:
         port = free_port()
         config = pathlib.Path(work) / "serve.json"
         config.write_text(json.dumps({
-            "modelName": "bench", "revision": "bench-1", "modelUri": f"file://{MODEL}", "httpPort": port, "grpcPort": free_port(),
-            "engine": {"weights": weights, "maxModelLength": 1024, "kvCacheMemory": 1 << 30},
+            "modelName": "bench", "revision": "bench-1", "modelUri": f"file://{folder}", "httpPort": port, "grpcPort": free_port(), **more,
         }))
         with open(pathlib.Path(work) / "log", "w") as log:
             process = subprocess.Popen([SERVER, "--address", "127.0.0.1", "--config", config], env=OURS, stdout=log, stderr=log)
         try:
             wait(f"http://127.0.0.1:{port}/readyz", process)
-            yield f"http://127.0.0.1:{port}/v1", "bench"
+            yield port, process.pid
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def ours(weights):
+    """Our server with the language model in one format of weights."""
+    with server(MODEL, engine={"weights": weights, "maxModelLength": 1024, "kvCacheMemory": 1 << 30}) as (port, _):
+        yield f"http://127.0.0.1:{port}/v1", "bench"
 
 
 @contextlib.contextmanager
@@ -130,10 +138,8 @@ def measure(base, model, turn):
     return {"1 stream, tokens/s": one, "16 streams, tokens/s": many, "prefill, tokens/s": prompt / (time.monotonic() - began)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3, help="turns of each server (default: %(default)s)")
-    options = parser.parse_args()
+def language_models(runs):
+    """Entries for bench/results/serve.json."""
     import gguf
 
     with tempfile.TemporaryDirectory() as work:
@@ -147,7 +153,7 @@ def main():
                 kind = f"LLAMA_FLASH_ATTN_TYPE_{flash}"
                 servers[f"llama.cpp {name}, flash attention {flash.lower()}"] = (theirs, (file, kind))
         found = {}
-        for turn in range(options.runs):
+        for turn in range(runs):
             order = list(servers) if turn % 2 == 0 else list(servers)[::-1]
             for name in order:
                 start, arguments = servers[name]
@@ -168,7 +174,24 @@ def main():
             "peer_name": peer, "unit": "tokens/s", "ratio": ratio, "target": None,
             "runs": {name: rows[what] for name, rows in found.items()},
         })
-    (ROOT / "bench/results/serve.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="turns of each server (default: %(default)s)")
+    parser.add_argument("--only", choices=["language-models", "encoders"], help="one half; the other's results stay")
+    options = parser.parse_args()
+    file = ROOT / "bench/results/serve.json"
+    is_encoders = lambda entry: entry["name"].startswith("MiniLM")
+    kept = json.loads(file.read_text()) if options.only and file.exists() else []
+    results = [entry for entry in kept if is_encoders(entry) == (options.only == "language-models")]
+    if options.only != "encoders":
+        results = language_models(options.runs) + results
+    if options.only != "language-models":
+        with tempfile.TemporaryDirectory() as work:
+            results += serve_encoders.measure(server, pathlib.Path(work), options.runs)
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

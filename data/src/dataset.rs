@@ -14,9 +14,9 @@ pub struct Dataset {
     pub digest: String,
     /// What cleaning did, if it was asked for.
     pub cleaning: Option<CleaningReport>,
-    /// For each row the number of its cluster of near duplicates, if they were sought: the split keeps a cluster together.
+    /// Number of each row's cluster of near duplicates, if they were sought: the split keeps a cluster together.
     pub clusters: Option<Vec<u32>>,
-    /// For each row whether its label is a model's word and not the data's; empty where none is.
+    /// Whether a model gave the row its label, for each row; empty if none did.
     pub annotated: Vec<bool>,
 }
 

@@ -45,7 +45,7 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     let identities: Vec<Identity> =
         std::iter::zip(&spec.sources, &contents).map(|(source, content)| Identity { source, content }).collect();
     let identity = match &spec.clean {
-        // As it has always been: a digest names checkpoints.
+        // This form never changes: a digest names checkpoints.
         None => serde_json::to_vec(&(identities, &spec.split)),
         Some(clean) => serde_json::to_vec(&(identities, &spec.split, clean)),
     };

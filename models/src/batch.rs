@@ -9,7 +9,7 @@ pub struct Batch {
     /// Position of each token in its sequence, [N].
     pub positions: Tensor,
     lengths: Vec<i64>,
-    /// For each sequence the cache's slots of all its tokens so far, the new ones last, [t]; none without a cache.
+    /// Cache slots of all tokens of each sequence so far, the new ones last, [t]; none without a cache.
     slots: Vec<Tensor>,
 }
 

@@ -27,7 +27,7 @@ pub enum Initializer {
 pub struct Builder<'a> {
     /// Absent: everything is drawn.
     weights: Option<&'a mut Weights>,
-    /// In front of the encoder's names in the model, such as `bert.`.
+    /// Prefix of the encoder's names in the model, such as `bert.`.
     prefix: &'static str,
     /// The same in the file: it may be nothing.
     file_prefix: &'static str,

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 /// Name of the weights in a model folder.
 pub const WEIGHTS: &str = "model.safetensors";
-/// As the format's own library has it, in bytes.
+/// Largest header in bytes, the limit of the format's own library.
 const LONGEST_HEADER: u64 = 100_000_000;
 
 /// Why a model folder cannot be used. All of these are for the user to mend.
@@ -89,7 +89,7 @@ impl Weights {
             Kind::Float => Ok(tensor),
             Kind::Half | Kind::BFloat16 | Kind::Double => Ok(tensor.f_to_kind(Kind::Float)?),
             Kind::Int8 => {
-                // As compressed-tensors has it: whole numbers, and a scale for each row.
+                // The notation of compressed-tensors: whole numbers, and a scale for each row.
                 let Some(scale) = self.tensors.remove(&format!("{name}_scale")) else {
                     return Err(refused(format!("its dtype is Int8, but {name}_scale is missing")));
                 };

@@ -36,7 +36,7 @@ pub enum Task {
 /// How a model differs from the one in the folder.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Of layers that are in no file.
+    /// Seed of layers that are in no file.
     pub seed: u64,
     /// Layers that a student keeps of the folder's, counted from 0, in this order. Absent: all.
     pub keep_layers: Option<Vec<usize>>,
@@ -44,11 +44,11 @@ pub struct Options {
     pub fresh: Option<Shape>,
     /// A hidden layer in the head.
     pub hidden_head: Option<HiddenHead>,
-    /// Of the head's weights.
+    /// Initializer of the head's weights.
     pub initializer: Initializer,
-    /// Before the head's layers.
+    /// Dropout before the head's layers.
     pub head_dropout: Option<f64>,
-    /// In the encoder, of hidden states and of attention.
+    /// Dropout of hidden states and of attention in the encoder.
     pub dropout: Option<f64>,
 }
 

@@ -138,7 +138,7 @@ impl Tokenizer {
         Ok(Self { inner, specials })
     }
 
-    /// For masked language models; `None` if the vocabulary has no mask.
+    /// Tokens for masking; `None` if the vocabulary has no mask.
     pub fn mask_tokens(&self) -> Option<MaskTokens> {
         let mask = ["[MASK]", "<mask>"].iter().find_map(|name| self.inner.token_to_id(name))?;
         let vocabulary = u32::try_from(self.inner.get_vocab_size(true)).ok()?;
@@ -196,7 +196,7 @@ impl Tokenizer {
             .collect()
     }
 
-    /// As [`Self::encode_batch`], of many texts with little memory beside the ids.
+    /// Encodes like [`Self::encode_batch`], for many texts, with little memory besides the ids.
     pub fn encode_rows<'t>(
         &self,
         texts: impl IntoIterator<Item = &'t str>,
@@ -233,7 +233,7 @@ pub fn pad(batch: &[&[u32]], pad_id: i64) -> (Tensor, Tensor) {
 mod tests {
     use super::*;
 
-    /// Of whole words, between the first two tokens, which are special.
+    /// Tokens of whole words, between the two special tokens.
     fn tokenizer(words: &[&str]) -> Tokenizer {
         let vocabulary: serde_json::Map<_, _> =
             words.iter().zip(0..).map(|(&word, id)| (word.into(), id.into())).collect();

@@ -38,7 +38,7 @@ struct AppliedChild {
 struct Record {
     /// Newest write by kind.
     written: HashMap<String, Written>,
-    /// By kind and name.
+    /// Entries by kind and name.
     applied: HashMap<(String, String), AppliedChild>,
 }
 

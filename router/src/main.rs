@@ -40,10 +40,10 @@ struct Arguments {
     /// The ConfigMap whose key router.json is followed.
     #[arg(long, env = variable::CONFIG_MAP, required_unless_present = "config_file")]
     config_map: Option<String>,
-    /// Without Kubernetes: the file to follow instead of the ConfigMap.
+    /// File to follow instead of the ConfigMap, to run without Kubernetes.
     #[arg(long, conflicts_with_all = ["namespace", "config_map"])]
     config_file: Option<PathBuf>,
-    /// Without Kubernetes: endpoints, each revision=host:httpPort[:grpcPort].
+    /// Endpoints to run without Kubernetes, each revision=host:httpPort[:grpcPort].
     #[arg(long, value_delimiter = ',', requires = "config_file")]
     endpoints: Vec<EndpointArgument>,
     /// Address to listen on.

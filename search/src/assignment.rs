@@ -27,7 +27,7 @@ impl Assignment {
         digest
     }
 
-    /// As texts, for a status.
+    /// The values as texts, for a status.
     pub fn to_strings(&self) -> BTreeMap<String, String> {
         self.0.iter().map(|(name, setting)| (name.to_string(), setting.to_string())).collect()
     }

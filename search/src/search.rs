@@ -126,7 +126,7 @@ impl Search {
     /// What a trial trains in a rung: the assignment's values and, below the last rung, a shorter training.
     ///
     /// # Errors
-    /// As [`apply`].
+    /// See [`apply`].
     pub fn specification(&self, assignment: &Assignment, rung: usize, spec: &TrainSpec) -> Result<TrainSpec, String> {
         let mut spec = apply(assignment, spec)?;
         if let Some(budget) = self.budgets.get(rung).filter(|_| rung + 1 < self.budgets.len()) {

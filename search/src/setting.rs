@@ -14,7 +14,7 @@ pub enum Setting {
 }
 
 impl Setting {
-    /// As JSON: a whole number has no fraction there, since fields of whole numbers take none.
+    /// The value in JSON; a whole number has no fraction, since fields of whole numbers accept none.
     pub(crate) fn to_json(&self) -> Value {
         match self {
             Self::Number(number) if number.fract() == 0.0 && number.abs() < (1_u64 << 53) as f64 => {
@@ -43,7 +43,7 @@ impl fmt::Display for Setting {
 }
 
 impl From<&str> for Setting {
-    /// What `Display` wrote.
+    /// Parses the text that `Display` wrote.
     fn from(text: &str) -> Self {
         text.parse().map_or_else(|_| Self::Name(text.to_owned()), Self::Number)
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 pub struct Spread {
     pub mean: f64,
-    /// Of the sample, with one degree of freedom less than values; 0 for a single value.
+    /// Standard deviation of the sample (n - 1); 0 for a single value.
     pub deviation: f64,
     /// Values it is about.
     pub count: usize,

@@ -16,7 +16,7 @@ const PART: usize = 32 << 20;
 pub struct Location {
     pub store: Arc<dyn ObjectStore>,
     pub path: Path,
-    /// As the user wrote it, for messages.
+    /// The URI as the user wrote it, for messages.
     pub uri: String,
 }
 
@@ -44,7 +44,7 @@ pub fn open(uri: &str) -> Result<Location, StoreError> {
         .map(|(name, value)| (if name == "aws_endpoint_url" { "aws_endpoint".to_owned() } else { name }, value))
         // A plain-text endpoint is one the user wrote down as such.
         .chain([("allow_http".to_owned(), "true".to_owned())])
-        // Of one request, body included: the client's default of 30 s is too short for a model on a slow line.
+        // The timeout of one request, body included: the default of 30 s is too short for a model on a slow line.
         .chain([("timeout".to_owned(), "15m".to_owned()), ("read_timeout".to_owned(), "60s".to_owned())]);
     settle_tls();
     let (store, path) = object_store::parse_url_opts(&url, options).map_err(|error| invalid(error.to_string()))?;
@@ -84,7 +84,7 @@ impl Location {
     /// Writes the whole object; it appears complete or not at all. Gives its ETag, where the store tells it.
     pub async fn write(&self, bytes: Bytes) -> Result<Option<String>, StoreError> {
         if bytes.len() > PART && !self.uri.starts_with("http") {
-            // In parts, so that a lost connection costs one of them; complete when the last is there.
+            // Parts, so that a lost connection costs one of them; the object is complete when the last is there.
             let upload = self.store.put_multipart(&self.path).await.map_err(|error| self.error(error))?;
             let mut parts = WriteMultipart::new_with_chunk_size(upload, PART);
             parts.put(bytes);

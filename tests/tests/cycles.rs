@@ -1,4 +1,5 @@
-//! The files of a crate depend on each other in one direction, and none of them is longer than 500 lines.
+//! The files of a crate depend on each other in one direction, and none of them is longer than 500 lines. (clippy refuses
+//! functions of more than 80: clippy.toml.)
 //!
 //! A file depends on another one if its production code names an item of that file: by a path that begins with `crate`,
 //! `super` or `self`, or with the name of a module that the file declares. A re-export (`pub use`) is no dependency of

@@ -20,7 +20,7 @@ pub enum Backend {
     Nccl,
 }
 
-/// Where the ranks of a process group find each other.
+/// The address at which the ranks of a process group find each other.
 #[derive(Clone, Debug)]
 pub struct Rendezvous<'a> {
     /// Address of rank 0, which runs the store; rank 0 itself may pass 127.0.0.1.
@@ -30,7 +30,7 @@ pub struct Rendezvous<'a> {
     pub bind_host: &'a str,
     pub rank: usize,
     pub world: usize,
-    /// For the rendezvous and for each collective.
+    /// Time limit of the rendezvous and of each collective.
     pub timeout: Duration,
 }
 

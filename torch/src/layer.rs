@@ -25,7 +25,7 @@ pub struct LayerCall<'a> {
     pub heads: i64,
     /// Only each text's first token asks and goes on.
     pub first_token: bool,
-    /// Of the inner layer; [`Activation::Identity`] is refused.
+    /// Activation of the inner layer; [`Activation::Identity`] is refused.
     pub activation: Activation,
     pub attention_dropout: f64,
     pub hidden_dropout: f64,

@@ -14,7 +14,7 @@ const TYPICAL_ROWS: i64 = 256;
 pub enum Activation {
     Identity,
     Relu,
-    /// By the error function.
+    /// The exact form, by the error function.
     Gelu,
     /// The tanh approximation.
     GeluTanh,

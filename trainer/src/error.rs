@@ -41,7 +41,7 @@ impl TrainError {
         }
     }
 
-    /// For `map_err`: a file or folder that cannot be read or written.
+    /// A file or folder that cannot be read or written; for `map_err`.
     pub fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |error| Self::Other(format!("{}: {error}", path.display()))
     }

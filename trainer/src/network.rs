@@ -16,7 +16,7 @@ impl Network {
     /// The encoder of an encoder's task.
     ///
     /// # Errors
-    /// As [`ModelRef::encoder`].
+    /// See [`ModelRef::encoder`].
     pub fn encoder(&self) -> Result<&Model, TrainError> {
         ModelRef::from(self).encoder()
     }

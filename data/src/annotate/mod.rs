@@ -84,7 +84,7 @@ pub async fn annotate(
 pub struct Estimate {
     /// One for each sample of each different text.
     pub questions: u64,
-    /// Of all prompts, reckoned from their bytes; endpoints count fewer.
+    /// Tokens of all prompts, estimated from their bytes; endpoints count fewer.
     pub input_tokens: u64,
 }
 

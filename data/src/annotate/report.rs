@@ -30,7 +30,7 @@ pub struct AnnotationReport {
     pub output_tokens: u64,
     /// Whether some tokens are reckoned from the length of the texts, because the endpoint did not tell.
     pub tokens_estimated: bool,
-    /// In the currency of the prices; absent without prices.
+    /// Cost in the currency of the prices; absent without prices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cost: Option<f64>,
     /// Whether `maximumCost` ended it.

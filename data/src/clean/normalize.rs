@@ -3,14 +3,14 @@
 
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
-/// Without control characters (Unicode's category Cc) other than those that are whitespace. Characters that join or direct others
+/// Removes control characters (Unicode's category Cc) other than whitespace. Characters that join or direct others
 /// (zero-width joiners, direction marks) stay: emoji and many scripts are made of them.
 pub(super) fn without_control_characters(text: &str) -> Option<String> {
     let unwanted = |c: char| c.is_control() && !c.is_whitespace();
     text.contains(unwanted).then(|| text.chars().filter(|&c| !unwanted(c)).collect())
 }
 
-/// In Normalization Form C (Unicode Standard Annex 15).
+/// Converts to Normalization Form C (Unicode Standard Annex 15).
 pub(super) fn composed(text: &str) -> Option<String> {
     (!text.is_ascii() && !is_nfc(text)).then(|| text.nfc().collect())
 }

@@ -20,7 +20,7 @@ const RETRIES: usize = 3;
 
 pub(super) struct Object {
     location: Location,
-    /// As the listing gave it.
+    /// Size in bytes as listed.
     size: Option<u64>,
     /// A web address with a query, which the store's client would leave out. The query may be a secret: no message has
     /// it.
@@ -116,7 +116,7 @@ async fn open_url(url: &str, uri: &str) -> Result<Opened, DataError> {
         .read_timeout(Duration::from_secs(60))
         .build()
         .map_err(failed)?;
-    // As the store's client does: what comes to nothing before the first byte is tried again.
+    // A request that fails before its first byte is tried again, as the store's client does.
     let passes = |status: StatusCode| {
         status.is_server_error() || [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&status)
     };

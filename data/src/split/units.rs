@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::Rows;
 
-/// For each row, the row whose key decides; without groups and clusters each row decides for itself.
+/// The row whose key decides, for each row; without groups and clusters each row decides for itself.
 pub(super) struct Units<'a> {
     rows: &'a Rows,
     deciding: Option<Vec<u32>>,

@@ -29,7 +29,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{config::PAUSE, publisher::Publisher};
 
-/// For one question to the broker.
+/// Time limit of one question to the broker.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between looks at the ends of the partitions, and at their number.
 const LAG_PERIOD: Duration = Duration::from_secs(5);

@@ -16,15 +16,15 @@ use crate::{
 };
 
 const PARTITIONS: i32 = 3;
-/// For one question to the broker.
+/// Time limit of one question to the broker.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between attempts while Kafka is away.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
-/// For one replayed event; longer than librdkafka's own message timeout.
+/// Time limit of one replayed event; longer than librdkafka's own message timeout.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Replayed events sent and not acknowledged.
 const REPLAY_WINDOW: usize = 512;
-/// For emptying the disk at the end.
+/// Time limit for emptying the disk at shutdown.
 const LAST_ATTEMPT: Duration = Duration::from_secs(4);
 /// Looks for leftover segments even if nothing wakes the task.
 const IDLE: Duration = Duration::from_secs(5);

@@ -8,9 +8,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 pub struct Family {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// Of the names of architectures: `BertModel`, `MPNetForMaskedLM`.
+    /// First part of the names of architectures: `BertModel`, `MPNetForMaskedLM`.
     pub name: &'static str,
-    /// In front of the encoder's tensors in a checkpoint of a model with a head.
+    /// Prefix of the encoder's tensors in a checkpoint of a model with a head.
     pub prefix: &'static str,
     /// Positions are counted from the one behind the padding token's id, not from 0.
     pub positions_follow_padding: bool,

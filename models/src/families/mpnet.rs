@@ -97,7 +97,7 @@ fn buckets(tokens: i64, buckets: i64) -> Vec<i64> {
         let within = if size < exact {
             size
         } else {
-            // In f32, as transformers computes: a distance at a border must fall on the same side.
+            // f32, as in transformers: a distance at a border must fall on the same side.
             let share = (size as f32 / exact as f32).ln() / ((MAX_DISTANCE / exact as f64).ln() as f32);
             (exact + (share * (side - exact) as f32) as i64).min(side - 1)
         };

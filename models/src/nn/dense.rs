@@ -9,7 +9,7 @@ use crate::{config::Activation, load::LoadError};
 
 /// `x W^T + b`.
 pub struct Linear {
-    /// In front of `.weight` and `.bias` in a checkpoint.
+    /// Name in a checkpoint, without `.weight` and `.bias`.
     pub name: String,
     pub weight: Tensor,
     pub bias: Tensor,

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{builder::Builder, config::EncoderConfig, load::LoadError};
 
-/// Where attention may look, and how much it would like to.
+/// Mask and bias of attention.
 #[derive(Default)]
 pub struct Bias {
     /// True where attention may look, broadcast to [B, H, T, T]; absent: everywhere.
@@ -33,7 +33,7 @@ pub struct LayerNames {
 
 /// A transformer layer that normalises behind each half (Vaswani et al. 2017).
 pub struct Layer {
-    /// For inference query, key and value are one product, or key and value alone where few tokens have queries.
+    /// Query, key and value as one product, for inference; key and value alone if only the first token has a query.
     packed: Option<Linear>,
     query: Linear,
     key: Linear,
@@ -107,7 +107,7 @@ impl Layer {
         self.output_norm.forward(&(out + x))
     }
 
-    /// What the layer does, as one operation with its gradient, where gradients are wanted and the device has it.
+    /// The layer as one operation with its gradient, if gradients are required and the device has the operation.
     fn trained_call<'a>(
         &'a self,
         x: &Tensor,

@@ -33,7 +33,7 @@ impl Rotary {
     pub fn new(theta: f64, head_dim: i64, scaling: &RopeScaling, device: Device) -> Self {
         let frequencies: Vec<f32> = (0..head_dim / 2)
             .map(|pair| {
-                // In f32, as transformers computes.
+                // f32, as in transformers.
                 let exponent = (2 * pair) as f32 / head_dim as f32;
                 scaled(1.0 / (theta as f32).powf(exponent), scaling)
             })

@@ -35,7 +35,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct TokenBytes {
     decoding: Decoding,
-    /// By id; `None` for an id without a token.
+    /// The token of each id; `None` for an id without a token.
     entries: Vec<Option<Entry>>,
 }
 

@@ -120,7 +120,7 @@ pub struct Revision {
 pub struct Snapshot {
     /// Absent until the first valid configuration.
     pub config: Option<Arc<Configuration>>,
-    /// In the order of the configuration.
+    /// Revisions in the order of the configuration.
     pub revisions: Vec<Revision>,
     /// The endpoints of every revision have been listed at least once.
     pub synced: bool,

@@ -28,9 +28,9 @@ pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
 pub struct Policy {
     /// Further attempts after the first, of those that a server took on.
     pub retries: u32,
-    /// For everything together.
+    /// Time limit of the whole request.
     pub timeout: Duration,
-    /// For one attempt, up to its answer, or up to the head of an answer that is a stream.
+    /// Time limit of one attempt, up to its answer, or up to the head of an answer that is a stream.
     pub attempt_timeout: Duration,
     /// How long a request waits, all in all, while there is no endpoint.
     pub wait: Duration,
@@ -43,14 +43,14 @@ impl Policy {
         Self { retries: limits.retries, timeout, attempt_timeout: timeout / 2, wait: Duration::from_secs(5) }
     }
 
-    /// For a request to a language model, which may take the whole time in its first attempt.
+    /// The bounds of a request to a language model, which may take the whole time in its first attempt.
     pub fn generation(limits: &RouterLimits) -> Self {
         let timeout = Duration::from_secs(limits.max_request_seconds.max(1));
         Self { timeout, attempt_timeout: timeout, ..Self::new(limits) }
     }
 }
 
-/// What one attempt came to.
+/// The outcome of one attempt.
 pub enum Attempt<T> {
     /// The answer to hand on; `ok` is false when it is the server's fault.
     Answer { answer: T, ok: bool },
@@ -71,7 +71,7 @@ pub enum Attempt<T> {
 pub struct Forwarded<T> {
     pub answer: T,
     pub revision: Arc<str>,
-    /// Of the last attempt.
+    /// Latency of the last attempt.
     pub latency: Duration,
     /// Counts the request as load of the endpoint. It lives as long as the answer is being read.
     pub outstanding: Outstanding,
@@ -107,7 +107,7 @@ impl ForwardError {
     }
 }
 
-/// What the attempts of a request came to so far.
+/// The outcomes of a request's attempts so far.
 struct SoFar<T> {
     /// The newest answer that is worth less than another attempt.
     fallback: Option<Forwarded<T>>,

@@ -9,7 +9,7 @@ use super::endpoints::{Endpoint, Revision, Snapshot};
 /// Who may answer a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// By weight, with this uniform hash; when the chosen revision has no endpoint, another with weight.
+    /// A revision by weight, chosen by this uniform hash; if it has no endpoint, another one with weight.
     Weighted(u64),
     /// This revision alone, whatever its weight.
     Pinned(String),

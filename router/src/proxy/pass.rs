@@ -82,7 +82,7 @@ pub fn id(parts: &Parts) -> Result<RequestId, ApiError> {
     parts.extensions.get::<RequestId>().cloned().ok_or_else(missing)
 }
 
-/// By weight, or the revision that `x-athanor-revision` names.
+/// The target of a request: by weight, or the revision that `x-athanor-revision` names.
 pub fn target(snapshot: &Snapshot, headers: &HeaderMap, hash: u64) -> Result<Target, ApiError> {
     let Some(pinned) = headers.get(headers::REVISION) else { return Ok(Target::Weighted(hash)) };
     let name = String::from_utf8_lossy(pinned.as_bytes()).into_owned();

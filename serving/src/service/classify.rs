@@ -23,7 +23,7 @@ pub struct Classifier {
 pub struct Classification {
     /// Index into [`Classifier::labels`] of the most probable label.
     pub label: usize,
-    /// In the order of [`Classifier::labels`].
+    /// One probability for each label, in the order of [`Classifier::labels`].
     pub probabilities: Vec<f32>,
 }
 

@@ -56,7 +56,7 @@ pub struct Compression<'a> {
     pub sources: &'a [String],
     pub train: &'a Encoded,
     pub test: &'a Encoded,
-    /// For gates.
+    /// Other models, for gates that compare.
     pub others: Others<'a>,
     /// Scratch folder.
     pub work: &'a Path,

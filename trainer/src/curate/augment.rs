@@ -43,7 +43,7 @@ impl AugmentReport {
     }
 }
 
-/// For words of the teacher's vocabulary, those that are nearest to them.
+/// The nearest neighbours of words of the teacher's vocabulary.
 pub struct Neighbours {
     of: HashMap<String, Vec<u32>>,
     words: Vec<String>,

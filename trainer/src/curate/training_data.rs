@@ -201,7 +201,7 @@ impl TrainingContext<'_> {
     /// and for tasks whose teacher answers at each step.
     ///
     /// # Errors
-    /// As [`Online::load`].
+    /// See [`Online::load`].
     pub fn teacher_on(&self, rows: &[usize], test: &Encoded) -> Result<Option<Evaluation>, TrainError> {
         let spec = self.spec();
         let learns = spec.learns_from_teacher() && self.encoder.task.teacher_is_cacheable();

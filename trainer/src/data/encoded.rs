@@ -61,7 +61,7 @@ pub trait Columns: Debug + Send + Sync {
     /// results.
     ///
     /// # Errors
-    /// As [`Columns::collate`].
+    /// See [`Columns::collate`].
     fn evaluate(
         &self,
         rows: &Encoded,
@@ -91,7 +91,7 @@ pub struct Batch {
     pub ids: Tensor,
     /// [B, T], 1 where a token is; absent where nothing is padding.
     pub mask: Option<Tensor>,
-    /// Where the task predicts tokens: their places among the batch's B * T tokens, [N].
+    /// Places of the predicted tokens among the batch's B * T tokens, [N], if the task predicts tokens.
     pub places: Option<Tensor>,
     /// True values in the order of the outputs: labels [B] or [N] (i64), numbers [B, 1]; empty where the task has none.
     pub targets: Tensor,

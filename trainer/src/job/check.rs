@@ -101,7 +101,7 @@ async fn fetch(uri: &str, to: &Path) -> Result<(), TrainError> {
 /// How rows would get labels.
 struct Annotation {
     text: String,
-    /// For each row whether it has none yet.
+    /// Whether the row has no label yet, for each row.
     open: Vec<bool>,
 }
 

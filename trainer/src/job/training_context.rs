@@ -40,7 +40,7 @@ impl RowEncoder<'_> {
     /// The given rows, in their order.
     ///
     /// # Errors
-    /// As [`Task::encode`].
+    /// See [`Task::encode`].
     pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
         let Self { dataset, task, labels, tokenizer, max_length, generation } = self;
         task.encode(&Rows { dataset, rows, labels, tokenizer, max_length: *max_length, generation: *generation })
@@ -95,7 +95,7 @@ impl<'a> TrainingContext<'a> {
     /// A training without checkpoints and curves, which the job's own one adds.
     ///
     /// # Errors
-    /// As [`Objective::new`].
+    /// See [`Objective::new`].
     pub fn session<'s>(&'s self, training: Training<'s>) -> Result<Session<'s>, TrainError> {
         let (spec, process) = (self.spec(), self.job.process);
         let Training { stage, model, train, teacher, validation, reporter } = training;

@@ -46,7 +46,7 @@ pub struct Upload {
 }
 
 impl Events {
-    /// For a run that has taken `step` steps. `to` is the folder of the job's event files, `work` the process's own.
+    /// Begins the events of a run that has taken `step` steps. `to` is the folder of the job's event files, `work` the process's own.
     pub fn new(to: Location, work: &Path, step: u64, h: &Hyperparameters) -> Result<Self, TrainError> {
         let (folder, remote) = match to.local_path() {
             Some(folder) => (folder, None),

@@ -80,7 +80,7 @@ pub struct Step {
     pub learning_rate: f64,
     pub gradient_norm: f64,
     pub samples: usize,
-    /// Without padding.
+    /// Tokens without padding.
     pub tokens: usize,
 }
 

@@ -147,7 +147,7 @@ struct Page<'a> {
     pictures: Vec<(&'static str, String)>,
     /// Name and value of each metric, with the baseline's and the teacher's.
     metrics: Vec<(String, String, String, String)>,
-    /// For metrics that the teacher has too: the share of it in percent that the result reaches, and whether that is
+    /// The share of the teacher's metrics that the result reaches, in percent, and whether that is
     /// little.
     of_teacher: BTreeMap<String, (String, bool)>,
     hyperparameters: Vec<(String, String)>,

@@ -110,7 +110,7 @@ fn pair(dataset: &Dataset, row: usize) -> Result<&str, TrainError> {
     })
 }
 
-/// For each row the first row with the same second text.
+/// The first row with the same second text, for each row.
 fn same_texts(second: &TokenRows) -> Vec<i64> {
     let mut first: HashMap<&[u32], i64> = HashMap::new();
     (0..).zip(second.iter()).map(|(row, ids)| *first.entry(ids).or_insert(row)).collect()
@@ -148,7 +148,7 @@ fn ranks(
     Ok(Vec::<f32>::try_from(ranks)?)
 }
 
-/// For each row the rank of its own second text among the candidates, from 1.
+/// The rank of each row's own second text among the candidates, from 1.
 #[derive(Debug)]
 struct Ranks {
     ranks: Vec<f32>,

@@ -125,7 +125,7 @@ impl Columns for Maskable {
     }
 }
 
-/// For each row the masked tokens, those predicted correctly, and the sum of their cross entropies.
+/// The number of masked tokens of each row, how many were predicted correctly, and the sum of their cross entropies.
 #[derive(Debug)]
 struct Tokens(Vec<[f32; 3]>);
 

@@ -81,7 +81,7 @@ impl Columns for Numbers {
     }
 }
 
-/// For each row its number and the model's.
+/// The expected and the predicted number of each row.
 #[derive(Debug)]
 struct Estimates {
     wanted: Vec<f32>,

@@ -96,11 +96,11 @@ impl Online {
         Ok(Self { task, model, tokenizer: Tokenizer::load(folder)?, columns, ids, compared, max_length })
     }
 
-    /// Where hidden states are compared, checks that both models split every row into the same tokens. `rows` are the
+    /// Checks that both models split every row into the same tokens, if hidden states are compared. `rows` are the
     /// training rows in the student's tokens, `place` names the origin of one.
     ///
     /// # Errors
-    /// As [`check_same`].
+    /// See [`check_same`].
     pub fn check_tokens(&self, rows: &TokenRows, place: impl Fn(usize) -> String) -> Result<(), TrainError> {
         let (Some(tokenizer), Some(own)) = (&self.compared, &self.ids) else { return Ok(()) };
         check_same(&Side { tokenizer, rows }, &Side { tokenizer: &self.tokenizer, rows: own }, place)

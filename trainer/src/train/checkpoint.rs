@@ -39,13 +39,13 @@ const KEPT: usize = 2;
 pub struct State {
     /// Optimizer steps taken.
     pub step: u64,
-    /// Of data and specification: another one means that these weights belong to another run.
+    /// Digest of data and specification: another one means that these weights belong to another run.
     pub fingerprint: String,
     pub best: Option<Best>,
     /// Steps, counted from 1, that are left out since a roll-back; those before `step` have been.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub skipped: BTreeSet<u64>,
-    /// For the report.
+    /// The history, for the report.
     #[serde(default)]
     pub history: History,
 }

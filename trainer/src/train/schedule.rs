@@ -17,7 +17,7 @@ impl LearningRate {
         Self { peak, warmup_steps, total_steps, schedule }
     }
 
-    /// Of the step number `step`, counted from 0. No step has rate zero: it would be lost.
+    /// The learning rate of step number `step`, counted from 0. No step has rate zero: it would be lost.
     pub fn at(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return self.peak * (step + 1) as f64 / self.warmup_steps as f64;

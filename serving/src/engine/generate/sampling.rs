@@ -223,7 +223,7 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
         });
         kept.truncate(reached.map_or(kept.len(), |index| index + 1));
     }
-    // In the order of the ids, so that the draw does not depend on how the set was found.
+    // Sorted by id, so that the draw does not depend on how the set was found.
     kept.sort_unstable_by_key(|&(index, _)| index);
     let sum: f64 = kept.iter().map(|(_, weight)| weight).sum();
     let mut left = uniform(sampling.seed, position) * sum;

@@ -53,7 +53,7 @@ pub struct Scheduler {
     limits: StepLimits,
     blocks: Blocks,
     waiting: VecDeque<Sequence>,
-    /// In order of age.
+    /// Sequences in order of age.
     running: Vec<Sequence>,
 }
 

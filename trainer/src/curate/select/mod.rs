@@ -26,7 +26,7 @@ const PAIRS: usize = 2000;
 /// The chosen rows, and how well they represent all.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selection {
-    /// In rising order.
+    /// Rows in ascending order.
     pub rows: Vec<usize>,
     pub report: SelectionReport,
 }

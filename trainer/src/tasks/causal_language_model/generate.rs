@@ -39,7 +39,7 @@ pub fn shared(
     // Prompts of like length are answered together.
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|&prompt| std::cmp::Reverse(prompts[prompt].len()));
-    // For each prompt: the number of tokens, the logarithm, and the tokens. Ids are exact in FP32 below 2^24.
+    // The number of tokens of each prompt, the logarithm, and the tokens. Ids are exact in FP32 below 2^24.
     let width = limits.max_new_tokens + 2;
     let mut found = vec![0_f32; prompts.len() * width];
     let (rank, world, device) = (measuring.rank(), measuring.world(), measuring.device);

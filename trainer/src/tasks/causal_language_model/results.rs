@@ -20,7 +20,7 @@ pub struct Question {
 /// Answers that the reference keeps as the baseline of drift detection.
 const REFERENCE_ANSWERS: usize = 2048;
 
-/// For each row the number of targets, how many of them were predicted, and the sum of their cross entropies; and the
+/// The number of targets of each row, how many of them were predicted, and the sum of their cross entropies; and the
 /// answers that were generated.
 #[derive(Debug)]
 pub struct Tokens {
