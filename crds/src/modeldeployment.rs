@@ -173,11 +173,13 @@ fn default_pause() -> u32 {
     5
 }
 
-/// Limits on a candidate's traffic within one step.
+/// Limits on a candidate's traffic within one step. Besides, a candidate is rolled back if it is shown to fail or to
+/// refuse more of its requests than the current revision in the same time (docs/canary.md).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AnalysisSpec {
-    /// Largest percentage of failed requests.
+    /// Largest percentage of failed requests. A candidate is rolled back if it is shown to exceed it, unless the current
+    /// revision may exceed it too; it does not continue while more of its requests failed.
     pub max_error_percent: Decimal,
     /// Largest 95th percentile of latency in milliseconds. Absent: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -385,12 +387,24 @@ pub struct CandidateStatus {
     /// Current result of the analysis.
     #[schemars(length(max = 1024))]
     pub message: String,
-    /// Number of requests that the routers had counted for it when the step began.
+    /// What the routers had counted for it when the step began.
     #[serde(default)]
-    pub baseline_requests: u64,
+    pub baseline: RevisionCounts,
+    /// What the routers had counted for the current revision when the step began.
+    #[serde(default)]
+    pub champion_baseline: RevisionCounts,
+}
+
+/// Counts of the routers for one revision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RevisionCounts {
+    /// Number of requests that the model answered or failed to answer.
+    pub requests: u64,
     /// Number of failed requests among them.
-    #[serde(default)]
-    pub baseline_errors: u64,
+    pub errors: u64,
+    /// Number of requests that were refused with a 4xx, besides.
+    pub refused: u64,
 }
 
 /// A revision that is answering its last requests.

@@ -10,7 +10,7 @@ use athanor_contract::{
 };
 use athanor_crds::{
     CandidateStatus, FineTuneJob, FineTuneJobStatus, ModelDeployment, ModelDeploymentStatus, ObservedSource,
-    RevisionStatus, condition as types,
+    RevisionCounts, RevisionStatus, condition as types,
 };
 use clap::Parser;
 use jiff::Timestamp;
@@ -159,8 +159,8 @@ fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> 
         weight,
         since: Time(at(since)),
         message: String::new(),
-        baseline_requests: 40,
-        baseline_errors: 3,
+        baseline: RevisionCounts { requests: 40, errors: 3, refused: 0 },
+        champion_baseline: RevisionCounts::default(),
     })
 }
 
@@ -209,10 +209,12 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         ("pausing", at_step(0, 10, 58), 1, counts(140, 3, 0.0), 60, OLD, Some(10), "Canary"),
         ("passed", at_step(0, 10, 55), 1, counts(140, 3, 0.0), 60, OLD, Some(50), "Canary"),
         ("too few requests", at_step(0, 10, 50), 1, counts(89, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
-        ("too few requests to fail", at_step(0, 10, 50), 1, counts(89, 52, 0.0), 60, OLD, Some(10), "Inconclusive"),
+        ("few requests, all failed", at_step(0, 10, 50), 1, counts(49, 12, 0.0), 60, OLD, None, "RolledBack"),
+        ("few requests, one failed", at_step(0, 10, 50), 1, counts(49, 4, 0.0), 60, OLD, Some(10), "Inconclusive"),
+        ("above the limit by chance", at_step(0, 10, 50), 1, counts(140, 5, 0.0), 60, OLD, Some(10), "Inconclusive"),
         ("a router is silent", at_step(0, 10, 50), 1, None, 60, OLD, Some(10), "Inconclusive"),
         ("a router began again", at_step(1, 50, 50), 1, counts(39, 0, 0.0), 60, OLD, Some(50), "Canary"),
-        ("errors, before the pause is over", at_step(0, 10, 59), 1, counts(140, 5, 0.0), 60, OLD, None, "RolledBack"),
+        ("errors, before the pause is over", at_step(0, 10, 59), 1, counts(140, 23, 0.0), 60, OLD, None, "RolledBack"),
         ("slow", at_step(0, 10, 55), 1, counts(140, 3, 201.0), 60, OLD, None, "RolledBack"),
         ("not whole after the pause", at_step(0, 10, 55), 0, counts(140, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
         ("dead with all the traffic", at_step(2, 100, 55), 0, counts(140, 3, 0.0), 60, OLD, None, "RolledBack"),
@@ -242,6 +244,26 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         let weights = router::weights(&decision.rollout);
         assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
         assert!(decision.remove.is_empty(), "{case}: nothing that has or just lost traffic is deleted");
+    }
+}
+
+#[test]
+fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
+    let counts = |requests, errors, refused| RevisionAnalysis { requests, errors, refused, ..RevisionAnalysis::default() };
+    // The candidate's counts since its baseline of 40 requests and 3 errors, the champion's, reason, part of the message.
+    let table = [
+        ("both fail as often", counts(140, 8, 0), counts(900, 45, 0), "Canary", ""),
+        ("the candidate fails more often", counts(140, 33, 0), counts(900, 9, 0), "RolledBack", "30 of 100 requests failed, of the champion's 9 of 900"),
+        ("the candidate refuses", counts(40, 3, 60), counts(900, 0, 9), "RolledBack", "and 60 were refused, of the champion's 9"),
+        ("both refuse", counts(140, 3, 60), counts(900, 0, 540), "Canary", ""),
+    ];
+    for (case, candidate, champion, reason, message) in table {
+        let mut subject = canary(at_step(0, 10, 55));
+        subject.revisions.insert(NEW.into(), workload(1));
+        subject.counts = Some([(NEW.to_owned(), candidate), (OLD.to_owned(), champion)].into());
+        let progressing = decision(&subject, 60).rollout.progressing;
+        assert_eq!(progressing.reason, reason, "{case}: {}", progressing.message);
+        assert!(progressing.message.contains(message), "{case}: {}", progressing.message);
     }
 }
 

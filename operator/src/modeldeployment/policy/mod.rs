@@ -1,5 +1,6 @@
 //! The policies of a ModelDeployment: functions of the specification, the status, what was read, and the time.
 
+pub mod compare;
 pub mod retrain;
 pub mod rollout;
 pub mod target;

@@ -4,12 +4,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use athanor_contract::serve::RevisionAnalysis;
 use athanor_crds::{
-    AnalysisSpec, CanarySpec, CandidateStatus, ModelDeploymentStatus, RetiredRevision, RevisionStatus,
+    CanarySpec, CandidateStatus, ModelDeploymentStatus, RetiredRevision, RevisionCounts, RevisionStatus,
     condition as types,
 };
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use super::compare::{self, Outcomes, Worse};
 use crate::{
     condition::{self, State, Value},
     modeldeployment::observe::{counts::Counts, workload::Workload},
@@ -55,6 +56,21 @@ impl Inputs<'_> {
     fn counts_of(&self, revision: &str) -> RevisionAnalysis {
         self.counts.and_then(|counts| counts.get(revision)).cloned().unwrap_or_default()
     }
+
+    /// What the routers have counted for a revision.
+    fn outcomes_of(&self, revision: &str) -> RevisionCounts {
+        let RevisionAnalysis { requests, errors, refused, .. } = self.counts_of(revision);
+        RevisionCounts { requests, errors, refused }
+    }
+}
+
+/// The outcomes since the routers had counted `before`. `None` if there are fewer: a router restarted.
+fn since_then(now: RevisionCounts, before: RevisionCounts) -> Option<Outcomes> {
+    Some(Outcomes {
+        requests: now.requests.checked_sub(before.requests)?,
+        errors: now.errors.checked_sub(before.errors)?,
+        refused: now.refused.checked_sub(before.refused)?,
+    })
 }
 
 /// Decides which revisions there are, and how much traffic the candidate has.
@@ -92,8 +108,8 @@ pub fn rollout(
         weight: 0,
         since: Time(inputs.now),
         message: String::new(),
-        baseline_requests: 0,
-        baseline_errors: 0,
+        baseline: RevisionCounts::default(),
+        champion_baseline: RevisionCounts::default(),
     });
     // The steps may have changed since: the rollout continues at the last of them.
     let last = spec.steps.len().saturating_sub(1);
@@ -103,6 +119,7 @@ pub fn rollout(
     let canary = Canary {
         spec,
         inputs,
+        champion: champion.name.clone(),
         index,
         last,
         pause: Duration::from_secs(planned.pause_seconds.into()),
@@ -145,6 +162,8 @@ fn previous_message(status: &ModelDeploymentStatus) -> Option<String> {
 struct Canary<'a> {
     spec: &'a CanarySpec,
     inputs: &'a Inputs<'a>,
+    /// Name of the revision that it is compared with.
+    champion: String,
     candidate: CandidateStatus,
     workload: Workload,
     index: usize,
@@ -182,20 +201,17 @@ impl Canary<'_> {
         if self.inputs.counts.is_none() {
             return self.hold(next, "Inconclusive", "on hold: not all routers answer".into());
         }
-        let counts = self.inputs.counts_of(&self.candidate.revision.name);
-        let (Some(requests), Some(errors)) = (
-            counts.requests.checked_sub(self.candidate.baseline_requests),
-            counts.errors.checked_sub(self.candidate.baseline_errors),
-        ) else {
+        let Some(step) = self.step() else {
             // A router restarted, and its counts with it.
             let (index, percent) = (self.index, self.percent);
             return self.begin(next, index, percent);
         };
-        let step = format!("step {} of {}", self.index + 1, self.last + 1);
-        let at = format!("{step} at {} %", self.candidate.weight);
+        let Outcomes { requests, errors, .. } = step.candidate;
+        let place = format!("step {} of {}", self.index + 1, self.last + 1);
+        let at = format!("{place} at {} %", self.candidate.weight);
         let numbers = format!("{at}: {errors} of {requests} requests failed");
-        if let Some(broken) = broken_limit(&self.spec.analysis, requests, errors, counts.latency_p95_ms) {
-            return self.roll_back(next, &format!("{numbers}, {broken}"));
+        if let Some(why) = self.fault(&step) {
+            return self.roll_back(next, &format!("{numbers}{why}"));
         }
         let left = left(self.pause, self.candidate.since.0, self.inputs.now);
         if !left.is_zero() {
@@ -211,7 +227,12 @@ impl Canary<'_> {
         }
         let minimum = self.spec.analysis.minimum_requests;
         if requests < minimum {
-            return self.hold(next, "Inconclusive", format!("on hold at {step}: a verdict needs {minimum} requests"));
+            return self.hold(next, "Inconclusive", format!("on hold at {place}: a verdict needs {minimum} requests"));
+        }
+        if !compare::is_within(&step) {
+            // Without the counts, as above.
+            let message = format!("on hold at {place}: more requests fail than maxErrorPercent, too few for a verdict");
+            return self.hold(next, "Inconclusive", message);
         }
         if !self.workload.is_ready() {
             let message = format!("on hold: {}", self.workload.progress());
@@ -225,14 +246,54 @@ impl Canary<'_> {
         self.promote(next, &numbers)
     }
 
+    /// The outcomes of the step so far; `None` if a router's counts began again.
+    fn step(&self) -> Option<compare::Step> {
+        let champion = self.inputs.outcomes_of(&self.champion);
+        Some(compare::Step {
+            candidate: since_then(self.inputs.outcomes_of(&self.candidate.revision.name), self.candidate.baseline)?,
+            champion: since_then(champion, self.candidate.champion_baseline)?,
+            champion_so_far: since_then(champion, RevisionCounts::default())?,
+            share: f64::from(self.candidate.weight) / 100.0,
+            limit: self.spec.analysis.max_error_percent.get() / 100.0,
+            steps: self.last + 1,
+        })
+    }
+
+    /// Why the candidate has to go, if anything, as the end of a sentence that says how many of its requests failed.
+    fn fault(&self, step: &compare::Step) -> Option<String> {
+        let compare::Step { candidate, champion, .. } = *step;
+        let analysis = &self.spec.analysis;
+        match compare::worse(step) {
+            Some(Worse::Errors) => {
+                return Some(format!(", of the champion's {} of {}", champion.errors, champion.requests));
+            }
+            Some(Worse::Limit) => {
+                let percent = candidate.errors as f64 * 100.0 / candidate.requests.max(1) as f64;
+                let limit = analysis.max_error_percent;
+                return Some(format!(" ({percent:.2} %), more than the limit of {limit} % (maxErrorPercent)"));
+            }
+            Some(Worse::Refusals) => {
+                return Some(format!(" and {} were refused, of the champion's {}", candidate.refused, champion.refused));
+            }
+            None => {}
+        }
+        if candidate.requests == 0 || candidate.requests < analysis.minimum_requests {
+            return None;
+        }
+        let p95 = self.inputs.counts_of(&self.candidate.revision.name).latency_p95_ms;
+        let limit = analysis.max_latency_p95_ms.filter(|limit| p95 > f64::from(*limit))?;
+        Some(format!(
+            ", the 95th percentile of latency is {p95:.0} ms, more than the limit of {limit} ms (maxLatencyP95Ms)"
+        ))
+    }
+
     /// Begins a step; its requests count from what the routers have counted so far.
     fn begin(mut self, next: Rollout, index: usize, weight: u32) -> Rollout {
-        let counts = self.inputs.counts_of(&self.candidate.revision.name);
         self.candidate.step_index = u32::try_from(index).unwrap_or(u32::MAX);
         self.candidate.weight = weight;
         self.candidate.since = Time(self.inputs.now);
-        self.candidate.baseline_requests = counts.requests;
-        self.candidate.baseline_errors = counts.errors;
+        self.candidate.baseline = self.inputs.outcomes_of(&self.candidate.revision.name);
+        self.candidate.champion_baseline = self.inputs.outcomes_of(&self.champion);
         self.hold(next, "Canary", format!("step {} began at {weight} %", index + 1))
     }
 
@@ -265,20 +326,4 @@ impl Canary<'_> {
         next.wait = Some(POLL);
         next
     }
-}
-
-/// Returns which limit the numbers exceed. Fewer requests than a verdict needs exceed none.
-fn broken_limit(analysis: &AnalysisSpec, requests: u64, errors: u64, p95: f64) -> Option<String> {
-    if requests == 0 || requests < analysis.minimum_requests {
-        return None;
-    }
-    let limit = analysis.max_error_percent.get();
-    let percent = errors as f64 * 100.0 / requests as f64;
-    if percent > limit {
-        return Some(format!("{percent:.2} %, more than the limit of {limit} % (maxErrorPercent)"));
-    }
-    let limit = analysis.max_latency_p95_ms?;
-    (p95 > f64::from(limit)).then(|| {
-        format!("the 95th percentile of latency is {p95:.0} ms, more than the limit of {limit} ms (maxLatencyP95Ms)")
-    })
 }

@@ -1,0 +1,135 @@
+//! Whether a candidate fails or refuses requests more often than the champion, or than a limit: tests that stay valid
+//! however often they are looked at.
+//!
+//! Within a step each request goes to the candidate with the same probability, its share of the traffic. If both revisions
+//! fail equally often, each failure is therefore the candidate's with that probability, whatever the rate of failures is. The
+//! likelihood ratio of a larger probability is then a martingale with mean 1, as is a mixture of several; it exceeds
+//! 1 / alpha at any time with a probability of at most alpha (Ville's inequality; Johari et al. 2017,
+//! <https://arxiv.org/abs/1512.04922>). The limit is tested in the same way, request by request.
+//! docs/canary.md shows how many requests a verdict takes.
+
+/// Probability with which a candidate that is as good as the champion is rolled back, over all steps and tests of a rollout.
+pub const FALSE_ROLLBACKS: f64 = 0.01;
+/// Errors against the champion, errors against the limit, refusals against the champion.
+const TESTS: f64 = 3.0;
+/// Ratios of the candidate's rate to the champion's, or to the limit, in the mixture.
+const RATIOS: [f64; 7] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0];
+/// Standard errors by which the champion's rate may be above the one that was seen.
+const DEVIATIONS: f64 = 3.0;
+
+/// What a revision did with the requests of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// Requests that the model answered or failed to answer.
+    pub requests: u64,
+    /// Failed requests among them.
+    pub errors: u64,
+    /// Requests that were refused, besides.
+    pub refused: u64,
+}
+
+impl Outcomes {
+    fn rate(self) -> f64 {
+        if self.requests == 0 { 0.0 } else { self.errors as f64 / self.requests as f64 }
+    }
+
+    /// A rate of errors that the revision exceeds only improbably: the upper end of Wilson's interval.
+    fn highest_rate(self) -> f64 {
+        if self.requests == 0 {
+            return 0.0;
+        }
+        let (n, p, z) = (self.requests as f64, self.rate(), DEVIATIONS);
+        let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+        ((p + z * z / (2.0 * n) + spread) / (1.0 + z * z / n)).min(1.0)
+    }
+}
+
+/// A step of a canary.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub candidate: Outcomes,
+    /// The champion in the same step; nothing where the candidate has all of the traffic.
+    pub champion: Outcomes,
+    /// The champion as long as the routers remember.
+    pub champion_so_far: Outcomes,
+    /// Share of the traffic that the candidate is given, from 0 to 1.
+    pub share: f64,
+    /// Largest share of failed requests, from 0 to 1.
+    pub limit: f64,
+    /// Steps of the rollout.
+    pub steps: usize,
+}
+
+/// Why a candidate is rolled back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Worse {
+    Errors,
+    Limit,
+    Refusals,
+}
+
+/// Returns what the candidate is shown to do worse, if anything.
+pub fn worse(step: &Step) -> Option<Worse> {
+    let threshold = (TESTS * step.steps.max(1) as f64 / FALSE_ROLLBACKS).ln();
+    let Step { candidate, champion, .. } = *step;
+    // Requests that name a revision, and retries, may give the candidate more than its share.
+    let share = |own: u64, other: u64| {
+        let all = own + other;
+        if all == 0 { step.share } else { step.share.max(own as f64 / all as f64) }
+    };
+    let all = |outcomes: Outcomes| outcomes.requests + outcomes.refused;
+    if excess(share(candidate.requests, champion.requests), candidate.errors, champion.errors) > threshold {
+        return Some(Worse::Errors);
+    }
+    if excess(share(all(candidate), all(champion)), candidate.refused, champion.refused) > threshold {
+        return Some(Worse::Refusals);
+    }
+    let limit = step.limit.max(step.champion_so_far.highest_rate());
+    (above(limit, candidate) > threshold).then_some(Worse::Limit)
+}
+
+/// Whether the candidate's share of failed requests is at most the limit, or the champion's.
+pub fn is_within(step: &Step) -> bool {
+    step.candidate.rate() <= step.limit.max(step.champion_so_far.rate())
+}
+
+/// The logarithm of the evidence that more events than its share are the candidate's.
+fn excess(share: f64, candidate: u64, champion: u64) -> f64 {
+    if share <= 0.0 || share >= 1.0 {
+        return f64::NEG_INFINITY;
+    }
+    mean(RATIOS.map(|ratio| {
+        // The share of the events that a candidate with this ratio of rates has.
+        let theirs = share * ratio / (share * ratio + 1.0 - share);
+        candidate as f64 * (theirs / share).ln() + champion as f64 * ((1.0 - theirs) / (1.0 - share)).ln()
+    }))
+}
+
+/// The logarithm of the evidence that requests fail with a larger probability than `limit`.
+fn above(limit: f64, outcomes: Outcomes) -> f64 {
+    if limit >= 1.0 {
+        return f64::NEG_INFINITY;
+    }
+    let (errors, rest) = (outcomes.errors as f64, (outcomes.requests - outcomes.errors.min(outcomes.requests)) as f64);
+    if limit <= 0.0 {
+        return if errors > 0.0 { f64::INFINITY } else { f64::NEG_INFINITY };
+    }
+    mean(RATIOS.map(|ratio| {
+        // Odds, so that every ratio is a probability.
+        let rate = limit * ratio / (limit * ratio + 1.0 - limit);
+        errors * (rate / limit).ln() + rest * ((1.0 - rate) / (1.0 - limit)).ln()
+    }))
+}
+
+/// The logarithm of the mean of numbers whose logarithms are given.
+fn mean<const N: usize>(logarithms: [f64; N]) -> f64 {
+    let largest = logarithms.into_iter().fold(f64::NEG_INFINITY, f64::max);
+    if !largest.is_finite() {
+        return largest;
+    }
+    largest + (logarithms.iter().map(|value| (value - largest).exp()).sum::<f64>() / N as f64).ln()
+}
+
+#[cfg(test)]
+#[path = "compare_tests.rs"]
+mod tests;
