@@ -250,7 +250,8 @@ pub struct RetrainSpec {
     #[serde(default = "default_minimum_samples")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub minimum_samples: u64,
-    /// Seconds between the end of a retraining and the start of the next one.
+    /// Seconds between the end of a retraining and the start of the next one. They double with each retraining in a row
+    /// that led to no model, up to 30 days.
     #[serde(default = "default_cooldown")]
     #[schemars(range(min = 0, max = 31_536_000))]
     pub cooldown_seconds: u32,
@@ -329,6 +330,12 @@ pub struct ModelDeploymentStatus {
     /// Outcome of the last retraining.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_retraining: Option<RetrainingOutcome>,
+    /// Retraining that waits for an approval. It does not change with later events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retraining_proposal: Option<RetrainingProposal>,
+    /// Number of retrainings since the last one that led to a model; each doubles the cooldown.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub fruitless_retrainings: u32,
     /// spec.model as last observed, and since when. A retraining that ended before a change does not replace the user's
     /// new choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -430,6 +437,25 @@ pub struct RetrainingStatus {
     pub ranges: Vec<OffsetRange>,
     /// Time at which it was created.
     pub started_at: Time,
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
+/// A retraining that waits for an approval.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RetrainingProposal {
+    /// Name of the FineTuneJob to be created; approved by the annotation athanor.dev/approve.
+    #[schemars(length(max = 253))]
+    pub job: String,
+    /// Revision that has drifted.
+    #[schemars(length(max = 253))]
+    pub revision: String,
+    /// Offset ranges of the events to train on.
+    #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
+    pub ranges: Vec<OffsetRange>,
 }
 
 /// Outcome of a retraining.

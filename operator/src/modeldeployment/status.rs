@@ -66,6 +66,8 @@ pub fn next(
         retraining: decision.retraining.running.clone(),
         last_retrained_at: decision.retraining.last_retrained_at.clone(),
         last_retraining: decision.retraining.last.clone(),
+        retraining_proposal: decision.retraining.proposal.clone(),
+        fruitless_retrainings: decision.retraining.fruitless,
         source: Some(decision.source.clone()),
         selector: rollout.current.as_ref().map(|current| format!("{}={}", label::REVISION, current.name)),
         replicas: workload.map_or(0, |workload| workload.replicas),

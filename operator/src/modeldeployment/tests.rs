@@ -387,6 +387,58 @@ fn a_retraining_starts_when_all_conditions_are_met() {
 }
 
 #[test]
+fn a_proposal_stays_the_same_until_it_is_approved_or_replaced() {
+    let mut subject = drifted();
+    subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
+    let proposed = |subject: &mut Observed, now: i64| {
+        let decision = decision(subject, now);
+        subject.deployment.status = Some(status::next(subject, &decision, Ok(&Applied::assumed()), at(now)));
+        decision.retraining.proposal
+    };
+    let first = proposed(&mut subject, 200).unwrap();
+    // Events go on, and the name that the user was told stays.
+    monitor(&mut subject).ranges[0].end = 500;
+    assert_eq!(proposed(&mut subject, 210).unwrap(), first);
+    let mut approved = subject.deployment.clone();
+    approved.metadata.annotations = Some([(athanor_crds::APPROVE_ANNOTATION.to_owned(), first.job.clone())].into());
+    let unapproved = std::mem::replace(&mut subject.deployment, approved);
+    let started = decision(&subject, 220).retraining;
+    assert_eq!(started.create.map(|new| (new.name, new.ranges)), Some((first.job.clone(), first.ranges.clone())));
+    assert_eq!(started.proposal, None);
+    // Another template, or another revision, is another proposal; without drift there is none.
+    subject.deployment = unapproved;
+    subject.deployment.spec.retrain.as_mut().unwrap().template.spec.train.hyperparameters.seed += 1;
+    let second = proposed(&mut subject, 230).unwrap();
+    assert_ne!(second.job, first.job);
+    assert_eq!(second.ranges[0].end, 500);
+    monitor(&mut subject).verdict = Verdict::Stable;
+    assert_eq!(proposed(&mut subject, 240), None);
+}
+
+#[test]
+fn retrainings_without_a_model_double_the_cooldown() {
+    let mut subject = drifted();
+    subject.deployment.spec.retrain.as_mut().unwrap().cooldown_seconds = 100;
+    let mut now = 1_000;
+    for cooldown in [200, 400, 800] {
+        let decided = decision(&subject, now);
+        let name = decided.retraining.create.clone().unwrap().name;
+        subject.deployment.status = Some(status::next(&subject, &decided, Ok(&Applied::assumed()), at(now)));
+        subject.retrainings = vec![job(&name, Some(("False", "GateFailed")), now, "")];
+        let over = decision(&subject, now + 1);
+        subject.deployment.status = Some(status::next(&subject, &over, Ok(&Applied::assumed()), at(now + 1)));
+        // New events, so that there is something to train on.
+        monitor(&mut subject).ranges[0].end += 10;
+        let reason = |subject: &Observed, now| decision(subject, now).retraining.condition.unwrap().reason;
+        assert_eq!(reason(&subject, now + cooldown - 1), "Cooldown");
+        assert_eq!(reason(&subject, now + cooldown), "Training");
+        now += cooldown;
+    }
+    let status = subject.deployment.status.as_ref().unwrap();
+    assert_eq!(status.fruitless_retrainings, 3);
+}
+
+#[test]
 fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
     let mut subject = drifted();
     let first = decision(&subject, 200);

@@ -7,8 +7,8 @@ use athanor_contract::{
     train::OffsetRange,
 };
 use athanor_crds::{
-    APPROVE_ANNOTATION, Approval, FineTuneJob, ModelDeploymentStatus, RetrainSpec, RetrainingOutcome, RetrainingStatus,
-    RevisionStatus,
+    APPROVE_ANNOTATION, Approval, FineTuneJob, ModelDeploymentStatus, RetrainSpec, RetrainingOutcome,
+    RetrainingProposal, RetrainingStatus, RevisionStatus,
 };
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -27,6 +27,8 @@ const MOST_RANGES: usize = 1024;
 const MOST_MESSAGE: usize = 1024;
 /// Added to a wait for the cooldown, so that it has passed when the wait is over.
 const MARGIN: Duration = Duration::from_millis(100);
+/// Longest cooldown that retrainings without a better model lead to, unless the user's own is longer.
+const LONGEST_COOLDOWN: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A FineTuneJob to create.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,6 +46,10 @@ pub struct Retraining {
     pub running: Option<RetrainingStatus>,
     pub last_retrained_at: Option<Time>,
     pub last: Option<RetrainingOutcome>,
+    /// The retraining that the user may approve.
+    pub proposal: Option<RetrainingProposal>,
+    /// Retrainings in a row that led to no model.
+    pub fruitless: u32,
     /// The condition Retraining; absent without spec.retrain.
     pub condition: Option<Value>,
     pub wait: Option<Duration>,
@@ -87,6 +93,7 @@ pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, input
         Err(hold) => {
             next.condition = Some(Value::new(State::False, hold.reason, hold.message));
             next.wait = hold.wait;
+            next.proposal = hold.proposal;
         }
     }
     next
@@ -97,6 +104,7 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let mut next = Retraining {
         last_retrained_at: status.last_retrained_at.clone(),
         last: status.last_retraining.clone(),
+        fruitless: status.fruitless_retrainings,
         ..Retraining::default()
     };
     let Some(running) = &status.retraining else {
@@ -109,6 +117,7 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let (end, reason, message) = match job.map(|job| (job, target::outcome(job))) {
         Some((job, Some(outcome))) if outcome.is_over() => {
             let end = job.status.as_ref().and_then(|status| status.completion_time.clone());
+            next.fruitless = if outcome.status == "True" { 0 } else { next.fruitless.saturating_add(1) };
             (end, outcome.reason, outcome.message)
         }
         Some(_) => {
@@ -141,6 +150,26 @@ struct Hold {
     reason: &'static str,
     message: String,
     wait: Option<Duration>,
+    proposal: Option<RetrainingProposal>,
+}
+
+/// Returns the time between the end of a retraining and the next one: it doubles with each one that led to no model.
+fn cooldown(spec: &RetrainSpec, fruitless: u32) -> Duration {
+    let own = Duration::from_secs(spec.cooldown_seconds.into());
+    own.saturating_mul(1 << fruitless.min(24)).min(LONGEST_COOLDOWN.max(own))
+}
+
+/// Returns the proposal that waits for the user's approval, unless the model or the template changed since.
+fn waiting<'a>(
+    spec: &RetrainSpec,
+    status: &'a ModelDeploymentStatus,
+    inputs: &Inputs<'_>,
+    current: &RevisionStatus,
+) -> Option<&'a RetrainingProposal> {
+    let proposal = status.retraining_proposal.as_ref()?;
+    let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &proposal.ranges);
+    let is_same = proposal.job == name && proposal.revision == current.name;
+    (spec.approval == Approval::Manual && is_same).then_some(proposal)
 }
 
 /// Returns the retraining to create, or the reason that there is none.
@@ -153,7 +182,7 @@ fn propose(
     let ended = followed.last.as_ref().map_or_else(String::new, |last| {
         format!("; the last retraining, {}, ended as {}: {}", last.job, last.reason, last.message)
     });
-    let hold = |reason, message: String| Hold { reason, message, wait: None };
+    let hold = |reason, message: String| Hold { reason, message, wait: None, proposal: None };
     let monitored = inputs.current.zip(status.monitor.as_ref());
     let Some((current, monitor)) = monitored.filter(|(current, monitor)| current.name == monitor.revision) else {
         let message = format!("the monitor has no verdict on the current revision yet{ended}");
@@ -173,13 +202,21 @@ fn propose(
         return Err(hold("TooFewSamples", message));
     }
     if let Some(last) = &followed.last_retrained_at {
-        let left = time::left(Duration::from_secs(spec.cooldown_seconds.into()), last.0, inputs.now);
+        let left = time::left(cooldown(spec, followed.fruitless), last.0, inputs.now);
         if !left.is_zero() {
-            let message = format!("{} s of cooldownSeconds are left{ended}", left.as_secs() + 1);
-            return Err(Hold { reason: "Cooldown", message, wait: Some(left + MARGIN) });
+            let doubled = match followed.fruitless {
+                0 => String::new(),
+                count => format!(", doubled for each of the last {count} retrainings without a model"),
+            };
+            let message = format!("{} s of cooldownSeconds are left{doubled}{ended}", left.as_secs() + 1);
+            return Err(Hold { wait: Some(left + MARGIN), ..hold("Cooldown", message) });
         }
     }
-    let ranges = ranges(monitor).map_err(|message| hold("NoEvents", message))?;
+    let ranges = match waiting(spec, status, inputs, current) {
+        // The user approves a name: it must not change with every event.
+        Some(proposal) => proposal.ranges.clone(),
+        None => ranges(monitor).map_err(|message| hold("NoEvents", message))?,
+    };
     let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &ranges);
     if inputs.jobs.iter().any(|job| job.name_any() == name) {
         return Err(hold("NoNewEvents", format!("{name} was already trained on these events{ended}")));
@@ -189,7 +226,8 @@ fn propose(
             "to start it: kubectl annotate modeldeployment {} --overwrite {APPROVE_ANNOTATION}={name}{ended}",
             inputs.deployment
         );
-        return Err(hold("WaitingForApproval", message));
+        let proposal = RetrainingProposal { job: name, revision: current.name.clone(), ranges };
+        return Err(Hold { proposal: Some(proposal), ..hold("WaitingForApproval", message) });
     }
     Ok(NewRetraining { name, ranges, baseline: current.model_uri.clone() })
 }
