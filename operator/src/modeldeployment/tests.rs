@@ -249,12 +249,25 @@ fn a_canary_goes_on_holds_or_rolls_back() {
 
 #[test]
 fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
-    let counts = |requests, errors, refused| RevisionAnalysis { requests, errors, refused, ..RevisionAnalysis::default() };
+    let counts =
+        |requests, errors, refused| RevisionAnalysis { requests, errors, refused, ..RevisionAnalysis::default() };
     // The candidate's counts since its baseline of 40 requests and 3 errors, the champion's, reason, part of the message.
     let table = [
         ("both fail as often", counts(140, 8, 0), counts(900, 45, 0), "Canary", ""),
-        ("the candidate fails more often", counts(140, 33, 0), counts(900, 9, 0), "RolledBack", "30 of 100 requests failed, of the champion's 9 of 900"),
-        ("the candidate refuses", counts(40, 3, 60), counts(900, 0, 9), "RolledBack", "and 60 were refused, of the champion's 9"),
+        (
+            "the candidate fails more often",
+            counts(140, 33, 0),
+            counts(900, 9, 0),
+            "RolledBack",
+            "30 of 100 requests failed, of the champion's 9 of 900",
+        ),
+        (
+            "the candidate refuses",
+            counts(40, 3, 60),
+            counts(900, 0, 9),
+            "RolledBack",
+            "and 60 were refused, of the champion's 9",
+        ),
         ("both refuse", counts(140, 3, 60), counts(900, 0, 540), "Canary", ""),
     ];
     for (case, candidate, champion, reason, message) in table {

@@ -93,7 +93,7 @@ pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, input
         Err(hold) => {
             next.condition = Some(Value::new(State::False, hold.reason, hold.message));
             next.wait = hold.wait;
-            next.proposal = hold.proposal;
+            next.proposal = hold.proposal.map(|proposal| *proposal);
         }
     }
     next
@@ -150,7 +150,7 @@ struct Hold {
     reason: &'static str,
     message: String,
     wait: Option<Duration>,
-    proposal: Option<RetrainingProposal>,
+    proposal: Option<Box<RetrainingProposal>>,
 }
 
 /// Returns the time between the end of a retraining and the next one: it doubles with each one that led to no model.
@@ -227,7 +227,7 @@ fn propose(
             inputs.deployment
         );
         let proposal = RetrainingProposal { job: name, revision: current.name.clone(), ranges };
-        return Err(Hold { proposal: Some(proposal), ..hold("WaitingForApproval", message) });
+        return Err(Hold { proposal: Some(Box::new(proposal)), ..hold("WaitingForApproval", message) });
     }
     Ok(NewRetraining { name, ranges, baseline: current.model_uri.clone() })
 }

@@ -273,7 +273,10 @@ impl Canary<'_> {
                 return Some(format!(" ({percent:.2} %), more than the limit of {limit} % (maxErrorPercent)"));
             }
             Some(Worse::Refusals) => {
-                return Some(format!(" and {} were refused, of the champion's {}", candidate.refused, champion.refused));
+                return Some(format!(
+                    " and {} were refused, of the champion's {}",
+                    candidate.refused, champion.refused
+                ));
             }
             None => {}
         }
