@@ -66,6 +66,13 @@ pub struct ModelDeploymentSpec {
     /// Resources, placement and environment of the server's pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodOverrides>,
+    /// Resources, placement and environment of the routers' pods. Without resources they request 10m of CPU and 64Mi of
+    /// memory, and are limited to 1Gi of memory. The ServiceAccount is Athanor's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_pod_template: Option<PodOverrides>,
+    /// The same for the monitor's pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitor_pod_template: Option<PodOverrides>,
     /// Image of the server. Absent: the operator's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements, Toleration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Additions to the pods of a trainer or a server. The security settings (the `restricted` profile) cannot be changed.
+/// Additions to the pods of a trainer, a server, a router or a monitor. The security settings (the `restricted` profile) cannot be changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodOverrides {

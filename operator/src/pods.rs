@@ -6,11 +6,12 @@ use athanor_crds::{PodOverrides, label};
 use k8s_openapi::{
     api::core::v1::{
         Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
-        EnvVarSource, HTTPGetAction, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext,
-        PodSpec, PodTemplateSpec, Probe, SeccompProfile, SecretEnvSource, SecurityContext, TopologySpreadConstraint,
-        Volume, VolumeMount,
+        EnvVarSource, HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, Pod,
+        PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretEnvSource,
+        SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
     },
     apimachinery::pkg::{
+        api::resource::Quantity,
         apis::meta::v1::{LabelSelector, ObjectMeta},
         util::intstr::IntOrString,
     },
@@ -50,6 +51,8 @@ pub struct PodPlan<'a> {
     /// Also the name of the container.
     pub component: &'static str,
     pub image: &'a str,
+    /// Secrets for pulling the image.
+    pub pull_secrets: &'a [String],
     pub command: Vec<String>,
     pub labels: Labels,
     pub annotations: Labels,
@@ -67,6 +70,21 @@ pub struct PodPlan<'a> {
     pub grace_seconds: i64,
     /// Labels of the pods that are spread over nodes, so that the loss of one node does not take all of them.
     pub spread: Option<Labels>,
+}
+
+/// The user's additions to a router or a monitor. Without resources of the user's the pods have small requests, so that
+/// they are not the first to be evicted, and a limit of memory.
+pub fn small(overrides: Option<&PodOverrides>) -> PodOverrides {
+    let quantities = |pairs: &[(&str, &str)]| {
+        Some(pairs.iter().map(|(name, value)| ((*name).to_owned(), Quantity((*value).into()))).collect())
+    };
+    let mut overrides = overrides.cloned().unwrap_or_default();
+    overrides.resources.get_or_insert_with(|| ResourceRequirements {
+        requests: quantities(&[("cpu", "10m"), ("memory", "64Mi")]),
+        limits: quantities(&[("memory", "1Gi")]),
+        ..ResourceRequirements::default()
+    });
+    overrides
 }
 
 /// Probes of a container.
@@ -133,6 +151,8 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
                 seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
                 ..PodSecurityContext::default()
             }),
+            image_pull_secrets: (!plan.pull_secrets.is_empty())
+                .then(|| plan.pull_secrets.iter().map(|name| LocalObjectReference { name: name.clone() }).collect()),
             termination_grace_period_seconds: Some(plan.grace_seconds),
             volumes: Some(volumes.into_iter().map(|(volume, _)| volume).collect()),
             topology_spread_constraints: plan.spread.map(|labels| vec![spread(labels)]),

@@ -22,6 +22,9 @@ pub struct Settings {
     /// Image of athanor-monitor.
     #[arg(long, env = variable::MONITOR_IMAGE, default_value = "athanor-monitor:latest")]
     pub monitor_image: String,
+    /// Secret for pulling the images of all pods, in the namespace of the pods. May be given several times.
+    #[arg(long = "image-pull-secret")]
+    pub image_pull_secrets: Vec<String>,
     /// Number of routers of each ModelDeployment.
     #[arg(long, env = variable::ROUTER_REPLICAS, default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=100))]
     pub router_replicas: i32,

@@ -217,6 +217,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
         image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
+        pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-trainer", "run", "--config", path::TRAIN_CONFIG].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),

@@ -13,7 +13,7 @@ use super::{
     dereference::Observed,
     policy::{
         deadline::Deadline,
-        restart::{Restart, restart},
+        restart::{self, Restart},
         search::{self, NewTrial, Outcome, SearchResult},
         suspend, ttl,
     },
@@ -137,7 +137,7 @@ pub fn decide(job: &ValidatedJob, observed: &Observed, now: Timestamp) -> Decisi
         Attempt::Succeeded(summary) => same(Phase::Succeeded(summary)),
         Attempt::Failed { reason, message, summary } => same(Phase::Failed { reason, message, summary }),
         Attempt::Ended { counted, cause } => {
-            match restart(&status, job.spec.train.failure_policy.max_restarts, counted, &cause) {
+            match restart::restart(&status, job.spec.train.failure_policy.max_restarts, counted, &cause) {
                 Restart::Again => {
                     Decision { attempt: status.attempt + 1, requeue, ..same(Phase::Restarting { counted, cause }) }
                 }
@@ -154,6 +154,16 @@ fn begin(job: &ValidatedJob, observed: &Observed, now: Timestamp, next: Decision
     if lingering > 0 {
         let message = format!("waiting for {lingering} pods of the last attempt to end");
         return Decision { phase: Phase::Pending { message }, requeue: Some(PODS_SEEN), ..next };
+    }
+    let status = observed.job.status.clone().unwrap_or_default();
+    let pause = restart::pause_left(&status, now);
+    if !pause.is_zero() {
+        let message = format!(
+            "waiting {} s for the next attempt: {} preemptions without progress",
+            pause.as_secs() + 1,
+            status.fruitless_preemptions
+        );
+        return Decision { phase: Phase::Pending { message }, requeue: Some(pause), ..next };
     }
     let message = format!("0 of {} pods are running", job.nodes);
     let next = Decision { phase: Phase::Pending { message }, create: true, ..next };

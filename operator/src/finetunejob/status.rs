@@ -10,6 +10,7 @@ use super::{
     attempt,
     decide::{Decision, Phase},
     dereference::Observed,
+    policy::restart,
     validate::InvalidJob,
 };
 use crate::{
@@ -72,7 +73,7 @@ pub fn next(
     if let Some(search) = &decision.search {
         status.search = Some(search.clone());
     }
-    count(&mut status, &decision.phase);
+    count(&mut status, &decision.phase, now);
     if succeeded.state != State::Unknown {
         status.completion_time.get_or_insert(Time(now));
         timeline.mark(&mut status, "finished", now);
@@ -107,10 +108,10 @@ fn succeeded(phase: &Phase) -> Option<Value> {
 }
 
 /// Counts a restart or a preemption.
-fn count(status: &mut FineTuneJobStatus, phase: &Phase) {
+fn count(status: &mut FineTuneJobStatus, phase: &Phase, now: Timestamp) {
     match phase {
         Phase::Restarting { counted: true, .. } => status.restarts += 1,
-        Phase::Restarting { counted: false, .. } => status.preemptions += 1,
+        Phase::Restarting { counted: false, .. } => restart::count_preemption(status, now),
         // The deadline counts from the next start.
         Phase::Suspended => status.start_time = None,
         _ => {}

@@ -173,7 +173,8 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
 fn restarts_are_bounded_and_messages_name_the_cause() {
     let with = |restarts, preemptions| {
         let mut job = of_two_nodes();
-        job.status = Some(FineTuneJobStatus { restarts, preemptions, ..FineTuneJobStatus::default() });
+        job.status =
+            Some(FineTuneJobStatus { restarts, fruitless_preemptions: preemptions, ..FineTuneJobStatus::default() });
         job
     };
     for (restarts, preemptions, code, expected) in [

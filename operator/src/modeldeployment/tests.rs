@@ -550,6 +550,34 @@ fn the_children_are_what_processes_read() {
 }
 
 #[test]
+fn routers_and_monitors_have_requests_or_what_the_user_set() {
+    let settings = Settings::parse_from(["athanor-operator", "--image-pull-secret=pull"]);
+    let mut subject = canary(None);
+    let full = deployment(retraining_spec());
+    (subject.deployment.spec.feedback, subject.deployment.spec.monitor) = (full.spec.feedback, full.spec.monitor);
+    let pods = |subject: &Observed| {
+        let mut validated = validate(&subject.deployment).unwrap();
+        validated.owner = vec![OwnerReference::default()];
+        let children = build::build(&validated, &settings, &decision(subject, 60), "00ff".into());
+        [children.router.unwrap().deployment, children.monitor.unwrap().deployment]
+            .map(|workload| serde_json::to_value(workload.spec.unwrap().template.spec.unwrap()).unwrap())
+    };
+    for pod in pods(&subject) {
+        let resources = json!({"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "1Gi"}});
+        assert_eq!(pod["containers"][0]["resources"], resources);
+        assert_eq!(pod["imagePullSecrets"], json!([{"name": "pull"}]));
+    }
+    let own = json!({"resources": {"limits": {"memory": "2Gi"}}, "nodeSelector": {"pool": "edge"}});
+    let spec = &mut subject.deployment.spec;
+    spec.router_pod_template = serde_json::from_value(own.clone()).unwrap();
+    spec.monitor_pod_template = serde_json::from_value(own.clone()).unwrap();
+    for pod in pods(&subject) {
+        assert_eq!(pod["containers"][0]["resources"], own["resources"]);
+        assert_eq!(pod["nodeSelector"], own["nodeSelector"]);
+    }
+}
+
+#[test]
 fn a_changed_engine_restarts_the_servers_with_it() {
     let settings = Settings::parse_from(["athanor-operator"]);
     let mut subject = canary(None);

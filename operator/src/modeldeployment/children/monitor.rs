@@ -51,9 +51,11 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
     };
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let startup = HttpProbe { path: "/healthz", port: "ops", period_seconds: 1, failures: 60 };
+    let overrides = pods::small(deployment.spec.monitor_pod_template.as_ref());
     let template = pods::template(PodPlan {
         component: MONITOR,
         image: &settings.monitor_image,
+        pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-monitor", "--config", path::MONITOR_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
         annotations: Labels::new(),
@@ -63,7 +65,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
         metrics_port: MONITOR_OPS_PORT,
         volumes: vec![(pods::config(&name), path::CONFIG.into())],
         probes: Some(probes("ops", startup)),
-        overrides: None,
+        overrides: Some(&overrides),
         service_account: Some(name.clone()),
         grace_seconds: 30,
         spread: None,

@@ -58,6 +58,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     let template = pods::template(PodPlan {
         component: SERVER,
         image: deployment.spec.image.as_deref().unwrap_or(&settings.server_image),
+        pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
         // A changed configuration changes the template, and so restarts the pods.

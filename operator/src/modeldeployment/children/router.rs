@@ -129,9 +129,11 @@ fn pod_template(
     // A router is ready once a server is, which may take as long as a model takes to arrive: only its process must
     // start in time.
     let startup = HttpProbe { path: "/healthz", port: "ops", period_seconds: 1, failures: 60 };
+    let overrides = pods::small(deployment.spec.router_pod_template.as_ref());
     pods::template(PodPlan {
         component: ROUTER,
         image: &settings.router_image,
+        pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-router", "--namespace", &deployment.namespace, "--config-map", name].map(Into::into).into(),
         labels: labels.clone(),
         annotations: Labels::new(),
@@ -141,7 +143,7 @@ fn pod_template(
         metrics_port: ROUTER_OPS_PORT,
         volumes: vec![(pods::scratch("spool", None), path::SPOOL.into())],
         probes: Some(probes("ops", startup)),
-        overrides: None,
+        overrides: Some(&overrides),
         service_account: Some(name.into()),
         grace_seconds: grace,
         spread: Some(pods::selector(ROUTER, &deployment.name, None)),
