@@ -49,6 +49,16 @@ check_address() {
   fi
 }
 
+# While a Service has no endpoint, kube-proxy may have no rule for its address: it must not be asked of the world outside,
+# where a gateway may answer. What kube-proxy has translated no longer has such an address here.
+keep_services_inside() {
+  iptables -N CNI-ATHANOR-INSIDE 2>/dev/null || return 0 # from an earlier start
+  iptables -A CNI-ATHANOR-INSIDE -p tcp -j REJECT --reject-with tcp-reset
+  iptables -A CNI-ATHANOR-INSIDE -j REJECT
+  iptables -A OUTPUT -d "$SERVICE_CIDR" -j CNI-ATHANOR-INSIDE
+  iptables -A FORWARD -d "$SERVICE_CIDR" -j CNI-ATHANOR-INSIDE
+}
+
 make_network() {
   check_address
   # Not every kernel has the `dummy` type; a bridge without ports serves as well.

@@ -17,6 +17,10 @@ use k8s_openapi::{
     },
 };
 
+/// Time limit of a probe in seconds.
+const PROBE_SECONDS: i32 = 2;
+/// Time limit of a liveness probe in seconds: a process that is slow on a busy node must not be restarted for it.
+const LIVENESS_SECONDS: i32 = 10;
 /// User and group of every container.
 const USER: i64 = 65532;
 
@@ -105,7 +109,7 @@ pub struct HttpProbe {
 }
 
 impl HttpProbe {
-    fn build(self) -> Probe {
+    fn build(self, timeout_seconds: i32) -> Probe {
         Probe {
             http_get: Some(HTTPGetAction {
                 path: Some(self.path.into()),
@@ -114,7 +118,7 @@ impl HttpProbe {
             }),
             period_seconds: Some(self.period_seconds),
             failure_threshold: Some(self.failures),
-            timeout_seconds: Some(2),
+            timeout_seconds: Some(timeout_seconds),
             ..Probe::default()
         }
     }
@@ -185,9 +189,9 @@ fn container(plan: &PodPlan<'_>, overrides: &PodOverrides, mounts: Vec<VolumeMou
             }]
         }),
         ports: Some(ports.collect()),
-        startup_probe: probes.map(|probes| probes.startup.build()),
-        readiness_probe: probes.map(|probes| probes.readiness.build()),
-        liveness_probe: probes.map(|probes| probes.liveness.build()),
+        startup_probe: probes.map(|probes| probes.startup.build(PROBE_SECONDS)),
+        readiness_probe: probes.map(|probes| probes.readiness.build(PROBE_SECONDS)),
+        liveness_probe: probes.map(|probes| probes.liveness.build(LIVENESS_SECONDS)),
         resources: overrides.resources.clone(),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
