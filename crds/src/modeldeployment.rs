@@ -154,12 +154,18 @@ pub struct CanarySpec {
     /// few requests it waits. Errors are counted from the start of each step, latency over all answers of the
     /// candidate.
     pub analysis: AnalysisSpec,
+    /// Seconds after which a rollout without a verdict is rolled back, from the creation of the candidate. Absent: it may
+    /// hold for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub deadline_seconds: Option<u32>,
 }
 
 impl Default for CanarySpec {
     fn default() -> Self {
         let step = |traffic_percent| CanaryStep { traffic_percent, pause_seconds: default_pause() };
-        Self { steps: vec![step(10), step(50), step(100)], analysis: AnalysisSpec::default() }
+        let steps = vec![step(10), step(50), step(100)];
+        Self { steps, analysis: AnalysisSpec::default(), deadline_seconds: None }
     }
 }
 
@@ -398,6 +404,9 @@ pub struct CandidateStatus {
     pub weight: u32,
     /// Time at which the step began.
     pub since: Time,
+    /// Time at which the rollout began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
     /// Current result of the analysis.
     #[schemars(length(max = 1024))]
     pub message: String,

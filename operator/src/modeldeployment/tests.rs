@@ -158,6 +158,7 @@ fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> 
         step_index,
         weight,
         since: Time(at(since)),
+        started_at: Some(Time(at(50))),
         message: String::new(),
         baseline: RevisionCounts { requests: 40, errors: 3, refused: 0 },
         champion_baseline: RevisionCounts::default(),
@@ -277,6 +278,23 @@ fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
         let progressing = decision(&subject, 60).rollout.progressing;
         assert_eq!(progressing.reason, reason, "{case}: {}", progressing.message);
         assert!(progressing.message.contains(message), "{case}: {}", progressing.message);
+    }
+}
+
+#[test]
+fn a_rollout_without_a_verdict_ends_at_its_deadline() {
+    for (available, message) in [(1, "a verdict needs 50 requests"), (0, "0 of 1 pods")] {
+        let mut subject = canary(at_step(0, if available == 0 { 0 } else { 10 }, 50));
+        subject.deployment.spec.rollout.canary.deadline_seconds = Some(100);
+        subject.revisions.insert(NEW.into(), workload(available));
+        subject.counts =
+            Some([(NEW.to_owned(), RevisionAnalysis { requests: 45, errors: 3, ..Default::default() })].into());
+        assert_eq!(shown(&decision(&subject, 149)).1.map(|(name, _)| name), Some(NEW.to_owned()));
+        let over = decision(&subject, 150);
+        assert_eq!(shown(&over), (Some(OLD.into()), None, "RolledBack"));
+        let told = &over.rollout.progressing.message;
+        assert!(told.contains("no verdict within 100 s (deadlineSeconds)") && told.contains(message), "{told}");
+        assert_eq!(over.rollout.failed, [NEW]);
     }
 }
 

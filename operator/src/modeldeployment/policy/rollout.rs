@@ -107,6 +107,7 @@ pub fn rollout(
         step_index: 0,
         weight: 0,
         since: Time(inputs.now),
+        started_at: Some(Time(inputs.now)),
         message: String::new(),
         baseline: RevisionCounts::default(),
         champion_baseline: RevisionCounts::default(),
@@ -127,7 +128,33 @@ pub fn rollout(
         workload: inputs.workloads.get(&candidate.revision.name).cloned().unwrap_or_default(),
         candidate,
     };
-    if canary.candidate.weight == 0 { canary.start(next) } else { canary.judge(next) }
+    let decided = if canary.candidate.weight == 0 { canary.start(next) } else { canary.judge(next) };
+    within_deadline(spec, decided, inputs.now)
+}
+
+/// Rolls a candidate back that is still there when the rollout should be over.
+fn within_deadline(spec: &CanarySpec, mut next: Rollout, now: Timestamp) -> Rollout {
+    let begun = next.candidate.as_ref().and_then(|candidate| candidate.started_at.as_ref());
+    let (Some(seconds), Some(begun)) = (spec.deadline_seconds, begun) else { return next };
+    let left = left(Duration::from_secs(seconds.into()), begun.0, now);
+    if !left.is_zero() {
+        next.wait = Some(next.wait.map_or(left, |wait| wait.min(left)));
+        return next;
+    }
+    let Some(candidate) = next.candidate.take() else { return next };
+    let why = format!("no verdict within {seconds} s (deadlineSeconds): {}", candidate.message);
+    give_up(next, candidate.revision.name, &why, now)
+}
+
+/// Takes the traffic from a revision for good.
+fn give_up(mut next: Rollout, name: String, why: &str, now: Timestamp) -> Rollout {
+    next.progressing = Value::new(State::False, "RolledBack", format!("{name} was rolled back: {why}"));
+    next.failed.push(name.clone());
+    let excess = next.failed.len().saturating_sub(MOST_FAILED);
+    next.failed.drain(..excess);
+    next.previous = Some(RetiredRevision { name, since: Time(now) });
+    next.wait = Some(POLL);
+    next
 }
 
 /// Returns the revisions as they are, without those whose requests have drained.
@@ -319,14 +346,7 @@ impl Canary<'_> {
         next
     }
 
-    fn roll_back(self, mut next: Rollout, why: &str) -> Rollout {
-        let name = self.candidate.revision.name;
-        next.progressing = Value::new(State::False, "RolledBack", format!("{name} was rolled back: {why}"));
-        next.failed.push(name.clone());
-        let excess = next.failed.len().saturating_sub(MOST_FAILED);
-        next.failed.drain(..excess);
-        next.previous = Some(RetiredRevision { name, since: Time(self.inputs.now) });
-        next.wait = Some(POLL);
-        next
+    fn roll_back(self, next: Rollout, why: &str) -> Rollout {
+        give_up(next, self.candidate.revision.name, why, self.inputs.now)
     }
 }
