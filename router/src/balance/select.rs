@@ -15,6 +15,14 @@ pub enum Target {
     Pinned(String),
 }
 
+impl Target {
+    /// Whether chance decides. The analysis of a canary counts these requests alone: others may be chosen to make one
+    /// revision look bad or good.
+    pub fn is_by_weight(&self) -> bool {
+        matches!(self, Self::Weighted(_))
+    }
+}
+
 /// Indices of the revisions that may answer: the chosen one, then the others with weight, heaviest first.
 /// Empty when no revision has weight.
 pub fn order(weights: &[u32], hash: u64) -> Vec<usize> {

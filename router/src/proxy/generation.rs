@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use athanor_serving::api::openai::body;
+use athanor_serving::api::{headers, openai::body};
 use axum::{
     extract::{Request, State},
     http::StatusCode,
@@ -56,8 +56,8 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     let passing = Passing {
         gateway,
         revision: forwarded.revision,
-        // A head with an error status has been counted as what it is.
-        is_counted: status.is_success(),
+        // A head with an error status has been counted as what it is; a request for one revision is not counted at all.
+        is_counted: status.is_success() && !parts.headers.contains_key(headers::REVISION),
         recorder,
         began,
         limit: policy.timeout,

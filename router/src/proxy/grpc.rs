@@ -93,7 +93,7 @@ impl Passing {
             };
             let usable = |endpoint: &Endpoint| endpoint.grpc.is_some();
             let policy = Policy::new(&limits);
-            let analysis = route.is_counted.then_some(&*gateway.analysis);
+            let analysis = (route.is_counted && target.is_by_weight()).then_some(&*gateway.analysis);
             forward::forward(&gateway.registry, analysis, &target, policy, usable, attempt).await.map_err(status)
         };
         let result = result.instrument(span).await;

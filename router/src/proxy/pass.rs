@@ -128,7 +128,7 @@ where
             }
         }
     };
-    let analysis = way.is_counted.then_some(&*gateway.analysis);
+    let analysis = (way.is_counted && target.is_by_weight()).then_some(&*gateway.analysis);
     Ok(forward::forward(&gateway.registry, analysis, &target, way.policy, |_| true, attempt).await?)
 }
 

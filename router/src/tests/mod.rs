@@ -244,6 +244,8 @@ async fn weights_pins_and_fall_over() {
         let (parts, _) = send(&gateway, classify().header("x-athanor-revision", pinned), r#"{"input": "x"}"#).await;
         assert_eq!(parts.headers["x-athanor-revision"], pinned);
     }
+    let counted = gateway.analysis.read().revisions;
+    assert_eq!(counted.values().map(|counts| counts.requests).sum::<u64>(), 200, "pinned requests do not count");
     let (parts, body) = send(&gateway, classify().header("x-athanor-revision", "none"), r#"{"input": "x"}"#).await;
     assert_eq!((parts.status, &body["error"]["code"]), (StatusCode::NOT_FOUND, &json!("revision_not_found")));
     kill_old.cancel();
