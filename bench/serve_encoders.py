@@ -43,8 +43,8 @@ def prepare(work):
         ("classify", AutoModelForSequenceClassification, "logits"),
     ):
         # The speed of a head does not depend on its weights, so it need not be trained.
-        extra = {"num_labels": 2} if kind == "classify" else {}
-        model = loader.from_pretrained(MODEL, attn_implementation="eager", **extra).eval()
+        extra = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}} if kind == "classify" else {}
+        model = loader.from_pretrained(MODEL, attn_implementation="eager", **extra).eval().requires_grad_(False)
         folder = work / kind / "FP32"
         model.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -52,8 +52,12 @@ def prepare(work):
         quantize(folder, work / kind / "Int8", save_file)
 
         class Plain(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
             def forward(self, input_ids, attention_mask):
-                return getattr(model(input_ids=input_ids, attention_mask=attention_mask), output)
+                return getattr(self.model(input_ids=input_ids, attention_mask=attention_mask), output)
 
         file = work / kind / "fp32.onnx"
         axes = {"input_ids": {0: "b", 1: "t"}, "attention_mask": {0: "b", 1: "t"}}
