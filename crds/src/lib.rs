@@ -12,6 +12,7 @@ mod engine;
 mod finetunejob;
 mod modeldeployment;
 mod pod;
+mod retraining;
 pub mod schema;
 
 pub use athanor_contract::process::annotation::{APPROVE as APPROVE_ANNOTATION, TRIAL as TRIAL_ANNOTATION};
@@ -24,6 +25,7 @@ pub use engine::{BuiltinEngine, EngineSpec};
 pub use finetunejob::*;
 pub use modeldeployment::*;
 pub use pod::PodOverrides;
+pub use retraining::*;
 
 /// Types of conditions.
 pub mod condition {

@@ -5,14 +5,17 @@ use std::collections::BTreeMap;
 use athanor_contract::{
     Decimal,
     serve::{MonitorSpec, MonitorStatus},
-    train::OffsetRange,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{FineTuneJobSpec, PodOverrides, engine::EngineSpec};
+use crate::{
+    FineTuneJobSpec, PodOverrides,
+    engine::EngineSpec,
+    retraining::{RetrainingOutcome, RetrainingProposal, RetrainingStatus},
+};
 
 /// A ModelDeployment serves a model at the Service of the same name (port 80 HTTP, 8081 gRPC), rolls out new models
 /// behind a canary, records requests, answers and feedback, and retrains the model when it has become stale.
@@ -441,52 +444,8 @@ pub struct RetiredRevision {
     pub since: Time,
 }
 
-/// A retraining in progress.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct RetrainingStatus {
-    /// Name of the FineTuneJob.
-    #[schemars(length(max = 253))]
-    pub job: String,
-    /// Offset ranges of the events that it is trained on.
-    #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
-    pub ranges: Vec<OffsetRange>,
-    /// Time at which it was created.
-    pub started_at: Time,
-}
-
 fn is_zero(count: &u32) -> bool {
     *count == 0
-}
-
-/// A retraining that waits for an approval.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct RetrainingProposal {
-    /// Name of the FineTuneJob to be created; approved by the annotation athanor.dev/approve.
-    #[schemars(length(max = 253))]
-    pub job: String,
-    /// Revision that has drifted.
-    #[schemars(length(max = 253))]
-    pub revision: String,
-    /// Offset ranges of the events to train on.
-    #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
-    pub ranges: Vec<OffsetRange>,
-}
-
-/// Outcome of a retraining.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct RetrainingOutcome {
-    /// Name of the FineTuneJob.
-    #[schemars(length(max = 253))]
-    pub job: String,
-    /// Reason of the job's condition Succeeded, such as Succeeded or GateFailed.
-    #[schemars(length(max = 128))]
-    pub reason: String,
-    /// Message of that condition.
-    #[schemars(length(max = 2048))]
-    pub message: String,
 }
 
 /// spec.model as last observed.
