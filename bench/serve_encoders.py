@@ -4,7 +4,7 @@ Imported by bench/serve.py. Requests have one text of some 14 tokens; 1, 8 and 6
 onnxruntime runs a request at a time for each HTTP thread, without batching between requests, on all cores; its eight-bit model is its
 own dynamic quantization.
 """
-import concurrent.futures, contextlib, http.client, http.server, json, os, pathlib, shutil, socketserver, statistics, subprocess, sys, threading, time
+import concurrent.futures, contextlib, http.client, http.server, json, os, pathlib, shutil, socketserver, statistics, subprocess, sys, time
 
 import numpy as np
 

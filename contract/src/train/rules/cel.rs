@@ -1,5 +1,5 @@
 //! Rules that the API server checks as well, as CEL expressions, by the part of the specification they are about. The
-//! Rust rule that mirrors each is in the file of the same name next to this one, and refers to it.
+//! Rust rule that mirrors each is in the file that the comment names; rules of a search are mirrored by the search crate.
 
 use super::rule::Rule;
 
