@@ -93,13 +93,13 @@ pub struct FineTuneJobStatus {
     #[serde(default)]
     pub preemptions: u32,
     /// Number of preemptions in a row before which the training made no progress; too many end the job.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "crate::is_default")]
     pub fruitless_preemptions: u32,
     /// Time of the last preemption.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preempted_at: Option<Time>,
     /// Number of optimizer steps that had been done then.
-    #[serde(default, skip_serializing_if = "is_zero_steps")]
+    #[serde(default, skip_serializing_if = "crate::is_default")]
     pub preempted_at_step: u64,
     /// Number of the current attempt, from 0; its Kubernetes Job is named {name}-{attempt}.
     #[serde(default)]
@@ -121,14 +121,6 @@ pub struct FineTuneJobStatus {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
     pub timeline: BTreeMap<String, Decimal>,
-}
-
-fn is_zero(count: &u32) -> bool {
-    *count == 0
-}
-
-fn is_zero_steps(steps: &u64) -> bool {
-    *steps == 0
 }
 
 /// Progress of a training.

@@ -43,6 +43,11 @@ pub mod condition {
     pub const RETRAINING: &str = "Retraining";
 }
 
+/// Whether a field may be left out when it is written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 #[cfg(test)]
 mod tests {
     use athanor_contract::process::api;

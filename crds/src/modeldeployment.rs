@@ -350,7 +350,7 @@ pub struct ModelDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retraining_proposal: Option<RetrainingProposal>,
     /// Number of retrainings since the last one that led to a model; each doubles the cooldown.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "crate::is_default")]
     pub fruitless_retrainings: u32,
     /// spec.model as last observed, and since when. A retraining that ended before a change does not replace the user's
     /// new choice.
@@ -442,10 +442,6 @@ pub struct RetiredRevision {
     pub name: String,
     /// Time at which it stopped receiving traffic.
     pub since: Time,
-}
-
-fn is_zero(count: &u32) -> bool {
-    *count == 0
 }
 
 /// spec.model as last observed.

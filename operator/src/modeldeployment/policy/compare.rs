@@ -8,8 +8,10 @@
 //! <https://arxiv.org/abs/1512.04922>). The limit is tested in the same way, request by request.
 //! docs/canary.md shows how many requests a verdict takes.
 
+use athanor_crds::RevisionCounts;
+
 /// Probability with which a candidate that is as good as the champion is rolled back, over all steps and tests of a rollout.
-pub const FALSE_ROLLBACKS: f64 = 0.01;
+const FALSE_ROLLBACKS: f64 = 0.01;
 /// Errors against the champion, errors against the limit, refusals against the champion.
 const TESTS: f64 = 3.0;
 /// Ratios of the candidate's rate to the champion's, or to the limit, in the mixture.
@@ -17,41 +19,29 @@ const RATIOS: [f64; 7] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0];
 /// Standard errors by which the champion's rate may be above the one that was seen.
 const DEVIATIONS: f64 = 3.0;
 
-/// What a revision did with the requests of a step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcomes {
-    /// Requests that the model answered or failed to answer.
-    pub requests: u64,
-    /// Failed requests among them.
-    pub errors: u64,
-    /// Requests that were refused, besides.
-    pub refused: u64,
+/// The share of failed requests; 0 without requests.
+fn rate(counts: RevisionCounts) -> f64 {
+    if counts.requests == 0 { 0.0 } else { counts.errors as f64 / counts.requests as f64 }
 }
 
-impl Outcomes {
-    fn rate(self) -> f64 {
-        if self.requests == 0 { 0.0 } else { self.errors as f64 / self.requests as f64 }
+/// A rate of errors that the revision exceeds only improbably: the upper end of Wilson's interval; 0 without requests.
+fn highest_rate(counts: RevisionCounts) -> f64 {
+    if counts.requests == 0 {
+        return 0.0;
     }
-
-    /// A rate of errors that the revision exceeds only improbably: the upper end of Wilson's interval.
-    fn highest_rate(self) -> f64 {
-        if self.requests == 0 {
-            return 0.0;
-        }
-        let (n, p, z) = (self.requests as f64, self.rate(), DEVIATIONS);
-        let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
-        ((p + z * z / (2.0 * n) + spread) / (1.0 + z * z / n)).min(1.0)
-    }
+    let (n, p, z) = (counts.requests as f64, rate(counts), DEVIATIONS);
+    let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+    ((p + z * z / (2.0 * n) + spread) / (1.0 + z * z / n)).min(1.0)
 }
 
 /// A step of a canary.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
-    pub candidate: Outcomes,
+    pub candidate: RevisionCounts,
     /// The champion in the same step; nothing where the candidate has all of the traffic.
-    pub champion: Outcomes,
+    pub champion: RevisionCounts,
     /// The champion as long as the routers remember.
-    pub champion_so_far: Outcomes,
+    pub champion_so_far: RevisionCounts,
     /// Share of the traffic that the candidate is given, from 0 to 1.
     pub share: f64,
     /// Largest share of failed requests, from 0 to 1.
@@ -72,25 +62,25 @@ pub enum Worse {
 pub fn worse(step: &Step) -> Option<Worse> {
     let threshold = (TESTS * step.steps.max(1) as f64 / FALSE_ROLLBACKS).ln();
     let Step { candidate, champion, .. } = *step;
-    // Requests that name a revision, and retries, may give the candidate more than its share.
+    // Retries may give the candidate more than its share.
     let share = |own: u64, other: u64| {
         let all = own + other;
         if all == 0 { step.share } else { step.share.max(own as f64 / all as f64) }
     };
-    let all = |outcomes: Outcomes| outcomes.requests + outcomes.refused;
+    let all = |counts: RevisionCounts| counts.requests + counts.refused;
     if excess(share(candidate.requests, champion.requests), candidate.errors, champion.errors) > threshold {
         return Some(Worse::Errors);
     }
     if excess(share(all(candidate), all(champion)), candidate.refused, champion.refused) > threshold {
         return Some(Worse::Refusals);
     }
-    let limit = step.limit.max(step.champion_so_far.highest_rate());
+    let limit = step.limit.max(highest_rate(step.champion_so_far));
     (above(limit, candidate) > threshold).then_some(Worse::Limit)
 }
 
 /// Whether the candidate's share of failed requests is at most the limit, or the champion's.
 pub fn is_within(step: &Step) -> bool {
-    step.candidate.rate() <= step.limit.max(step.champion_so_far.rate())
+    rate(step.candidate) <= step.limit.max(rate(step.champion_so_far))
 }
 
 /// The logarithm of the evidence that more events than its share are the candidate's.
@@ -106,11 +96,11 @@ fn excess(share: f64, candidate: u64, champion: u64) -> f64 {
 }
 
 /// The logarithm of the evidence that requests fail with a larger probability than `limit`.
-fn above(limit: f64, outcomes: Outcomes) -> f64 {
+fn above(limit: f64, counts: RevisionCounts) -> f64 {
     if limit >= 1.0 {
         return f64::NEG_INFINITY;
     }
-    let (errors, rest) = (outcomes.errors as f64, (outcomes.requests - outcomes.errors.min(outcomes.requests)) as f64);
+    let (errors, rest) = (counts.errors as f64, (counts.requests - counts.errors.min(counts.requests)) as f64);
     if limit <= 0.0 {
         return if errors > 0.0 { f64::INFINITY } else { f64::NEG_INFINITY };
     }

@@ -4,17 +4,16 @@ use super::*;
 
 const SHARES: [f64; 3] = [0.1, 0.5, 1.0];
 
-/// A rollout of three steps with so many requests each, looked at after every tenth of them: the number of the
-/// candidate's requests in it when it was rolled back.
-fn roll_out(random: &mut StdRng, [champion, candidate]: [f64; 2], limit: f64, requests: u64) -> Option<u64> {
+/// A rollout of three steps with so many requests each, looked at after every tenth of them. Returns whether it was
+/// rolled back.
+fn roll_out(random: &mut StdRng, [champion, candidate]: [f64; 2], limit: f64, requests: u64) -> bool {
     // The routers have counted the champion for a while.
-    let mut so_far = Outcomes { requests: 2_000, ..Outcomes::default() };
+    let mut so_far = RevisionCounts { requests: 2_000, ..RevisionCounts::default() };
     so_far.errors = (0..so_far.requests).map(|_| u64::from(random.random_bool(champion))).sum();
-    let mut total = 0;
     for share in SHARES {
         let mut step = Step {
-            candidate: Outcomes::default(),
-            champion: Outcomes::default(),
+            candidate: RevisionCounts::default(),
+            champion: RevisionCounts::default(),
             champion_so_far: so_far,
             share,
             limit,
@@ -26,21 +25,20 @@ fn roll_out(random: &mut StdRng, [champion, candidate]: [f64; 2], limit: f64, re
                 if is_candidate { (&mut step.candidate, candidate) } else { (&mut step.champion, champion) };
             outcomes.requests += 1;
             outcomes.errors += u64::from(random.random_bool(rate));
-            total += u64::from(is_candidate);
             if number % 10 == 9 && worse(&step).is_some() {
-                return Some(total);
+                return true;
             }
         }
         so_far = step.champion_so_far;
         so_far.requests += step.champion.requests;
         so_far.errors += step.champion.errors;
     }
-    None
+    false
 }
 
 fn share_rolled_back(seed: u64, rollouts: usize, rates: [f64; 2], limit: f64, requests: u64) -> f64 {
     let mut random = StdRng::seed_from_u64(seed);
-    let rolled_back = (0..rollouts).filter(|_| roll_out(&mut random, rates, limit, requests).is_some()).count();
+    let rolled_back = (0..rollouts).filter(|_| roll_out(&mut random, rates, limit, requests)).count();
     rolled_back as f64 / rollouts as f64
 }
 
@@ -77,17 +75,17 @@ fn a_candidate_that_always_fails_is_caught_by_a_few_requests() {
         limit: 0.01,
         steps: 3,
     };
-    let failed = |requests| Outcomes { requests, errors: requests, refused: 0 };
-    let good = |requests| Outcomes { requests, errors: 0, refused: 0 };
+    let failed = |requests| RevisionCounts { requests, errors: requests, refused: 0 };
+    let good = |requests| RevisionCounts { requests, errors: 0, refused: 0 };
     assert_eq!(worse(&step(failed(3), good(27), 0.1)), None);
     assert_eq!(worse(&step(failed(5), good(45), 0.1)), Some(Worse::Errors));
     assert_eq!(worse(&step(failed(4), good(0), 1.0)), Some(Worse::Limit));
-    let refused = |refused| Outcomes { requests: 0, errors: 0, refused };
+    let refused = |refused| RevisionCounts { requests: 0, errors: 0, refused };
     assert_eq!(worse(&step(refused(5), good(45), 0.1)), Some(Worse::Refusals));
     // Trouble that both have is not the candidate's.
     assert_eq!(worse(&step(failed(10), failed(90), 0.1)), None);
     // With a limit of 0 a single failure is one too many, unless the champion may have some.
-    let strict = Step { limit: 0.0, ..step(Outcomes { errors: 1, ..good(100) }, good(0), 1.0) };
+    let strict = Step { limit: 0.0, ..step(RevisionCounts { errors: 1, ..good(100) }, good(0), 1.0) };
     assert_eq!((worse(&strict), is_within(&strict)), (Some(Worse::Limit), false));
 }
 
@@ -95,7 +93,7 @@ fn a_candidate_that_always_fails_is_caught_by_a_few_requests() {
 fn counts_that_cannot_be_are_no_evidence() {
     assert_eq!(excess(0.0, 5, 5), f64::NEG_INFINITY);
     assert_eq!(excess(1.0, 5, 0), f64::NEG_INFINITY);
-    assert_eq!(above(1.0, Outcomes { requests: 5, errors: 5, refused: 0 }), f64::NEG_INFINITY);
-    assert!(above(0.5, Outcomes { requests: 1, errors: 5, refused: 0 }).is_finite());
+    assert_eq!(above(1.0, RevisionCounts { requests: 5, errors: 5, refused: 0 }), f64::NEG_INFINITY);
+    assert!(above(0.5, RevisionCounts { requests: 1, errors: 5, refused: 0 }).is_finite());
     assert!(excess(0.1, 0, 0).abs() < 1e-12);
 }

@@ -10,7 +10,7 @@ use athanor_crds::{
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::compare::{self, Outcomes, Worse};
+use super::compare::{self, Worse};
 use crate::{
     condition::{self, State, Value},
     modeldeployment::observe::{counts::Counts, workload::Workload},
@@ -58,15 +58,15 @@ impl Inputs<'_> {
     }
 
     /// What the routers have counted for a revision.
-    fn outcomes_of(&self, revision: &str) -> RevisionCounts {
+    fn totals_of(&self, revision: &str) -> RevisionCounts {
         let RevisionAnalysis { requests, errors, refused, .. } = self.counts_of(revision);
         RevisionCounts { requests, errors, refused }
     }
 }
 
-/// The outcomes since the routers had counted `before`. `None` if there are fewer: a router restarted.
-fn since_then(now: RevisionCounts, before: RevisionCounts) -> Option<Outcomes> {
-    Some(Outcomes {
+/// The counts since the routers had counted `before`. `None` if there are fewer: a router restarted.
+fn since_then(now: RevisionCounts, before: RevisionCounts) -> Option<RevisionCounts> {
+    Some(RevisionCounts {
         requests: now.requests.checked_sub(before.requests)?,
         errors: now.errors.checked_sub(before.errors)?,
         refused: now.refused.checked_sub(before.refused)?,
@@ -233,7 +233,7 @@ impl Canary<'_> {
             let (index, percent) = (self.index, self.percent);
             return self.begin(next, index, percent);
         };
-        let Outcomes { requests, errors, .. } = step.candidate;
+        let RevisionCounts { requests, errors, .. } = step.candidate;
         let place = format!("step {} of {}", self.index + 1, self.last + 1);
         let at = format!("{place} at {} %", self.candidate.weight);
         let numbers = format!("{at}: {errors} of {requests} requests failed");
@@ -273,13 +273,13 @@ impl Canary<'_> {
         self.promote(next, &numbers)
     }
 
-    /// The outcomes of the step so far; `None` if a router's counts began again.
+    /// The counts of the step so far; `None` if a router's counts began again.
     fn step(&self) -> Option<compare::Step> {
-        let champion = self.inputs.outcomes_of(&self.champion);
+        let champion = self.inputs.totals_of(&self.champion);
         Some(compare::Step {
-            candidate: since_then(self.inputs.outcomes_of(&self.candidate.revision.name), self.candidate.baseline)?,
+            candidate: since_then(self.inputs.totals_of(&self.candidate.revision.name), self.candidate.baseline)?,
             champion: since_then(champion, self.candidate.champion_baseline)?,
-            champion_so_far: since_then(champion, RevisionCounts::default())?,
+            champion_so_far: champion,
             share: f64::from(self.candidate.weight) / 100.0,
             limit: self.spec.analysis.max_error_percent.get() / 100.0,
             steps: self.last + 1,
@@ -322,8 +322,8 @@ impl Canary<'_> {
         self.candidate.step_index = u32::try_from(index).unwrap_or(u32::MAX);
         self.candidate.weight = weight;
         self.candidate.since = Time(self.inputs.now);
-        self.candidate.baseline = self.inputs.outcomes_of(&self.candidate.revision.name);
-        self.candidate.champion_baseline = self.inputs.outcomes_of(&self.champion);
+        self.candidate.baseline = self.inputs.totals_of(&self.candidate.revision.name);
+        self.candidate.champion_baseline = self.inputs.totals_of(&self.champion);
         self.hold(next, "Canary", format!("step {} began at {weight} %", index + 1))
     }
 
