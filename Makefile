@@ -36,9 +36,9 @@ test: ## every test: unit, parity, real API server, chart, and the whole loop wi
 test-unit: setup ## tests that need no cluster (parity and two-rank training included)
 	@$(CARGO) test --release --workspace
 
-test-apiserver: setup ## admission and the operator's requests against a real etcd and kube-apiserver
+test-apiserver: setup ## admission, and the operator's requests, faults and fail-over against a real etcd and kube-apiserver
 	@cluster/tools --only etcd,kubernetes
-	@$(CARGO) test --release --workspace --test admission --test requests -- --ignored
+	@$(CARGO) test --release --workspace --test admission --test requests --test reconcile_faults -- --ignored
 
 test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm

@@ -13,6 +13,7 @@ use kube::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    lease::Leadership,
     memory::Memory,
     stores::{Mark, Stores, Written, version},
 };
@@ -31,6 +32,9 @@ pub enum ClusterError {
     /// The object changed after it was read.
     #[error("{kind} {name} changed while it was reconciled")]
     Conflict { kind: String, name: String },
+    /// Another process may be the leader by now.
+    #[error("{action} {kind} {name}: this operator's leadership is over")]
+    NotLeader { action: &'static str, kind: String, name: String },
     #[error("{kind} {name} has no numeric resource version")]
     Version { kind: String, name: String },
 }
@@ -43,7 +47,7 @@ impl ClusterError {
                 matches!(&**source, kube::Error::Api(status) if matches!(status.code, 400 | 403 | 404 | 422))
             }
             Self::Foreign { .. } => true,
-            Self::Conflict { .. } | Self::Version { .. } => false,
+            Self::Conflict { .. } | Self::NotLeader { .. } | Self::Version { .. } => false,
         };
         if refused { "Refused" } else { "ApplyFailed" }
     }
@@ -91,13 +95,28 @@ pub struct Cluster<'a> {
     client: &'a Client,
     stores: &'a Stores,
     memory: &'a Memory,
+    leadership: &'a Leadership,
     /// The object in the operator's own records.
     key: &'a str,
 }
 
 impl<'a> Cluster<'a> {
-    pub fn new(client: &'a Client, stores: &'a Stores, memory: &'a Memory, key: &'a str) -> Self {
-        Self { client, stores, memory, key }
+    pub fn new(
+        client: &'a Client,
+        stores: &'a Stores,
+        memory: &'a Memory,
+        leadership: &'a Leadership,
+        key: &'a str,
+    ) -> Self {
+        Self { client, stores, memory, leadership, key }
+    }
+
+    /// Fails unless this process may write. Each write asks just before its request.
+    fn check_leadership<K: Child>(&self, action: &'static str, name: &str) -> Result<(), ClusterError> {
+        if self.leadership.is_held() {
+            return Ok(());
+        }
+        Err(ClusterError::NotLeader { action, kind: kind::<K>().into(), name: name.into() })
     }
 
     fn api<K: Child>(&self, namespace: &str) -> Api<K> {
@@ -126,6 +145,7 @@ impl<'a> Cluster<'a> {
         }
         self.check_owner::<K>(&namespace, &name, owner).await?;
         let params = PatchParams::apply(FIELD_MANAGER).force();
+        self.check_leadership::<K>("applying", &name)?;
         let applied = self.api::<K>(&namespace).patch(&name, &params, &Patch::Apply(child)).await;
         let applied = applied.map_err(|error| request::<K>("applying", &name, error))?;
         self.wrote(&applied)?;
@@ -163,9 +183,11 @@ impl<'a> Cluster<'a> {
     pub async fn create_unread<K: Child>(&self, child: &K) -> Result<bool, ClusterError> {
         let name = child.name_any();
         let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+        self.check_leadership::<K>("creating", &name)?;
         match self.api::<K>(&child.namespace().unwrap_or_default()).create(&params, child).await {
             Ok(created) => self.wrote(&created).map(|()| true),
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            // Any other conflict says nothing about an object of that name.
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(false),
             Err(error) => Err(request::<K>("creating", &name, error)),
         }
     }
@@ -197,6 +219,7 @@ impl<'a> Cluster<'a> {
             ..DeleteParams::default()
         };
         self.memory.forget_child(self.key, &kind::<K>(), name);
+        self.check_leadership::<K>("deleting", name)?;
         match self.api::<K>(namespace).delete(name, &params).await {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
@@ -220,6 +243,7 @@ impl<'a> Cluster<'a> {
         });
         let params = PatchParams::apply(FIELD_MANAGER).force();
         let api = self.api::<K>(&object.namespace().unwrap_or_default());
+        self.check_leadership::<K>("writing the status of", &name)?;
         match api.patch_status(&name, &params, &Patch::Apply(&body)).await {
             Ok(written) => self.wrote(&written),
             Err(kube::Error::Api(status)) if status.code == 409 => {

@@ -8,7 +8,9 @@ use std::{
 
 use kube::{Client, runtime::controller::Action};
 
-use crate::{cluster::Cluster, memory::Memory, progress::Reports, settings::Settings, stores::Stores};
+use crate::{
+    cluster::Cluster, lease::Leadership, memory::Memory, progress::Reports, settings::Settings, stores::Stores,
+};
 
 /// Longest pause between two attempts to reconcile an object.
 const LONGEST: Duration = Duration::from_secs(300);
@@ -22,6 +24,7 @@ pub struct Context {
     pub reports: Arc<Reports>,
     /// Client for the routers' counts.
     pub http: reqwest::Client,
+    leadership: Leadership,
     failures: Mutex<HashMap<String, u32>>,
 }
 
@@ -32,13 +35,15 @@ impl Context {
         stores: Stores,
         reports: Arc<Reports>,
         http: reqwest::Client,
+        leadership: Leadership,
     ) -> Self {
-        Self { client, settings, stores, memory: Memory::default(), reports, http, failures: Mutex::default() }
+        let (memory, failures) = Default::default();
+        Self { client, settings, stores, memory, reports, http, leadership, failures }
     }
 
     /// Returns the writer for the object with this key.
     pub fn cluster<'a>(&'a self, key: &'a str) -> Cluster<'a> {
-        Cluster::new(&self.client, &self.stores, &self.memory, key)
+        Cluster::new(&self.client, &self.stores, &self.memory, &self.leadership, key)
     }
 
     /// Records a success: the next failure waits as short as a first one.

@@ -3,7 +3,10 @@
 //! Clocks of different machines are not compared: a holder counts as gone when its record has not changed for the whole
 //! duration by the clock of this process. Writes carry the resource version, so one of two candidates fails.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -19,6 +22,39 @@ const DURATION: Duration = Duration::from_secs(15);
 /// Time without a renewal after which the holder gives up its leadership, well before another process takes the Lease.
 const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(2);
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// Whether this process may write as the leader. Clones share it.
+///
+/// It ends by itself when the Lease was not renewed in time: a process that was suspended finds its leadership over at its first
+/// write, before it knows that there is another leader.
+#[derive(Clone, Debug, Default)]
+pub struct Leadership(Arc<Mutex<Option<Instant>>>);
+
+impl Leadership {
+    /// Leadership of a process that takes part in no election: it does not end.
+    pub fn without_election() -> Self {
+        let leadership = Self::default();
+        // Less than nothing has passed since then, for as long as a process lives.
+        leadership.renew(Instant::now() + FOR_EVER);
+        leadership
+    }
+
+    /// The Lease was renewed by a request that began then.
+    fn renew(&self, began: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
+    }
+
+    fn end(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether the last renewal is recent enough that no other process can have taken the Lease.
+    pub fn is_held(&self) -> bool {
+        let renewed = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        renewed.is_some_and(|renewed| renewed.elapsed() < RENEW_DEADLINE)
+    }
+}
 
 /// A candidate, or the leader.
 pub struct Election {
@@ -27,6 +63,7 @@ pub struct Election {
     identity: String,
     /// The record as last read, and when it was first read with this content.
     seen: Option<(Record, Instant)>,
+    leadership: Leadership,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,17 +75,30 @@ struct Record {
 
 impl Election {
     pub fn new(client: Client, namespace: &str, name: &str, identity: String) -> Self {
-        Self { api: Api::namespaced(client, namespace), name: name.into(), identity, seen: None }
+        Self {
+            api: Api::namespaced(client, namespace),
+            name: name.into(),
+            identity,
+            seen: None,
+            leadership: Leadership::default(),
+        }
+    }
+
+    /// What writers ask before they write.
+    pub fn leadership(&self) -> Leadership {
+        self.leadership.clone()
     }
 
     /// Waits until this process is the leader. Calls `reached` after each successful request. Returns false on
     /// shutdown.
     pub async fn acquire(&mut self, shutdown: &CancellationToken, mut reached: impl FnMut()) -> bool {
         loop {
+            let began = Instant::now();
             match self.attempt().await {
                 Ok(leads) => {
                     reached();
                     if leads {
+                        self.leadership.renew(began);
                         return true;
                     }
                 }
@@ -70,9 +120,16 @@ impl Election {
                 () = sleep(RETRY) => {}
             }
             let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            let began = Instant::now();
             match timeout(left.max(Duration::from_millis(1)), self.attempt()).await {
-                Ok(Ok(true)) => renewed = Instant::now(),
-                Ok(Ok(false)) => return true,
+                Ok(Ok(true)) => {
+                    renewed = began;
+                    self.leadership.renew(began);
+                }
+                Ok(Ok(false)) => {
+                    self.leadership.end();
+                    return true;
+                }
                 Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease could not be renewed"),
                 Err(_) => {}
             }
@@ -170,6 +227,20 @@ fn may_take(record: Option<&Record>, identity: &str, silent: Duration) -> Option
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn leadership_ends_by_itself() {
+        let leadership = Leadership::default();
+        assert!(!leadership.is_held());
+        leadership.renew(Instant::now() - RENEW_DEADLINE + Duration::from_secs(5));
+        assert!(leadership.is_held());
+        leadership.renew(Instant::now() - RENEW_DEADLINE);
+        assert!(!leadership.is_held());
+        leadership.renew(Instant::now());
+        leadership.end();
+        assert!(!leadership.is_held());
+        assert!(Leadership::without_election().is_held());
+    }
 
     #[test]
     fn a_lease_is_taken_when_free_mine_or_silent_for_long() {

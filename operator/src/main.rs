@@ -49,11 +49,10 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     let (changed, mut reported) = mpsc::channel(REPORTED);
     let reports = Arc::new(Reports::new(changed));
     let (stores, feeds) = Stores::new();
-    let context = Arc::new(Context::new(client.clone(), settings.clone(), stores.clone(), reports.clone(), http));
     let reported = stream::poll_fn(move |task| reported.poll_recv(task));
 
     let ready = Readiness::new();
-    let ops = tokio::spawn(ops_server(settings.ops_port, ready.clone(), stores, shutdown.clone()));
+    let ops = tokio::spawn(ops_server(settings.ops_port, ready.clone(), stores.clone(), shutdown.clone()));
     let progress = tokio::spawn(progress_server(settings.progress_port, reports.clone(), shutdown.clone()));
 
     let identity = settings.identity.clone().unwrap_or_else(|| {
@@ -62,6 +61,9 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     });
     tracing::info!(identity, "waiting for the Lease");
     let mut election = Election::new(client.clone(), &settings.lease_namespace, &settings.lease_name, identity);
+    let leadership = election.leadership();
+    let context = Context::new(client.clone(), settings.clone(), stores.clone(), reports.clone(), http, leadership);
+    let context = Arc::new(context);
     let servers = async {
         tokio::select! {
             ended = ops => ended.context("the health server")?.context("the health server"),

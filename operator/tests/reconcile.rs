@@ -12,6 +12,7 @@ use std::{
 use athanor_crds::{FineTuneJob, ModelDeployment};
 use athanor_operator::{
     context::Context,
+    lease::Leadership,
     progress::Reports,
     reconciler::{self, Kind, ReconcileError},
     settings::Settings,
@@ -39,8 +40,12 @@ struct Objects {
 struct Server(Arc<Mutex<Objects>>);
 
 fn failure(code: StatusCode) -> (StatusCode, Json<Value>) {
+    refused(code, &code.canonical_reason().unwrap_or_default().replace(' ', ""))
+}
+
+fn refused(code: StatusCode, reason: &str) -> (StatusCode, Json<Value>) {
     let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(),
-        "reason": code.canonical_reason().unwrap_or_default().replace(' ', ""), "message": "refused by the test's server"});
+        "reason": reason, "message": "refused by the test's server"});
     (code, Json(status))
 }
 
@@ -57,7 +62,7 @@ async fn answer(State(server): State<Server>, method: Method, uri: Uri, body: By
         Method::POST => {
             let path = format!("{path}/{}", body["metadata"]["name"].as_str().unwrap());
             if objects.by_path.contains_key(&path) {
-                return failure(StatusCode::CONFLICT);
+                return refused(StatusCode::CONFLICT, "AlreadyExists");
             }
             (StatusCode::CREATED, Json(objects.put(&path, body)))
         }
@@ -145,7 +150,8 @@ async fn operator(server: &Server) -> (Arc<Context>, Feeds) {
     let client = server.client().await;
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let reports = Arc::new(Reports::new(changed));
-    (Arc::new(Context::new(client, settings, stores, reports, http)), feeds)
+    let leadership = Leadership::without_election();
+    (Arc::new(Context::new(client, settings, stores, reports, http, leadership)), feeds)
 }
 
 async fn reconcile<K: Kind>(object: &K, context: &Arc<Context>) -> Result<Action, ReconcileError> {

@@ -7,6 +7,7 @@ pub mod apiserver;
 pub mod chat;
 pub mod cluster;
 pub mod events;
+pub mod faults;
 pub mod finance;
 pub mod otlp;
 pub mod paths;

@@ -1,0 +1,288 @@
+//! The operator against a real API server whose writes fail one at a time, and two operators of which one was suspended.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use athanor_crds::{FineTuneJob, ModelDeployment};
+use athanor_tests::{
+    apiserver::ApiServer,
+    faults::{FAULTS, FaultProxy, Planned},
+    paths,
+};
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        apps::v1::Deployment,
+        batch::v1::Job,
+        coordination::v1::Lease,
+        core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+        policy::v1::PodDisruptionBudget,
+        rbac::v1::{Role, RoleBinding},
+    },
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{ListParams, PostParams},
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// Writes of one job, and of one deployment, from the first to the last of its first reconciles. The test fails if there are more.
+const WRITES_OF_A_JOB: usize = 8;
+const WRITES_OF_A_DEPLOYMENT: usize = 22;
+
+struct Operator(Child);
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Operator {
+    fn start(server: &ApiServer, identity: &str, kubeconfig: &std::path::Path) -> Result<Self> {
+        let log = std::fs::File::create(server.folder().join(format!("{identity}.log")))?;
+        let child = Command::new(paths::binary("athanor-operator"))
+            .args(["--progress-port=0", "--ops-port=0", "--lease-namespace=default"])
+            .arg(format!("--identity={identity}"))
+            .env("KUBECONFIG", kubeconfig)
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("athanor-operator (cargo build --release --workspace --bins)")?;
+        Ok(Self(child))
+    }
+
+    fn signal(&self, signal: &str) -> Result<()> {
+        let done = Command::new("kill").arg(format!("-{signal}")).arg(self.0.id().to_string()).status()?;
+        ensure!(done.success(), "kill -{signal}");
+        Ok(())
+    }
+}
+
+fn job(name: &str) -> Result<FineTuneJob> {
+    Ok(serde_json::from_value(json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name},
+        "spec": {
+            "model": {"from": "s3://bucket/model", "task": "TextClassification"},
+            "data": {"sources": [{"name": "reviews", "uri": "s3://bucket/reviews.csv"}]},
+            "output": {"to": "s3://bucket/out"},
+        },
+    }))?)
+}
+
+fn deployment(name: &str) -> Result<ModelDeployment> {
+    Ok(serde_json::from_value(json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": name},
+        "spec": {
+            "model": {"from": "s3://bucket/model"},
+            "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}},
+            "monitor": {},
+        },
+    }))?)
+}
+
+async fn until<T>(what: &str, seconds: u64, mut ready: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = ready().await? {
+            return Ok(found);
+        }
+        ensure!(started.elapsed() < Duration::from_secs(seconds), "{what}: not within {seconds} s");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Names of the objects of a kind that belong to `owner`, without its name.
+async fn children<K>(client: &Client, found: &mut BTreeMap<String, BTreeSet<String>>) -> Result<()>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), "default");
+    for object in api.list(&ListParams::default()).await?.items {
+        let Some(owner) = object.owner_references().first().map(|owner| owner.name.clone()) else { continue };
+        let name = object.name_any();
+        let rest = name.strip_prefix(&owner).unwrap_or(&name).to_owned();
+        found.entry(owner).or_default().insert(format!("{} {rest}", K::kind(&())));
+    }
+    Ok(())
+}
+
+async fn all_children(client: &Client) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let mut found = BTreeMap::new();
+    children::<ConfigMap>(client, &mut found).await?;
+    children::<Secret>(client, &mut found).await?;
+    children::<Service>(client, &mut found).await?;
+    children::<ServiceAccount>(client, &mut found).await?;
+    children::<Deployment>(client, &mut found).await?;
+    children::<Job>(client, &mut found).await?;
+    children::<PodDisruptionBudget>(client, &mut found).await?;
+    children::<Role>(client, &mut found).await?;
+    children::<RoleBinding>(client, &mut found).await?;
+    Ok(found)
+}
+
+/// Reasons of all conditions, and what else of a status does not depend on the time.
+fn outline(status: &Value) -> Value {
+    let conditions = status["conditions"].as_array().cloned().unwrap_or_default();
+    let reasons: BTreeMap<String, Value> = conditions
+        .iter()
+        .map(|condition| (condition["type"].as_str().unwrap_or_default().to_owned(), condition["reason"].clone()))
+        .collect();
+    json!({"reasons": reasons, "attempt": status["attempt"], "restarts": status["restarts"], "preemptions": status["preemptions"],
+        "model": status["currentRevision"]["modelUri"]})
+}
+
+async fn outlines(client: &Client) -> Result<BTreeMap<String, Value>> {
+    let mut found = BTreeMap::new();
+    for job in Api::<FineTuneJob>::namespaced(client.clone(), "default").list(&ListParams::default()).await?.items {
+        found.insert(job.name_any(), outline(&serde_json::to_value(&job.status)?));
+    }
+    for deployment in
+        Api::<ModelDeployment>::namespaced(client.clone(), "default").list(&ListParams::default()).await?.items
+    {
+        found.insert(deployment.name_any(), outline(&serde_json::to_value(&deployment.status)?));
+    }
+    Ok(found)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn a_fault_of_any_write_leads_to_the_same_state() -> Result<()> {
+    let server = ApiServer::start().await?;
+    let client = &server.client;
+    let mut planned = HashMap::new();
+    for (prefix, writes) in [("j", WRITES_OF_A_JOB), ("d", WRITES_OF_A_DEPLOYMENT)] {
+        for (kind, fault) in FAULTS.into_iter().enumerate() {
+            planned.extend((0..writes).map(|write| (format!("{prefix}{kind}-{write:02}"), Planned { fault, write })));
+        }
+        // The one that nothing happens to.
+        planned.insert(format!("{prefix}x-99"), Planned { fault: FAULTS[0], write: usize::MAX });
+    }
+    let proxy = FaultProxy::start(server.address(), server.token().into(), planned.clone()).await?;
+    let kubeconfig = server.kubeconfig_at("faults", &proxy.address, None)?;
+    let _operator = Operator::start(&server, "operator", &kubeconfig)?;
+    let jobs: Api<FineTuneJob> = Api::namespaced(client.clone(), "default");
+    let deployments: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
+    for name in planned.keys() {
+        match name.starts_with('j') {
+            true => jobs.create(&PostParams::default(), &job(name)?).await.map(|_| ())?,
+            false => deployments.create(&PostParams::default(), &deployment(name)?).await.map(|_| ())?,
+        }
+    }
+    let expected = |name: &str| if name.starts_with('j') { "jx-99" } else { "dx-99" };
+    let different = async || {
+        let (children, outlines) = (all_children(client).await?, outlines(client).await?);
+        let of = |name: &str| (children.get(name).cloned(), outlines.get(name).cloned());
+        let is_settled = |name: &str| outlines.get(name).is_some_and(|outline| outline["reasons"] != json!({}));
+        let differs = planned.keys().filter(|name| of(name) != of(expected(name)) || !is_settled(name));
+        anyhow::Ok(differs.cloned().collect::<BTreeSet<_>>())
+    };
+    let began = Instant::now();
+    let settled = until("all objects are in the same state", 150, async || {
+        let different = different().await?;
+        if began.elapsed() > Duration::from_secs(140) {
+            println!("still different: {different:?}");
+        }
+        Ok(different.is_empty().then_some(()))
+    })
+    .await;
+    if settled.is_err() {
+        print!("{}", std::fs::read_to_string(server.folder().join("operator.log")).unwrap_or_default());
+    }
+    settled?;
+    println!("{} objects with {} faults after {:.0} s", planned.len(), proxy.faults(), began.elapsed().as_secs_f64());
+    for (name, most) in [("jx-99", WRITES_OF_A_JOB), ("dx-99", WRITES_OF_A_DEPLOYMENT)] {
+        let writes = proxy.writes(name);
+        println!("{name}: {writes} writes");
+        ensure!((most / 2..=most).contains(&writes), "{name} took {writes} writes: change the constants of this test");
+    }
+    for (name, outline) in outlines(client).await? {
+        ensure!(name.starts_with('d') || outline["attempt"] == json!(0), "{name}: {outline}");
+    }
+    for name in planned.keys().filter(|name| name.starts_with('j')) {
+        let created = proxy.created("/jobs", &format!("{name}-0"));
+        ensure!(created == 1, "the Job of {name} was created {created} times");
+    }
+    // And it stays so: nothing is written once all is as it should be.
+    let before: usize = planned.keys().map(|name| proxy.writes(name)).sum();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let after: usize = planned.keys().map(|name| proxy.writes(name)).sum();
+    ensure!(after == before, "{} writes while nothing changed", after - before);
+    Ok(())
+}
+
+/// Writes of one user since a line of the audit log, Leases apart.
+fn writes_of(server: &ApiServer, user: &str, since: usize) -> Result<(Vec<String>, usize)> {
+    let text = std::fs::read_to_string(server.audit_log())?;
+    let lines: Vec<&str> = text.lines().collect();
+    let mut writes = Vec::new();
+    for line in &lines[since.min(lines.len())..] {
+        let Ok(event) = serde_json::from_str::<Value>(line) else { continue };
+        let is_write = ["create", "update", "patch", "delete"].iter().any(|verb| event["verb"] == *verb);
+        let is_lease = event["objectRef"]["resource"] == "leases";
+        if event["impersonatedUser"]["username"] == user && is_write && !is_lease {
+            writes.push(format!("{} {}", event["verb"], event["requestURI"]));
+        }
+    }
+    Ok((writes, lines.len()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn a_suspended_leader_that_resumes_writes_nothing() -> Result<()> {
+    let server = ApiServer::start().await?;
+    let client = &server.client;
+    let jobs: Api<FineTuneJob> = Api::namespaced(client.clone(), "default");
+    let batch_jobs: Api<Job> = Api::namespaced(client.clone(), "default");
+    let leases: Api<Lease> = Api::namespaced(client.clone(), "default");
+    let start = |identity: &str| {
+        let kubeconfig = server.kubeconfig_at(identity, &server.address(), Some(identity))?;
+        Operator::start(&server, identity, &kubeconfig)
+    };
+    let holder = async || {
+        let lease = leases.list(&ListParams::default()).await?.items.into_iter().next();
+        anyhow::Ok(lease.and_then(|lease| lease.spec).and_then(|spec| spec.holder_identity).unwrap_or_default())
+    };
+    let has_job = async |name: &str| {
+        let name = format!("{name}-0");
+        until(&format!("Job {name}"), 60, async || Ok(batch_jobs.get_opt(&name).await?)).await
+    };
+    let mut first = start("first")?;
+    jobs.create(&PostParams::default(), &job("one")?).await?;
+    has_job("one").await?;
+    ensure!(holder().await? == "first");
+    let _second = start("second")?;
+    // Both are there, and the second waits: what the first does is done once.
+    jobs.create(&PostParams::default(), &job("two")?).await?;
+    has_job("two").await?;
+    ensure!(writes_of(&server, "second", 0)?.0.is_empty(), "a standby wrote");
+
+    first.signal("STOP")?;
+    let began = Instant::now();
+    until("the second takes over", 40, async || Ok((holder().await? == "second").then_some(()))).await?;
+    println!("taken over after {:.0} s", began.elapsed().as_secs_f64());
+    // Work that the first one will find as soon as it goes on, while it still believes that it leads.
+    for number in 0..20 {
+        jobs.create(&PostParams::default(), &job(&format!("later-{number}"))?).await?;
+    }
+    has_job("later-19").await?;
+    let (_, since) = writes_of(&server, "first", 0)?;
+    first.signal("CONT")?;
+    let ended = until("the first ends", 30, async || Ok(first.0.try_wait()?)).await?;
+    ensure!(!ended.success(), "an operator that lost its leadership has to be restarted");
+    // The log is written a moment after the answers.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (writes, _) = writes_of(&server, "first", since)?;
+    ensure!(writes.is_empty(), "the first wrote after it was resumed: {writes:?}");
+    ensure!(!writes_of(&server, "second", 0)?.0.is_empty(), "the audit log has no writes of the second");
+    ensure!(holder().await? == "second");
+    Ok(())
+}
