@@ -166,7 +166,7 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: infra}
 YAML
-  host_service infra kafka "" "{name: kafka, port: $KAFKA_PORT, protocol: TCP}"
+  host_service infra kafka "" "{name: kafka, port: $KAFKA_PORT, protocol: TCP}, {name: secure, port: $KAFKA_SECURE_PORT, protocol: TCP}"
   host_service infra s3 "" "{name: http, port: $S3_PORT, protocol: TCP}"
   host_service infra prometheus "" "{name: http, port: $PROMETHEUS_PORT, protocol: TCP}"
   host_service kube-system kube-dns "clusterIP: $DNS_SERVICE_IP" \

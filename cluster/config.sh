@@ -117,10 +117,14 @@ kafka_config() {
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:9093
-listeners=PLAINTEXT://$NODE_IP:$KAFKA_PORT,CONTROLLER://127.0.0.1:9093
-advertised.listeners=PLAINTEXT://$NODE_IP:$KAFKA_PORT
+listeners=PLAINTEXT://$NODE_IP:$KAFKA_PORT,SASL_SSL://$NODE_IP:$KAFKA_SECURE_PORT,CONTROLLER://127.0.0.1:9093
+advertised.listeners=PLAINTEXT://$NODE_IP:$KAFKA_PORT,SASL_SSL://$NODE_IP:$KAFKA_SECURE_PORT
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT
+listener.name.sasl_ssl.ssl.keystore.type=PEM
+listener.name.sasl_ssl.ssl.keystore.location=$PKI/kafka.pem
+listener.name.sasl_ssl.sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_$KAFKA_USER="$KAFKA_PASSWORD";
 log.dirs=$STATE/kafka
 auto.create.topics.enable=true
 num.partitions=1

@@ -4,7 +4,7 @@
 write_pki() {
   local name
   # The server's certificates name the node's address.
-  if [ "$(cat "$PKI/done" 2>/dev/null)" = "$NODE_IP" ] \
+  if [ "$(cat "$PKI/done" 2>/dev/null)" = "$NODE_IP" ] && [ -f "$PKI/kafka.pem" ] \
     && openssl x509 -in "$PKI/apiserver.crt" -noout -checkend 86400 >/dev/null; then return; fi
   rm -rf "$PKI"
   (umask 077 && mkdir -p "$PKI")
@@ -22,6 +22,8 @@ DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.
   certificate ca kube-scheduler system:kube-scheduler
   certificate ca kube-proxy system:kube-proxy
   certificate ca kubelet "system:node:$NODE_NAME" system:nodes "IP:$NODE_IP,IP:127.0.0.1,DNS:$NODE_NAME"
+  certificate ca kafka kafka "" "IP:$NODE_IP,DNS:kafka.infra.svc,DNS:kafka.infra.svc.cluster.local"
+  (umask 077 && cat "$PKI/kafka.key" "$PKI/kafka.crt" >"$PKI/kafka.pem")
   certificate front-proxy-ca front-proxy front-proxy-client
   for name in admin kube-controller-manager kube-scheduler kube-proxy kubelet; do kubeconfig "$name"; done
   echo "$NODE_IP" >"$PKI/done"

@@ -30,6 +30,10 @@ NODE_POD_CIDR=10.244.0.0/24
 ETCD_URL=http://127.0.0.1:23790
 
 KAFKA_PORT=9092
+# The same broker over TLS, for clients with this name and password.
+KAFKA_SECURE_PORT=9094
+KAFKA_USER=athanor
+KAFKA_PASSWORD=athanor-secret
 S3_PORT=7070
 PROMETHEUS_PORT=9090
 S3_ACCESS_KEY=athanor

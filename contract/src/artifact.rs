@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::hexadecimal;
+
 /// Name of the manifest in an artifact or checkpoint folder.
 pub const MANIFEST: &str = "manifest.json";
 /// Name of the reference statistics in an artifact, which the monitor compares live traffic with.
@@ -51,7 +53,7 @@ pub struct FileEntry {
 
 /// Hexadecimal sha256 of bytes.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal::encode(&Sha256::digest(bytes))
 }
 
 /// Folder of the event files for TensorBoard, in an artifact and beside it.
@@ -74,13 +76,13 @@ pub enum Reference {
 }
 
 impl Reference {
-    /// Share of right answers on the test rows; `None` without test rows.
-    pub fn accuracy(&self) -> Option<f64> {
+    /// Number of right answers on the test rows, and number of test rows; `None` without test rows.
+    pub fn accuracy(&self) -> Option<(u64, u64)> {
         let (correct, rows) = match self {
             Self::Classes(reference) => (reference.correct, reference.rows),
             Self::Text(reference) => (reference.correct, reference.rows),
         };
-        (rows > 0).then(|| correct as f64 / rows as f64)
+        (rows > 0).then_some((correct, rows))
     }
 }
 

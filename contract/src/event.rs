@@ -22,6 +22,8 @@ pub mod attribute {
     pub const TYPE: &str = "ce_type";
     pub const TIME: &str = "ce_time";
     pub const TRACE_PARENT: &str = "ce_traceparent";
+    /// HMAC-SHA256 of type, id, source, time and data in hexadecimal digits, by the deployment's signing key.
+    pub const SIGNATURE: &str = "ce_signature";
     pub const CONTENT_TYPE: &str = "content-type";
 }
 
@@ -136,6 +138,8 @@ pub struct Feedback {
     pub judgement: Judgement,
     /// Free text, at most 4,096 bytes.
     pub comment: Option<String>,
+    /// Name of the API key by which it was sent. Absent: the deployment has no API keys.
+    pub caller: Option<String>,
 }
 
 /// The kinds of feedback. On the wire exactly one of four fields is set: `expectedLabel`, `expectedText`, `rating`,
@@ -229,21 +233,24 @@ struct FeedbackFields {
     preferred: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     comment: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    caller: Option<String>,
 }
 
 impl TryFrom<FeedbackFields> for Feedback {
     type Error = JudgementError;
 
     fn try_from(fields: FeedbackFields) -> Result<Self, JudgementError> {
-        let FeedbackFields { request_id, index, expected_label, expected_text, rating, preferred, comment } = fields;
+        let FeedbackFields { request_id, index, expected_label, expected_text, rating, preferred, comment, caller } =
+            fields;
         let judgement = Judgement::from_fields(expected_label, expected_text, rating, preferred)?;
-        Ok(Self { request_id, index, judgement, comment })
+        Ok(Self { request_id, index, judgement, comment, caller })
     }
 }
 
 impl From<Feedback> for FeedbackFields {
     fn from(feedback: Feedback) -> Self {
-        let Feedback { request_id, index, judgement, comment } = feedback;
+        let Feedback { request_id, index, judgement, comment, caller } = feedback;
         let (mut expected_label, mut expected_text, mut rating, mut preferred) = (None, None, None, None);
         match judgement {
             Judgement::ExpectedLabel(label) => expected_label = Some(label),
@@ -251,7 +258,7 @@ impl From<Feedback> for FeedbackFields {
             Judgement::Rating(value) => rating = Some(value),
             Judgement::Preferred(choice) => preferred = Some(choice),
         }
-        Self { request_id, index, expected_label, expected_text, rating, preferred, comment }
+        Self { request_id, index, expected_label, expected_text, rating, preferred, comment, caller }
     }
 }
 
@@ -302,6 +309,7 @@ mod tests {
         let old = json!({"requestId": "r", "index": 3, "expectedLabel": "positive", "comment": "why"});
         let feedback: Feedback = serde_json::from_value(old).unwrap();
         let judgement = Judgement::ExpectedLabel("positive".into());
-        assert_eq!(feedback, Feedback { request_id: "r".into(), index: 3, judgement, comment: Some("why".into()) });
+        let comment = Some("why".into());
+        assert_eq!(feedback, Feedback { request_id: "r".into(), index: 3, judgement, comment, caller: None });
     }
 }

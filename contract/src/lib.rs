@@ -4,12 +4,14 @@
 //! - [`serve`]: configuration of server, router and monitor, and the monitor's verdict;
 //! - [`process`]: environment variables, ports, files and names that two processes share;
 //! - [`event`]: the CloudEvents on a deployment's Kafka topic;
+//! - [`hexadecimal`]: bytes as digits;
 //! - [`redaction`]: replacement of parts of recorded texts;
 //! - [`artifact`]: the manifest that makes a folder a model or a checkpoint.
 
 pub mod artifact;
 mod decimal;
 pub mod event;
+pub mod hexadecimal;
 pub mod process;
 pub mod redaction;
 pub mod serve;

@@ -43,8 +43,30 @@ pub mod variable {
     pub const CONFIG_MAP: &str = "ATHANOR_CONFIG_MAP";
     /// Folder for events that Kafka has not taken yet.
     pub const SPILL_DIR: &str = "ATHANOR_SPILL_DIR";
-    /// Key that signs request ids, the same in all routers of a deployment.
-    pub const REQUEST_ID_KEY: &str = "ATHANOR_REQUEST_ID_KEY";
+    /// Folder with the keys that sign request ids and events ([`file::CURRENT_KEY`](super::file::CURRENT_KEY),
+    /// [`file::PREVIOUS_KEY`](super::file::PREVIOUS_KEY)), the same for routers, monitor and retrainings of a
+    /// deployment. Absent: a router makes a key of its own, the others verify nothing.
+    pub const SIGNING_KEYS: &str = "ATHANOR_SIGNING_KEYS";
+    /// Who may use a router, as JSON: [`AccessConfig`](crate::serve::AccessConfig). Absent: everyone.
+    pub const ACCESS: &str = "ATHANOR_ACCESS";
+    /// Folder with the hashes of API keys, a file for each caller.
+    pub const API_KEYS: &str = "ATHANOR_API_KEYS";
+    /// Folder with a router's certificate and its private key. Absent: the router serves without TLS.
+    pub const TLS: &str = "ATHANOR_TLS";
+
+    // Keys of the user's Secret for Kafka, in the pods of routers, monitors and trainers.
+    /// PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.
+    pub const KAFKA_SECURITY_PROTOCOL: &str = "KAFKA_SECURITY_PROTOCOL";
+    /// PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    pub const KAFKA_SASL_MECHANISM: &str = "KAFKA_SASL_MECHANISM";
+    pub const KAFKA_SASL_USERNAME: &str = "KAFKA_SASL_USERNAME";
+    pub const KAFKA_SASL_PASSWORD: &str = "KAFKA_SASL_PASSWORD";
+    /// Certificates, in PEM, that sign the brokers' certificates.
+    pub const KAFKA_SSL_CA: &str = "KAFKA_SSL_CA";
+    /// Certificate of the client, in PEM.
+    pub const KAFKA_SSL_CERTIFICATE: &str = "KAFKA_SSL_CERTIFICATE";
+    /// Private key of the client's certificate, in PEM.
+    pub const KAFKA_SSL_KEY: &str = "KAFKA_SSL_KEY";
     /// Seconds that a server or router keeps serving after SIGTERM before it drains.
     pub const SHUTDOWN_GRACE_SECONDS: &str = "ATHANOR_SHUTDOWN_GRACE_SECONDS";
 
@@ -70,6 +92,8 @@ pub mod port {
     pub const GRPC: u16 = 8081;
     /// HTTP port of the deployment's Service.
     pub const SERVICE_HTTP: u16 = 80;
+    /// HTTPS port of the deployment's Service, if it has a certificate.
+    pub const SERVICE_HTTPS: u16 = 443;
     /// `/metrics` of a trainer.
     pub const TRAINER_METRICS: u16 = 9100;
     /// `/metrics`, `/healthz`, `/readyz` and `/analysis` of a router.
@@ -84,7 +108,7 @@ pub mod port {
     pub const RENDEZVOUS: u16 = 29500;
 }
 
-/// Keys of the ConfigMaps that the operator writes, which are the names of the mounted files.
+/// Keys of the ConfigMaps and Secrets that the operator writes, which are the names of the mounted files.
 pub mod file {
     /// [`TrainConfig`](crate::train::TrainConfig).
     pub const TRAIN: &str = "train.json";
@@ -94,6 +118,10 @@ pub mod file {
     pub const ROUTER: &str = "router.json";
     /// [`MonitorConfig`](crate::serve::MonitorConfig).
     pub const MONITOR: &str = "monitor.json";
+    /// Key of the Secret with signing keys: what is signed now.
+    pub const CURRENT_KEY: &str = "key";
+    /// Key of the Secret with signing keys: what was signed before the last rotation.
+    pub const PREVIOUS_KEY: &str = "previous";
 }
 
 /// Paths in a container, and of a process' operational HTTP server.
@@ -106,6 +134,12 @@ pub mod path {
     pub const SERVE_CONFIG: &str = "/etc/athanor/serve.json";
     /// Configuration of a monitor.
     pub const MONITOR_CONFIG: &str = "/etc/athanor/monitor.json";
+    /// Folder in which the Secret with signing keys is mounted.
+    pub const SIGNING_KEYS: &str = "/etc/athanor-signing-keys";
+    /// Folder in which the Secret with the hashes of API keys is mounted.
+    pub const API_KEYS: &str = "/etc/athanor-api-keys";
+    /// Folder in which the Secret with a router's certificate is mounted.
+    pub const TLS: &str = "/etc/athanor-tls";
     /// Folder for a server's model.
     pub const MODEL_CACHE: &str = "/var/cache/athanor";
     /// Folder for a router's events in a pod.

@@ -164,6 +164,9 @@ pub struct EventsConfig {
     /// Regular expressions; each match in a recorded text is replaced by [`crate::redaction::REDACTED`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub redact: Vec<String>,
+    /// Largest percentage of the feedback in a verdict or a retraining that may come from one API key.
+    #[serde(default = "all")]
+    pub maximum_caller_percent: u32,
 }
 
 impl EventsConfig {
@@ -172,14 +175,67 @@ impl EventsConfig {
         Self {
             bootstrap_servers: bootstrap_servers.into(),
             topic: topic.into(),
-            sample_percent: 100,
+            sample_percent: all(),
             redact: Vec::new(),
+            maximum_caller_percent: all(),
         }
     }
 }
 
 fn all() -> u32 {
     100
+}
+
+/// Who may use a router: content of [`variable::ACCESS`](crate::process::variable::ACCESS).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessConfig {
+    pub callers: Vec<Caller>,
+}
+
+/// A caller of a deployment, known by an API key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Caller {
+    /// Name of the caller, and of the Secret's key that has the hash of the caller's API key.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// What the caller may do.
+    #[serde(default = "all_scopes")]
+    #[schemars(length(min = 1, max = 2), extend("x-kubernetes-list-type" = "set"))]
+    pub scopes: Vec<Scope>,
+    /// Largest number of requests in a minute, for each router. Beyond it requests are answered 429. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub requests_per_minute: Option<u32>,
+    /// Largest number of tokens in a minute, of prompts and answers together, for each router. An answer is counted when
+    /// it ends; while more tokens than these were used, requests are answered 429. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub tokens_per_minute: Option<u32>,
+}
+
+fn all_scopes() -> Vec<Scope> {
+    vec![Scope::Infer, Scope::Feedback]
+}
+
+/// What a caller may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Ask the model, and list the models.
+    Infer,
+    /// Give feedback.
+    Feedback,
+}
+
+impl Scope {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Infer => "infer",
+            Self::Feedback => "feedback",
+        }
+    }
 }
 
 /// Response of `GET /analysis` on a router's ops port: counts since the router started, by which a canary is analysed.
@@ -238,9 +294,13 @@ pub struct MonitorSpec {
     /// Threshold of the p-value of a two-sample Kolmogorov-Smirnov test of confidences; below it the confidences have
     /// drifted.
     pub confidence_p_value: Decimal,
-    /// Loss of accuracy on labelled requests, compared with the test rows, at which a sequential test (Wald's SPRT with
-    /// 1 % errors of either kind) reports drift.
+    /// Loss of accuracy on labelled requests that shall be found soonest. The accuracy is compared with a lower bound
+    /// (99 %) of that on the test rows.
     pub accuracy_loss: Decimal,
+    /// Mean number of labelled requests, at least, between two false alarms of a model that has not become worse. The
+    /// default is one false alarm a year at 10,000 labelled requests a day.
+    #[schemars(range(min = 1_000, max = 1_000_000_000_000_u64))]
+    pub average_run_length: u64,
     /// Number of labelled requests that a verdict on accuracy requires.
     #[schemars(range(min = 10, max = 1_000_000))]
     pub minimum_labels: u32,
@@ -254,6 +314,7 @@ impl Default for MonitorSpec {
             prediction_psi: decimal(0.2),
             confidence_p_value: decimal(0.001),
             accuracy_loss: decimal(0.05),
+            average_run_length: 3_650_000,
             minimum_labels: 100,
         }
     }

@@ -8,6 +8,7 @@
 // Printer columns are attributes that repeat json_path and type_ by design.
 #![allow(clippy::duplicated_attributes)]
 
+mod access;
 mod engine;
 mod finetunejob;
 mod modeldeployment;
@@ -21,6 +22,7 @@ pub use athanor_contract::process::api::GROUP;
 /// Labels of the objects that Athanor creates.
 pub use athanor_contract::process::label;
 
+pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
 pub use engine::{BuiltinEngine, EngineSpec};
 pub use finetunejob::*;
 pub use modeldeployment::*;

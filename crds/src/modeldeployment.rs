@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use athanor_contract::{
     Decimal,
     serve::{MonitorSpec, MonitorStatus},
+    train::{OffsetRange, most_samples},
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     FineTuneJobSpec, PodOverrides,
+    access::AccessSpec,
     engine::EngineSpec,
     retraining::{RetrainingOutcome, RetrainingProposal, RetrainingStatus},
 };
@@ -88,6 +90,9 @@ pub struct ModelDeploymentSpec {
     /// What runs a language model; a change restarts the server's pods one by one.
     #[serde(default)]
     pub engine: EngineSpec,
+    /// Who may use the deployment. Absent: whoever reaches the Service, over connections that are not encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access: Option<AccessSpec>,
     /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,
@@ -231,6 +236,15 @@ pub struct FeedbackSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 256)), extend("x-kubernetes-list-type" = "atomic"))]
     pub redact: Vec<String>,
+    /// Largest percentage of the feedback in a drift verdict, and of the rows in a retraining, that may come from one
+    /// caller of access.apiKeys. With 25, a verdict requires the feedback of four callers at least.
+    #[serde(default = "default_share")]
+    #[schemars(range(min = 1, max = 100))]
+    pub maximum_caller_percent: u32,
+}
+
+fn default_share() -> u32 {
+    100
 }
 
 fn default_sample() -> u32 {
@@ -248,6 +262,13 @@ pub struct KafkaSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 249), regex(pattern = r"^[a-zA-Z0-9._-]+$"))]
     pub topic: Option<String>,
+    /// Name of a Secret in the same namespace whose keys become environment variables of router, monitor and
+    /// retrainings: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD,
+    /// KAFKA_SSL_CA, KAFKA_SSL_CERTIFICATE and KAFKA_SSL_KEY (the last three in PEM), as far as the brokers need them.
+    /// Absent: the brokers take connections without credentials.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub credentials_secret_name: Option<String>,
 }
 
 /// Retraining of a stale model.
@@ -259,6 +280,10 @@ pub struct RetrainSpec {
     /// FineTuneJob to create. The recorded events are added to its sources, and the current artifact becomes its
     /// evaluate.baseline; the rest stays as written.
     pub template: RetrainTemplate,
+    /// Largest number of recorded requests with feedback that a retraining uses: the newest.
+    #[serde(default = "most_samples")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub maximum_samples: u32,
     /// Whether a retraining starts automatically.
     #[serde(default)]
     pub approval: Approval,
@@ -352,6 +377,11 @@ pub struct ModelDeploymentStatus {
     /// Number of retrainings since the last one that led to a model; each doubles the cooldown.
     #[serde(default, skip_serializing_if = "crate::is_default")]
     pub fruitless_retrainings: u32,
+    /// Offset ranges that retrainings with a model have used. The next retraining begins where they do, so that it does not
+    /// forget what they were for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
+    pub retrained_ranges: Vec<OffsetRange>,
     /// spec.model as last observed, and since when. A retraining that ended before a change does not replace the user's
     /// new choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]

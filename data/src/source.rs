@@ -17,6 +17,7 @@ use std::{
 use athanor_contract::{
     artifact::sha256_hex,
     event::GenerationInput,
+    hexadecimal,
     train::{DataFormat, KafkaSource, Source},
 };
 use athanor_feedback::{CorrectedAnswer, LabelledRow};
@@ -294,7 +295,7 @@ async fn read_file(
         }
     })??;
     position.report(uri);
-    Ok((digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect(), reading))
+    Ok((hexadecimal::encode(&digest.finalize()), reading))
 }
 
 #[cfg(test)]

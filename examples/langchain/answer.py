@@ -8,6 +8,7 @@ Both models are ModelDeployments of Athanor, which LangChain's OpenAI classes re
 """
 
 import argparse
+import os
 import pathlib
 
 from langchain_chroma import Chroma
@@ -51,7 +52,8 @@ def main():
     retriever = store.as_retriever(search_kwargs={"k": options.passages})
 
     prompt = ChatPromptTemplate.from_messages([("system", "{system}"), ("human", "{passage}")])
-    chat = ChatOpenAI(base_url=options.chat_url, model=options.chat_model, api_key="unused", temperature=0, max_tokens=64)
+    key = os.environ.get("OPENAI_API_KEY", "unused")
+    chat = ChatOpenAI(base_url=options.chat_url, model=options.chat_model, api_key=key, temperature=0, max_tokens=64)
     chain = prompt | chat | StrOutputParser()
     print(f"Question: {options.question}")
     for document in retriever.invoke(options.question):

@@ -1,12 +1,17 @@
 //! An [`Event`] as a Kafka record and back: CloudEvents 1.0, binary content mode (attributes in `ce_*` headers, data in the
 //! value), keyed by the request id. Nothing here talks to Kafka.
 
-use athanor_contract::event::{
-    CONTENT_TYPE, Event, EventData, FEEDBACK, Feedback, GENERATION, Generation, PREDICTION, Prediction, SPEC_VERSION,
-    attribute,
+use athanor_contract::{
+    event::{
+        CONTENT_TYPE, Event, EventData, FEEDBACK, Feedback, GENERATION, Generation, PREDICTION, Prediction,
+        SPEC_VERSION, attribute,
+    },
+    hexadecimal,
 };
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use serde::de::DeserializeOwned;
+
+use crate::signing::{LENGTH, Purpose, SigningKeys};
 
 /// A record ready to be produced.
 #[derive(Clone, Debug)]
@@ -41,19 +46,23 @@ pub enum MalformedEvent {
     Confidence { found: String },
     #[error("the key is not the request id {request_id:?}")]
     Key { request_id: String },
+    #[error("header ce_signature is missing: the event is not signed by the deployment")]
+    Unsigned,
+    #[error("header ce_signature does not fit the event and the deployment's keys")]
+    Signature,
 }
 
-/// Writes an event as a record.
+/// Writes an event as a record, signed if there are keys.
 ///
 /// # Errors
 /// The data cannot be JSON: a confidence, log probability or latency is not finite.
-pub fn encode(event: &Event) -> Result<Record, serde_json::Error> {
+pub fn encode(event: &Event, keys: Option<&SigningKeys>) -> Result<Record, serde_json::Error> {
     let payload = match &event.data {
         EventData::Prediction(prediction) => serde_json::to_vec(prediction)?,
         EventData::Generation(generation) => serde_json::to_vec(generation)?,
         EventData::Feedback(feedback) => serde_json::to_vec(feedback)?,
     };
-    let mut headers = OwnedHeaders::new_with_capacity(7)
+    let mut headers = OwnedHeaders::new_with_capacity(8)
         .insert(Header { key: attribute::SPEC_VERSION, value: Some(SPEC_VERSION) })
         .insert(Header { key: attribute::ID, value: Some(&event.id) })
         .insert(Header { key: attribute::SOURCE, value: Some(&event.source) })
@@ -63,11 +72,21 @@ pub fn encode(event: &Event) -> Result<Record, serde_json::Error> {
     if let Some(trace_parent) = &event.trace_parent {
         headers = headers.insert(Header { key: attribute::TRACE_PARENT, value: Some(trace_parent) });
     }
+    if let Some(keys) = keys {
+        let parts = signed(event.data.event_type(), &event.id, &event.source, &event.time, &payload);
+        let signature = hexadecimal::encode(&keys.sign(Purpose::Event, &parts));
+        headers = headers.insert(Header { key: attribute::SIGNATURE, value: Some(&signature) });
+    }
     Ok(Record { key: event.data.request_id().to_owned(), headers, payload })
 }
 
-/// Reads a consumed message as an event.
-pub fn decode<M: Message>(message: &M) -> Result<Event, MalformedEvent> {
+/// What the signature of an event covers: all but the trace.
+fn signed<'a>(event_type: &'a str, id: &'a str, source: &'a str, time: &'a str, payload: &'a [u8]) -> [&'a [u8]; 5] {
+    [event_type.as_bytes(), id.as_bytes(), source.as_bytes(), time.as_bytes(), payload]
+}
+
+/// Reads a consumed message as an event. With keys, only an event that one of them signed is accepted.
+pub fn decode<M: Message>(message: &M, keys: Option<&SigningKeys>) -> Result<Event, MalformedEvent> {
     let required = |name| optional_header(message.headers(), name)?.ok_or(MalformedEvent::MissingHeader { name });
     let spec_version = required(attribute::SPEC_VERSION)?;
     if spec_version != SPEC_VERSION {
@@ -82,7 +101,15 @@ pub fn decode<M: Message>(message: &M) -> Result<Event, MalformedEvent> {
         return Err(MalformedEvent::Time { found: time });
     }
     let payload = message.payload().ok_or(MalformedEvent::NoValue)?;
-    let data = match required(attribute::TYPE)?.as_str() {
+    let event_type = required(attribute::TYPE)?;
+    if let Some(keys) = keys {
+        let text = optional_header(message.headers(), attribute::SIGNATURE)?.ok_or(MalformedEvent::Unsigned)?;
+        let signature = hexadecimal::decode::<LENGTH>(&text).ok_or(MalformedEvent::Signature)?;
+        if !keys.verify(Purpose::Event, &signed(&event_type, &id, &source, &time, payload), &signature) {
+            return Err(MalformedEvent::Signature);
+        }
+    }
+    let data = match event_type.as_str() {
         PREDICTION => EventData::Prediction(prediction(payload)?),
         GENERATION => EventData::Generation(value::<Generation>(GENERATION, payload)?),
         FEEDBACK => EventData::Feedback(value::<Feedback>(FEEDBACK, payload)?),
@@ -160,7 +187,13 @@ mod tests {
     fn a_record_reads_back_as_the_same_event() {
         let with = |data| Event { trace_parent: None, data, ..event() };
         let feedback = |judgement| {
-            with(EventData::Feedback(Feedback { request_id: "r-1".into(), index: 0, judgement, comment: None }))
+            with(EventData::Feedback(Feedback {
+                request_id: "r-1".into(),
+                index: 0,
+                judgement,
+                comment: None,
+                caller: None,
+            }))
         };
         let generation = |input| {
             with(EventData::Generation(Generation {
@@ -186,15 +219,15 @@ mod tests {
             generation(GenerationInput::Messages(vec![serde_json::json!({"role": "user", "content": "Hi"})])),
         ];
         for event in events {
-            let record = encode(&event).expect("finite numbers");
+            let record = encode(&event, None).expect("finite numbers");
             assert_eq!(record.key, "r-1");
-            assert_eq!(decode(&message(&record)), Ok(event));
+            assert_eq!(decode(&message(&record), None), Ok(event));
         }
     }
 
     #[test]
     fn each_malformed_record_is_named() {
-        let good = encode(&event()).expect("finite numbers");
+        let good = encode(&event(), None).expect("finite numbers");
         let with_header = |name: &str, value: Option<&str>| {
             let mut headers = OwnedHeaders::new();
             for header in good.headers.as_borrowed().iter() {
@@ -220,8 +253,37 @@ mod tests {
             (message(&good).set_key(Some(b"r-2".to_vec())), "the key is not the request id \"r-1\""),
         ];
         for (message, expected) in cases {
-            let error = decode(&message).expect_err(expected).to_string();
+            let error = decode(&message, None).expect_err(expected).to_string();
             assert!(error.starts_with(expected), "{error:?} should start with {expected:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_key_signed_is_accepted_with_keys() {
+        let (old, new, other) =
+            (SigningKeys::new(b"old", None), SigningKeys::new(b"new", Some(b"old")), SigningKeys::new(b"other", None));
+        let record = encode(&event(), Some(&old)).expect("finite numbers");
+        for keys in [None, Some(&old), Some(&new)] {
+            assert_eq!(decode(&message(&record), keys), Ok(event()), "{keys:?}");
+        }
+        assert_eq!(decode(&message(&record), Some(&other)), Err(MalformedEvent::Signature));
+        let unsigned = encode(&event(), None).expect("finite numbers");
+        assert_eq!(decode(&message(&unsigned), Some(&old)), Err(MalformedEvent::Unsigned));
+        // The answer, its time or its id changed under the same signature.
+        let changed = |from: &str, to: &str| {
+            let text = String::from_utf8(record.payload.clone()).expect("JSON").replace(from, to);
+            message(&Record { payload: text.into_bytes(), ..record.clone() })
+        };
+        assert_eq!(decode(&changed("positive", "negative"), Some(&old)), Err(MalformedEvent::Signature));
+        for name in [attribute::TIME, attribute::ID, attribute::SOURCE] {
+            let mut headers = OwnedHeaders::new();
+            for header in record.headers.as_borrowed().iter() {
+                let later: &[u8] = b"2027-01-01T00:00:00Z";
+                let value = if header.key == name { Some(later) } else { header.value };
+                headers = headers.insert(Header { key: header.key, value });
+            }
+            let moved = message(&Record { headers, ..record.clone() });
+            assert_eq!(decode(&moved, Some(&old)), Err(MalformedEvent::Signature), "{name}");
         }
     }
 }

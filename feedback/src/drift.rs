@@ -1,4 +1,5 @@
-//! Statistics of drift, pure: the population stability index, the two-sample Kolmogorov-Smirnov test, and Wald's sequential test.
+//! Statistics of drift, pure: the population stability index, the two-sample Kolmogorov-Smirnov test, and sequential detectors of a
+//! share that falls or recovers.
 
 use std::f64::consts::PI;
 
@@ -76,62 +77,201 @@ fn kolmogorov_survival(x: f64) -> f64 {
     survival.clamp(0.0, 1.0)
 }
 
-/// What a sequential test says so far.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
-    /// The reference accuracy holds.
-    Stable,
-    /// The accuracy has fallen by the loss.
-    Drifted,
-    /// More labels are needed.
-    Continue,
+/// Probability with which a reference sample is further from its distribution than the tests of windows allow for.
+const REFERENCE_ERROR: f64 = 0.01;
+
+/// p-value of the hypothesis that a window's labels have the distribution of which the reference is a sample.
+///
+/// It is valid in a finite sample and, but for one in a hundred references, for any number of windows that are compared with
+/// one reference: each label's share may be anywhere in the interval that the reference leaves for it. Chernoff's bound, with a
+/// union over the labels. Counts are in the same order; `None` if the lengths differ or a side is empty.
+pub fn labels_p_value(reference: &[u64], current: &[u64]) -> Option<f64> {
+    let (reference_sum, current_sum) = (reference.iter().sum::<u64>() as f64, current.iter().sum::<u64>() as f64);
+    if reference.len() != current.len() || reference_sum == 0.0 || current_sum == 0.0 {
+        return None;
+    }
+    let sides = 2.0 * reference.len() as f64;
+    let slack = (sides / REFERENCE_ERROR).ln() / reference_sum;
+    let distances = reference.iter().zip(current).map(|(reference, current)| {
+        let (low, high) = interval(*reference as f64 / reference_sum, slack);
+        let share = *current as f64 / current_sum;
+        divergence(share, share.clamp(low, high))
+    });
+    let distance = distances.fold(0.0, f64::max);
+    Some((sides * (-current_sum * distance).exp()).min(1.0))
 }
 
-/// Wald's sequential probability ratio test on labelled answers: H0, the accuracy is the reference's, against H1, it is lower by
-/// `loss`, each wrong with probability 1 %. (A. Wald, Sequential Tests of Statistical Hypotheses, 1945.)
-#[derive(Clone, Debug, PartialEq)]
-pub struct SequentialTest {
-    right_step: f64,
-    wrong_step: f64,
-    log_ratio: f64,
-}
-
-/// Probability of each error.
-const ERROR: f64 = 0.01;
-/// Accuracies are kept this far from 0 and 1, where one surprising answer would decide alone.
-const MARGIN: f64 = 0.005;
-
-impl SequentialTest {
-    pub fn new(reference_accuracy: f64, loss: f64) -> Self {
-        let h0 = reference_accuracy.clamp(2.0 * MARGIN, 1.0 - MARGIN);
-        let h1 = (h0 - loss.max(MARGIN)).max(MARGIN);
-        Self { right_step: (h1 / h0).ln(), wrong_step: ((1.0 - h1) / (1.0 - h0)).ln(), log_ratio: 0.0 }
-    }
-
-    /// Takes one labelled answer.
-    pub fn observe(&mut self, correct: bool) {
-        self.log_ratio += if correct { self.right_step } else { self.wrong_step };
-    }
-
-    pub fn decision(&self) -> Decision {
-        let bound = ((1.0 - ERROR) / ERROR).ln();
-        match self.log_ratio {
-            ratio if ratio >= bound => Decision::Drifted,
-            ratio if ratio <= -bound => Decision::Stable,
-            _ => Decision::Continue,
+/// Shares whose divergence from an observed one is at most `slack`.
+fn interval(observed: f64, slack: f64) -> (f64, f64) {
+    let bound = |mut inside: f64, mut outside: f64| {
+        for _ in 0..60 {
+            let middle = f64::midpoint(inside, outside);
+            if divergence(observed, middle) <= slack { inside = middle } else { outside = middle }
         }
+        outside
+    };
+    (bound(observed, 0.0), bound(observed, 1.0))
+}
+
+/// Kullback-Leibler divergence of two coins.
+fn divergence(observed: f64, share: f64) -> f64 {
+    let term = |observed: f64, share: f64| if observed == 0.0 { 0.0 } else { observed * (observed / share).ln() };
+    term(observed, share) + term(1.0 - observed, 1.0 - share)
+}
+
+/// p-value of the hypothesis that a window's confidences have the distribution of which the reference is a sample; valid as
+/// [`labels_p_value`] is. Inequality of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990), for both samples.
+pub fn confidences_p_value(reference: &[f32], current: &[f32]) -> Option<f64> {
+    let test = kolmogorov_smirnov(reference, current)?;
+    let of_reference = ((2.0 / REFERENCE_ERROR).ln() / (2.0 * reference.len() as f64)).sqrt();
+    let distance = (test.statistic - of_reference).max(0.0);
+    Some((2.0 * (-2.0 * current.len() as f64 * distance * distance).exp()).min(1.0))
+}
+
+/// Collects p-values of windows, and raises an alarm that is false once in `average_run_length` windows at most, on average: the
+/// Shiryaev-Roberts statistic of the e-values `1 / (2 sqrt p)` (V. Vovk and R. Wang, E-values, 2021).
+#[derive(Clone, Debug, PartialEq)]
+pub struct WindowDetector {
+    value: f64,
+    average_run_length: f64,
+}
+
+impl WindowDetector {
+    pub fn new(average_run_length: f64) -> Self {
+        Self { value: 0.0, average_run_length }
     }
 
-    /// Begins anew, as after a decision for H0 in traffic that goes on.
+    /// Takes the p-value of one window.
+    pub fn observe(&mut self, p_value: f64) {
+        self.value = (self.value + 1.0) * 0.5 / p_value.max(f64::MIN_POSITIVE).sqrt();
+    }
+
+    pub fn has_moved(&self) -> bool {
+        self.value >= self.average_run_length
+    }
+
+    /// Forgets all windows.
     pub fn restart(&mut self) {
-        self.log_ratio = 0.0;
+        self.value = 0.0;
+    }
+}
+
+/// A lower bound of a share of which `good` of `all` were seen, with 99 % confidence (Wilson, 1927). 0 without any.
+pub fn lower_bound(good: u64, all: u64) -> f64 {
+    if all == 0 {
+        return 0.0;
+    }
+    let (all, share) = (all as f64, good as f64 / all as f64);
+    let square = CONFIDENCE * CONFIDENCE;
+    let centre = share + square / (2.0 * all);
+    let margin = CONFIDENCE * (share * (1.0 - share) / all + square / (4.0 * all * all)).sqrt();
+    ((centre - margin) / (1.0 + square / all)).clamp(0.0, 1.0)
+}
+
+/// Quantile of the standard normal distribution at 99 %.
+const CONFIDENCE: f64 = 2.326_347_874;
+/// Shares are kept this far from 1, where one bad answer would decide alone.
+const MARGIN: f64 = 0.005;
+/// A share below this cannot fall by anything that matters.
+const LEAST_FLOOR: f64 = 0.01;
+/// The falls that are looked for, in multiples of the loss.
+const FALLS: [f64; 5] = [0.5, 1.0, 2.0, 4.0, 8.0];
+
+/// The Shiryaev-Roberts statistic of a sequence of answers: `R <- (R + 1) L`, where L is the ratio of an answer's probability under
+/// an alternative to that under the null hypothesis.
+///
+/// While the null hypothesis holds, R less the number of answers is a supermartingale. So the mean number of answers until R
+/// reaches a bound is at least the bound, whatever else is true of the sequence. (A. N. Shiryaev, 1963; J. Shin, A. Ramdas and A.
+/// Rinaldo, E-detectors, 2023.)
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct ShiryaevRoberts {
+    good: f64,
+    bad: f64,
+    value: f64,
+}
+
+impl ShiryaevRoberts {
+    /// The null hypothesis is that the share of good answers is `null` or beyond it, seen from `alternative`.
+    fn new(null: f64, alternative: f64) -> Self {
+        Self { good: alternative / null, bad: (1.0 - alternative) / (1.0 - null), value: 0.0 }
+    }
+
+    fn observe(&mut self, good: bool) {
+        self.value = (self.value + 1.0) * if good { self.good } else { self.bad };
+    }
+}
+
+/// Detects that a share of good answers has fallen below a floor, at any time and by one of several amounts.
+///
+/// As long as each answer is good with at least the floor's probability, the mean number of answers before an alarm is at least
+/// `average_run_length`: the mean of the statistics of several alternatives has the property of each of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FallDetector {
+    alternatives: Vec<ShiryaevRoberts>,
+    average_run_length: f64,
+}
+
+impl FallDetector {
+    /// `loss`: the fall that shall be found soonest. With a floor near 0 there is no alarm.
+    pub fn new(floor: f64, loss: f64, average_run_length: f64) -> Self {
+        let floor = floor.min(1.0 - MARGIN);
+        let lower = |fall: f64| (floor - fall * loss.max(MARGIN)).max(floor / 10.0);
+        let alternatives = match floor < LEAST_FLOOR {
+            true => Vec::new(),
+            false => FALLS.iter().map(|fall| ShiryaevRoberts::new(floor, lower(*fall))).collect(),
+        };
+        Self { alternatives, average_run_length }
+    }
+
+    /// Takes one answer.
+    pub fn observe(&mut self, good: bool) {
+        self.alternatives.iter_mut().for_each(|statistic| statistic.observe(good));
+    }
+
+    /// Whether the share has fallen.
+    pub fn has_fallen(&self) -> bool {
+        let sum: f64 = self.alternatives.iter().map(|statistic| statistic.value).sum();
+        sum >= self.average_run_length * FALLS.len() as f64
+    }
+
+    /// Forgets all answers.
+    pub fn restart(&mut self) {
+        self.alternatives.iter_mut().for_each(|statistic| statistic.value = 0.0);
+    }
+}
+
+/// Detects that a share that had fallen is at its floor again.
+///
+/// As long as each answer is good with at most the probability `floor - loss`, the mean number of answers until it is
+/// reported to have recovered is at least [`RECOVERY_RUN_LENGTH`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct RecoveryDetector(ShiryaevRoberts);
+
+/// Mean number of answers, at least, before a share that is still low is reported to have recovered.
+pub const RECOVERY_RUN_LENGTH: f64 = 10_000.0;
+
+impl RecoveryDetector {
+    pub fn new(floor: f64, loss: f64) -> Self {
+        let floor = floor.clamp(LEAST_FLOOR, 1.0 - MARGIN);
+        Self(ShiryaevRoberts::new((floor - loss.max(MARGIN)).max(floor / 10.0), floor))
+    }
+
+    /// Takes one answer.
+    pub fn observe(&mut self, good: bool) {
+        self.0.observe(good);
+    }
+
+    pub fn has_recovered(&self) -> bool {
+        self.0.value >= RECOVERY_RUN_LENGTH
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
 
     fn close(left: f64, right: f64, tolerance: f64) -> bool {
         (left - right).abs() <= tolerance
@@ -184,28 +324,122 @@ mod tests {
         assert_eq!(kolmogorov_smirnov(&[], &[0.5]), None);
     }
 
+    /// Counts of three labels, and confidences, drawn with these shares and this power.
+    fn draw(shares: [f64; 2], power: f32, rows: usize, random: &mut StdRng) -> (Vec<u64>, Vec<f32>) {
+        let mut counts = vec![0; 3];
+        let confidences = (0..rows).map(|_| {
+            let place: f64 = random.random();
+            counts[usize::from(place > shares[0]) + usize::from(place > shares[0] + shares[1])] += 1;
+            1.0 - 0.5 * random.random::<f32>().powf(power)
+        });
+        let confidences = confidences.collect();
+        (counts, confidences)
+    }
+
     #[test]
-    fn the_sequential_test_decides_at_walds_bounds() {
-        // H0 0.9 against H1 0.85: a wrong answer adds ln(0.15/0.1) = 0.405465, a right one ln(0.85/0.9) = -0.057158,
-        // the bounds are -+ln(0.99/0.01) = 4.595120: 12 wrong answers or 81 right ones in a row.
-        for (correct, needed, decision) in [(false, 12, Decision::Drifted), (true, 81, Decision::Stable)] {
-            let mut test = SequentialTest::new(0.9, 0.05);
-            for _ in 0..needed - 1 {
-                test.observe(correct);
-                assert_eq!(test.decision(), Decision::Continue);
+    fn windows_like_their_reference_raise_no_alarm_and_others_soon_do() {
+        let mut random = StdRng::seed_from_u64(20);
+        let mut alarms = 0;
+        for _ in 0..40 {
+            // Two hundred windows of 500 with one reference of 900: a reference that is far off would be noticed.
+            let (labels, confidences) = draw([0.6, 0.3], 2.0, 900, &mut random);
+            let mut detector = WindowDetector::new(200.0);
+            for _ in 0..200 {
+                let (of_labels, of_confidences) = draw([0.6, 0.3], 2.0, 500, &mut random);
+                let p = labels_p_value(&labels, &of_labels).unwrap();
+                detector.observe(p.max(confidences_p_value(&confidences, &of_confidences).unwrap()));
+                if detector.has_moved() {
+                    alarms += 1;
+                    detector.restart();
+                }
             }
-            test.observe(correct);
-            assert_eq!(test.decision(), decision);
-            test.restart();
-            assert_eq!(test.decision(), Decision::Continue);
+        }
+        // One in 200 windows is allowed: 40 of the 8,000.
+        assert!(alarms <= 40, "{alarms} false alarms");
+        let (labels, confidences) = draw([0.6, 0.3], 2.0, 900, &mut random);
+        for (shares, power, most) in [([0.3, 0.6], 0.7, 1), ([0.45, 0.4], 1.0, 6)] {
+            let mut detector = WindowDetector::new(7_300.0);
+            let needed = (1..=most).find(|_| {
+                let (of_labels, of_confidences) = draw(shares, power, 500, &mut random);
+                let p = labels_p_value(&labels, &of_labels).unwrap();
+                detector.observe(p.max(confidences_p_value(&confidences, &of_confidences).unwrap()));
+                detector.has_moved()
+            });
+            assert!(needed.is_some(), "{shares:?} is not found in {most} windows");
+        }
+        assert_eq!(labels_p_value(&[1, 2], &[1]), None);
+        assert_eq!(labels_p_value(&[0, 0], &[1, 1]), None);
+        assert_eq!(labels_p_value(&[50, 50], &[50, 50]), Some(1.0));
+    }
+
+    #[test]
+    fn lower_bounds_are_wilsons() {
+        // The score equation, share - p = z sqrt(p (1 - p) / all), solved by bisection in Python.
+        for (good, all, expected) in [(180, 200, 0.839_639), (900, 1000, 0.875_732), (100, 100, 0.948_66), (0, 50, 0.0)]
+        {
+            assert!(close(lower_bound(good, all), expected, 1e-5), "{good} of {all}: {}", lower_bound(good, all));
+        }
+        assert_eq!(lower_bound(0, 0), 0.0);
+    }
+
+    /// The number of answers until an alarm; `None` if there is none within `most`.
+    fn run_length(detector: &mut FallDetector, share: f64, most: u64, random: &mut StdRng) -> Option<u64> {
+        detector.restart();
+        (1..=most).find(|_| {
+            detector.observe(random.random_bool(share));
+            detector.has_fallen()
+        })
+    }
+
+    #[test]
+    fn false_alarms_are_as_rare_as_stated() {
+        // Runs end at ten times the stated length, which can only make the mean smaller. The mean of 400 runs has a standard
+        // error of about a twentieth.
+        let mut random = StdRng::seed_from_u64(17);
+        for (floor, loss) in [(0.9, 0.05), (0.7, 0.02), (0.98, 0.01), (0.5, 0.2)] {
+            let mut detector = FallDetector::new(floor, loss, 2_000.0);
+            let runs = (0..400).map(|_| run_length(&mut detector, floor, 20_000, &mut random).unwrap_or(20_000));
+            let mean = runs.sum::<u64>() as f64 / 400.0;
+            assert!(mean > 2_000.0 * 0.85, "floor {floor}, loss {loss}: an alarm after {mean} answers");
         }
     }
 
     #[test]
-    fn a_perfect_reference_is_not_disproved_by_one_answer() {
-        let mut test = SequentialTest::new(1.0, 0.05);
-        test.observe(false);
-        assert_eq!(test.decision(), Decision::Continue);
+    fn falls_are_found_soon_and_larger_ones_sooner() {
+        let mut random = StdRng::seed_from_u64(18);
+        let mut detector = FallDetector::new(0.88, 0.05, 3_650_000.0);
+        // The most answers that nine of ten runs need.
+        for (share, most) in [(0.83, 2_600), (0.78, 750), (0.68, 220), (0.48, 75), (0.05, 25)] {
+            let late = (0..200).filter(|_| run_length(&mut detector, share, most, &mut random).is_none()).count();
+            assert!(late <= 20, "{late} of 200 runs at {share} took more than {most} answers");
+        }
+        assert_eq!(run_length(&mut detector, 0.88, 50_000, &mut random), None);
+    }
+
+    #[test]
+    fn what_cannot_fall_gives_no_alarm_and_one_bad_answer_is_none() {
+        let mut nothing = FallDetector::new(0.0, 0.05, 1_000.0);
+        (0..100_000).for_each(|_| nothing.observe(false));
+        assert!(!nothing.has_fallen());
+        let mut perfect = FallDetector::new(1.0, 0.05, 1_000.0);
+        perfect.observe(false);
+        assert!(!perfect.has_fallen());
+    }
+
+    #[test]
+    fn a_recovery_is_found_and_a_low_share_is_none() {
+        let mut random = StdRng::seed_from_u64(19);
+        let mut answers_until = |share: f64, most: u64| {
+            let mut detector = RecoveryDetector::new(0.88, 0.05);
+            (1..=most).find(|_| {
+                detector.observe(random.random_bool(share));
+                detector.has_recovered()
+            })
+        };
+        let recovered: Vec<_> = (0..50).map(|_| answers_until(0.9, 3_000)).collect();
+        assert!(recovered.iter().flatten().count() >= 45, "{recovered:?}");
+        let low = (0..50).filter(|_| answers_until(0.75, 3_000).is_some()).count();
+        assert!(low <= 2, "{low} of 50 low shares were reported as recovered");
     }
 
     fn sample() -> impl Strategy<Value = Vec<f32>> {

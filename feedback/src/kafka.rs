@@ -1,5 +1,6 @@
-//! What every Kafka client of Athanor shares: a base configuration and logs through `tracing`.
+//! What every Kafka client of Athanor shares: a base configuration, the broker's credentials and logs through `tracing`.
 
+use athanor_contract::process::variable;
 use rdkafka::{
     ClientConfig, ClientContext,
     config::RDKafkaLogLevel,
@@ -31,7 +32,19 @@ impl ClientContext for LogContext {
 
 impl ConsumerContext for LogContext {}
 
-/// Client settings common to producers and consumers: a broker that comes back is noticed within a second or so.
+/// Environment variables with credentials, and librdkafka's names for them.
+const SECURITY: [(&str, &str); 7] = [
+    (variable::KAFKA_SECURITY_PROTOCOL, "security.protocol"),
+    (variable::KAFKA_SASL_MECHANISM, "sasl.mechanism"),
+    (variable::KAFKA_SASL_USERNAME, "sasl.username"),
+    (variable::KAFKA_SASL_PASSWORD, "sasl.password"),
+    (variable::KAFKA_SSL_CA, "ssl.ca.pem"),
+    (variable::KAFKA_SSL_CERTIFICATE, "ssl.certificate.pem"),
+    (variable::KAFKA_SSL_KEY, "ssl.key.pem"),
+];
+
+/// Client settings common to producers and consumers: a broker that comes back is noticed within a second or so. Credentials come
+/// from the environment (`KAFKA_SECURITY_PROTOCOL` and the like), which a pod has from the Secret of its specification.
 pub fn client_config(bootstrap_servers: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
@@ -43,6 +56,14 @@ pub fn client_config(bootstrap_servers: &str) -> ClientConfig {
         .set("log.connection.close", "false")
         // The lines librdkafka writes at `error` about each refused connection say no more than our own warning.
         .set_log_level(RDKafkaLogLevel::Critical);
+    for (name, setting) in SECURITY {
+        if let Ok(value) = std::env::var(name)
+            && !value.is_empty()
+        {
+            // A value made by kubectl from a file ends with a line break.
+            config.set(setting, value.trim_end_matches(['\n', '\r']));
+        }
+    }
     config
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - [`cloudevents`]: an event as a Kafka record and back;
 //! - [`producer`]: publishing that loses nothing it acknowledged, with [`spill`] files while Kafka is away;
+//! - [`signing`]: keys that sign request ids and events;
 //! - [`snapshot`]: exact offset ranges as labelled rows;
 //! - [`drift`]: the statistics, [`window`]: the state machine over a deployment's events that uses them.
 //!
@@ -11,6 +12,7 @@ pub mod cloudevents;
 pub mod drift;
 pub mod kafka;
 pub mod producer;
+pub mod signing;
 pub mod snapshot;
 pub mod spill;
 pub mod window;

@@ -15,10 +15,10 @@ mod shared;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use athanor_contract::{event::Event, serve::EventsConfig};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::spill::Spill;
+use crate::{signing::SharedKeys, spill::Spill};
 use dispatch::{Command, Dispatcher, Pending};
 use shared::Shared;
 
@@ -26,6 +26,8 @@ pub use error::ProducerError;
 
 /// Events waiting for the task that sends them.
 const QUEUE_EVENTS: usize = 16_384;
+/// KiB of the data of all events that are not kept yet, waiting or on their way to Kafka.
+const QUEUE_KIB: u32 = 64 << 10;
 /// The most the spill may hold: at a kilobyte an event, a million events.
 const MAX_SPILL_BYTES: u64 = 1 << 30;
 
@@ -34,28 +36,34 @@ const MAX_SPILL_BYTES: u64 = 1 << 30;
 #[derive(Clone, Debug)]
 pub struct Producer {
     commands: mpsc::Sender<Command>,
+    /// KiB that are free.
+    room: Arc<Semaphore>,
     shutdown: CancellationToken,
-    /// Cancelled when the sending task has ended.
-    /// Everything that could be sent has been.
+    /// Cancelled when everything that could be sent has been.
     replayed: CancellationToken,
 }
 
 impl Producer {
     /// Starts the two tasks on the current tokio runtime. Kafka may be away; segments a former process left in `spill_dir` are
-    /// replayed. After `shutdown` no event is taken any more, and those taken are sent or spilled.
+    /// replayed. After `shutdown` no event is taken any more, and those taken are sent or spilled. `keys` sign the events.
     ///
     /// # Errors
     /// When the spill folder cannot be used or is used by another process, or the configuration is not Kafka's.
-    pub fn start(config: EventsConfig, spill_dir: PathBuf, shutdown: CancellationToken) -> Result<Self, ProducerError> {
+    pub fn start(
+        config: EventsConfig,
+        keys: Option<SharedKeys>,
+        spill_dir: PathBuf,
+        shutdown: CancellationToken,
+    ) -> Result<Self, ProducerError> {
         let spill = Spill::open(&spill_dir, MAX_SPILL_BYTES).map_err(Arc::new)?;
         describe_metrics();
-        let shared = Arc::new(Shared::new(config, spill)?);
+        let shared = Arc::new(Shared::new(config, keys, spill)?);
         let (commands, receiver) = mpsc::channel(QUEUE_EVENTS);
         let finished = CancellationToken::new();
         let replayed = CancellationToken::new();
         tokio::spawn(replay::run(shared.clone(), finished.clone(), replayed.clone()));
         tokio::spawn(Dispatcher::new(shared, receiver, shutdown.clone()).run(finished.clone()));
-        Ok(Self { commands, shutdown, replayed })
+        Ok(Self { commands, room: Arc::new(Semaphore::new(QUEUE_KIB as usize)), shutdown, replayed })
     }
 
     /// Publishes events and waits until each is acknowledged by Kafka or on disk; within about a second even if Kafka is away.
@@ -69,7 +77,8 @@ impl Producer {
         let mut kept = Vec::with_capacity(events.len());
         for event in events {
             let (sender, receiver) = oneshot::channel();
-            let pending = Pending { event, kept: Some(sender) };
+            let room = self.room.clone().acquire_many_owned(size(&event)).await.map_err(|_| ProducerError::Closed)?;
+            let pending = Pending { event, kept: Some(sender), room };
             self.commands.send(Command::Publish(pending)).await.map_err(|_| ProducerError::Closed)?;
             kept.push(receiver);
         }
@@ -83,7 +92,10 @@ impl Producer {
 
     /// Queues an event and returns at once. With a full queue it is dropped and counted in `athanor_events_dropped_total`.
     pub fn publish(&self, event: Event) {
-        if self.commands.try_send(Command::Publish(Pending { event, kept: None })).is_err() {
+        let room = self.room.clone().try_acquire_many_owned(size(&event));
+        let queued = room
+            .is_ok_and(|room| self.commands.try_send(Command::Publish(Pending { event, kept: None, room })).is_ok());
+        if !queued {
             metrics::counter!("athanor_events_dropped_total").increment(1);
         }
     }
@@ -102,6 +114,25 @@ impl Producer {
     }
 }
 
+/// KiB of an event's data, begun ones as whole ones. An event larger than the whole queue takes all of it.
+fn size(event: &Event) -> u32 {
+    struct Bytes(usize);
+    impl std::io::Write for Bytes {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut bytes = Bytes(0);
+    // What cannot be written is refused later, with its reason.
+    let _ = serde_json::to_writer(&mut bytes, &event.data);
+    u32::try_from(bytes.0 / 1024 + 1).map_or(QUEUE_KIB, |size| size.min(QUEUE_KIB))
+}
+
 fn describe_metrics() {
     metrics::describe_counter!("athanor_events_produced_total", "Events acknowledged by Kafka");
     metrics::describe_counter!("athanor_events_spilled_total", "Events written to disk because Kafka was away");
@@ -110,6 +141,11 @@ fn describe_metrics() {
         "athanor_events_dropped_total",
         "Events lost: full queue, full or damaged spill, refused"
     );
+    metrics::describe_counter!(
+        "athanor_events_unreadable_segments_total",
+        "Files of spilled events that could not be read and were set aside"
+    );
+    metrics::counter!("athanor_events_unreadable_segments_total").increment(0);
     metrics::describe_gauge!("athanor_events_spill_bytes", metrics::Unit::Bytes, "Bytes waiting on disk for Kafka");
     for name in ["produced", "spilled", "replayed", "dropped"] {
         metrics::counter!(format!("athanor_events_{name}_total")).increment(0);

@@ -1,7 +1,8 @@
 //! Exact offset ranges of a deployment's topic as rows: what a retraining is trained on.
 //!
 //! The same ranges give the same rows in the same order, independent of the reader and of how Kafka interleaves its partitions.
-//! Only those ranges are read, by assignment: no consumer group is joined and no offset committed.
+//! Only those ranges are read, by assignment: no consumer group is joined and no offset committed. They are read twice, first for the
+//! feedback and then for the answers that it is about, so that memory is bounded by the rows that there may be.
 
 mod error;
 mod join;
@@ -10,21 +11,48 @@ mod rows;
 
 use std::time::Duration;
 
-use athanor_contract::train::{KafkaSource, OffsetRange};
+use athanor_contract::{
+    process::variable,
+    train::{KafkaSource, OffsetRange},
+};
 use tokio_util::sync::CancellationToken;
 
+use crate::signing::SigningKeys;
 pub use error::SnapshotError;
+use join::{Judgements, Limits};
+use read::Reader;
 pub use rows::{CorrectedAnswer, LabelledRow, Snapshot};
 
 /// How long a broker may stay silent.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads the source's ranges and joins each feedback to its answer; if there are several, the newest counts. Answers without
-/// feedback are counted, but are not rows. Ratings and preferences are counted as feedback and make no row.
+/// feedback are counted, but are not rows. Ratings and preferences are counted as feedback and make no row. What retention has
+/// deleted of a range is left out and counted.
+///
+/// A source that names a Secret with signing keys is read with the keys of this process' environment.
 ///
 /// # Errors
 /// See [`SnapshotError`]; a broker that cannot be reached is given 30 seconds.
 pub async fn read_rows(source: &KafkaSource) -> Result<Snapshot, SnapshotError> {
+    let keys = match &source.signing_keys_secret_name {
+        Some(secret) => Some(signing_keys(secret)?),
+        None => None,
+    };
+    read_rows_signed_by(source, keys).await
+}
+
+fn signing_keys(secret: &str) -> Result<SigningKeys, SnapshotError> {
+    let error = |message: String| SnapshotError::Keys { secret: secret.to_owned(), message };
+    let keys = SigningKeys::from_environment().map_err(|read| error(read.to_string()))?;
+    keys.ok_or_else(|| error(format!("{} is not set to a folder with its keys", variable::SIGNING_KEYS)))
+}
+
+/// [`read_rows`] with these keys; `None`: signatures are not verified.
+///
+/// # Errors
+/// As for [`read_rows`].
+pub async fn read_rows_signed_by(source: &KafkaSource, keys: Option<SigningKeys>) -> Result<Snapshot, SnapshotError> {
     check(source)?;
     let source = source.clone();
     // Dropping this future, such as by a timeout of the caller, ends the reading thread.
@@ -32,8 +60,17 @@ pub async fn read_rows(source: &KafkaSource) -> Result<Snapshot, SnapshotError> 
     let _abandon = abandoned.clone().drop_guard();
     let unavailable = source.bootstrap_servers.clone();
     let reading = tokio::task::spawn_blocking(move || {
-        let (events, malformed) = read::read(&source, TIMEOUT, &abandoned)?;
-        Ok(Snapshot { malformed, ..join::join(events) })
+        let limits = Limits {
+            maximum_samples: source.maximum_samples as usize,
+            maximum_caller_percent: source.maximum_caller_percent,
+        };
+        let reader = Reader::open(&source, keys.as_ref(), TIMEOUT, &abandoned)?;
+        let mut judgements = Judgements::new(limits);
+        let counts = reader.read(&mut |placed| judgements.take(placed))?;
+        let mut answers = judgements.choose();
+        reader.read(&mut |placed| answers.take(placed))?;
+        let (malformed, unsigned, deleted) = (counts.malformed, counts.unsigned, reader.deleted);
+        Ok(Snapshot { malformed, unsigned, deleted, ..answers.finish() })
     });
     reading.await.unwrap_or_else(|error| {
         Err(SnapshotError::Unavailable {
@@ -81,7 +118,7 @@ mod tests {
             ),
         ];
         for (ranges, expected) in cases {
-            let source = KafkaSource { bootstrap_servers: "k:9092".into(), topic: "t".into(), ranges };
+            let source = KafkaSource::new("k:9092", "t", ranges);
             assert_eq!(check(&source).map_err(|error| error.to_string()).err().as_deref(), expected);
         }
     }

@@ -169,6 +169,16 @@ impl Spill {
         sync_dir(&self.dir).map_err(|source| SpillError::Io { path, source })
     }
 
+    /// Puts a closed segment that cannot be read under another name, for a person, so that the others are replayed. A segment that
+    /// cannot be renamed either is left alone until the next process.
+    pub fn set_aside(&mut self, number: u64) {
+        let path = self.path(number);
+        if let Err(error) = fs::rename(&path, path.with_extension("unreadable")) {
+            tracing::error!(%error, path = %path.display(), "a segment that cannot be read cannot be renamed");
+        }
+        self.closed.remove(&number);
+    }
+
     fn create(&mut self) -> Result<OpenSegment, SpillError> {
         let number = self.next;
         let path = self.path(number);
@@ -244,6 +254,7 @@ mod tests {
                 index: 0,
                 judgement: Judgement::ExpectedLabel("line\nbreak".into()),
                 comment: None,
+                caller: None,
             }),
         })
         .collect()
@@ -292,6 +303,24 @@ mod tests {
         assert_eq!(segment.events, [events(0..1), events(2..3)].concat());
         spill.remove(&segment).expect("renamed");
         assert!(spill.is_empty() && path.with_extension("damaged").exists() && !path.exists());
+    }
+
+    #[test]
+    fn a_segment_that_cannot_be_read_is_set_aside() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut spill = open(dir.path());
+        spill.append(&events(0..1)).expect("written");
+        spill.rotate();
+        spill.append(&events(1..2)).expect("written");
+        spill.rotate();
+        // Root reads every file, but no folder.
+        let path = spill.path(0);
+        fs::remove_file(&path).expect("removed");
+        fs::create_dir(&path).expect("a folder");
+        assert!(read_segment(&path).is_err());
+        spill.set_aside(0);
+        assert_eq!(spill.closed(), [1]);
+        assert!(path.with_extension("unreadable").exists() && !path.exists());
     }
 
     #[test]

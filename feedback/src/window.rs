@@ -5,11 +5,13 @@
 //! whose feedback comes more than [`TRACKED`] answers later does not count as labelled.
 
 mod bounded;
+mod callers;
 mod proportion;
+mod shift;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use athanor_contract::{
     Decimal,
@@ -24,7 +26,9 @@ use crate::{
     drift::{kolmogorov_smirnov, population_stability_index},
 };
 use bounded::BoundedMap;
-use proportion::{Place, Proportion, Ratings};
+use callers::Callers;
+use proportion::{Place, Proportion, Ratings, ReferenceShare};
+use shift::{Shift, label_counts};
 
 /// Number of event ids, and of answers without feedback so far, that are kept.
 pub const TRACKED: usize = 200_000;
@@ -97,23 +101,33 @@ pub struct Window {
     ranges: BTreeMap<i32, (i64, i64)>,
     seen: BoundedMap<(String, String), ()>,
     answered: BoundedMap<Input, Answered>,
-    early_feedback: BoundedMap<Input, Vec<(Place, Judgement)>>,
+    early_feedback: BoundedMap<Input, Vec<(Place, Feedback)>>,
     predictions: u64,
     labelled: u64,
     /// Label and confidence of the newest predictions; empty for a language model.
     newest: BTreeMap<Place, (String, f32)>,
+    shift: Shift,
     /// Labelled answers of a classifier, corrected answers of a language model.
     accuracy: Option<Proportion>,
     ratings: Ratings,
+    /// Callers of the labels and of the ratings that were counted.
+    label_callers: Callers,
+    rating_callers: Callers,
 }
 
 impl Window {
-    /// Begins with the revision's first event. Without a reference only counts, ranges and ratings are kept.
-    pub fn new(revision: impl Into<String>, reference: Option<Reference>, spec: MonitorSpec) -> Self {
-        let accuracy = reference.as_ref().and_then(Reference::accuracy).map(|accuracy| {
-            let window = spec.window_predictions as usize;
-            Proportion::new(accuracy, spec.accuracy_loss.get(), spec.minimum_labels.into(), window)
-        });
+    /// Begins with the revision's first event. Without a reference only counts, ranges and ratings are kept. Of one caller's
+    /// feedback at most `maximum_caller_percent` counts.
+    pub fn new(
+        revision: impl Into<String>,
+        reference: Option<Reference>,
+        spec: MonitorSpec,
+        maximum_caller_percent: u32,
+    ) -> Self {
+        let accuracy = reference.as_ref().and_then(Reference::accuracy);
+        let accuracy = accuracy.map(|(good, all)| Proportion::new(ReferenceShare { good, all }, &spec));
+        let shift = Shift::new(&spec);
+        let callers = Callers::new(maximum_caller_percent, spec.minimum_labels);
         Self {
             revision: revision.into(),
             reference,
@@ -125,22 +139,28 @@ impl Window {
             predictions: 0,
             labelled: 0,
             newest: BTreeMap::new(),
+            shift,
             accuracy,
             ratings: Ratings::default(),
+            label_callers: callers.clone(),
+            rating_callers: callers,
         }
     }
 
-    /// Takes over what cannot be rebuilt from the events: the sequential test saw labels in another order, so its decision for
-    /// drift, once published under the same threshold, must outlive a restart. (The reference of ratings is rebuilt from the
-    /// events and may differ by their order, so that their decision is made again.)
+    /// Takes over what cannot be rebuilt from the events, once those of the published ranges were read again: the detector saw
+    /// labels in another order, so its alarm, once published under the same threshold, must outlive a restart. (The reference of
+    /// ratings is rebuilt from the events and may differ by their order, so that their alarm is raised again.)
     pub fn resume(&mut self, published: &MonitorStatus) {
         let Some(accuracy) = self.accuracy.as_mut().filter(|_| published.revision == self.revision) else { return };
         let threshold = accuracy.threshold().map(|threshold| threshold.to_string());
-        accuracy.drifted = published.statistics.iter().any(|statistic| {
+        let was_drifted = published.statistics.iter().any(|statistic| {
             statistic.name == LABELLED_ACCURACY
                 && statistic.drifted
                 && Some(statistic.threshold.to_string()) == threshold
         });
+        if was_drifted {
+            accuracy.set_drifted();
+        }
     }
 
     /// Takes the record at `offset` of `partition`; `None` stands for a record that is not an event.
@@ -182,6 +202,9 @@ impl Window {
 
     fn predict(&mut self, place: Place, prediction: &Prediction) {
         self.newest.insert(place, (prediction.label.clone(), prediction.confidence));
+        if let Some(Reference::Classes(reference)) = &self.reference {
+            self.shift.observe(&prediction.label, prediction.confidence, reference, &self.spec);
+        }
         while self.newest.len() > self.spec.window_predictions as usize {
             self.newest.pop_first();
         }
@@ -195,40 +218,43 @@ impl Window {
     fn answer(&mut self, input: Input, answer: Answer) {
         self.predictions += 1;
         self.answered.insert(input.clone(), Answered { answer: Some(answer), rated: false });
-        for (place, judgement) in self.early_feedback.remove(&input).unwrap_or_default() {
-            self.judge(place, &input, &judgement);
+        for (place, feedback) in self.early_feedback.remove(&input).unwrap_or_default() {
+            self.judge(place, &input, &feedback);
         }
     }
 
     fn feedback(&mut self, place: Place, feedback: &Feedback) {
         let input = (feedback.request_id.clone(), feedback.index);
         if self.answered.get_mut(&input).is_some() {
-            self.judge(place, &input, &feedback.judgement);
+            self.judge(place, &input, feedback);
         } else if let Some(early) = self.early_feedback.get_mut(&input) {
             if early.len() < EARLY_FEEDBACK_OF_ONE {
-                early.push((place, feedback.judgement.clone()));
+                early.push((place, feedback.clone()));
             }
         } else {
-            self.early_feedback.insert(input, vec![(place, feedback.judgement.clone())]);
+            self.early_feedback.insert(input, vec![(place, feedback.clone())]);
         }
     }
 
     /// Counts the first feedback of each kind to an answer: the tests see it, a later one is for the dataset alone.
-    fn judge(&mut self, place: Place, input: &Input, judgement: &Judgement) {
+    fn judge(&mut self, place: Place, input: &Input, feedback: &Feedback) {
         let Some(answered) = self.answered.get_mut(input) else { return };
-        let expected = match judgement {
+        let caller = feedback.caller.as_deref();
+        let expected = match &feedback.judgement {
             Judgement::ExpectedLabel(label) => Answer::Label(label.clone()),
             Judgement::ExpectedText(text) => Answer::text(text),
             Judgement::Rating(rating) => {
-                if !std::mem::replace(&mut answered.rated, true) {
-                    let (loss, minimum) = (self.spec.accuracy_loss.get(), self.spec.minimum_labels.into());
-                    let window = self.spec.window_predictions as usize;
-                    self.ratings.observe(place, *rating == Rating::Positive, loss, minimum, window);
+                if !answered.rated && self.rating_callers.may_count(caller) {
+                    answered.rated = true;
+                    self.ratings.observe(place, *rating == Rating::Positive, &self.spec);
                 }
                 return;
             }
             Judgement::Preferred(_) => return,
         };
+        if answered.answer.is_none() || !self.label_callers.may_count(caller) {
+            return;
+        }
         let Some(answer) = answered.answer.take() else { return };
         self.labelled += 1;
         if let Some(accuracy) = &mut self.accuracy {
@@ -246,7 +272,7 @@ impl Window {
         let statistics = self.statistics();
         MonitorStatus {
             revision: self.revision.clone(),
-            verdict: self.verdict(&statistics),
+            verdict: self.verdict(),
             statistics,
             predictions: self.predictions,
             labelled: self.labelled,
@@ -264,19 +290,18 @@ impl Window {
     }
 
     /// The rules of [`Verdict`]: with enough labels or ratings their shares decide, else both distributions must have moved.
-    fn verdict(&self, statistics: &[Statistic]) -> Verdict {
+    fn verdict(&self) -> Verdict {
         let shares: Vec<&Proportion> = self.accuracy.iter().chain(self.ratings.watched()).collect();
         if shares.is_empty() {
             return Verdict::Unknown;
         }
-        let moved = |name| statistics.iter().any(|statistic| statistic.name == name && statistic.drifted);
-        let is_decisive = |share: &&Proportion| share.has_enough() || share.drifted;
+        let is_decisive = |share: &&Proportion| share.has_enough() || share.drifted();
         let drifted = if shares.iter().any(is_decisive) {
-            shares.iter().any(|share| share.drifted)
+            shares.iter().any(|share| share.drifted())
         } else {
-            moved(PREDICTION_PSI) && moved(CONFIDENCE_KS)
+            self.shift.drifted
         };
-        let is_confirmed = shares.iter().any(|share| share.has_enough() && share.accepted);
+        let is_confirmed = shares.iter().any(|share| share.has_enough());
         match (drifted, self.window_is_full() || is_confirmed) {
             (true, _) => Verdict::Drifted,
             (false, true) => Verdict::Stable,
@@ -308,21 +333,7 @@ impl Window {
     }
 
     fn prediction_psi(&self, reference: &ClassReference) -> Option<f64> {
-        let places: HashMap<&str, usize> =
-            reference.labels.iter().enumerate().map(|(at, it)| (it.as_str(), at)).collect();
-        let mut expected = reference.predicted.clone();
-        let mut current = vec![0; reference.labels.len()];
-        let mut others = 0;
-        for (label, _) in self.newest.values() {
-            match places.get(label.as_str()) {
-                Some(place) => current[*place] += 1,
-                None => others += 1,
-            }
-        }
-        if others > 0 {
-            expected.push(0);
-            current.push(others);
-        }
+        let (expected, current) = label_counts(reference, self.newest.values().map(|(label, _)| label.as_str()));
         population_stability_index(&expected, &current)
     }
 }

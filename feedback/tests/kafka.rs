@@ -26,13 +26,13 @@ fn config() -> EventsConfig {
 
 fn start(config: &EventsConfig, dir: &tempfile::TempDir) -> (Producer, CancellationToken) {
     let shutdown = CancellationToken::new();
-    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts");
+    let producer = Producer::start(config.clone(), None, dir.path().into(), shutdown.clone()).expect("starts");
     (producer, shutdown)
 }
 
 fn source(config: &EventsConfig, partition: i32, begin: i64, end: i64) -> KafkaSource {
     let EventsConfig { bootstrap_servers, topic, .. } = config.clone();
-    KafkaSource { bootstrap_servers, topic, ranges: vec![OffsetRange { partition, begin, end }] }
+    KafkaSource::new(bootstrap_servers, topic, vec![OffsetRange { partition, begin, end }])
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -55,9 +55,10 @@ async fn a_snapshot_is_what_was_published() {
     let whole = whole_topic(&config);
     assert_eq!(whole.ranges.len(), 3);
     let snapshot = read_rows(&whole).await.expect("readable");
-    assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.rows.len()), (30, 12, 10));
+    assert!(snapshot.predictions >= 31 && snapshot.feedbacks >= 13, "repeated ones are counted: {snapshot:?}");
+    assert_eq!(snapshot.rows.len(), 10);
     assert_eq!((snapshot.orphans, snapshot.malformed), (1, 1));
-    assert!(snapshot.duplicates >= 2, "{snapshot:?}");
+    assert!(snapshot.duplicates >= 1, "{snapshot:?}");
     let first = snapshot.rows.iter().find(|row| row.id == "p0/0").expect("a row");
     assert_eq!((first.text.as_str(), first.label.as_str()), ("text of p0/0", "neutral"));
     assert_eq!(read_rows(&whole).await.expect("readable"), snapshot);
@@ -93,8 +94,8 @@ async fn ranges_that_cannot_be_read_are_the_users_error() {
     let mut before = TopicPartitionList::new();
     before.add_partition_offset(&config.topic, partition, Offset::Offset(1)).expect("an offset");
     admin.delete_records(&before, &AdminOptions::new()).await.expect("deleted");
-    let deleted = read_rows(&source(&config, partition, 0, end)).await.expect_err("offset 0 is gone");
-    assert!(matches!(deleted, SnapshotError::Deleted { begin: 0, low: 1, .. }), "{deleted}");
+    let rest = read_rows(&source(&config, partition, 0, end)).await.expect("what retention left is read");
+    assert_eq!((rest.deleted, rest.predictions), (1, end as u64 - 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -112,7 +113,7 @@ async fn events_spilled_by_a_process_that_died_are_replayed_by_the_next() {
     // The old tasks give the folder's lock back when they end.
     let mut next = None;
     eventually("the folder is free", || {
-        next = Producer::start(config.clone(), dir.path().into(), CancellationToken::new()).ok();
+        next = Producer::start(config.clone(), None, dir.path().into(), CancellationToken::new()).ok();
         next.is_some()
     })
     .await;
@@ -121,5 +122,5 @@ async fn events_spilled_by_a_process_that_died_are_replayed_by_the_next() {
     producer.publish_durable(labels.collect()).await.expect("kept");
     eventually("all segments replayed", || segments(dir.path()) == 0).await;
     let snapshot = read_rows(&whole_topic(&config)).await.expect("readable");
-    assert_eq!((snapshot.predictions, snapshot.rows.len(), snapshot.orphans), (50, 50, 0));
+    assert_eq!((snapshot.rows.len(), snapshot.orphans), (50, 0));
 }

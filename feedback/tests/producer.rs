@@ -15,8 +15,9 @@ async fn without_kafka_events_are_on_disk_within_seconds() {
     let dir = tempfile::tempdir().expect("a folder");
     let config = EventsConfig::new("127.0.0.1:1", "events");
     let shutdown = CancellationToken::new();
-    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts without Kafka");
-    let busy = Producer::start(config, dir.path().into(), shutdown.clone());
+    let producer =
+        Producer::start(config.clone(), None, dir.path().into(), shutdown.clone()).expect("starts without Kafka");
+    let busy = Producer::start(config, None, dir.path().into(), shutdown.clone());
     assert!(matches!(busy, Err(ProducerError::Spill(_))), "{busy:?}");
 
     let started = Instant::now();
@@ -45,7 +46,7 @@ async fn an_outage_delays_events_and_loses_none() {
     let config = EventsConfig::new(cluster.bootstrap_servers(), "events");
     let dir = tempfile::tempdir().expect("a folder");
     let shutdown = CancellationToken::new();
-    let producer = Producer::start(config.clone(), dir.path().into(), shutdown.clone()).expect("starts");
+    let producer = Producer::start(config.clone(), None, dir.path().into(), shutdown.clone()).expect("starts");
 
     producer.publish_durable((0..20).map(|at| prediction(&format!("before-{at}"), 0)).collect()).await.expect("kept");
     eventually("all events in Kafka", || segments(dir.path()) == 0).await;
@@ -54,13 +55,17 @@ async fn an_outage_delays_events_and_loses_none() {
     producer.publish_durable((0..20).map(|at| prediction(&format!("during-{at}"), 0)).collect()).await.expect("kept");
     assert!(segments(dir.path()) > 0, "nothing was spilled");
     cluster.broker_up(1).expect("up");
-    let labels = (0..20).map(|at| feedback(&format!("f-{at}"), &format!("during-{at}"), 0, "positive"));
+    let times = ["before", "during"];
+    let labels = times.into_iter().flat_map(|time| {
+        (0..20).map(move |at| feedback(&format!("f-{time}-{at}"), &format!("{time}-{at}"), 0, "positive"))
+    });
     producer.publish_durable(labels.collect()).await.expect("kept");
     eventually("all segments replayed", || segments(dir.path()) == 0).await;
 
     shutdown.cancel();
     assert!(producer.flush(Duration::from_secs(5)).await);
     let snapshot = read_rows(&whole_topic(&config)).await.expect("readable");
-    assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.orphans), (40, 20, 0));
-    assert_eq!((snapshot.rows.len(), snapshot.malformed), (20, 0));
+    // A replay may have brought some of them twice.
+    assert!(snapshot.predictions >= 40 && snapshot.feedbacks >= 40, "{snapshot:?}");
+    assert_eq!((snapshot.rows.len(), snapshot.orphans, snapshot.malformed), (40, 0, 0));
 }

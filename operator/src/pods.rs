@@ -8,7 +8,7 @@ use k8s_openapi::{
         Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar,
         EnvVarSource, HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, Pod,
         PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretEnvSource,
-        SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
+        SecretVolumeSource, SecurityContext, TopologySpreadConstraint, Volume, VolumeMount,
     },
     apimachinery::pkg::{
         api::resource::Quantity,
@@ -61,8 +61,8 @@ pub struct PodPlan<'a> {
     pub labels: Labels,
     pub annotations: Labels,
     pub env: Vec<EnvVar>,
-    /// Secret whose keys become environment variables.
-    pub credentials: Option<&'a str>,
+    /// Secrets whose keys become environment variables.
+    pub credentials: Vec<&'a str>,
     pub ports: Vec<(&'static str, i32)>,
     pub metrics_port: i32,
     /// Volumes, each with its mount path.
@@ -182,12 +182,8 @@ fn container(plan: &PodPlan<'_>, overrides: &PodOverrides, mounts: Vec<VolumeMou
         image_pull_policy: Some("IfNotPresent".into()),
         command: Some(plan.command.clone()),
         env: Some(env),
-        env_from: plan.credentials.map(|name| {
-            vec![EnvFromSource {
-                secret_ref: Some(SecretEnvSource { name: name.into(), optional: Some(false) }),
-                ..EnvFromSource::default()
-            }]
-        }),
+        env_from: (!plan.credentials.is_empty())
+            .then(|| plan.credentials.iter().map(|name| environment_of_secret(name)).collect()),
         ports: Some(ports.collect()),
         startup_probe: probes.map(|probes| probes.startup.build(PROBE_SECONDS)),
         readiness_probe: probes.map(|probes| probes.readiness.build(PROBE_SECONDS)),
@@ -205,9 +201,16 @@ fn container(plan: &PodPlan<'_>, overrides: &PodOverrides, mounts: Vec<VolumeMou
     }
 }
 
-/// Mounts a volume; ConfigMaps and claims are read-only.
+fn environment_of_secret(name: &str) -> EnvFromSource {
+    EnvFromSource {
+        secret_ref: Some(SecretEnvSource { name: name.into(), optional: Some(false) }),
+        ..EnvFromSource::default()
+    }
+}
+
+/// Mounts a volume; ConfigMaps, Secrets and claims are read-only.
 fn mount(volume: &Volume, path: &str) -> VolumeMount {
-    let is_read = volume.config_map.is_some() || volume.persistent_volume_claim.is_some();
+    let is_read = volume.config_map.is_some() || volume.secret.is_some() || volume.persistent_volume_claim.is_some();
     VolumeMount {
         name: volume.name.clone(),
         mount_path: path.into(),
@@ -262,6 +265,19 @@ pub fn config(config_map: &str) -> Volume {
     Volume {
         name: "config".into(),
         config_map: Some(ConfigMapVolumeSource { name: config_map.into(), ..ConfigMapVolumeSource::default() }),
+        ..Volume::default()
+    }
+}
+
+/// Returns the files of a Secret, which the pod's user alone can read.
+pub fn secret(name: &str, secret: &str) -> Volume {
+    Volume {
+        name: name.into(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(secret.into()),
+            default_mode: Some(0o440),
+            ..SecretVolumeSource::default()
+        }),
         ..Volume::default()
     }
 }

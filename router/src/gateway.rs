@@ -15,6 +15,7 @@ use athanor_contract::{
 };
 
 use crate::{
+    access::Access,
     analysis::Analysis,
     balance::{client::Client, endpoints::Registry},
     config::Configuration,
@@ -32,6 +33,8 @@ pub struct Gateway {
     pub registry: Arc<Registry>,
     pub client: Client,
     pub ids: RequestIds,
+    /// Absent: everyone may use the router.
+    pub access: Option<Arc<Access>>,
     pub analysis: Arc<Analysis>,
     pub recent: Recent,
     pub events: Arc<Events>,
@@ -91,6 +94,7 @@ impl Gateway {
             registry: Arc::default(),
             client: Client::default(),
             ids,
+            access: None,
             analysis: Arc::default(),
             recent: Recent::new(recent::CAPACITY),
             events: Arc::default(),
@@ -115,16 +119,17 @@ impl Gateway {
         self.registry.snapshot().config.clone().filter(|config| config.events.is_some())
     }
 
-    /// Remembers an answer and publishes one event for each input. Never waits.
-    pub fn record(&self, config: &Configuration, answered: Answered) {
-        let Ok(uuid) = self.ids.verify(&answered.id.text) else { return };
+    /// Remembers an answer and publishes one event for each input; returns the id by which feedback to it is accepted. Never waits.
+    pub fn record(&self, config: &Configuration, answered: Answered) -> Option<String> {
+        let uuid = answered.id.uuid;
         if answered.texts.len() != answered.results.len() {
             tracing::warn!(
                 revision = &*answered.revision,
                 "an answer has not one result for each input and is not recorded"
             );
-            return;
+            return None;
         }
+        let request_id = self.ids.prove(answered.id, answered.texts.len() as u32);
         let sink = self.sink(config, &answered.id);
         let trace_parent = athanor_telemetry::propagation::current_traceparent();
         for ((index, mut text), (label, confidence)) in (0..).zip(answered.texts).zip(answered.results) {
@@ -133,7 +138,7 @@ impl Gateway {
             let Some(sink) = &sink else { continue };
             config.redaction.apply(&mut text);
             let prediction = Prediction {
-                request_id: answered.id.text.clone(),
+                request_id: request_id.clone(),
                 index,
                 revision: answered.revision.to_string(),
                 text,
@@ -143,13 +148,13 @@ impl Gateway {
             };
             sink.publish(events::prediction(config, trace_parent.clone(), prediction));
         }
+        Some(request_id)
     }
 
     /// Remembers a language model's answer that is whole, and publishes one event for each choice. Never waits.
     pub fn record_generations(&self, recorder: Recorder, revision: &Arc<str>, latency: Duration) {
-        let Recorder { config, id, request, answers, trace_parent } = recorder;
-        let Ok(uuid) = self.ids.verify(&id.text) else { return };
-        let recorded = match generations(&id, revision, &request, answers, latency) {
+        let Recorder { config, id, request_id, request, answers, trace_parent } = recorder;
+        let recorded = match generations(&request_id, revision, &request, answers, latency) {
             Ok(recorded) => recorded,
             Err(why) => {
                 tracing::debug!(revision = &**revision, ?why, "an answer is not recorded");
@@ -160,7 +165,7 @@ impl Gateway {
         let sink = self.sink(&config, &id);
         for mut generation in recorded {
             let answer = Answer { revision: revision.clone(), label: "".into() };
-            self.recent.insert((uuid, generation.index), answer);
+            self.recent.insert((id.uuid, generation.index), answer);
             let Some(sink) = &sink else { continue };
             config.redaction.apply(&mut generation.answer);
             match &mut generation.input {

@@ -7,7 +7,9 @@ use athanor_contract::{
     process::{port, variable},
     serve::RouterLimits,
 };
+use athanor_feedback::signing::{self, SharedKeys};
 use athanor_router::{
+    access::Access,
     gateway::Gateway,
     proxy::{grpc::Passing, http},
     record::{events, labels, request_id::RequestIds},
@@ -19,6 +21,7 @@ use athanor_router::{
 use athanor_serving::{
     api::inference::{self, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
     lifecycle::{self, Servers},
+    tls::Tls,
 };
 use athanor_telemetry::Readiness;
 use clap::Parser;
@@ -59,6 +62,16 @@ struct Arguments {
     /// Folder for events while Kafka is away; it should outlive the container.
     #[arg(long, env = variable::SPILL_DIR, default_value = "/var/lib/athanor/spill")]
     spill_dir: PathBuf,
+    /// Who may use the router, as JSON: {"callers": [{"name": "app", "scopes": ["infer", "feedback"]}]}. Absent:
+    /// everyone.
+    #[arg(long, env = variable::ACCESS, requires = "api_keys")]
+    access: Option<String>,
+    /// Folder with a file for each caller, named as the caller, with lines sha256:<hash of an API key>.
+    #[arg(long, env = variable::API_KEYS)]
+    api_keys: Option<PathBuf>,
+    /// Folder with tls.crt and tls.key. Absent: HTTP and gRPC without TLS.
+    #[arg(long, env = variable::TLS)]
+    tls: Option<PathBuf>,
 }
 
 #[tokio::main]
@@ -76,23 +89,21 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
     let metrics = athanor_telemetry::metrics();
     let ready = Readiness::new();
-    let ids = match std::env::var(variable::REQUEST_ID_KEY) {
-        Ok(key) if !key.is_empty() => RequestIds::new(key.as_bytes()),
-        _ => {
-            tracing::warn!(
-                "{} is not set: only the process that answered a request accepts feedback for it",
-                variable::REQUEST_ID_KEY
-            );
-            RequestIds::random()
-        }
-    };
-    let gateway = Arc::new(Gateway::new(ids));
+    let keys = signing::keys_of_environment().context("the signing keys cannot be read")?;
+    let mut gateway = Gateway::new(request_ids(keys.as_ref()));
+    gateway.access = access(&arguments)?;
+    let gateway = Arc::new(gateway);
     let registry = gateway.registry.clone();
+    let tls = arguments.tls.clone().map(Tls::read).transpose()?;
+    if let Some(tls) = &tls {
+        tokio::spawn(tls.clone().follow());
+    }
 
     let mut servers = Servers::default();
     let ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
-    servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops);
-    servers.http(lifecycle::listen(&arguments.address, arguments.http_port).await?, http::app(gateway.clone()));
+    servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, None);
+    let listener = lifecycle::listen(&arguments.address, arguments.http_port).await?;
+    servers.http(listener, http::app(gateway.clone()), tls.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     // The whole server (the empty name) is as healthy as its only service.
     health.set_not_serving::<GrpcInferenceServiceServer<Passing>>().await;
@@ -101,7 +112,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let passing = GrpcInferenceServiceServer::new(Passing::new(gateway.clone(), ready.clone()));
     let passing = passing.max_decoding_message_size(longest);
     let routes = inference::reflection()?.add_service(health_service).add_service(passing);
-    servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes);
+    servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes, tls);
 
     match (arguments.config_file, arguments.namespace, arguments.config_map) {
         (Some(file), ..) => {
@@ -119,6 +130,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let producer = tokio::spawn(events::keep_producer(
         registry.clone(),
         gateway.events.clone(),
+        keys,
         arguments.spill_dir,
         stop_events.clone(),
     ));
@@ -149,6 +161,26 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     stop_events.cancel();
     producer.await.context("the task that keeps the producer failed")?;
     result
+}
+
+fn request_ids(keys: Option<&SharedKeys>) -> RequestIds {
+    if let Some(keys) = keys {
+        return RequestIds::new(keys.clone());
+    }
+    tracing::warn!(
+        "{} is not set: only the process that answered a request accepts feedback for it, and events are not signed",
+        variable::SIGNING_KEYS
+    );
+    RequestIds::random()
+}
+
+/// The callers that are let in, with their keys; `None`: everyone.
+fn access(arguments: &Arguments) -> anyhow::Result<Option<Arc<Access>>> {
+    let Some((access, folder)) = arguments.access.as_ref().zip(arguments.api_keys.clone()) else { return Ok(None) };
+    let config = serde_json::from_str(access).with_context(|| format!("{} is not valid", variable::ACCESS))?;
+    let access = Arc::new(Access::new(&config, folder));
+    tokio::spawn(access.clone().follow());
+    Ok(Some(access))
 }
 
 /// Resolves once configuration and endpoints are known and a request could be answered. It does not go back: without any endpoint a

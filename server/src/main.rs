@@ -65,7 +65,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }));
     let mut servers = Servers::default();
     let listener = lifecycle::listen(&arguments.address, config.http_port).await?;
-    servers.http(listener, Router::new().fallback(dispatch).with_state(app));
+    servers.http(listener, Router::new().fallback(dispatch).with_state(app), None);
 
     let loaded = tokio::select! {
         loaded = fetch_and_load(&config, arguments.cache.as_deref()) => loaded?,
@@ -80,7 +80,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         .max_decoding_message_size(config.limits.max_body_bytes.saturating_add(64 << 10));
     health.set_serving::<GrpcInferenceServiceServer<Inference>>().await;
     let routes = inference::reflection()?.add_service(health_service).add_service(passing);
-    servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port).await?, routes);
+    servers.grpc(lifecycle::listen(&arguments.address, config.grpc_port).await?, routes, None);
 
     ready.set(true);
     tracing::info!(

@@ -4,6 +4,7 @@
 //! - [`service`]: texts to token ids and back, under the limits of the configuration;
 //! - [`api`]: the OpenAI-style JSON API and the Open Inference Protocol v2 over a [`service::Service`];
 //! - [`lifecycle`]: listeners, their limits and the shutdown of a process; the router uses it as well.
+//! - [`tls`]: the certificate of a listener.
 //!
 //! Left out on purpose: training, Kubernetes and Kafka.
 
@@ -13,3 +14,4 @@ pub mod lifecycle;
 pub mod service;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
+pub mod tls;

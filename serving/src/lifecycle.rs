@@ -13,21 +13,27 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::server::TcpIncoming;
+
+use crate::tls::{Protocol, Tls};
 
 /// Seconds that a process goes on serving after SIGTERM: endpoints and routers need about that long to look elsewhere.
 pub const GRACE_SECONDS: u64 = 3;
 
-/// Most connections of one HTTP listener; further ones wait until another ends.
+/// Most connections of one listener; further ones wait until another ends.
 const MOST_CONNECTIONS: usize = 4096;
 /// Longest time in which a connection may send nothing or only a part of a request's head. It is longer than the
 /// router's pool keeps an idle connection, so that the router does not use one that is being closed.
 const LONGEST_HEAD: Duration = Duration::from_secs(60);
+/// Between two questions whether the other end of a connection of HTTP/2 is still there, and the wait for an answer.
+const PING: Duration = Duration::from_secs(30);
+/// Most requests at the same time on one connection of HTTP/2.
+const MOST_STREAMS: u32 = 256;
 /// Wait after a connection could not be accepted, as when there are no file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
@@ -49,26 +55,21 @@ pub async fn listen(address: &str, port: u16) -> anyhow::Result<TcpListener> {
 }
 
 impl Servers {
-    /// Serves HTTP/1.1 until [`Servers::run`] drains.
-    pub fn http(&mut self, listener: TcpListener, app: axum::Router) {
-        let stop = self.stop.clone();
-        let bounds = Bounds { connections: MOST_CONNECTIONS, head: LONGEST_HEAD };
-        self.tasks.spawn(async move {
-            accept(listener, app, bounds, stop).await;
-            Ok(())
-        });
+    /// Serves HTTP/1.1 until [`Servers::run`] drains, with a certificate if there is one.
+    pub fn http(&mut self, listener: TcpListener, app: axum::Router, tls: Option<Tls>) {
+        self.listen(listener, app, Bounds::new(Protocol::Http1), tls);
     }
 
-    /// Serves gRPC until [`Servers::run`] drains.
-    pub fn grpc(&mut self, listener: TcpListener, routes: tonic::service::Routes) {
+    /// Serves gRPC until [`Servers::run`] drains, with a certificate if there is one.
+    pub fn grpc(&mut self, listener: TcpListener, routes: tonic::service::Routes, tls: Option<Tls>) {
+        self.listen(listener, routes.prepare().into_axum_router(), Bounds::new(Protocol::Http2), tls);
+    }
+
+    fn listen(&mut self, listener: TcpListener, app: axum::Router, bounds: Bounds, tls: Option<Tls>) {
         let stop = self.stop.clone();
         self.tasks.spawn(async move {
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            tonic::transport::Server::builder()
-                .add_routes(routes)
-                .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
-                .await
-                .context("serving gRPC")
+            accept(listener, app, bounds, tls, stop).await;
+            Ok(())
         });
     }
 
@@ -111,15 +112,22 @@ impl Servers {
     }
 }
 
-/// What one HTTP listener takes.
+/// What one listener takes.
 #[derive(Clone, Copy)]
 struct Bounds {
+    protocol: Protocol,
     connections: usize,
     head: Duration,
 }
 
+impl Bounds {
+    fn new(protocol: Protocol) -> Self {
+        Self { protocol, connections: MOST_CONNECTIONS, head: LONGEST_HEAD }
+    }
+}
+
 /// Accepts connections until `stop`, then waits for the requests in progress.
-async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, stop: CancellationToken) {
+async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, tls: Option<Tls>, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(bounds.connections));
     let connections = TaskTracker::new();
     loop {
@@ -133,7 +141,7 @@ async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, stop: 
         };
         match accepted {
             Ok((stream, _)) => {
-                let served = serve(stream, app.clone(), bounds.head, stop.clone());
+                let served = secure(stream, app.clone(), bounds, tls.clone(), stop.clone());
                 connections.spawn(async move {
                     served.await;
                     drop(place);
@@ -150,13 +158,36 @@ async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, stop: 
     connections.wait().await;
 }
 
-/// Serves one connection; after `stop` it ends with the request in progress.
-async fn serve(stream: TcpStream, app: axum::Router, head: Duration, stop: CancellationToken) {
+/// Makes a connection secure if there is a certificate, and serves it.
+async fn secure(stream: TcpStream, app: axum::Router, bounds: Bounds, tls: Option<Tls>, stop: CancellationToken) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
-    let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(head);
+    let Some(tls) = tls else { return serve(stream, app, bounds, stop).await };
+    let handshake = tls.acceptor(bounds.protocol).accept(stream);
+    let handshake = stop.run_until_cancelled(tokio::time::timeout(bounds.head, handshake));
+    match handshake.await {
+        Some(Ok(Ok(stream))) => serve(stream, app, bounds, stop).await,
+        Some(Ok(Err(error))) => tracing::debug!(%error, "a connection could not be made secure"),
+        Some(Err(_)) => tracing::debug!("a connection was not made secure in time"),
+        None => {}
+    }
+}
+
+/// Serves one connection; after `stop` it ends with the requests in progress.
+async fn serve<S>(stream: S, app: axum::Router, bounds: Bounds, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = match bounds.protocol {
+        Protocol::Http1 => builder.http1_only(),
+        Protocol::Http2 => builder.http2_only(),
+    };
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(bounds.head);
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).keep_alive_interval(PING).keep_alive_timeout(PING);
+    http2.max_concurrent_streams(MOST_STREAMS);
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
@@ -180,6 +211,7 @@ pub fn grace() -> Duration {
 #[cfg(test)]
 mod tests {
     use axum::{Router, routing::get};
+    use rustls::pki_types::CertificateDer;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -189,7 +221,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         let mut task = JoinSet::new();
-        task.spawn(accept(listener, app, bounds, stop.clone()));
+        task.spawn(accept(listener, app, bounds, None, stop.clone()));
         (address, stop, task)
     }
 
@@ -203,7 +235,7 @@ mod tests {
 
     #[tokio::test]
     async fn half_a_head_and_silence_are_not_waited_for() {
-        let bounds = Bounds { connections: 1, head: Duration::from_millis(200) };
+        let bounds = Bounds { connections: 1, head: Duration::from_millis(200), ..Bounds::new(Protocol::Http1) };
         let (address, _stop, _task) = listening(bounds, Router::new().route("/", get(async || "yes"))).await;
         for sent in ["", "GET / HTTP/1.1\r\nhost"] {
             let mut slow = TcpStream::connect(address).await.unwrap();
@@ -216,6 +248,63 @@ mod tests {
         }
     }
 
+    /// Writes a new certificate for localhost, and returns it.
+    fn certificate(folder: &std::path::Path) -> CertificateDer<'static> {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        std::fs::write(folder.join("tls.crt"), made.cert.pem()).unwrap();
+        std::fs::write(folder.join("tls.key"), made.signing_key.serialize_pem()).unwrap();
+        made.cert.der().clone()
+    }
+
+    /// Asks a server that has to have this certificate.
+    async fn ask_securely(address: std::net::SocketAddr, trusted: CertificateDer<'static>) -> std::io::Result<String> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(trusted).unwrap();
+        let config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        let config = config.with_safe_default_protocol_versions().unwrap();
+        let config = config.with_root_certificates(roots).with_no_client_auth();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let stream = TcpStream::connect(address).await.unwrap();
+        let mut stream = connector.connect("localhost".try_into().unwrap(), stream).await?;
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        // hyper closes the connection without TLS' own farewell.
+        let _ = stream.read_to_string(&mut answer).await;
+        Ok(answer)
+    }
+
+    #[tokio::test]
+    async fn a_listener_with_a_certificate_speaks_tls_alone_and_takes_a_renewed_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = Tls::read(folder.path().into()).unwrap_err();
+        assert!(format!("{missing:#}").contains("tls.crt"), "{missing:#}");
+        let first = certificate(folder.path());
+        let tls = Tls::read(folder.path().into()).unwrap();
+        let listener = listen("127.0.0.1", 0).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = Router::new().route("/", get(async || "yes"));
+        let stop = CancellationToken::new();
+        let bounds = Bounds { head: Duration::from_millis(300), ..Bounds::new(Protocol::Http1) };
+        let task = tokio::spawn(accept(listener, app, bounds, Some(tls.clone()), stop.clone()));
+        assert!(ask_securely(address, first.clone()).await.unwrap().ends_with("yes"));
+        // Neither a request in clear text nor silence is answered, or waited for.
+        for sent in ["GET / HTTP/1.1\r\nhost: a\r\n\r\n", ""] {
+            let mut open = TcpStream::connect(address).await.unwrap();
+            open.write_all(sent.as_bytes()).await.unwrap();
+            let mut bytes = Vec::new();
+            let _ = tokio::time::timeout(Duration::from_secs(5), open.read_to_end(&mut bytes)).await.expect("closed");
+            assert!(!bytes.starts_with(b"HTTP"), "{sent:?}");
+        }
+        let second = certificate(folder.path());
+        tls.read_again().unwrap();
+        assert!(ask_securely(address, second).await.unwrap().ends_with("yes"));
+        assert!(ask_securely(address, first).await.is_err(), "the old certificate is no longer used");
+        std::fs::write(folder.path().join("tls.key"), "no key").unwrap();
+        assert!(format!("{:#}", tls.read_again().unwrap_err()).contains("tls.key"));
+        stop.cancel();
+        tokio::time::timeout(Duration::from_secs(5), task).await.expect("the listener ends").unwrap();
+    }
+
     #[tokio::test]
     async fn a_stop_lets_requests_end_and_closes_idle_connections() {
         let (release, released) = tokio::sync::watch::channel(());
@@ -223,7 +312,7 @@ mod tests {
             let _ = released.clone().changed().await;
             "done"
         });
-        let bounds = Bounds { connections: 8, head: Duration::from_secs(60) };
+        let bounds = Bounds { connections: 8, ..Bounds::new(Protocol::Http1) };
         let (address, stop, mut task) = listening(bounds, Router::new().route("/", slow)).await;
         let mut idle = TcpStream::connect(address).await.unwrap();
         let mut busy = TcpStream::connect(address).await.unwrap();

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use athanor_contract::artifact::FileEntry;
+use athanor_contract::{artifact::FileEntry, hexadecimal};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, PutPayload, WriteMultipart};
@@ -43,7 +43,7 @@ impl Measure {
     }
 
     fn finish(self) -> FileEntry {
-        let sha256 = self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hexadecimal::encode(&self.hasher.finalize());
         FileEntry { sha256, bytes: self.bytes }
     }
 }

@@ -56,6 +56,7 @@ pub struct Client {
     /// `http://host:port`, without a path.
     base: String,
     model: String,
+    key: Option<String>,
     pub counts: Arc<Counts>,
 }
 
@@ -63,7 +64,20 @@ impl Client {
     pub fn new(base: impl Into<String>, model: impl Into<String>) -> Result<Self> {
         crate::settle_tls();
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build()?;
-        Ok(Self { http, base: base.into(), model: model.into(), counts: Arc::default() })
+        Ok(Self { http, base: base.into(), model: model.into(), key: None, counts: Arc::default() })
+    }
+
+    /// Sends this API key with each request.
+    pub fn with_key(self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self }
+    }
+
+    fn request(&self, path: &str) -> reqwest::RequestBuilder {
+        let request = self.http.post(format!("{}{path}", self.base));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
     }
 
     /// Asks without a stream; `revision` pins the answer to one revision.
@@ -87,7 +101,7 @@ impl Client {
     }
 
     async fn post(&self, body: &Value, revision: Option<&str>) -> Result<(reqwest::Response, Answer)> {
-        let mut request = self.http.post(format!("{}/v1/chat/completions", self.base)).json(body);
+        let mut request = self.request("/v1/chat/completions").json(body);
         if let Some(revision) = revision {
             request = request.header(header::REVISION, revision);
         }
@@ -156,7 +170,7 @@ impl Client {
         self.counts.feedback.fetch_add(1, Ordering::Relaxed);
         let body = json!({"request_id": request_id, "expected_text": expected});
         let sent = async {
-            let response = self.http.post(format!("{}/v1/feedback", self.base)).json(&body).send().await?;
+            let response = self.request("/v1/feedback").json(&body).send().await?;
             let status = response.status();
             ensure!(status.is_success(), "feedback: {status}: {}", response.text().await.unwrap_or_default());
             Ok(())

@@ -65,12 +65,16 @@ impl Cluster {
         Api::<Namespace>::all(self.client.clone()).patch(name, &apply, &Patch::Apply(&namespace)).await?;
         let data: serde_json::Map<String, serde_json::Value> =
             storage::environment().into_iter().map(|(key, value)| (key.to_owned(), value.into())).collect();
+        self.secret(name, "s3-credentials", data.into()).await
+    }
+
+    /// A Secret with these keys.
+    pub async fn secret(&self, namespace: &str, name: &str, data: serde_json::Value) -> Result<()> {
         let secret: Secret = serde_json::from_value(serde_json::json!({
-            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3-credentials"}, "stringData": data,
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data,
         }))?;
-        Api::<Secret>::namespaced(self.client.clone(), name)
-            .patch("s3-credentials", &apply, &Patch::Apply(&secret))
-            .await?;
+        let apply = PatchParams::apply(MANAGER).force();
+        Api::<Secret>::namespaced(self.client.clone(), namespace).patch(name, &apply, &Patch::Apply(&secret)).await?;
         Ok(())
     }
 

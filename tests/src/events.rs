@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result};
-use athanor_contract::event::attribute;
+use athanor_contract::{event::attribute, process::variable};
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions},
@@ -13,6 +13,20 @@ use rdkafka::{
 };
 
 pub const BOOTSTRAP: &str = "198.51.100.1:9092";
+
+/// Keys of the Secret with the credentials of the broker's secure port (cluster/versions.sh).
+pub fn credentials() -> Result<serde_json::Value> {
+    let state = std::env::var_os("ATHANOR_CLUSTER").map_or("/var/lib/athanor-cluster".into(), std::path::PathBuf::from);
+    let authority = state.join("pki/ca.crt");
+    let authority = std::fs::read_to_string(&authority).with_context(|| format!("reading {}", authority.display()))?;
+    Ok(serde_json::json!({
+        variable::KAFKA_SECURITY_PROTOCOL: "SASL_SSL",
+        variable::KAFKA_SASL_MECHANISM: "PLAIN",
+        variable::KAFKA_SASL_USERNAME: "athanor",
+        variable::KAFKA_SASL_PASSWORD: "athanor-secret",
+        variable::KAFKA_SSL_CA: authority,
+    }))
+}
 
 /// Deletes a topic and waits until the broker has forgotten it; none there is fine.
 pub async fn delete_topic(topic: &str) -> Result<()> {

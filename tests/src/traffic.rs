@@ -40,6 +40,7 @@ pub struct Client {
     http: reqwest::Client,
     /// `http://host:port`, without a path.
     base: String,
+    key: Option<String>,
     pub counts: Arc<Counts>,
 }
 
@@ -47,7 +48,20 @@ impl Client {
     pub fn new(base: impl Into<String>) -> Result<Self> {
         crate::settle_tls();
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(40)).build()?;
-        Ok(Self { http, base: base.into(), counts: Arc::default() })
+        Ok(Self { http, base: base.into(), key: None, counts: Arc::default() })
+    }
+
+    /// Sends this API key with each request.
+    pub fn with_key(self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self }
+    }
+
+    fn request(&self, path: &str) -> reqwest::RequestBuilder {
+        let request = self.http.post(format!("{}{path}", self.base));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
     }
 
     /// Classifies one text; `revision` pins the answer to one revision.
@@ -63,7 +77,7 @@ impl Client {
     /// The labels of several texts in one request to one revision.
     async fn classify_all(&self, texts: &[Text], revision: &str) -> Result<Vec<String>> {
         let input: Vec<&str> = texts.iter().map(|text| text.text.as_str()).collect();
-        let request = self.http.post(format!("{}/v1/classify", self.base)).header(header::REVISION, revision);
+        let request = self.request("/v1/classify").header(header::REVISION, revision);
         let response = request.json(&json!({"input": input})).send().await?;
         let status = response.status();
         let body: Value = response.json().await.context("the answer is not JSON")?;
@@ -74,7 +88,7 @@ impl Client {
     }
 
     async fn try_classify(&self, text: &str, revision: Option<&str>) -> Result<Answer> {
-        let mut request = self.http.post(format!("{}/v1/classify", self.base)).json(&json!({"input": text}));
+        let mut request = self.request("/v1/classify").json(&json!({"input": text}));
         if let Some(revision) = revision {
             request = request.header(header::REVISION, revision);
         }
@@ -98,7 +112,7 @@ impl Client {
         self.counts.feedback.fetch_add(1, Ordering::Relaxed);
         let body = json!({"request_id": request_id, "expected_label": label});
         let sent = async {
-            let response = self.http.post(format!("{}/v1/feedback", self.base)).json(&body).send().await?;
+            let response = self.request("/v1/feedback").json(&body).send().await?;
             let status = response.status();
             ensure!(status.is_success(), "feedback: {status}: {}", response.text().await.unwrap_or_default());
             Ok(())

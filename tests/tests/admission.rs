@@ -38,6 +38,10 @@ struct Example {
     accepted: Vec<Value>,
 }
 
+fn access(callers: Value) -> Value {
+    json!({"apiKeys": {"secretName": "keys", "callers": callers}})
+}
+
 fn rules() -> Vec<Example> {
     serde_json::from_str(include_str!("../../contract/tests/rules.json")).unwrap()
 }
@@ -147,6 +151,20 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             deployment(|spec| spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})),
         ),
         ("monitor requires feedback", deployment(|spec| spec["monitor"] = json!({}))),
+        ("set apiKeys, tls or both", deployment(|spec| spec["access"] = json!({}))),
+        ("should have at least 1 items", deployment(|spec| spec["access"] = access(json!([])))),
+        (
+            "Unsupported value: \"admin\"",
+            deployment(|spec| spec["access"] = access(json!([{"name": "a", "scopes": ["admin"]}]))),
+        ),
+        ("should match", deployment(|spec| spec["access"] = access(json!([{"name": "../a"}])))),
+        ("Duplicate value", deployment(|spec| spec["access"] = access(json!([{"name": "a"}, {"name": "a"}])))),
+        (
+            "less than or equal to 100",
+            deployment(|spec| {
+                spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092"}, "maximumCallerPercent": 101});
+            }),
+        ),
         (
             "must not decrease",
             deployment(|spec| {
@@ -245,12 +263,15 @@ async fn the_largest_manifests_are_within_the_cost_limits_of_the_rules() -> Resu
         let mut template = largest_spec();
         // One source is added for the recorded events.
         template["data"]["sources"].as_array_mut().unwrap().pop();
+        let callers =
+            (0..256).map(|number| json!({"name": format!("caller-{number}"), "tokensPerMinute": 1000})).collect();
         let steps = (1..=32).map(|step| json!({"trafficPercent": 3 * step + 4})).collect::<Vec<_>>();
         *spec = json!({
             "model": {"fromJob": {"name": "first"}},
             "rollout": {"canary": {"steps": steps}},
             "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}, "redact": vec!["[0-9]{4,}"; 16]},
             "monitor": {},
+            "access": access(callers),
             "retrain": {"template": {"spec": template}},
         });
     });

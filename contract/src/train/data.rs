@@ -179,6 +179,60 @@ pub struct KafkaSource {
     /// Offset ranges to read, each from `begin` up to but not including `end`.
     #[schemars(length(min = 1, max = 1024))]
     pub ranges: Vec<OffsetRange>,
+    /// Name of a Secret in the same namespace whose keys become environment variables: KAFKA_SECURITY_PROTOCOL,
+    /// KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD, KAFKA_SSL_CA, KAFKA_SSL_CERTIFICATE and
+    /// KAFKA_SSL_KEY, as far as the brokers need them. All Kafka sources of a job name the same one. Absent: the brokers
+    /// take connections without credentials.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub credentials_secret_name: Option<String>,
+    /// Name of the Secret with the deployment's signing keys (`NAME-signing-keys` of a ModelDeployment NAME). Events that
+    /// no key of it signed are counted and left out. All Kafka sources of a job name the same one. Absent: signatures
+    /// are not verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub signing_keys_secret_name: Option<String>,
+    /// Largest number of rows: those with the newest feedback are kept.
+    #[serde(default = "most_samples", skip_serializing_if = "is_most_samples")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub maximum_samples: u32,
+    /// Largest percentage of the rows that may rest on the feedback of one API key; beyond it that key's oldest rows are
+    /// left out.
+    #[serde(default = "whole", skip_serializing_if = "is_whole")]
+    #[schemars(range(min = 1, max = 100))]
+    pub maximum_caller_percent: u32,
+}
+
+impl KafkaSource {
+    /// Ranges of a topic whose brokers take everyone, unverified.
+    pub fn new(bootstrap_servers: impl Into<String>, topic: impl Into<String>, ranges: Vec<OffsetRange>) -> Self {
+        Self {
+            bootstrap_servers: bootstrap_servers.into(),
+            topic: topic.into(),
+            ranges,
+            credentials_secret_name: None,
+            signing_keys_secret_name: None,
+            maximum_samples: most_samples(),
+            maximum_caller_percent: whole(),
+        }
+    }
+}
+
+/// Default of `maximumSamples`.
+pub fn most_samples() -> u32 {
+    200_000
+}
+
+fn is_most_samples(samples: &u32) -> bool {
+    *samples == most_samples()
+}
+
+fn whole() -> u32 {
+    100
+}
+
+fn is_whole(percent: &u32) -> bool {
+    *percent == whole()
 }
 
 /// Offsets of one partition, `begin <= offset < end`.

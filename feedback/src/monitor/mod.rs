@@ -13,13 +13,14 @@ use anyhow::Context;
 use athanor_telemetry::Readiness;
 use tokio_util::sync::CancellationToken;
 
+use athanor_feedback::signing::{self, SharedKeys};
 use config::{ConfigFile, PAUSE};
 use session::Session;
 
 /// Runs until `shutdown`.
 ///
 /// # Errors
-/// When `ops_address` cannot be served; Kafka, the object store and the API server may come and go.
+/// `ops_address` cannot be served, or the signing keys cannot be read; Kafka, the object store and the API server may come and go.
 pub async fn run(config: PathBuf, ops_address: SocketAddr, shutdown: CancellationToken) -> anyhow::Result<()> {
     let readiness = Readiness::new();
     let ops = athanor_telemetry::ops_router(athanor_telemetry::metrics(), readiness.clone());
@@ -30,13 +31,14 @@ pub async fn run(config: PathBuf, ops_address: SocketAddr, shutdown: Cancellatio
     let serving = tokio::spawn(async move {
         axum::serve(listener, ops).with_graceful_shutdown(async move { stop.cancelled().await }).await
     });
-    shutdown.run_until_cancelled(watch(ConfigFile::new(config), &readiness)).await;
+    let keys = signing::keys_of_environment().context("the signing keys cannot be read")?;
+    shutdown.run_until_cancelled(watch(ConfigFile::new(config), keys, &readiness)).await;
     tracing::info!("the monitor stops");
     serving.await.context("the ops server panicked")?.context("the ops server failed")
 }
 
 /// One session after another: each ends with an error, or when the configuration changes.
-async fn watch(mut file: ConfigFile, readiness: &Readiness) {
+async fn watch(mut file: ConfigFile, keys: Option<SharedKeys>, readiness: &Readiness) {
     loop {
         let config = file.next().await;
         tracing::info!(
@@ -46,7 +48,7 @@ async fn watch(mut file: ConfigFile, readiness: &Readiness) {
         );
         tokio::select! {
             () = file.changed() => tracing::info!("the configuration has changed"),
-            () = repeat(Session::new(config), readiness) => {}
+            () = repeat(Session::new(config, keys.clone()), readiness) => {}
         }
     }
 }

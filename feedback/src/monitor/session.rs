@@ -14,6 +14,7 @@ use athanor_contract::{
 use athanor_feedback::{
     cloudevents,
     kafka::{LogContext, consumer_config, is_unknown_topic},
+    signing::SharedKeys,
     window::{CONFIDENCE_KS, LABELLED_ACCURACY, POSITIVE_RATINGS, PREDICTION_PSI, Window},
 };
 use athanor_store::StoreError;
@@ -42,11 +43,13 @@ const BETWEEN_COUNTS: Duration = Duration::from_secs(5);
 
 pub struct Session {
     config: MonitorConfig,
+    keys: Option<SharedKeys>,
 }
 
 /// What a session knows while it runs.
 struct Running<'a> {
     config: &'a MonitorConfig,
+    keys: Option<&'a SharedKeys>,
     consumer: KafkaConsumer,
     publisher: Publisher,
     published: MonitorStatus,
@@ -56,13 +59,16 @@ struct Running<'a> {
     positions: BTreeMap<i32, i64>,
     /// Published ends that were not reached yet. Until then the status says more than the window does, and is left alone.
     catching_up: BTreeMap<i32, i64>,
+    /// The window has taken over what was published.
+    is_resumed: bool,
     /// Positions have moved since the last commit.
     uncommitted: bool,
 }
 
 impl Session {
-    pub fn new(config: MonitorConfig) -> Self {
-        Self { config }
+    /// Without `keys` signatures are not verified.
+    pub fn new(config: MonitorConfig, keys: Option<SharedKeys>) -> Self {
+        Self { config, keys }
     }
 
     /// Ends with an error, or when the topic got more partitions.
@@ -74,8 +80,8 @@ impl Session {
         readiness.set(true);
         let published = publisher.read().await?.unwrap_or_default();
         let (consumer, positions) = self.open(&published).await?;
-        let mut window = Window::new(&revision.name, reference, self.config.windows.clone());
-        window.resume(&published);
+        let share = self.config.events.maximum_caller_percent;
+        let window = Window::new(&revision.name, reference, self.config.windows.clone(), share);
         let same_revision = published.revision == revision.name;
         let known = |partition| positions.contains_key(partition);
         let ranges = published.ranges.iter().filter(|range| same_revision && known(&range.partition));
@@ -84,6 +90,7 @@ impl Session {
         let uncommitted = false;
         Running {
             config,
+            keys: self.keys.as_ref(),
             consumer,
             publisher,
             published,
@@ -91,6 +98,7 @@ impl Session {
             window,
             positions,
             catching_up,
+            is_resumed: false,
             uncommitted,
         }
         .run()
@@ -174,7 +182,8 @@ impl Running<'_> {
 
     fn observe(&mut self, message: &BorrowedMessage<'_>) {
         let (partition, offset) = (message.partition(), message.offset());
-        let event = cloudevents::decode(message)
+        let keys = self.keys.map(SharedKeys::get);
+        let event = cloudevents::decode(message, keys.as_ref())
             .inspect_err(|error| tracing::warn!(partition, offset, %error, "a record is no event and is skipped"))
             .ok();
         let observed = self.window.observe(partition, offset, event.as_ref());
@@ -193,6 +202,9 @@ impl Running<'_> {
         metrics::gauge!("athanor_monitor_lag_events").set(lag as f64);
         if !self.catching_up.is_empty() {
             return;
+        }
+        if !std::mem::replace(&mut self.is_resumed, true) {
+            self.window.resume(&self.published);
         }
         let mut status = self.window.status();
         // What Kafka's retention has deleted cannot be trained on.

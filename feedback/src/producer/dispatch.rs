@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use athanor_contract::event::Event;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -32,6 +32,8 @@ pub(super) enum Command {
 pub(super) struct Pending {
     pub event: Event,
     pub kept: Option<oneshot::Sender<Result<(), ProducerError>>>,
+    /// Its part of the queue, given back when it is kept or lost.
+    pub room: OwnedSemaphorePermit,
 }
 
 impl Pending {
@@ -151,14 +153,15 @@ impl Dispatcher {
         if self.unwritten.is_empty() {
             return;
         }
-        let (events, waiting): (Vec<_>, Vec<_>) = self.unwritten.drain(..).map(|it| (it.event, it.kept)).unzip();
+        let (events, waiting): (Vec<_>, Vec<_>) =
+            self.unwritten.drain(..).map(|it| (it.event, (it.kept, it.room))).unzip();
         let (events, result) = self.shared.append(events).await;
         if result.is_ok() {
             metrics::counter!("athanor_events_spilled_total").increment(events.len() as u64);
         }
         let result = result.map_err(Arc::new);
-        for (event, kept) in events.into_iter().zip(waiting) {
-            Pending { event, kept }.settle(result.clone().map_err(ProducerError::Spill));
+        for (event, (kept, room)) in events.into_iter().zip(waiting) {
+            Pending { event, kept, room }.settle(result.clone().map_err(ProducerError::Spill));
         }
         self.shared.spilled.notify_one();
     }

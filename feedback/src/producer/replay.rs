@@ -7,12 +7,13 @@ use rdkafka::{
     error::RDKafkaErrorCode,
     producer::{DeliveryFuture, Producer as _},
 };
+use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::shared::{SendError, Shared, classify};
 use crate::{
     kafka::{LogContext, client_config},
-    spill::read_segment,
+    spill::{SpillError, read_segment},
 };
 
 const PARTITIONS: i32 = 3;
@@ -115,7 +116,16 @@ async fn replay_all(shared: &Shared) -> Result<(), String> {
 
 async fn replay_segment(shared: &Shared, number: u64) -> Result<(), String> {
     let segment = shared.with_spill(move |spill| read_segment(&spill.path(number))).await;
-    let segment = segment.map_err(|error| error.to_string())?;
+    let segment = match segment {
+        Ok(segment) => segment,
+        Err(error) if lacks_files(&error) => return Err(error.to_string()),
+        Err(error) => {
+            metrics::counter!("athanor_events_unreadable_segments_total").increment(1);
+            tracing::error!(segment = number, %error, "a segment cannot be read and is set aside; the others are sent");
+            shared.with_spill(move |spill| spill.set_aside(number)).await;
+            return Ok(());
+        }
+    };
     if segment.torn {
         tracing::warn!(segment = number, "the last line was cut off by a crash and is skipped");
     }
@@ -144,6 +154,12 @@ async fn replay_segment(shared: &Shared, number: u64) -> Result<(), String> {
     shared.with_spill(move |spill| spill.remove(&segment)).await.map_err(|error| error.to_string())?;
     tracing::info!(segment = number, events, replayed, "spilled events are in Kafka");
     Ok(())
+}
+
+/// Whether the process or the machine has too many open files, which passes.
+fn lacks_files(error: &SpillError) -> bool {
+    let SpillError::Io { source, .. } = error else { return false };
+    source.raw_os_error().is_some_and(|code| matches!(Errno::from_raw_os_error(code), Errno::MFILE | Errno::NFILE))
 }
 
 async fn acknowledged(delivery: Result<DeliveryFuture, SendError>) -> Result<(), SendError> {

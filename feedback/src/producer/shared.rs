@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     cloudevents,
     kafka::{LogContext, client_config},
+    signing::SharedKeys,
     spill::{Spill, SpillError},
 };
 
@@ -40,6 +41,7 @@ pub(super) enum SendError {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub config: EventsConfig,
+    keys: Option<SharedKeys>,
     kafka: RwLock<Client>,
     state: watch::Sender<KafkaState>,
     spill: Arc<Mutex<Spill>>,
@@ -57,11 +59,12 @@ impl std::fmt::Debug for Client {
 }
 
 impl Shared {
-    pub fn new(config: EventsConfig, spill: Spill) -> Result<Self, KafkaError> {
+    pub fn new(config: EventsConfig, keys: Option<SharedKeys>, spill: Spill) -> Result<Self, KafkaError> {
         let kafka = RwLock::new(connect(&config)?);
         metrics::gauge!("athanor_events_spill_bytes").set(spill.bytes() as f64);
         Ok(Self {
             config,
+            keys,
             kafka,
             state: watch::Sender::new(KafkaState::Unknown),
             spill: Arc::new(Mutex::new(spill)),
@@ -107,7 +110,9 @@ impl Shared {
 
     /// Hands an event to librdkafka; the future ends when Kafka answered or the message timeout passed.
     pub fn send(&self, event: &Event) -> Result<DeliveryFuture, SendError> {
-        let record = cloudevents::encode(event).map_err(|error| SendError::Refused(error.to_string()))?;
+        let keys = self.keys.as_ref().map(SharedKeys::get);
+        let record =
+            cloudevents::encode(event, keys.as_ref()).map_err(|error| SendError::Refused(error.to_string()))?;
         let future_record =
             FutureRecord::to(&self.config.topic).key(&record.key).payload(&record.payload).headers(record.headers);
         self.client().send_result(future_record).map_err(|(error, _)| classify(&error))

@@ -8,13 +8,10 @@ pub enum SnapshotError {
     PartitionMissing { topic: String, partition: i32 },
     #[error("ranges[{index}] of topic {topic:?} is not valid: {message}")]
     Range { topic: String, index: usize, message: String },
-    #[error(
-        "partition {partition} of topic {topic:?} begins at offset {low} by now, but the range begins at {begin}: retention has \
-         deleted events"
-    )]
-    Deleted { topic: String, partition: i32, begin: i64, low: i64 },
     #[error("partition {partition} of topic {topic:?} ends at offset {high}, but the range ends at {end}")]
     BeyondEnd { topic: String, partition: i32, end: i64, high: i64 },
+    #[error("signingKeysSecretName {secret:?}: {message}")]
+    Keys { secret: String, message: String },
     #[error("Kafka at {bootstrap_servers} cannot be read: {message}")]
     Unavailable { bootstrap_servers: String, message: String },
 }

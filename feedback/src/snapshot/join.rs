@@ -1,10 +1,11 @@
-//! Events of a snapshot joined to rows. Pure: the result depends on the events and their places alone.
+//! Events of a snapshot joined to rows, in two readings, so that no more is kept than there may be rows. Pure: the result depends on
+//! the events and their places alone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use athanor_contract::{
     artifact::sha256_hex,
-    event::{Event, EventData, Feedback, Generation, GenerationInput, Judgement, Prediction},
+    event::{Event, EventData, Generation, GenerationInput, Judgement, Prediction},
 };
 
 use super::{CorrectedAnswer, LabelledRow, Snapshot};
@@ -18,101 +19,214 @@ pub(super) struct Placed {
     pub event: Event,
 }
 
-/// Request id and index.
-type Input = (String, u32);
-/// The newest feedback of one kind to each input, by the event's time: after an outage the order of offsets is not that of time.
-#[derive(Default)]
-struct Newest(HashMap<Input, (jiff::Timestamp, String)>);
+/// Which answer, and which kind of judgement of it.
+type Key = (String, u32, Kind);
 
-impl Newest {
-    fn insert(&mut self, input: Input, time: jiff::Timestamp, value: String) {
-        let entry = self.0.entry(input).or_insert((time, String::new()));
-        if time >= entry.0 {
-            *entry = (time, value);
-        }
-    }
-
-    fn take(&mut self, request_id: &str, index: u32) -> Option<String> {
-        self.0.remove(&(request_id.to_owned(), index)).map(|(_, value)| value)
-    }
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Kind {
+    Label,
+    Text,
 }
 
-#[derive(Default)]
-struct Join {
+/// What a feedback says an answer should have been.
+#[derive(Clone)]
+struct Expected {
+    time: jiff::Timestamp,
+    /// Id of the event: of two of one time the larger id counts, in whatever order and however often they come.
+    id: String,
+    value: String,
+    caller: Option<String>,
+}
+
+/// How many rows there may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// The newest by the time of their feedback.
+    pub maximum_samples: usize,
+    /// Of one caller.
+    pub maximum_caller_percent: u32,
+}
+
+/// The first reading: the newest feedback to each answer. Answers are only counted, so that what is kept is bounded by the rows that
+/// there may be.
+pub(super) struct Judgements {
+    limits: Limits,
+    /// The newest by the event's time: after an outage the order of offsets is not that of time.
+    newest: HashMap<Key, Expected>,
     snapshot: Snapshot,
-    answered: HashSet<Input>,
-    predictions: Vec<Prediction>,
-    generations: Vec<Generation>,
-    labels: Newest,
-    texts: Newest,
-    feedback_inputs: Vec<Input>,
 }
 
-pub(super) fn join(mut events: Vec<Placed>) -> Snapshot {
-    events.sort_by_key(|placed| (placed.partition, placed.offset));
-    let mut seen = HashSet::with_capacity(events.len());
-    let mut join = Join::default();
-    for Placed { event, .. } in events {
-        if !seen.insert((event.source.clone(), event.id.clone())) {
-            join.snapshot.duplicates += 1;
-            continue;
-        }
-        let time = event_time(&event);
-        match event.data {
-            EventData::Prediction(prediction) => join.prediction(prediction),
-            EventData::Generation(generation) => join.generation(generation),
-            EventData::Feedback(feedback) => join.feedback(time, feedback),
-        }
-    }
-    join.finish()
+/// The second reading: the answers to which feedback was chosen.
+pub(super) struct Answers {
+    limits: Limits,
+    chosen: HashMap<Key, Expected>,
+    /// Rows by their answer's place.
+    labelled: BTreeMap<Place, (Key, LabelledRow)>,
+    corrected: BTreeMap<Place, (Key, CorrectedAnswer)>,
+    found: HashSet<Key>,
+    snapshot: Snapshot,
 }
 
-impl Join {
-    fn prediction(&mut self, prediction: Prediction) {
-        if self.answered.insert((prediction.request_id.clone(), prediction.index)) {
-            self.predictions.push(prediction);
-        } else {
-            self.snapshot.duplicates += 1;
-        }
+/// Partition and offset.
+type Place = (i32, i64);
+
+/// Feedback is sorted out when there is this many times the maximum of it.
+const ROOM: usize = 4;
+
+impl Judgements {
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, newest: HashMap::new(), snapshot: Snapshot::default() }
     }
 
-    fn generation(&mut self, generation: Generation) {
-        if self.answered.insert((generation.request_id.clone(), generation.index)) {
-            self.generations.push(generation);
-        } else {
-            self.snapshot.duplicates += 1;
-        }
-    }
-
-    fn feedback(&mut self, time: jiff::Timestamp, feedback: Feedback) {
+    /// Takes an event; those of one partition come in their order.
+    pub fn take(&mut self, placed: Placed) {
+        let time = event_time(&placed.event);
+        let feedback = match placed.event.data {
+            EventData::Prediction(_) => return self.snapshot.predictions += 1,
+            EventData::Generation(_) => return self.snapshot.generations += 1,
+            EventData::Feedback(feedback) => feedback,
+        };
         self.snapshot.feedbacks += 1;
-        let input = (feedback.request_id, feedback.index);
-        self.feedback_inputs.push(input.clone());
-        match feedback.judgement {
-            Judgement::ExpectedLabel(label) => self.labels.insert(input, time, label),
-            Judgement::ExpectedText(text) => self.texts.insert(input, time, text),
-            Judgement::Rating(_) | Judgement::Preferred(_) => {}
+        let (kind, value) = match feedback.judgement {
+            Judgement::ExpectedLabel(value) => (Kind::Label, value),
+            Judgement::ExpectedText(value) => (Kind::Text, value),
+            Judgement::Rating(_) | Judgement::Preferred(_) => return,
+        };
+        let expected = Expected { time, id: placed.event.id, value, caller: feedback.caller };
+        let key = (feedback.request_id, feedback.index, kind);
+        match self.newest.get(&key) {
+            Some(known) if known.id == expected.id => self.snapshot.duplicates += 1,
+            Some(known) if (expected.time, &expected.id) < (known.time, &known.id) => {}
+            _ => {
+                self.newest.insert(key, expected);
+                // The newest of all are always among the newest so far.
+                if self.newest.len() > self.limits.maximum_samples.saturating_mul(ROOM) {
+                    self.snapshot.beyond_maximum +=
+                        keep_newest(&mut self.newest, self.limits.maximum_samples * ROOM / 2);
+                }
+            }
         }
     }
 
-    fn finish(mut self) -> Snapshot {
+    /// Ends the first reading: chooses whose answers are read.
+    pub fn choose(mut self) -> Answers {
+        self.snapshot.beyond_share += limit_callers(&mut self.newest, self.limits.maximum_caller_percent);
+        self.snapshot.beyond_maximum += keep_newest(&mut self.newest, self.limits.maximum_samples);
+        Answers {
+            limits: self.limits,
+            chosen: self.newest,
+            labelled: BTreeMap::new(),
+            corrected: BTreeMap::new(),
+            found: HashSet::new(),
+            snapshot: self.snapshot,
+        }
+    }
+}
+
+impl Answers {
+    /// Takes an event; those of one partition come in their order.
+    pub fn take(&mut self, placed: Placed) {
+        let place = (placed.partition, placed.offset);
+        match placed.event.data {
+            EventData::Prediction(Prediction { request_id, index, text, .. }) => {
+                let id = format!("{request_id}/{index}");
+                let key = (request_id, index, Kind::Label);
+                if let Some(label) = self.find(&key) {
+                    self.labelled.insert(place, (key, LabelledRow { id, text, label }));
+                }
+            }
+            EventData::Generation(Generation { request_id, index, input, .. }) => {
+                let id = format!("{request_id}/{index}");
+                let key = (request_id, index, Kind::Text);
+                if let Some(expected) = self.find(&key) {
+                    self.corrected.insert(place, (key, CorrectedAnswer { id, input, expected }));
+                }
+            }
+            EventData::Feedback(_) => {}
+        }
+    }
+
+    /// The chosen feedback to an answer, the first time that the answer comes.
+    fn find(&mut self, key: &Key) -> Option<String> {
+        let value = self.chosen.get(key)?.value.clone();
+        if self.found.insert(key.clone()) {
+            return Some(value);
+        }
+        self.snapshot.duplicates += 1;
+        None
+    }
+
+    /// Ends the second reading.
+    pub fn finish(mut self) -> Snapshot {
         let mut snapshot = self.snapshot;
-        snapshot.predictions = self.predictions.len() as u64;
-        snapshot.generations = self.generations.len() as u64;
-        snapshot.orphans = self.feedback_inputs.iter().filter(|input| !self.answered.contains(*input)).count() as u64;
-        for Prediction { request_id, index, text, .. } in self.predictions {
-            if let Some(label) = self.labels.take(&request_id, index) {
-                snapshot.rows.push(LabelledRow { id: format!("{request_id}/{index}"), text, label });
-            }
-        }
-        for Generation { request_id, index, input, .. } in self.generations {
-            if let Some(expected) = self.texts.take(&request_id, index) {
-                snapshot.corrections.push(CorrectedAnswer { id: format!("{request_id}/{index}"), input, expected });
-            }
-        }
+        snapshot.orphans = (self.chosen.len() - self.found.len()) as u64;
+        // Feedback without an answer may have made room for a caller.
+        self.chosen.retain(|key, _| self.found.contains(key));
+        snapshot.beyond_share += limit_callers(&mut self.chosen, self.limits.maximum_caller_percent);
+        let is_kept = |key: &Key| self.chosen.contains_key(key);
+        let labelled = self.labelled.into_values().filter(|(key, _)| is_kept(key));
+        snapshot.rows = labelled.map(|(_, row)| row).collect();
+        let corrected = self.corrected.into_values().filter(|(key, _)| is_kept(key));
+        snapshot.corrections = corrected.map(|(_, row)| row).collect();
         snapshot.digest = digest(&snapshot.rows, &snapshot.corrections);
         snapshot
     }
+}
+
+/// Leaves the newest `maximum`, and returns how many were taken away.
+fn keep_newest(feedback: &mut HashMap<Key, Expected>, maximum: usize) -> u64 {
+    let surplus = feedback.len().saturating_sub(maximum);
+    if surplus > 0 {
+        let mut by_age: Vec<(jiff::Timestamp, Key)> =
+            feedback.iter().map(|(key, expected)| (expected.time, key.clone())).collect();
+        by_age.sort_unstable();
+        for (_, key) in by_age.drain(..surplus) {
+            feedback.remove(&key);
+        }
+    }
+    surplus as u64
+}
+
+/// Leaves each caller its newest feedback, so much that it is at most `percent` of all, and returns how many were taken away.
+/// Feedback without a caller is not limited.
+fn limit_callers(feedback: &mut HashMap<Key, Expected>, percent: u32) -> u64 {
+    if percent >= 100 {
+        return 0;
+    }
+    let mut by_caller: BTreeMap<String, Vec<(jiff::Timestamp, Key)>> = BTreeMap::new();
+    let mut others = 0;
+    for (key, expected) in feedback.iter() {
+        match &expected.caller {
+            Some(caller) => by_caller.entry(caller.clone()).or_default().push((expected.time, key.clone())),
+            None => others += 1,
+        }
+    }
+    let counts: Vec<usize> = by_caller.values().map(Vec::len).collect();
+    let most = share(&counts, others, percent);
+    let mut removed = 0;
+    for of_caller in by_caller.values_mut() {
+        of_caller.sort_unstable();
+        for (_, key) in of_caller.drain(..of_caller.len().saturating_sub(most)) {
+            feedback.remove(&key);
+            removed += 1;
+        }
+    }
+    removed
+}
+
+/// Returns the largest number that each caller may have, so that none has more than `percent` of all that is left.
+fn share(counts: &[usize], others: usize, percent: u32) -> usize {
+    let fits = |most: usize| {
+        let all: usize = others + counts.iter().map(|count| (*count).min(most)).sum::<usize>();
+        counts.iter().all(|count| (*count).min(most) * 100 <= all * percent as usize)
+    };
+    // A larger number fits only where a smaller one does: the total grows by at most one for each caller.
+    let (mut low, mut high) = (0, counts.iter().copied().max().unwrap_or(0));
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
 }
 
 /// The digest of all fields, each preceded by its length, so that no two lists of rows are the same bytes.
@@ -136,11 +250,23 @@ fn digest(rows: &[LabelledRow], corrections: &[CorrectedAnswer]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use athanor_contract::event::{Rating, TokenUsage};
+    use athanor_contract::event::{Feedback, Rating, TokenUsage};
     use proptest::prelude::*;
 
     /// sha256 over the length-prefixed fields, computed with Python's hashlib.
     const DIGEST_OF_ONE_ROW: &str = "79057823a0628d18e1da80120ede750f1bd587fd3129d970f5d17127eec9b9bf";
+
+    fn join(events: Vec<Placed>, maximum_caller_percent: u32) -> Snapshot {
+        join_newest(events, 1_000, maximum_caller_percent)
+    }
+
+    fn join_newest(events: Vec<Placed>, maximum_samples: usize, maximum_caller_percent: u32) -> Snapshot {
+        let mut first = Judgements::new(Limits { maximum_samples, maximum_caller_percent });
+        events.iter().cloned().for_each(|placed| first.take(placed));
+        let mut second = first.choose();
+        events.into_iter().for_each(|placed| second.take(placed));
+        second.finish()
+    }
 
     fn prediction(request: &str, index: u32) -> Event {
         let data = EventData::Prediction(Prediction {
@@ -177,7 +303,11 @@ mod tests {
 
     fn judged(id: &str, second: u32, request: &str, index: u32, judgement: Judgement) -> Event {
         let request_id = request.into();
-        event(id.into(), second, EventData::Feedback(Feedback { request_id, index, judgement, comment: None }))
+        event(
+            id.into(),
+            second,
+            EventData::Feedback(Feedback { request_id, index, judgement, comment: None, caller: None }),
+        )
     }
 
     fn event(id: String, second: u32, data: EventData) -> Event {
@@ -185,11 +315,14 @@ mod tests {
         Event { id, source: "/athanor/ns/d".into(), time, trace_parent: None, data }
     }
 
+    /// In the order of a partition's offsets, as a consumer has them.
     fn place(events: &[(i32, i64, Event)]) -> Vec<Placed> {
-        events
+        let mut placed: Vec<Placed> = events
             .iter()
             .map(|(partition, offset, event)| Placed { partition: *partition, offset: *offset, event: event.clone() })
-            .collect()
+            .collect();
+        placed.sort_by_key(|placed| (placed.partition, placed.offset));
+        placed
     }
 
     fn sample() -> Vec<Placed> {
@@ -210,14 +343,14 @@ mod tests {
 
     #[test]
     fn feedback_is_joined_deduplicated_and_ordered() {
-        let snapshot = join(sample());
+        let snapshot = join(sample(), 100);
         let rows: Vec<_> =
             snapshot.rows.iter().map(|row| (row.id.as_str(), row.text.as_str(), row.label.as_str())).collect();
         assert_eq!(
             rows,
             [("p/0", "text p 0", "newest"), ("p/1", "text p 1", "before its prediction"), ("q/0", "text q 0", "b"),]
         );
-        assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.duplicates, snapshot.orphans), (4, 5, 2, 1));
+        assert_eq!((snapshot.predictions, snapshot.feedbacks, snapshot.duplicates, snapshot.orphans), (5, 6, 2, 1));
     }
 
     #[test]
@@ -234,11 +367,64 @@ mod tests {
             (0, 5, feedback("f4", 3, "rated", 0, "label")),
             (0, 6, judged("f5", 4, "gone", 0, text("orphan"))),
         ];
-        let snapshot = join(place(&events));
+        let snapshot = join(place(&events), 100);
         let expected = CorrectedAnswer { id: "c/0".into(), input: prompt(), expected: "second".into() };
         assert_eq!(snapshot.corrections, [expected]);
-        assert_eq!((snapshot.rows.len(), snapshot.generations, snapshot.feedbacks, snapshot.orphans), (0, 2, 5, 1));
-        assert_ne!(snapshot.digest, join(place(&events[..2])).digest);
+        // The label is an orphan as well: no classifier gave that answer.
+        assert_eq!((snapshot.rows.len(), snapshot.generations, snapshot.feedbacks, snapshot.orphans), (0, 2, 5, 2));
+        assert_ne!(snapshot.digest, join(place(&events[..2]), 100).digest);
+    }
+
+    #[test]
+    fn a_repeated_delivery_does_not_bring_an_older_label_back() {
+        let older = || feedback("f1", 1, "p", 0, "older");
+        let events = place(&[
+            (0, 0, prediction("p", 0)),
+            (0, 1, older()),
+            (0, 2, feedback("f2", 1, "p", 0, "newer")),
+            (0, 3, older()),
+        ]);
+        assert_eq!(join(events, 100).rows[0].label, "newer");
+    }
+
+    #[test]
+    fn the_newest_rows_are_kept_however_many_there_are() {
+        let event = |at: u32| {
+            let request = format!("r{at:03}");
+            [
+                (0, 2 * i64::from(at), prediction(&request, 0)),
+                (0, 2 * i64::from(at) + 1, feedback(&format!("f{at}"), at % 60, &request, 0, "a")),
+            ]
+        };
+        let events: Vec<_> = (0..60).flat_map(event).collect();
+        let snapshot = join_newest(place(&events), 5, 100);
+        let kept: Vec<_> = snapshot.rows.iter().map(|row| row.id.as_str()).collect();
+        assert_eq!(kept, ["r055/0", "r056/0", "r057/0", "r058/0", "r059/0"]);
+        assert_eq!((snapshot.feedbacks, snapshot.beyond_maximum, snapshot.orphans), (60, 55, 0));
+    }
+
+    #[test]
+    fn of_each_caller_the_newest_rows_of_its_share_are_kept() {
+        let by = |caller: Option<&str>, at: usize| {
+            let mut event = feedback(&format!("f{at}"), at as u32, &format!("r{at:02}"), 0, "a");
+            let EventData::Feedback(feedback) = &mut event.data else { panic!("feedback") };
+            feedback.caller = caller.map(Into::into);
+            [(0, 2 * at as i64, prediction(&format!("r{at:02}"), 0)), (0, 2 * at as i64 + 1, event)]
+        };
+        let callers = |callers: &[Option<&str>]| {
+            let events: Vec<_> = callers.iter().enumerate().flat_map(|(at, caller)| by(*caller, at)).collect();
+            let snapshot = join(place(&events), 40);
+            let kept: Vec<String> = snapshot.rows.into_iter().map(|row| row.id).collect();
+            (kept, snapshot.beyond_share)
+        };
+        let (a, b, c) = (Some("a"), Some("b"), Some("c"));
+        // Two of five are 40 %: of the six of `a` its two newest are kept.
+        let (kept, beyond) = callers(&[a, a, b, a, a, c, a, b, a]);
+        assert_eq!((kept.join(" "), beyond), ("r02/0 r05/0 r06/0 r07/0 r08/0".into(), 4));
+        // A caller alone has no share that would do; feedback without a caller is not limited.
+        assert_eq!(callers(&[a, a, a]), (vec![], 3));
+        assert_eq!(callers(&[None, None, None]).1, 0);
+        assert_eq!(callers(&[a, None, None]).1, 0);
     }
 
     #[test]
@@ -262,10 +448,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_order_of_arrival_does_not_matter(order in Just((0..sample().len()).collect::<Vec<_>>()).prop_shuffle()) {
-            let events = sample();
-            let arrived = order.iter().map(|at| events[*at].clone()).collect();
-            prop_assert_eq!(join(arrived), join(events));
+        fn the_order_in_which_partitions_arrive_does_not_matter(order in Just(vec![0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]).prop_shuffle()) {
+            let mut events = sample();
+            events.sort_by_key(|placed| (placed.partition, placed.offset));
+            let mut partitions = [0, 1].map(|number| events.iter().filter(move |placed| placed.partition == number).cloned());
+            let arrived: Vec<Placed> = order.into_iter().filter_map(|number: usize| partitions[number].next()).collect();
+            prop_assert_eq!(arrived.len(), events.len());
+            prop_assert_eq!(join(arrived, 100), join(events, 100));
         }
     }
 }

@@ -16,46 +16,78 @@ use tokio_util::sync::CancellationToken;
 use super::{SnapshotError, join::Placed};
 use crate::{
     cloudevents,
+    cloudevents::MalformedEvent,
     kafka::{LogContext, consumer_config, is_unknown_topic},
+    signing::SigningKeys,
 };
 
 /// One question to the broker, or one wait for records.
 const STEP: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(250);
 
-/// Returns the events in no particular order, and the number of records that are none. `timeout` is for the broker's silence, not
-/// for the whole.
-pub(super) fn read(
-    source: &KafkaSource,
-    timeout: Duration,
-    abandoned: &CancellationToken,
-) -> Result<(Vec<Placed>, u64), SnapshotError> {
-    let unavailable =
-        |message: String| SnapshotError::Unavailable { bootstrap_servers: source.bootstrap_servers.clone(), message };
-    let consumer: BaseConsumer<LogContext> = consumer_config(&source.bootstrap_servers, "athanor-snapshot")
-        // Offsets that retention deletes while we read are an error, not a reason to go on elsewhere.
-        .set("auto.offset.reset", "error")
-        .create_with_context(LogContext)
-        .map_err(|error| unavailable(error.to_string()))?;
-    let reader = Reader { source, consumer, timeout, abandoned };
-    reader.check_partitions()?;
-    let mut remaining = BTreeMap::new();
-    for range in source.ranges.iter().filter(|range| range.begin < range.end) {
-        reader.check_range(range)?;
-        let whole = remaining.entry(range.partition).or_insert((range.begin, range.end));
-        *whole = (whole.0.min(range.begin), whole.1.max(range.end));
-    }
-    reader.consume(remaining)
+/// Records of the ranges that are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// Records that are no events.
+    pub malformed: u64,
+    /// Events that no key signed.
+    pub unsigned: u64,
 }
 
-struct Reader<'a> {
+/// Reads the ranges of a source, as often as is wanted.
+pub(super) struct Reader<'a> {
     source: &'a KafkaSource,
+    keys: Option<&'a SigningKeys>,
     consumer: BaseConsumer<LogContext>,
+    /// Longest silence of the broker.
     timeout: Duration,
     abandoned: &'a CancellationToken,
+    /// What is there of the ranges.
+    ranges: Vec<OffsetRange>,
+    /// Offsets of the ranges that are not there any more.
+    pub deleted: u64,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    /// Connects, and checks the ranges.
+    ///
+    /// # Errors
+    /// The broker does not answer, or a range is not in the topic.
+    pub fn open(
+        source: &'a KafkaSource,
+        keys: Option<&'a SigningKeys>,
+        timeout: Duration,
+        abandoned: &'a CancellationToken,
+    ) -> Result<Self, SnapshotError> {
+        let unavailable = |error: KafkaError| SnapshotError::Unavailable {
+            bootstrap_servers: source.bootstrap_servers.clone(),
+            message: error.to_string(),
+        };
+        let consumer: BaseConsumer<LogContext> = consumer_config(&source.bootstrap_servers, "athanor-snapshot")
+            // Offsets that retention deletes while we read are an error, not a reason to go on elsewhere.
+            .set("auto.offset.reset", "error")
+            .create_with_context(LogContext)
+            .map_err(unavailable)?;
+        let mut reader = Self { source, keys, consumer, timeout, abandoned, ranges: Vec::new(), deleted: 0 };
+        reader.check_partitions()?;
+        for range in source.ranges.iter().filter(|range| range.begin < range.end) {
+            let there = reader.what_is_there(range)?;
+            if there.begin > range.begin {
+                tracing::warn!(
+                    topic = source.topic,
+                    partition = range.partition,
+                    begin = range.begin,
+                    first = there.begin,
+                    "retention has deleted the beginning of a range; the rest is read"
+                );
+                reader.deleted += there.begin.abs_diff(range.begin);
+            }
+            reader.ranges.push(there);
+        }
+        reader.ranges.retain(|range| range.begin < range.end);
+        Ok(reader)
+    }
+
     fn unavailable(&self, message: impl Into<String>) -> SnapshotError {
         SnapshotError::Unavailable { bootstrap_servers: self.source.bootstrap_servers.clone(), message: message.into() }
     }
@@ -102,21 +134,36 @@ impl Reader<'_> {
         }
     }
 
-    fn check_range(&self, range: &OffsetRange) -> Result<(), SnapshotError> {
+    /// The part of a range that retention has left.
+    fn what_is_there(&self, range: &OffsetRange) -> Result<OffsetRange, SnapshotError> {
         let OffsetRange { partition, begin, end } = *range;
         let topic = self.source.topic.clone();
         let (low, high) = self.ask(|| self.consumer.fetch_watermarks(&topic, partition, STEP))?;
-        if begin < low {
-            Err(SnapshotError::Deleted { topic, partition, begin, low })
-        } else if end > high {
-            Err(SnapshotError::BeyondEnd { topic, partition, end, high })
-        } else {
-            Ok(())
+        if end > high {
+            return Err(SnapshotError::BeyondEnd { topic, partition, end, high });
         }
+        Ok(OffsetRange { partition, begin: begin.max(low).min(end), end })
+    }
+
+    /// Hands each event of the ranges to `take`, those of one partition in their order.
+    ///
+    /// # Errors
+    /// The broker is silent for too long, or deletes what is being read.
+    pub fn read(&self, take: &mut dyn FnMut(Placed)) -> Result<Counts, SnapshotError> {
+        let mut remaining = BTreeMap::new();
+        for range in &self.ranges {
+            let whole = remaining.entry(range.partition).or_insert((range.begin, range.end));
+            *whole = (whole.0.min(range.begin), whole.1.max(range.end));
+        }
+        self.consume(remaining, take)
     }
 
     /// Consumes each partition from its first begin to its last end; records between ranges are left out.
-    fn consume(&self, mut remaining: BTreeMap<i32, (i64, i64)>) -> Result<(Vec<Placed>, u64), SnapshotError> {
+    fn consume(
+        &self,
+        mut remaining: BTreeMap<i32, (i64, i64)>,
+        take: &mut dyn FnMut(Placed),
+    ) -> Result<Counts, SnapshotError> {
         let topic = &self.source.topic;
         let mut assignment = TopicPartitionList::new();
         for (partition, (begin, _)) in &remaining {
@@ -125,7 +172,7 @@ impl Reader<'_> {
                 .map_err(|error| self.unavailable(error.to_string()))?;
         }
         self.consumer.assign(&assignment).map_err(|error| self.unavailable(error.to_string()))?;
-        let (mut events, mut malformed) = (Vec::new(), 0);
+        let mut counts = Counts::default();
         let (mut heard, mut last_error) = (Instant::now(), "no answer".to_owned());
         while !remaining.is_empty() {
             if self.abandoned.is_cancelled() || heard.elapsed() >= self.timeout {
@@ -138,11 +185,15 @@ impl Reader<'_> {
                     let (partition, offset) = (message.partition(), message.offset());
                     let Some((_, end)) = remaining.get(&partition) else { continue };
                     let end = *end;
-                    if self.source.ranges.iter().any(|range| contains(range, partition, offset)) {
-                        match cloudevents::decode(&message) {
-                            Ok(event) => events.push(Placed { partition, offset, event }),
+                    if self.ranges.iter().any(|range| contains(range, partition, offset)) {
+                        match cloudevents::decode(&message, self.keys) {
+                            Ok(event) => take(Placed { partition, offset, event }),
+                            Err(error @ (MalformedEvent::Unsigned | MalformedEvent::Signature)) => {
+                                counts.unsigned += 1;
+                                tracing::warn!(topic, partition, offset, %error, "an event is left out");
+                            }
                             Err(error) => {
-                                malformed += 1;
+                                counts.malformed += 1;
                                 tracing::warn!(topic, partition, offset, %error, "a record is no event and is skipped");
                             }
                         }
@@ -159,14 +210,13 @@ impl Reader<'_> {
                 Some(Err(error)) => match error.rdkafka_error_code() {
                     Some(code) if is_unknown_topic(code) => return Err(self.missing()),
                     Some(RDKafkaErrorCode::OffsetOutOfRange | RDKafkaErrorCode::AutoOffsetReset) => {
-                        self.source.ranges.iter().try_for_each(|range| self.check_range(range))?;
-                        return Err(self.unavailable(error.to_string()));
+                        return Err(self.unavailable(format!("retention has deleted what was being read: {error}")));
                     }
                     _ => last_error = error.to_string(),
                 },
             }
         }
-        Ok((events, malformed))
+        Ok(counts)
     }
 }
 
@@ -181,8 +231,9 @@ mod tests {
     #[test]
     fn a_broker_that_is_away_is_not_the_users_error() {
         let ranges = vec![OffsetRange { partition: 0, begin: 0, end: 1 }];
-        let source = KafkaSource { bootstrap_servers: "127.0.0.1:1".into(), topic: "events".into(), ranges };
-        let error = read(&source, Duration::from_millis(10), &CancellationToken::new()).expect_err("no broker");
+        let source = KafkaSource::new("127.0.0.1:1", "events", ranges);
+        let error =
+            Reader::open(&source, None, Duration::from_millis(10), &CancellationToken::new()).err().expect("no broker");
         assert!(!error.is_user_error() && error.to_string().contains("127.0.0.1:1"), "{error}");
     }
 }

@@ -27,18 +27,26 @@ pub struct Snapshot {
     pub rows: Vec<LabelledRow>,
     /// Generated answers with a correction, in the order of the answers' partitions and offsets.
     pub corrections: Vec<CorrectedAnswer>,
-    /// Distinct prediction events in the ranges.
+    /// Prediction events in the ranges, repeated deliveries included.
     pub predictions: u64,
-    /// Distinct generation events in the ranges.
+    /// Generation events in the ranges, repeated deliveries included.
     pub generations: u64,
-    /// Distinct feedback events in the ranges.
+    /// Feedback events in the ranges, repeated deliveries included.
     pub feedbacks: u64,
-    /// Events dropped because an event with the same id, or an answer for the same input, came before.
+    /// Repeated feedback, and repeated answers among those of the rows.
     pub duplicates: u64,
-    /// Feedback whose answer lies outside the ranges.
+    /// Chosen labels and corrections whose answer is not in the ranges.
     pub orphans: u64,
     /// Records that are not events; each is logged with partition and offset.
     pub malformed: u64,
+    /// Events that none of the deployment's keys signed; they are left out.
+    pub unsigned: u64,
+    /// Labels and corrections left out because there are newer ones, as many as there may be rows.
+    pub beyond_maximum: u64,
+    /// Offsets at the beginnings of the ranges that retention has deleted.
+    pub deleted: u64,
+    /// Rows left out because one caller gave more feedback than its share.
+    pub beyond_share: u64,
     /// Hexadecimal sha256 over the rows: equal digests mean equal rows.
     pub digest: String,
 }

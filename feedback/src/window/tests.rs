@@ -19,6 +19,7 @@ fn window() -> Window {
         "r2",
         Some(reference()),
         MonitorSpec { window_predictions: 100, minimum_labels: 20, ..Default::default() },
+        100,
     )
 }
 
@@ -51,7 +52,11 @@ fn feedback(at: i64, label: &str) -> Event {
 
 fn judged(id: &str, at: i64, judgement: Judgement) -> Event {
     let request_id = format!("q{at}");
-    event(format!("{id}{at}"), at + 1, EventData::Feedback(Feedback { request_id, index: 0, judgement, comment: None }))
+    event(
+        format!("{id}{at}"),
+        at + 1,
+        EventData::Feedback(Feedback { request_id, index: 0, judgement, comment: None, caller: None }),
+    )
 }
 
 /// A generated answer, number `at`.
@@ -77,6 +82,7 @@ fn text_window() -> Window {
         "r2",
         Some(Reference::Text(reference)),
         MonitorSpec { window_predictions: 100, minimum_labels: 20, ..Default::default() },
+        100,
     )
 }
 
@@ -137,7 +143,7 @@ fn verdicts() {
         ("both moved", both_moved.clone(), Verdict::Drifted),
         ("both moved, to a label the reference lacks", all(|at| answer(at, "r2", "new", 0.51)), Verdict::Drifted),
         ("a later window like the reference", [both_moved.clone(), usual(100..200)].concat(), Verdict::Stable),
-        ("half of the answers are wrong", labelled(usual(0..60), 2), Verdict::Drifted),
+        ("half of the answers are wrong", labelled(usual(0..100), 2), Verdict::Drifted),
         ("half are wrong, but they are too few", labelled(usual(0..19), 2), Verdict::Unknown),
         ("a tenth is wrong, as in the reference", labelled(usual(0..100), 10), Verdict::Stable),
         ("with enough labels the distributions do not matter", labelled(both_moved, 10), Verdict::Stable),
@@ -159,7 +165,7 @@ fn feedback_before_its_prediction_counts() {
 
 #[test]
 fn without_a_reference_only_counts_are_known() {
-    let mut window = Window::new("r2", None, MonitorSpec { window_predictions: 50, ..Default::default() });
+    let mut window = Window::new("r2", None, MonitorSpec { window_predictions: 50, ..Default::default() }, 100);
     feed(&mut window, (0..60).map(|at| prediction(at, "r2")));
     let status = window.status();
     assert_eq!((status.verdict, status.predictions, status.statistics.len()), (Verdict::Unknown, 60, 0));
@@ -174,7 +180,7 @@ fn corrections_of_generated_answers_are_judged_as_labels_are() {
     let cases = [
         ("too few", 19, 2, Verdict::Unknown),
         ("a tenth is corrected, as in the reference", 600, 10, Verdict::Stable),
-        ("half is corrected", 60, 2, Verdict::Drifted),
+        ("half is corrected", 120, 2, Verdict::Drifted),
     ];
     for (name, answers, wrong_every, expected) in cases {
         let mut window = text_window();
@@ -197,7 +203,11 @@ fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
     let cases: [(&str, Vec<Event>, Verdict); 3] = [
         ("the reference alone", first().collect(), Verdict::Unknown),
         ("as at first", first().chain((20..620).map(|at| rating(at, at % 10 != 0))).collect(), Verdict::Stable),
-        ("half is negative now", first().chain((20..60).map(|at| rating(at, at % 2 == 0))).collect(), Verdict::Drifted),
+        (
+            "half is negative now",
+            first().chain((20..620).map(|at| rating(at, at % 2 == 0))).collect(),
+            Verdict::Drifted,
+        ),
     ];
     for (name, ratings, expected) in cases {
         let mut window = text_window();
@@ -213,6 +223,45 @@ fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
 }
 
 #[test]
+fn later_labels_withdraw_a_verdict() {
+    let mut window = window();
+    let bad = |range: std::ops::Range<i64>| range.flat_map(|at| [prediction(at, "r2"), feedback(at, "neither")]);
+    let good = |range: std::ops::Range<i64>| {
+        range.flat_map(|at| [prediction(at, "r2"), feedback(at, LABELS[at as usize % 2])]).collect::<Vec<_>>()
+    };
+    feed(&mut window, bad(0..40));
+    assert_eq!(window.status().verdict, Verdict::Drifted);
+    feed(&mut window, good(40..100));
+    assert_eq!(window.status().verdict, Verdict::Drifted, "sixty answers may be chance");
+    feed(&mut window, good(100..400));
+    assert_eq!(window.status().verdict, Verdict::Stable);
+    feed(&mut window, bad(400..440));
+    assert_eq!(window.status().verdict, Verdict::Drifted, "a second fall is found as the first was");
+}
+
+#[test]
+fn one_caller_alone_decides_nothing_beyond_its_share() {
+    let by = |caller: &str, at: i64, label: &str| {
+        let mut event = feedback(at, label);
+        let EventData::Feedback(feedback) = &mut event.data else { panic!("feedback") };
+        feedback.caller = Some(caller.into());
+        event
+    };
+    let spec = MonitorSpec { window_predictions: 100, minimum_labels: 20, ..Default::default() };
+    let mut window = Window::new("r2", Some(reference()), spec, 25);
+    // A hostile caller has as many answers as it likes, and says that all of them are wrong; three others agree with each of theirs.
+    let events = (0..2_000).flat_map(|at| {
+        let honest = ["a", "b", "c"][at as usize % 3];
+        let verdict = if at % 4 == 0 { by(honest, at, LABELS[at as usize % 2]) } else { by("hostile", at, "neither") };
+        [prediction(at, "r2"), verdict]
+    });
+    feed(&mut window, events);
+    let status = window.status();
+    // 500 honest labels, and at most a third as many hostile ones.
+    assert!((500..=670).contains(&status.labelled), "{status:?}");
+}
+
+#[test]
 fn published_drift_survives_a_restart_under_the_same_threshold() {
     let mut drifted = window();
     feed(&mut drifted, (0..40).map(|at| prediction(at, "r2")).chain((0..40).map(|at| feedback(at, "neither"))));
@@ -222,9 +271,10 @@ fn published_drift_survives_a_restart_under_the_same_threshold() {
     same.resume(&published);
     assert_eq!(same.status().verdict, Verdict::Drifted);
     let other_spec = MonitorSpec { accuracy_loss: Decimal::new(0.3).expect("finite"), ..Default::default() };
-    for mut other in
-        [Window::new("r3", Some(reference()), MonitorSpec::default()), Window::new("r2", Some(reference()), other_spec)]
-    {
+    for mut other in [
+        Window::new("r3", Some(reference()), MonitorSpec::default(), 100),
+        Window::new("r2", Some(reference()), other_spec, 100),
+    ] {
         other.resume(&published);
         assert_eq!(other.status().verdict, Verdict::Unknown);
     }

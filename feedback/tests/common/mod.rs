@@ -29,7 +29,7 @@ pub fn prediction(request: &str, index: u32) -> Event {
 
 pub fn feedback(id: &str, request: &str, index: u32, label: &str) -> Event {
     let (request_id, judgement) = (request.into(), Judgement::ExpectedLabel(label.into()));
-    event(id.into(), EventData::Feedback(Feedback { request_id, index, judgement, comment: None }))
+    event(id.into(), EventData::Feedback(Feedback { request_id, index, judgement, comment: None, caller: None }))
 }
 
 fn event(id: String, data: EventData) -> Event {
@@ -50,7 +50,7 @@ pub fn whole_topic(config: &EventsConfig) -> KafkaSource {
             OffsetRange { partition, begin, end }
         })
         .collect();
-    KafkaSource { bootstrap_servers, topic, ranges }
+    KafkaSource::new(bootstrap_servers, topic, ranges)
 }
 
 /// Waits until `condition` holds.

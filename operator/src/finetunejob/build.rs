@@ -214,6 +214,13 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
             .enumerate()
             .map(|(index, claim)| (pods::claim(&format!("claim-{index}"), claim), claims::folder(claim))),
     );
+    let kafka = job.spec.train.data.sources.iter().find_map(|source| source.kafka.as_ref());
+    if let Some(secret) = kafka.and_then(|kafka| kafka.signing_keys_secret_name.as_ref()) {
+        env.push(pods::variable(variable::SIGNING_KEYS, path::SIGNING_KEYS));
+        volumes.push((pods::secret("signing-keys", secret), path::SIGNING_KEYS.into()));
+    }
+    let of_kafka = kafka.and_then(|kafka| kafka.credentials_secret_name.as_deref());
+    let credentials = job.spec.credentials_secret_name.as_deref().into_iter().chain(of_kafka).collect();
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
         image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
@@ -222,7 +229,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
         annotations: pods::Labels::new(),
         env,
-        credentials: job.spec.credentials_secret_name.as_deref(),
+        credentials,
         ports: vec![("metrics", METRICS_PORT)],
         metrics_port: METRICS_PORT,
         volumes,

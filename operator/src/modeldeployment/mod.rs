@@ -65,7 +65,7 @@ impl Kind for ModelDeployment {
         decision: &Self::Decision,
         entropy: [u8; 32],
     ) -> Self::Children {
-        build::build(deployment, settings, decision, names::request_id_key(entropy))
+        build::build(deployment, settings, decision, names::signing_key(entropy))
     }
 
     async fn apply(

@@ -1,6 +1,6 @@
 //! Names of a ModelDeployment's children.
 
-use athanor_contract::{artifact::sha256_hex, train::OffsetRange};
+use athanor_contract::{artifact::sha256_hex, hexadecimal, train::OffsetRange};
 use athanor_crds::RetrainTemplate;
 
 /// Names of components and of their containers.
@@ -26,15 +26,16 @@ pub fn router(deployment: &str) -> String {
     format!("{deployment}-router")
 }
 
-pub fn router_key(deployment: &str) -> String {
-    format!("{deployment}-router-key")
+/// Returns the name of the Secret with the keys that sign request ids and events.
+pub fn signing_keys(deployment: &str) -> String {
+    format!("{deployment}-signing-keys")
 }
 
 pub fn monitor(deployment: &str) -> String {
     format!("{deployment}-monitor")
 }
 
-/// Returns a key for the HMAC of request ids, from 256 random bits.
-pub fn request_id_key(entropy: [u8; 32]) -> String {
-    entropy.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Returns a key for signatures, from 256 random bits.
+pub fn signing_key(entropy: [u8; 32]) -> String {
+    hexadecimal::encode(&entropy)
 }

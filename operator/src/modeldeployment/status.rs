@@ -68,6 +68,13 @@ pub fn next(
         last_retraining: decision.retraining.last.clone(),
         retraining_proposal: decision.retraining.proposal.clone(),
         fruitless_retrainings: decision.retraining.fruitless,
+        // Offsets of one topic say nothing about another one, which may come after this.
+        retrained_ranges: observed
+            .deployment
+            .spec
+            .feedback
+            .as_ref()
+            .map_or_else(Vec::new, |_| decision.retraining.used.clone()),
         source: Some(decision.source.clone()),
         selector: rollout.current.as_ref().map(|current| format!("{}={}", label::REVISION, current.name)),
         replicas: workload.map_or(0, |workload| workload.replicas),

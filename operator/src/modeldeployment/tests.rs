@@ -512,7 +512,26 @@ fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
 
     // Passed: its artifact is the candidate.
     subject.retrainings = vec![job(&new.name, Some(("True", "Succeeded")), 400, "cccccccc")];
-    assert_eq!(shown(&decision(&subject, 401)).1, Some(("m-cccccccc".to_owned(), 0)));
+    let passed = decision(&subject, 401);
+    assert_eq!(shown(&passed).1, Some(("m-cccccccc".to_owned(), 0)));
+    assert_eq!(passed.retraining.used, new.ranges);
+}
+
+#[test]
+fn a_retraining_begins_where_those_before_it_did() {
+    let mut subject = drifted();
+    let range = |partition, begin, end| OffsetRange { partition, begin, end };
+    subject.deployment.status.as_mut().unwrap().retrained_ranges = vec![range(0, 2, 4), range(1, 7, 9)];
+    // Between 4 and 5 are the events of a canary; nothing of partition 1 is the current revision's.
+    monitor(&mut subject).ranges = vec![range(0, 5, 90), range(2, 3, 3)];
+    let ranges = decision(&subject, 200).retraining.create.unwrap().ranges;
+    assert_eq!(ranges, [range(0, 2, 90), range(1, 7, 9)]);
+    // Another topic may come after feedback was switched off.
+    subject.deployment.spec.feedback = None;
+    (subject.deployment.spec.monitor, subject.deployment.spec.retrain) = (None, None);
+    let decision = decision(&subject, 200);
+    let status = status::next(&subject, &decision, Ok(&Applied::assumed()), at(200));
+    assert!(status.retrained_ranges.is_empty());
 }
 
 #[test]

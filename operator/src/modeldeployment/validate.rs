@@ -84,6 +84,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         topic: feedback.kafka.topic.clone().unwrap_or_else(|| format!("athanor.{namespace}.{name}")),
         sample_percent: feedback.sample_percent,
         redact: feedback.redact.clone(),
+        maximum_caller_percent: feedback.maximum_caller_percent,
     });
     if let Some(events) = &events {
         Redaction::compile(&events.redact)?;

@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn ids_spread_over_revisions_by_weight() {
-        let ids = RequestIds::new(b"key");
+        let ids = RequestIds::random();
         let canary = (0..20_000).filter(|_| order(&[90, 10], ids.generate().hash)[0] == 1).count();
         // Six standard deviations around 2,000.
         assert!((1_745..2_255).contains(&canary), "{canary}");

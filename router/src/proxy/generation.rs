@@ -11,13 +11,14 @@ use axum::{
 };
 
 use super::{
-    pass::{self, ApiErrorOf, Way},
+    pass::{self, ApiErrorOf, ProvenId, Way},
     stream::{self, Passing},
 };
 use crate::{
+    access::Meter,
     balance::forward::Policy,
     gateway::Gateway,
-    record::generation::{Answers, Recorder},
+    record::generation::{Answers, Recorder, choices},
 };
 
 /// Path of the route whose answers are not recorded: there is nothing to learn from an embedding.
@@ -45,13 +46,17 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     };
     let status = forwarded.answer.status();
     let is_recorded = status == StatusCode::OK && parts.uri.path() != EMBEDDINGS;
-    let recorder = gateway.records().filter(|_| is_recorded).map(|config| Recorder {
+    let meter = Meter::of(pass::caller(&parts), body.len());
+    let recorded = gateway.records().filter(|_| is_recorded).zip(choices(&body));
+    let recorder = recorded.map(|(config, choices)| Recorder {
         config,
         id,
+        request_id: gateway.ids.prove(id, choices),
         request: body,
         answers: Answers::default(),
         trace_parent: athanor_telemetry::propagation::current_traceparent(),
     });
+    let proven = recorder.as_ref().map(|recorder| ProvenId(recorder.request_id.clone()));
     let revision = forwarded.revision.clone();
     let passing = Passing {
         gateway,
@@ -59,10 +64,15 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         // A head with an error status has been counted as what it is; a request for one revision is not counted at all.
         is_counted: status.is_success() && !parts.headers.contains_key(headers::REVISION),
         recorder,
+        meter,
         began,
         limit: policy.timeout,
         outstanding: forwarded.outstanding,
         running,
     };
-    pass::by(stream::respond(forwarded.answer, passing), revision)
+    let mut response = pass::by(stream::respond(forwarded.answer, passing), revision);
+    if let Some(proven) = proven {
+        response.extensions_mut().insert(proven);
+    }
+    response
 }

@@ -3,6 +3,7 @@
 
 use std::{error::Error as _, sync::Arc, time::Instant};
 
+use athanor_contract::serve::Scope;
 use athanor_serving::api::inference::{
     label,
     protocol::{
@@ -24,6 +25,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::pass::{passed_on, target};
 use crate::{
+    access::Denied,
     balance::{
         endpoints::Endpoint,
         forward::{self, Attempt, ForwardError, Forwarded, Policy},
@@ -70,11 +72,15 @@ impl Passing {
         let id = gateway.ids.generate();
         let (metadata, _, message) = request.into_parts();
         let incoming = metadata.into_headers();
-        let span = tracing::info_span!("route", otel.name = route.name, otel.kind = "server", request_id = %id.text);
+        let shown = id.unproven();
+        let span = tracing::info_span!("route", otel.name = route.name, otel.kind = "server", request_id = %shown);
         // Fails only when traces are off.
         let _ = span.set_parent(athanor_telemetry::propagation::extract(&incoming));
         let limits = gateway.limits();
         let result = async {
+            if let Some(access) = &gateway.access {
+                access.admit(&incoming, Scope::Infer).map_err(denied)?;
+            }
             let target = target(&gateway.registry.snapshot(), &incoming, id.hash)
                 .map_err(|error| Status::not_found(error.message))?;
             let passed = passed_on(&incoming, &id);
@@ -110,6 +116,16 @@ impl Passing {
         metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route.name)
             .increment(1);
         (id, result)
+    }
+}
+
+fn denied(denied: Denied) -> Status {
+    metrics::counter!("athanor_router_denied_total", "reason" => denied.reason()).increment(1);
+    let message = denied.to_string();
+    match denied {
+        Denied::NoKey | Denied::UnknownKey => Status::unauthenticated(message),
+        Denied::Scope { .. } => Status::permission_denied(message),
+        Denied::Limit { .. } => Status::resource_exhausted(message),
     }
 }
 
@@ -205,7 +221,7 @@ impl GrpcInferenceService for Passing {
         let call =
             |mut client: GrpcInferenceServiceClient<Channel>, request| async move { client.model_ready(request).await };
         let (id, forwarded) = self.pass_on(Route { name: "ModelReady", is_counted: false }, request, call).await;
-        respond(id.without_proof(), forwarded)
+        respond(&id.unproven(), forwarded)
     }
 
     async fn model_metadata(
@@ -216,7 +232,7 @@ impl GrpcInferenceService for Passing {
             client.model_metadata(request).await
         };
         let (id, forwarded) = self.pass_on(Route { name: "ModelMetadata", is_counted: false }, request, call).await;
-        respond(id.without_proof(), forwarded)
+        respond(&id.unproven(), forwarded)
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
@@ -224,6 +240,7 @@ impl GrpcInferenceService for Passing {
         let call =
             |mut client: GrpcInferenceServiceClient<Channel>, request| async move { client.model_infer(request).await };
         let (id, forwarded) = self.pass_on(Route { name: "ModelInfer", is_counted: true }, request, call).await;
+        let mut shown = id.unproven();
         if let Some((config, request)) = recorded
             && let Ok(forwarded) = &forwarded
             && let Ok(response) = &forwarded.answer
@@ -232,10 +249,9 @@ impl GrpcInferenceService for Passing {
             && let Some(results) = tensors::decode_results(response.get_ref())
         {
             let (revision, latency) = (forwarded.revision.clone(), forwarded.latency);
-            self.gateway.record(&config, Answered { id: id.clone(), revision, texts, results, latency });
+            // There can be feedback to recorded answers only.
+            shown = self.gateway.record(&config, Answered { id, revision, texts, results, latency }).unwrap_or(shown);
         }
-        // There can be feedback to answers only.
-        let is_answer = forwarded.as_ref().is_ok_and(|forwarded| forwarded.answer.is_ok());
-        respond(if is_answer { &id.text } else { id.without_proof() }, forwarded)
+        respond(&shown, forwarded)
     }
 }

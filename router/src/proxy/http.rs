@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use athanor_contract::process::path;
+use athanor_contract::{process::path, serve::Scope};
 use athanor_serving::api::{
     headers,
     openai::{
@@ -27,9 +27,10 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::{
     generation,
-    pass::{self, AnsweredBy, ApiErrorOf, Way},
+    pass::{self, AdmittedCaller, AnsweredBy, ApiErrorOf, ProvenId, Way},
 };
 use crate::{
+    access::Meter,
     balance::forward::{Forwarded, Policy},
     gateway::{Answered, Gateway},
     record::feedback::{self, Accepted, Items},
@@ -41,8 +42,7 @@ const MAX_ANSWER_BYTES: usize = 64 << 20;
 const CLASSIFY: &str = "/v1/classify";
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
-/// Routes to whose answers there can be feedback.
-const TAKE_FEEDBACK: [&str; 3] = [CLASSIFY, CHAT, COMPLETIONS];
+const FEEDBACK: &str = "/v1/feedback";
 
 /// The application on the HTTP port.
 pub fn app(gateway: Arc<Gateway>) -> Router {
@@ -53,7 +53,7 @@ pub fn app(gateway: Arc<Gateway>) -> Router {
         .route(generation::EMBEDDINGS, post(generation::pass))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(models))
-        .route("/v1/feedback", post(accept_feedback))
+        .route(FEEDBACK, post(accept_feedback))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(gateway.clone())
@@ -74,18 +74,33 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
     // A client's own id would not verify, and a repeated one would hide an event: it is only logged.
     let client_id = request.headers().get(headers::REQUEST_ID).and_then(|id| id.to_str().ok()).map(str::to_owned);
     let id = gateway.ids.generate();
+    let shown = id.unproven();
     let span = tracing::info_span!(
         "route",
         otel.name = %route,
         otel.kind = "server",
-        request_id = %id.text,
+        request_id = %shown,
         client_request_id = client_id,
+        caller = tracing::field::Empty,
         revision = tracing::field::Empty,
     );
     // Fails only when traces are off.
     let _ = span.set_parent(athanor_telemetry::propagation::extract(request.headers()));
-    request.extensions_mut().insert(id.clone());
-    let mut response = next.run(request).instrument(span.clone()).await;
+    request.extensions_mut().insert(id);
+    let scope = if route == FEEDBACK { Scope::Feedback } else { Scope::Infer };
+    let admitted = gateway.access.as_ref().map(|access| access.admit(request.headers(), scope)).transpose();
+    let mut response = match admitted {
+        Ok(caller) => {
+            span.record("caller", caller.as_ref().map(|caller| &*caller.name));
+            request.extensions_mut().insert(AdmittedCaller(caller));
+            next.run(request).instrument(span.clone()).await
+        }
+        Err(denied) => {
+            tracing::debug!(parent: &span, %denied, "a request was not let in");
+            metrics::counter!("athanor_router_denied_total", "reason" => denied.reason()).increment(1);
+            denied.into_response()
+        }
+    };
     let revision = response.extensions().get::<AnsweredBy>().map(|by| by.0.to_string()).unwrap_or_default();
     span.record("revision", &revision);
     if response.status().is_server_error() {
@@ -93,17 +108,16 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
         tracing::warn!(parent: &span, status = response.status().as_u16(), route, "a request failed");
     }
     let code = response.status().as_str().to_owned();
-    let takes_feedback = response.status() == StatusCode::OK && TAKE_FEEDBACK.contains(&&*route);
-    if route == "/v1/feedback" {
+    if route == FEEDBACK {
         metrics::counter!("athanor_router_feedback_total", "code" => code.clone()).increment(1);
     }
     metrics::histogram!("athanor_router_request_seconds", "revision" => revision.clone())
         .record(started.elapsed().as_secs_f64());
     metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route)
         .increment(1);
-    // Whoever has an id can give feedback, so only an answer comes with a whole one.
-    let shown = if takes_feedback { &*id.text } else { id.without_proof() };
-    response.headers_mut().insert(headers::REQUEST_ID, headers::text(shown));
+    // Whoever has a proven id can give feedback, so only an answer comes with one.
+    let shown = response.extensions().get::<ProvenId>().map_or(shown, |proven| proven.0.clone());
+    response.headers_mut().insert(headers::REQUEST_ID, headers::text(&shown));
     response
 }
 
@@ -122,6 +136,10 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         Ok(answered) => answered,
         Err(error) => return error.into_response(),
     };
+    if let Some(mut meter) = Meter::of(pass::caller(&parts), body.len()) {
+        meter.piece(forwarded.answer.body());
+    }
+    let mut proven = None;
     if forwarded.answer.status() == StatusCode::OK
         && let Some(config) = gateway.records()
     {
@@ -137,7 +155,7 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
                     results: response.data.into_iter().map(|result| (result.label, result.score)).collect(),
                     latency: forwarded.latency,
                 };
-                gateway.record(&config, answered);
+                proven = gateway.record(&config, answered);
             }
             (request, response) => {
                 let error = request.err().map(|error| error.message).or(response.err().map(|error| error.to_string()));
@@ -145,7 +163,11 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
             }
         }
     }
-    respond(forwarded)
+    let mut response = respond(forwarded);
+    if let Some(proven) = proven {
+        response.extensions_mut().insert(ProvenId(proven));
+    }
+    response
 }
 
 async fn models(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
@@ -164,7 +186,8 @@ async fn accept_feedback(
     body::check_content_type(&parts.headers)?;
     let bytes = body::read(&parts.headers, body, gateway.limits().max_body_bytes).await?;
     let items: Items = body::parse(&bytes)?;
-    Ok((StatusCode::ACCEPTED, Json(feedback::accept(&gateway, items).await?)))
+    let caller = pass::caller(&parts).map(|caller| caller.name.clone());
+    Ok((StatusCode::ACCEPTED, Json(feedback::accept(&gateway, items, caller.as_deref()).await?)))
 }
 
 /// The server's answer, to the client.

@@ -7,7 +7,10 @@ use axum::{
     body::Body,
     http::{
         HeaderMap, HeaderName, Method, StatusCode, Uri,
-        header::{ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE},
+        header::{
+            ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING,
+            UPGRADE,
+        },
         request::Parts,
     },
     response::{IntoResponse, Response},
@@ -15,6 +18,7 @@ use axum::{
 use bytes::Bytes;
 
 use crate::{
+    access::Caller,
     balance::{
         client::ClientError,
         endpoints::{Endpoint, Snapshot},
@@ -26,13 +30,21 @@ use crate::{
 };
 
 /// Headers that belong to one connection, and those that the client library writes itself. Answers are recorded, so
-/// servers do not compress them.
-const NOT_PASSED_ON: [HeaderName; 9] =
-    [ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
+/// servers do not compress them. A client's key is the router's to check and nobody else's to see.
+const NOT_PASSED_ON: [HeaderName; 10] =
+    [ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
 
 /// The revision that answered, for the metrics around.
 #[derive(Clone)]
 pub struct AnsweredBy(pub Arc<str>);
+
+/// Who sent the request; `None` if the router asks nobody.
+#[derive(Clone)]
+pub struct AdmittedCaller(pub Option<Arc<Caller>>);
+
+/// The id that the client gets, by which feedback to the answer is accepted.
+#[derive(Clone)]
+pub struct ProvenId(pub String);
 
 /// An error with the revision it is about, if there is one.
 pub struct ApiErrorOf {
@@ -76,10 +88,15 @@ pub fn by(mut response: Response, revision: Arc<str>) -> Response {
     response
 }
 
+/// The caller of a request, if the router asks for one.
+pub fn caller(parts: &Parts) -> Option<&Arc<Caller>> {
+    parts.extensions.get::<AdmittedCaller>().and_then(|caller| caller.0.as_ref())
+}
+
 /// The request's id.
 pub fn id(parts: &Parts) -> Result<RequestId, ApiError> {
     let missing = || ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "no_request_id", "the request was given no id");
-    parts.extensions.get::<RequestId>().cloned().ok_or_else(missing)
+    parts.extensions.get::<RequestId>().copied().ok_or_else(missing)
 }
 
 /// The target of a request: by weight, or the revision that `x-athanor-revision` names.
@@ -160,7 +177,7 @@ pub fn passed_on(incoming: &HeaderMap, id: &RequestId) -> HeaderMap {
             passed.append(name.clone(), value.clone());
         }
     }
-    passed.insert(headers::REQUEST_ID, headers::text(&id.text));
+    passed.insert(headers::REQUEST_ID, headers::text(&id.unproven()));
     athanor_telemetry::propagation::inject_current(&mut passed);
     passed
 }

@@ -25,6 +25,7 @@ use tracing::Instrument;
 
 use super::pass;
 use crate::{
+    access::Meter,
     balance::{client::describe, endpoints::Outstanding},
     gateway::{Gateway, Running},
     record::{
@@ -40,6 +41,8 @@ pub struct Passing {
     /// Whether an answer that breaks off is an error of the revision.
     pub is_counted: bool,
     pub recorder: Option<Recorder>,
+    /// Counts the tokens of a caller with a limit.
+    pub meter: Option<Meter>,
     /// When the request was passed on.
     pub began: Instant,
     /// Longest duration of the request.
@@ -83,6 +86,7 @@ pub fn respond(answer: Response<Body>, passing: Passing) -> Response {
         is_done: false,
         has_failed: false,
         recorder: passing.recorder,
+        meter: passing.meter,
     };
     let account = Account {
         gateway: passing.gateway,
@@ -130,6 +134,7 @@ struct Carrier {
     /// Whether an event of the server says that the model failed.
     has_failed: bool,
     recorder: Option<Recorder>,
+    meter: Option<Meter>,
 }
 
 impl Carrier {
@@ -189,6 +194,9 @@ impl Carrier {
             if let Some(recorder) = &mut self.recorder {
                 recorder.answers.piece(&piece);
             }
+            if let Some(meter) = &mut self.meter {
+                meter.piece(&piece);
+            }
             return Ok(());
         }
         for data in sse::data(&piece) {
@@ -196,6 +204,9 @@ impl Carrier {
             self.has_failed |= data.starts_with(br#"{"error""#);
             if let Some(recorder) = &mut self.recorder {
                 recorder.answers.event(data);
+            }
+            if let Some(meter) = &mut self.meter {
+                meter.event(data);
             }
         }
         Ok(())

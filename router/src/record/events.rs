@@ -11,7 +11,7 @@ use athanor_contract::{
     event::{Event, EventData, Generation, Prediction},
     serve::{EventsConfig, RouterConfig},
 };
-use athanor_feedback::producer::Producer;
+use athanor_feedback::{producer::Producer, signing::SharedKeys};
 use tokio_util::sync::CancellationToken;
 
 use crate::balance::endpoints::Registry;
@@ -85,8 +85,14 @@ pub fn generation(config: &RouterConfig, trace_parent: Option<String>, generatio
     }
 }
 
-/// Keeps a producer running for the configured events until `shutdown`, then flushes it.
-pub async fn keep_producer(registry: Arc<Registry>, events: Arc<Events>, spill: PathBuf, shutdown: CancellationToken) {
+/// Keeps a producer running for the configured events until `shutdown`, then flushes it. `keys` sign the events.
+pub async fn keep_producer(
+    registry: Arc<Registry>,
+    events: Arc<Events>,
+    keys: Option<SharedKeys>,
+    spill: PathBuf,
+    shutdown: CancellationToken,
+) {
     let mut snapshots = registry.subscribe();
     let mut running: Option<(EventsConfig, Producer, CancellationToken)> = None;
     loop {
@@ -101,7 +107,7 @@ pub async fn keep_producer(registry: Arc<Registry>, events: Arc<Events>, spill: 
             }
             if let Some(config) = wanted {
                 let token = CancellationToken::new();
-                match Producer::start(config.clone(), spill.clone(), token.clone()) {
+                match Producer::start(config.clone(), keys.clone(), spill.clone(), token.clone()) {
                     Ok(producer) => {
                         tracing::info!(topic = config.topic, "publishing events");
                         events.set(Some(Arc::new(producer.clone())));

@@ -11,7 +11,7 @@ use serde::{
 };
 use uuid::Uuid;
 
-use super::events;
+use super::{events, request_id::RequestId};
 use crate::{config::Configuration, gateway::Gateway};
 
 /// Items of one request.
@@ -44,7 +44,7 @@ pub struct Item {
 
 /// A checked item.
 struct Checked {
-    uuid: Uuid,
+    id: RequestId,
     request_id: String,
     index: u32,
     judgement: Judgement,
@@ -92,7 +92,7 @@ pub struct Accepted {
 }
 
 /// Checks all items, then publishes all of them; nothing is published when one is wrong.
-pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiError> {
+pub async fn accept(gateway: &Gateway, items: Items, caller: Option<&str>) -> Result<Accepted, ApiError> {
     let Some(config) = gateway.records() else {
         let message = "this deployment records no events, so it takes no feedback";
         return Err(ApiError::new(StatusCode::NOT_FOUND, "feedback_off", message));
@@ -116,8 +116,8 @@ pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiErro
     let trace_parent = athanor_telemetry::propagation::current_traceparent();
     let percent = config.events.as_ref().map_or(0, |events| events.sample_percent);
     // Feedback to an answer that is not recorded would be about nothing.
-    let recorded = checked.iter().filter(|item| gateway.ids.sign(item.uuid).is_sampled(percent));
-    let events: Vec<Event> = recorded.map(|item| event(&config, item, trace_parent.clone())).collect();
+    let recorded = checked.iter().filter(|item| item.id.is_sampled(percent));
+    let events: Vec<Event> = recorded.map(|item| event(&config, item, caller, trace_parent.clone())).collect();
     sink.publish_durable(events).await.map_err(|error| {
         tracing::error!(error, "feedback could not be kept");
         ApiError::new(
@@ -127,7 +127,7 @@ pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiErro
         )
     })?;
     for item in &checked {
-        if let Some(answer) = gateway.recent.judge((item.uuid, item.index)) {
+        if let Some(answer) = gateway.recent.judge((item.id.uuid, item.index)) {
             let is_good = match &item.judgement {
                 Judgement::ExpectedLabel(label) => *answer.label == **label,
                 Judgement::Rating(rating) => *rating == Rating::Positive,
@@ -142,7 +142,7 @@ pub async fn accept(gateway: &Gateway, items: Items) -> Result<Accepted, ApiErro
 fn check(gateway: &Gateway, item: Item, path: &dyn Fn(&str) -> String) -> Result<Checked, ApiError> {
     let Item { request_id, index, expected_label, expected_text, rating, preferred, comment } = item;
     let shown: String = request_id.chars().take(80).collect();
-    let uuid = gateway.ids.verify(&request_id).map_err(|error| {
+    let proven = gateway.ids.verify(&request_id).map_err(|error| {
         ApiError::new(StatusCode::NOT_FOUND, "request_not_found", format!("there is no request {shown:?}: {error}"))
             .param(path("request_id"))
     })?;
@@ -162,8 +162,8 @@ fn check(gateway: &Gateway, item: Item, path: &dyn Fn(&str) -> String) -> Result
         };
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(path("expected_label"))
     })?;
-    let answer = gateway.recent.get((uuid, index));
-    if answer.is_none() && index > 0 && gateway.recent.get((uuid, 0)).is_some() {
+    let answer = gateway.recent.get((proven.id.uuid, index));
+    if index >= proven.answers {
         let message = format!("request {shown:?} had no input {index}");
         return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "no_such_input", message).param(path("index")));
     }
@@ -179,9 +179,7 @@ fn check(gateway: &Gateway, item: Item, path: &dyn Fn(&str) -> String) -> Result
             return Err(error.param(path("expected_label")));
         }
         Judgement::ExpectedLabel(label) => check_label(label, &known, path)?,
-        Judgement::Preferred(choice)
-            if gateway.recent.get((uuid, 0)).is_some() && gateway.recent.get((uuid, *choice)).is_none() =>
-        {
+        Judgement::Preferred(choice) if *choice >= proven.answers => {
             let message = format!("request {shown:?} had no choice {choice}");
             let error = ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "no_such_choice", message);
             return Err(error.param(path("preferred")));
@@ -190,7 +188,7 @@ fn check(gateway: &Gateway, item: Item, path: &dyn Fn(&str) -> String) -> Result
         Judgement::Preferred(_) if !known.is_empty() => return Err(not_of_a_classifier("preferred", path)),
         Judgement::ExpectedText(_) | Judgement::Preferred(_) | Judgement::Rating(_) => {}
     }
-    Ok(Checked { uuid, request_id, index, judgement, comment })
+    Ok(Checked { id: proven.id, request_id, index, judgement, comment })
 }
 
 fn not_of_a_classifier(field: &str, path: &dyn Fn(&str) -> String) -> ApiError {
@@ -213,7 +211,7 @@ fn check_label(label: &str, known: &[String], path: &dyn Fn(&str) -> String) -> 
     Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "unknown_label", message).param(path("expected_label")))
 }
 
-fn event(config: &Arc<Configuration>, item: &Checked, trace_parent: Option<String>) -> Event {
+fn event(config: &Arc<Configuration>, item: &Checked, caller: Option<&str>, trace_parent: Option<String>) -> Event {
     let redacted = |text: &String| {
         let mut text = text.clone();
         config.redaction.apply(&mut text);
@@ -233,6 +231,7 @@ fn event(config: &Arc<Configuration>, item: &Checked, trace_parent: Option<Strin
             index: item.index,
             judgement,
             comment: item.comment.as_ref().map(redacted),
+            caller: caller.map(Into::into),
         }),
     }
 }

@@ -46,6 +46,8 @@ impl Unrecorded {
 pub struct Recorder {
     pub config: Arc<Configuration>,
     pub id: RequestId,
+    /// The id with the proof that the client got.
+    pub request_id: String,
     /// Body of the request.
     pub request: Bytes,
     pub answers: Answers,
@@ -201,9 +203,20 @@ impl Question {
     }
 }
 
+/// Number of choices that a request asks for; `None` if there is nothing to record of them.
+pub fn choices(request: &[u8]) -> Option<u32> {
+    let question: Question = serde_json::from_slice(request).ok()?;
+    let prompts = match (&question.messages, &question.prompt) {
+        (Some(_), _) | (None, Some(Prompt::One(_))) => 1,
+        (None, Some(Prompt::Many(prompts))) => u32::try_from(prompts.len()).ok()?,
+        (None, Some(Prompt::Other(_)) | None) => return None,
+    };
+    prompts.checked_mul(question.n.unwrap_or(1).max(1))
+}
+
 /// What is recorded of an answer that has ended as it should.
 pub fn generations(
-    id: &RequestId,
+    request_id: &str,
     revision: &str,
     request: &[u8],
     mut answers: Answers,
@@ -223,7 +236,7 @@ pub fn generations(
     let usage = answers.usage;
     let generations = answers.choices.into_iter().map(|(index, choice)| {
         Ok(Generation {
-            request_id: id.text.clone(),
+            request_id: request_id.to_owned(),
             index,
             revision: revision.to_owned(),
             adapter: None,
@@ -241,11 +254,24 @@ pub fn generations(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::request_id::RequestIds;
+
+    #[test]
+    fn a_requests_choices_are_those_of_all_its_prompts() {
+        for (request, expected) in [
+            (r#"{"messages": []}"#, Some(1)),
+            (r#"{"messages": [], "n": 3}"#, Some(3)),
+            (r#"{"prompt": ["a", "b"], "n": 2}"#, Some(4)),
+            (r#"{"prompt": "a", "n": 0}"#, Some(1)),
+            (r#"{"prompt": [1, 2]}"#, None),
+            ("{}", None),
+            ("[", None),
+        ] {
+            assert_eq!(choices(request.as_bytes()), expected, "{request}");
+        }
+    }
 
     fn read(request: &str, answers: Answers) -> Result<Vec<Generation>, Unrecorded> {
-        let id = RequestIds::new(b"key").generate();
-        generations(&id, "a", request.as_bytes(), answers, Duration::from_millis(5))
+        generations("r-1", "a", request.as_bytes(), answers, Duration::from_millis(5))
     }
 
     fn stream(events: &[&str]) -> Answers {

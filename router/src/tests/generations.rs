@@ -168,13 +168,13 @@ async fn answers_and_feedback_outside_of_the_sample_are_not_written() {
     for _ in 0..60 {
         let id = question(&gateway, QUESTION).await;
         let begin = Instant::now();
-        let uuid = gateway.ids.verify(&id).unwrap();
-        while gateway.recent.get((uuid, 0)).is_none() {
+        let proven = gateway.ids.verify(&id).unwrap();
+        while gateway.recent.get((proven.id.uuid, 0)).is_none() {
             assert!(begin.elapsed() < Duration::from_secs(5));
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(judge(&gateway, &id, r#""rating": 1"#).await.0, 202);
-        if gateway.ids.sign(uuid).is_sampled(40) {
+        if proven.id.is_sampled(40) {
             sampled.push(id);
         }
     }

@@ -1,5 +1,6 @@
 //! The router against real local servers that die, stall and refuse.
 
+mod access;
 mod generations;
 mod streams;
 
@@ -118,13 +119,17 @@ fn config(weights: &[(&str, u32)]) -> RouterConfig {
 }
 
 fn gateway(config: RouterConfig, endpoints: &[(&str, &[SocketAddr])]) -> Arc<Gateway> {
-    let gateway = Gateway::new(RequestIds::new(b"key"));
+    Arc::new(unshared(config, endpoints))
+}
+
+fn unshared(config: RouterConfig, endpoints: &[(&str, &[SocketAddr])]) -> Gateway {
+    let gateway = Gateway::new(RequestIds::random());
     gateway.registry.set_config(crate::config::check(config).unwrap());
     for (service, addresses) in endpoints {
         let addresses = addresses.iter().map(|&http| Address { http, grpc: None, draining: false });
         gateway.registry.set_endpoints(service, addresses.collect());
     }
-    Arc::new(gateway)
+    gateway
 }
 
 async fn send(gateway: &Arc<Gateway>, request: Builder, body: &str) -> (axum::http::response::Parts, Value) {

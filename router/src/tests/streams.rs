@@ -92,7 +92,8 @@ async fn every_piece_arrives_before_the_next_is_written() {
     let gateway = gateway(config(&[("a", 100)]), &[("a", &[model.address])]);
     let (parts, mut body) = ask(&gateway).await;
     assert_eq!((parts.status, &parts.headers["x-athanor-revision"]), (StatusCode::OK, &"a".parse().unwrap()));
-    assert!(gateway.ids.verify(parts.headers["x-request-id"].to_str().unwrap()).is_ok());
+    let id = parts.headers["x-request-id"].to_str().unwrap();
+    assert!(gateway.ids.verify(id).is_err(), "nothing is recorded, so {id} takes no feedback");
     let pieces = model.answers.recv().await.unwrap();
     for text in ["data: {\"a\": 1}\n\n", ": still here\n", "data: {\"a\": 2}\n\ndata: [DONE]\n\n"] {
         write(&pieces, text).await;

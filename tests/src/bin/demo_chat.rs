@@ -29,6 +29,8 @@ const NAMESPACE: &str = "demo-chat";
 const NAME: &str = "finance";
 /// Those of the embedding model, which the LangChain program searches with.
 const EMBEDDING: &str = "finance-embedding";
+/// Key of the application, whose hash the deployment has.
+const KEY: &str = "sk-demo-chat";
 const TOPIC: &str = "athanor.demo-chat.finance";
 /// Rows of the first training.
 const HOME_ROWS: usize = 120;
@@ -67,6 +69,7 @@ impl Demo {
         self.stages.end(started, "uploaded s3://athanor/models/{smollm2-135m,minilm-l6} and s3://athanor/data/*.jsonl");
 
         let started = self.stages.begin("fine-tune SmolLM2-135M with LoRA (two pods, kubectl -n demo-chat get ftj)");
+        self.secrets().await?;
         let manifest = std::fs::read_to_string(paths::checkout().join("examples/finance.yaml"))?;
         self.stages.cluster.apply(NAMESPACE, &manifest).await?;
         let job = self.stages.train(NAME).await?;
@@ -84,13 +87,16 @@ impl Demo {
         let searching = self.stages.ready(EMBEDDING).await?;
         let address = self.stages.cluster.service(NAMESPACE, NAME).await?;
         let away = finance::sentences(Domain::Away, Part::Rest, 120)?;
-        let probe = Client::new(address.clone(), NAME)?;
+        let probe = Client::new(address.clone(), NAME)?.with_key(KEY);
         wait("the router answers", Duration::from_secs(60), async || {
             Ok(probe.ask(&away[0], None).await.is_ok().then_some(()))
         })
         .await?;
-        let client = Client::new(address.clone(), NAME)?;
-        self.stages.end(started, &format!("{champion} and {searching} answer"));
+        let stranger = Client::new(address.clone(), NAME)?.ask(&away[0], None).await;
+        let refused = stranger.err().context("a request without a key was answered")?.to_string();
+        ensure!(refused.starts_with("401"), "a request without a key was refused otherwise: {refused}");
+        let client = Client::new(address.clone(), NAME)?.with_key(KEY);
+        self.stages.end(started, &format!("{champion} and {searching} answer; a request without a key got 401"));
 
         self.langchain(&address).await?;
 
@@ -137,6 +143,14 @@ impl Demo {
         self.table(&first, &before, &after, rate, &client)
     }
 
+    /// The Secrets that the example names besides that of S3.
+    async fn secrets(&self) -> Result<()> {
+        let cluster = &self.stages.cluster;
+        cluster.secret(NAMESPACE, "kafka-credentials", events::credentials()?).await?;
+        let hash = athanor_contract::artifact::sha256_hex(KEY.as_bytes());
+        cluster.secret(NAMESPACE, "finance-api-keys", serde_json::json!({"app": format!("sha256:{hash}")})).await
+    }
+
     /// Asks the revision's own Service, past the router: an exam is not traffic and leaves no events.
     async fn exam(&self, revision: &str) -> Result<Exam> {
         let address = format!("{}:8080", self.stages.cluster.service(NAMESPACE, revision).await?);
@@ -157,6 +171,7 @@ impl Demo {
         command
             .arg(paths::checkout().join("examples/langchain/answer.py"))
             .args(["--chat-url", &format!("{chat}/v1"), "--chat-model", NAME])
+            .env("OPENAI_API_KEY", KEY)
             .args(["--embedding-url", &format!("{embedding}/v1"), "--embedding-model", EMBEDDING])
             .arg("Who lends the money, and to whom?")
             // libtorch's path is not for Python.

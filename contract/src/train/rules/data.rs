@@ -12,7 +12,9 @@ use super::{
 };
 use crate::{
     Decimal,
-    train::{AnnotateSpec, EndpointAnnotator, SelectMethod, SelectSpec, SelectViewer, Source, Task, TrainSpec},
+    train::{
+        AnnotateSpec, DataSpec, EndpointAnnotator, SelectMethod, SelectSpec, SelectViewer, Source, Task, TrainSpec,
+    },
 };
 
 pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
@@ -30,6 +32,7 @@ pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
         let threshold = clean.near_duplicates.map(|near| near.threshold);
         found.require(is_within(threshold, 0.5, 1.0), "data.clean.nearDuplicates.threshold", &FROM_HALF_TO_1);
     }
+    check_kafka_secrets(data, found);
     let held_out = u32::from(data.split.validation_percent) + u32::from(data.split.test_percent);
     found.require(held_out < 100, "data.split", &SPLIT_LEAVES_ROWS);
     if let Some(annotate) = &data.annotate {
@@ -68,6 +71,26 @@ fn check_source(task: Task, source: &Source, field: &str, found: &mut Found) {
     }
     for (place, range) in source.kafka.iter().flat_map(|kafka| &kafka.ranges).enumerate() {
         found.require(range.begin <= range.end, format!("{field}.kafka.ranges[{place}]"), &BEGIN_BEFORE_END);
+    }
+}
+
+/// A pod has one set of credentials and one of keys.
+fn check_kafka_secrets(data: &DataSpec, found: &mut Found) {
+    let sources = data.sources.iter().enumerate();
+    let mut kafka = sources.filter_map(|(index, source)| Some((index, source.kafka.as_ref()?)));
+    let Some((first, one)) = kafka.next() else { return };
+    for (index, other) in kafka {
+        for (field, is_same) in [
+            ("credentialsSecretName", one.credentials_secret_name == other.credentials_secret_name),
+            ("signingKeysSecretName", one.signing_keys_secret_name == other.signing_keys_secret_name),
+        ] {
+            if !is_same {
+                found.add(
+                    format!("data.sources[{index}].kafka.{field}"),
+                    format!("must be that of data.sources[{first}]: a pod has one for all Kafka sources"),
+                );
+            }
+        }
     }
 }
 

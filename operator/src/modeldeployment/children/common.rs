@@ -1,9 +1,10 @@
 //! Parts that several children of a ModelDeployment have in common.
 
+use athanor_contract::process::path;
 use k8s_openapi::{
     api::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
-        core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec},
+        core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec, Volume},
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
         rbac::v1::{PolicyRule, Role, RoleBinding, RoleRef, Subject},
     },
@@ -14,8 +15,8 @@ use k8s_openapi::{
 };
 
 use crate::{
-    modeldeployment::validate::ValidatedDeployment,
-    pods::{HttpProbe, Labels, Probes},
+    modeldeployment::{names, validate::ValidatedDeployment},
+    pods::{self, HttpProbe, Labels, Probes},
 };
 
 /// A kind of child that is deleted by name.
@@ -115,6 +116,16 @@ pub fn budget(metadata: ObjectMeta, selector: Labels) -> PodDisruptionBudget {
         }),
         status: None,
     }
+}
+
+/// Returns the volume with the deployment's signing keys, and where it is mounted.
+pub fn signing_keys(deployment: &ValidatedDeployment) -> (Volume, String) {
+    (pods::secret("signing-keys", &names::signing_keys(&deployment.name)), path::SIGNING_KEYS.into())
+}
+
+/// Returns the Secret with the credentials of the deployment's Kafka, if there is one.
+pub fn kafka_credentials(deployment: &ValidatedDeployment) -> Option<&str> {
+    deployment.spec.feedback.as_ref()?.kafka.credentials_secret_name.as_deref()
 }
 
 /// The identity of a process at the API server, and its rights.

@@ -1,13 +1,13 @@
 //! The monitor: it compares the recorded events with the model's reference.
 
 use athanor_contract::{
-    process::{api, file, path, port},
+    process::{api, file, path, port, variable},
     serve::{EventsConfig, MonitorConfig, MonitoredRevision},
 };
 use athanor_crds::label;
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::ConfigMap};
 
-use super::common::{Account, Kind, account, metadata, probes, rule, workload};
+use super::common::{Account, Kind, account, kafka_credentials, metadata, probes, rule, signing_keys, workload};
 use crate::{
     modeldeployment::{
         names::{self, MONITOR},
@@ -42,7 +42,10 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
         namespace: deployment.namespace.clone(),
         deployment: deployment.name.clone(),
         // The rest concerns the router: a change of it must not make the monitor start again.
-        events: EventsConfig::new(events.bootstrap_servers, events.topic),
+        events: EventsConfig {
+            maximum_caller_percent: events.maximum_caller_percent,
+            ..EventsConfig::new(events.bootstrap_servers, events.topic)
+        },
         // The current revision is the first.
         revisions: revisions
             .map(|revision| MonitoredRevision { name: revision.name.clone(), model_uri: revision.model_uri.clone() })
@@ -52,6 +55,10 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let startup = HttpProbe { path: "/healthz", port: "ops", period_seconds: 1, failures: 60 };
     let overrides = pods::small(deployment.spec.monitor_pod_template.as_ref());
+    let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
+    env.push(pods::variable(variable::SIGNING_KEYS, path::SIGNING_KEYS));
+    let credentials =
+        deployment.spec.credentials_secret_name.as_deref().into_iter().chain(kafka_credentials(deployment));
     let template = pods::template(PodPlan {
         component: MONITOR,
         image: &settings.monitor_image,
@@ -59,11 +66,11 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, rollout: &Ro
         command: ["athanor-monitor", "--config", path::MONITOR_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
         annotations: Labels::new(),
-        env: pods::common_environment(settings.otlp_endpoint.as_deref()),
-        credentials: deployment.spec.credentials_secret_name.as_deref(),
+        env,
+        credentials: credentials.collect(),
         ports: vec![("ops", MONITOR_OPS_PORT)],
         metrics_port: MONITOR_OPS_PORT,
-        volumes: vec![(pods::config(&name), path::CONFIG.into())],
+        volumes: vec![(pods::config(&name), path::CONFIG.into()), signing_keys(deployment)],
         probes: Some(probes("ops", startup)),
         overrides: Some(&overrides),
         service_account: Some(name.clone()),

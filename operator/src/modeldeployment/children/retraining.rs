@@ -3,8 +3,8 @@
 use athanor_contract::train::{KafkaSource, Source};
 use athanor_crds::{FineTuneJob, label};
 
-use super::common::metadata;
-use crate::modeldeployment::{policy::retrain::NewRetraining, validate::ValidatedDeployment};
+use super::common::{kafka_credentials, metadata};
+use crate::modeldeployment::{names, policy::retrain::NewRetraining, validate::ValidatedDeployment};
 
 /// Builds the FineTuneJob: the template with the recorded events as one more source and the current artifact as the
 /// baseline. A retraining is never deleted by its deployment.
@@ -16,9 +16,11 @@ pub fn build(deployment: &ValidatedDeployment, new: &NewRetraining) -> Option<Fi
         uri: None,
         format: None,
         kafka: Some(KafkaSource {
-            bootstrap_servers: events.bootstrap_servers.clone(),
-            topic: events.topic.clone(),
-            ranges: new.ranges.clone(),
+            credentials_secret_name: kafka_credentials(deployment).map(Into::into),
+            signing_keys_secret_name: Some(names::signing_keys(&deployment.name)),
+            maximum_samples: retrain.maximum_samples,
+            maximum_caller_percent: events.maximum_caller_percent,
+            ..KafkaSource::new(&events.bootstrap_servers, &events.topic, new.ranges.clone())
         }),
         columns: Default::default(),
     });

@@ -64,7 +64,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         // A changed configuration changes the template, and so restarts the pods.
         annotations: Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]),
         env,
-        credentials: deployment.spec.credentials_secret_name.as_deref(),
+        credentials: deployment.spec.credentials_secret_name.as_deref().into_iter().collect(),
         ports: vec![("http", http), ("grpc", grpc)],
         metrics_port: http,
         volumes: vec![

@@ -2,16 +2,19 @@
 
 use athanor_contract::{
     process::{file, path, port, variable},
-    serve::{RouterConfig, RouterLimits, RouterRevision},
+    serve::{AccessConfig, RouterConfig, RouterLimits, RouterRevision},
 };
 use athanor_crds::label;
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    core::v1::{ConfigMap, EnvVar, EnvVarSource, PodTemplateSpec, Secret, SecretKeySelector, Service},
+    core::v1::{ConfigMap, PodTemplateSpec, Secret, Service},
     policy::v1::PodDisruptionBudget,
 };
 
-use super::common::{Account, Port, account, budget, grace_seconds, metadata, probes, rule, service, workload};
+use super::common::{
+    Account, Port, account, budget, grace_seconds, kafka_credentials, metadata, probes, rule, service, signing_keys,
+    workload,
+};
 use crate::{
     modeldeployment::{
         names::{self, ROUTER},
@@ -25,8 +28,6 @@ use crate::{
 const HTTP_PORT: i32 = port::HTTP as i32;
 const GRPC_PORT: i32 = port::GRPC as i32;
 const ROUTER_OPS_PORT: i32 = port::ROUTER_OPS as i32;
-/// Key of the Secret that has the key of request ids.
-const KEY: &str = "key";
 
 /// Children of the router. They stay as long as the deployment does and are deleted with it.
 pub struct RouterChildren {
@@ -49,8 +50,7 @@ pub fn weights(rollout: &Rollout) -> Vec<RouterRevision> {
     current.chain(candidate.map(|(name, weight)| revision(name, weight))).collect()
 }
 
-/// Builds the children; `None` before there is a model. `fresh_key` becomes the key of request ids if there is none
-/// yet.
+/// Builds the children; `None` before there is a model. `fresh_key` becomes the signing key if there is none yet.
 pub fn build(
     deployment: &ValidatedDeployment,
     settings: &Settings,
@@ -87,22 +87,25 @@ pub fn build(
             ..ConfigMap::default()
         },
         key: Secret {
-            metadata: metadata(&names::router_key(&deployment.name)),
-            string_data: Some([(KEY.into(), fresh_key)].into()),
+            metadata: metadata(&names::signing_keys(&deployment.name)),
+            string_data: Some([(file::CURRENT_KEY.into(), fresh_key)].into()),
             ..Secret::default()
         },
         account: account(deployment, &name, &labels, rules),
         deployment: workload(metadata(&name), settings.router_replicas, selector.clone(), template),
-        service: service(
-            metadata(&deployment.name),
-            selector.clone(),
-            &[
-                Port { name: "http", port: port::SERVICE_HTTP.into(), target: HTTP_PORT },
-                Port { name: "grpc", port: GRPC_PORT, target: GRPC_PORT },
-            ],
-        ),
+        service: service(metadata(&deployment.name), selector.clone(), &ports(deployment)),
         budget: budget(metadata(&name), selector),
     })
+}
+
+/// Returns the ports of the deployment's Service.
+fn ports(deployment: &ValidatedDeployment) -> [Port; 2] {
+    let has_tls = deployment.spec.access.as_ref().is_some_and(|access| access.tls.is_some());
+    let http = match has_tls {
+        true => Port { name: "https", port: port::SERVICE_HTTPS.into(), target: HTTP_PORT },
+        false => Port { name: "http", port: port::SERVICE_HTTP.into(), target: HTTP_PORT },
+    };
+    [http, Port { name: if has_tls { "grpcs" } else { "grpc" }, port: GRPC_PORT, target: GRPC_PORT }]
 }
 
 fn pod_template(
@@ -114,18 +117,19 @@ fn pod_template(
 ) -> PodTemplateSpec {
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::SPILL_DIR, path::SPOOL));
-    env.push(EnvVar {
-        name: variable::REQUEST_ID_KEY.into(),
-        value: None,
-        value_from: Some(EnvVarSource {
-            secret_key_ref: Some(SecretKeySelector {
-                name: names::router_key(&deployment.name),
-                key: KEY.into(),
-                optional: Some(false),
-            }),
-            ..EnvVarSource::default()
-        }),
-    });
+    env.push(pods::variable(variable::SIGNING_KEYS, path::SIGNING_KEYS));
+    let mut volumes = vec![(pods::scratch("spool", None), path::SPOOL.into()), signing_keys(deployment)];
+    let access = deployment.spec.access.as_ref();
+    if let Some(keys) = access.and_then(|access| access.api_keys.as_ref()) {
+        let config = AccessConfig { callers: keys.callers.clone() };
+        let text = serde_json::to_string(&config).expect("a configuration has string keys only");
+        env.extend([pods::variable(variable::ACCESS, text), pods::variable(variable::API_KEYS, path::API_KEYS)]);
+        volumes.push((pods::secret("api-keys", &keys.secret_name), path::API_KEYS.into()));
+    }
+    if let Some(tls) = access.and_then(|access| access.tls.as_ref()) {
+        env.push(pods::variable(variable::TLS, path::TLS));
+        volumes.push((pods::secret("tls", &tls.secret_name), path::TLS.into()));
+    }
     // A router is ready once a server is, which may take as long as a model takes to arrive: only its process must
     // start in time.
     let startup = HttpProbe { path: "/healthz", port: "ops", period_seconds: 1, failures: 60 };
@@ -138,10 +142,10 @@ fn pod_template(
         labels: labels.clone(),
         annotations: Labels::new(),
         env,
-        credentials: None,
+        credentials: kafka_credentials(deployment).into_iter().collect(),
         ports: vec![("http", HTTP_PORT), ("grpc", GRPC_PORT), ("ops", ROUTER_OPS_PORT)],
         metrics_port: ROUTER_OPS_PORT,
-        volumes: vec![(pods::scratch("spool", None), path::SPOOL.into())],
+        volumes,
         probes: Some(probes("ops", startup)),
         overrides: Some(&overrides),
         service_account: Some(name.into()),

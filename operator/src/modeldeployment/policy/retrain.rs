@@ -1,6 +1,6 @@
 //! When another model is trained, and how that training ended.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use athanor_contract::{
     serve::{MonitorStatus, Verdict},
@@ -50,6 +50,8 @@ pub struct Retraining {
     pub proposal: Option<RetrainingProposal>,
     /// Retrainings in a row that led to no model.
     pub fruitless: u32,
+    /// Ranges of the retrainings that led to a model.
+    pub used: Vec<OffsetRange>,
     /// The condition Retraining; absent without spec.retrain.
     pub condition: Option<Value>,
     pub wait: Option<Duration>,
@@ -69,7 +71,7 @@ pub struct Inputs<'a> {
 }
 
 /// Returns the name of the retraining that the user approved.
-pub fn approved(annotations: &std::collections::BTreeMap<String, String>) -> Option<&str> {
+pub fn approved(annotations: &BTreeMap<String, String>) -> Option<&str> {
     annotations.get(APPROVE_ANNOTATION).map(String::as_str)
 }
 
@@ -77,14 +79,15 @@ pub fn approved(annotations: &std::collections::BTreeMap<String, String>) -> Opt
 pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let mut next = follow(status, inputs);
     if let Some(running) = &next.running {
-        let message = format!("FineTuneJob {} trains on the events since {}", running.job, running.started_at.0);
+        let trust = spec.map_or(String::new(), gates_warning);
+        let message = format!("FineTuneJob {} trains on the events since {}{trust}", running.job, running.started_at.0);
         next.condition = Some(Value::new(State::True, "Training", message));
         return next;
     }
     let Some(spec) = spec else { return next };
     match propose(spec, status, inputs, &next) {
         Ok(new) => {
-            let message = format!("FineTuneJob {} was created", new.name);
+            let message = format!("FineTuneJob {} was created{}", new.name, gates_warning(spec));
             let ranges = new.ranges.clone();
             next.running = Some(RetrainingStatus { job: new.name.clone(), ranges, started_at: Time(inputs.now) });
             next.condition = Some(Value::new(State::True, "Training", message));
@@ -99,12 +102,25 @@ pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, input
     next
 }
 
+/// Says so if nothing but the feedback decides whether the new model is better.
+fn gates_warning(spec: &RetrainSpec) -> String {
+    let gates = &spec.template.spec.train.evaluate.gates;
+    let is_feedback = |sources: &Vec<String>| sources.iter().all(|source| *source == spec.source_name);
+    let trusts_feedback = gates.iter().all(|gate| gate.sources.as_ref().is_some_and(is_feedback));
+    match (gates.is_empty(), trusts_feedback) {
+        (true, _) => "; it has no gates, so any new model is served".into(),
+        (false, true) => "; its gates rest on feedback alone: add one on the rows of a source that you trust".into(),
+        (false, false) => String::new(),
+    }
+}
+
 /// Returns the retraining under way, or the outcome of one that is over.
 fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let mut next = Retraining {
         last_retrained_at: status.last_retrained_at.clone(),
         last: status.last_retraining.clone(),
         fruitless: status.fruitless_retrainings,
+        used: status.retrained_ranges.clone(),
         ..Retraining::default()
     };
     let Some(running) = &status.retraining else {
@@ -117,7 +133,12 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let (end, reason, message) = match job.map(|job| (job, target::outcome(job))) {
         Some((job, Some(outcome))) if outcome.is_over() => {
             let end = job.status.as_ref().and_then(|status| status.completion_time.clone());
-            next.fruitless = if outcome.status == "True" { 0 } else { next.fruitless.saturating_add(1) };
+            if outcome.status == "True" {
+                next.fruitless = 0;
+                next.used = together(&next.used, &running.ranges);
+            } else {
+                next.fruitless = next.fruitless.saturating_add(1);
+            }
             (end, outcome.reason, outcome.message)
         }
         Some(_) => {
@@ -215,7 +236,7 @@ fn propose(
     let ranges = match waiting(spec, status, inputs, current) {
         // The user approves a name: it must not change with every event.
         Some(proposal) => proposal.ranges.clone(),
-        None => ranges(monitor).map_err(|message| hold("NoEvents", message))?,
+        None => ranges(monitor, &followed.used).map_err(|message| hold("NoEvents", message))?,
     };
     let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &ranges);
     if inputs.jobs.iter().any(|job| job.name_any() == name) {
@@ -223,8 +244,9 @@ fn propose(
     }
     if spec.approval == Approval::Manual && inputs.approved != Some(&name) {
         let message = format!(
-            "to start it: kubectl annotate modeldeployment {} --overwrite {APPROVE_ANNOTATION}={name}{ended}",
-            inputs.deployment
+            "to start it: kubectl annotate modeldeployment {} --overwrite {APPROVE_ANNOTATION}={name}{}{ended}",
+            inputs.deployment,
+            gates_warning(spec)
         );
         let proposal = RetrainingProposal { job: name, revision: current.name.clone(), ranges };
         return Err(Hold { proposal: Some(Box::new(proposal)), ..hold("WaitingForApproval", message) });
@@ -232,12 +254,25 @@ fn propose(
     Ok(NewRetraining { name, ranges, baseline: current.model_uri.clone() })
 }
 
-/// Returns the ranges that have events.
-fn ranges(monitor: &MonitorStatus) -> Result<Vec<OffsetRange>, String> {
-    let ranges: Vec<OffsetRange> = monitor.ranges.iter().filter(|range| range.begin < range.end).copied().collect();
-    if ranges.is_empty() {
+/// Returns one range for each partition, from the first begin to the last end.
+fn together(before: &[OffsetRange], now: &[OffsetRange]) -> Vec<OffsetRange> {
+    let mut by_partition: BTreeMap<i32, OffsetRange> = BTreeMap::new();
+    for range in before.iter().chain(now) {
+        let whole = by_partition.entry(range.partition).or_insert(*range);
+        whole.begin = whole.begin.min(range.begin);
+        whole.end = whole.end.max(range.end);
+    }
+    by_partition.into_values().collect()
+}
+
+/// Returns the ranges of the current revision's events and of the retrainings before it, with all that is between them: the
+/// events of a canary, and those that the revision before answered after its last retraining had begun.
+fn ranges(monitor: &MonitorStatus, used: &[OffsetRange]) -> Result<Vec<OffsetRange>, String> {
+    let now: Vec<OffsetRange> = monitor.ranges.iter().filter(|range| range.begin < range.end).copied().collect();
+    if now.is_empty() {
         return Err("the monitor has no range of events".into());
     }
+    let ranges = together(used, &now);
     if ranges.len() > MOST_RANGES {
         return Err(format!(
             "the monitor has {} ranges of events; a FineTuneJob has at most {MOST_RANGES}",
