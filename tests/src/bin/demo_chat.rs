@@ -219,7 +219,7 @@ impl Demo {
         );
         println!(
             "\nTry next:\n  export KUBECONFIG=$(make -s kubeconfig)\n  kubectl -n {NAMESPACE} get athanor\n  \
-             curl -N http://$(kubectl -n {NAMESPACE} get service {NAME} -o jsonpath={{.spec.clusterIP}})/v1/chat/completions \
+             curl -N http://$(kubectl -n {NAMESPACE} get service {NAME} -o jsonpath={{.spec.clusterIP}})/v1/chat/completions -H 'authorization: Bearer {KEY}' \
              -H 'content-type: application/json' -d '{{\"model\": \"{NAME}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Bank lends to Borrower .\"}}]}}'\n  \
              make demo-down"
         );
