@@ -65,9 +65,6 @@ impl ApiServer {
                 "--unsafe-no-fsync".into(),
             ],
         )?;
-        let policy =
-            "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules: [{level: Metadata}]\n";
-        std::fs::write(at("audit.yaml"), policy)?;
         std::fs::write(at("tokens.csv"), format!("{TOKEN},admin,admin,\"system:masters\"\n"))?;
         let key =
             Command::new("openssl").args(["genrsa", "-out", &at("sa.key"), "2048"]).output().context("openssl")?;
@@ -91,8 +88,6 @@ impl ApiServer {
                 "--authorization-mode=RBAC".into(),
                 "--endpoint-reconciler-type=none".into(),
                 "--disable-admission-plugins=ServiceAccount".into(),
-                format!("--audit-policy-file={}", at("audit.yaml")),
-                format!("--audit-log-path={}", at("audit.log")),
             ],
         )?;
         let client = client(api_port).await?;
@@ -116,25 +111,14 @@ impl ApiServer {
         TOKEN
     }
 
-    /// A JSON line for each request, written before the answer is sent.
-    pub fn audit_log(&self) -> PathBuf {
-        self.folder.path().join("audit.log")
-    }
-
     /// Writes the administrator's kubeconfig to a file, for processes that connect to this server. Returns its path.
     pub fn kubeconfig(&self) -> Result<PathBuf> {
-        self.kubeconfig_at("kubeconfig", &self.address(), None)
+        self.kubeconfig_at("kubeconfig", &self.address())
     }
 
-    /// Writes a kubeconfig for an address of this server, or of a proxy, with the administrator's rights; the audit log names
-    /// `user`.
-    pub fn kubeconfig_at(&self, file: &str, server: &str, user: Option<&str>) -> Result<PathBuf> {
+    /// Writes a kubeconfig for the address of this server, or of a proxy, with the administrator's rights.
+    pub fn kubeconfig_at(&self, file: &str, server: &str) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("{file}.json"));
-        let mut identity = serde_json::json!({"token": TOKEN});
-        if let Some(user) = user {
-            identity["as"] = user.into();
-            identity["as-groups"] = serde_json::json!(["system:masters"]);
-        }
         let mut cluster = serde_json::json!({"server": server});
         if server.starts_with("https:") {
             cluster["insecure-skip-tls-verify"] = true.into();
@@ -143,7 +127,7 @@ impl ApiServer {
         let kubeconfig = serde_json::json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "test", "user": identity}],
+            "users": [{"name": "test", "user": {"token": TOKEN}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
         std::fs::write(&path, kubeconfig.to_string())?;

@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,6 +26,10 @@ use tokio::net::TcpListener;
 const MOST_BYTES: usize = 8 << 20;
 /// How long a delayed write waits.
 const DELAY: Duration = Duration::from_millis(700);
+/// How long a request about a Lease waits, if they are slow.
+const SLOW: Duration = Duration::from_secs(5);
+/// Part of their paths.
+const LEASES: &str = "/leases";
 
 /// What happens to a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +71,7 @@ struct ProxyState {
     /// By the object's name.
     planned: HashMap<String, Planned>,
     seen: Mutex<Seen>,
+    has_slow_leases: AtomicBool,
 }
 
 #[derive(Default)]
@@ -71,6 +79,8 @@ struct Seen {
     /// Writes by the object's name.
     writes: HashMap<String, usize>,
     faults: usize,
+    /// Writes of any object but Leases.
+    all: usize,
     /// Objects that were created, by path and name.
     created: HashMap<(String, String), usize>,
 }
@@ -79,7 +89,14 @@ impl FaultProxy {
     /// Starts in front of `upstream`. Names of objects may not begin with one another.
     pub async fn start(upstream: String, token: String, planned: HashMap<String, Planned>) -> Result<Self> {
         let http = reqwest::Client::builder().no_proxy().tls_danger_accept_invalid_certs(true).build()?;
-        let state = Arc::new(ProxyState { upstream, token, http, planned, seen: Mutex::default() });
+        let state = Arc::new(ProxyState {
+            upstream,
+            token,
+            http,
+            planned,
+            seen: Mutex::default(),
+            has_slow_leases: AtomicBool::new(false),
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
         let app = Router::new().fallback(answer).with_state(state.clone());
@@ -95,6 +112,16 @@ impl FaultProxy {
     /// Number of faults so far.
     pub fn faults(&self) -> usize {
         self.state.seen().faults
+    }
+
+    /// Number of all writes so far, Leases apart.
+    pub fn all_writes(&self) -> usize {
+        self.state.seen().all
+    }
+
+    /// Lets every request about a Lease wait from now on, so that a process learns late who leads.
+    pub fn slow_leases(&self) {
+        self.state.has_slow_leases.store(true, Ordering::Relaxed);
     }
 
     /// How often an object of this resource and name was created.
@@ -115,6 +142,9 @@ impl ProxyState {
     fn next(&self, method: &Method, path: &str, body: &[u8]) -> Option<Fault> {
         if matches!(*method, Method::GET | Method::HEAD) {
             return None;
+        }
+        if !path.contains(LEASES) {
+            self.seen().all += 1;
         }
         let name = name(method, path, body)?;
         let (object, planned) = self.planned.iter().find(|(object, _)| {
@@ -169,6 +199,9 @@ async fn answer(State(state): State<Arc<ProxyState>>, request: Request) -> Respo
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let Ok(body) = to_bytes(body, MOST_BYTES).await else { return broken() };
+    if path.contains(LEASES) && state.has_slow_leases.load(Ordering::Relaxed) {
+        tokio::time::sleep(SLOW).await;
+    }
     let fault = state.next(&parts.method, &path, &body);
     if fault == Some(Fault::Delayed) {
         tokio::time::sleep(DELAY).await;
