@@ -288,11 +288,11 @@ pub struct MonitorSpec {
     /// Number of predictions in a window.
     #[schemars(range(min = 50, max = 1_000_000))]
     pub window_predictions: u32,
-    /// Threshold of the population stability index of predicted labels; above it the distribution of predictions has
-    /// drifted.
+    /// Threshold of the population stability index of predicted labels. Without enough labelled requests, a window counts
+    /// as drifted above it if its tests are below confidencePValue as well.
     pub prediction_psi: Decimal,
-    /// Threshold of the p-value of a two-sample Kolmogorov-Smirnov test of confidences; below it the confidences have
-    /// drifted.
+    /// Threshold of the p-values by which a window's labels and confidences are compared with those of the test rows. A
+    /// window counts as drifted if both are below it.
     pub confidence_p_value: Decimal,
     /// Loss of accuracy on labelled requests that shall be found soonest. The accuracy is compared with a lower bound
     /// (99 %) of that on the test rows.
