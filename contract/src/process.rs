@@ -67,6 +67,8 @@ pub mod variable {
     pub const KAFKA_SSL_CERTIFICATE: &str = "KAFKA_SSL_CERTIFICATE";
     /// Private key of the client's certificate, in PEM.
     pub const KAFKA_SSL_KEY: &str = "KAFKA_SSL_KEY";
+    /// GPUs that a trainer's pod has reserved: it fails if it cannot use them.
+    pub const GPUS: &str = "ATHANOR_GPUS";
     /// Seconds that a server or router keeps serving after SIGTERM before it drains.
     pub const SHUTDOWN_GRACE_SECONDS: &str = "ATHANOR_SHUTDOWN_GRACE_SECONDS";
 

@@ -1,6 +1,7 @@
 //! The rows of a dataset while they are read: each is cleaned and compared with the rows before it.
 
-use athanor_contract::train::CleanSpec;
+use athanor_contract::train::{CleanSpec, OnBadRow};
+use serde::Serialize;
 
 use crate::{
     DataError, Rows,
@@ -16,15 +17,44 @@ pub(crate) struct Builder {
     cleaners: Option<(Cleaner, Cleaner)>,
     source: usize,
     rows_of_source: u64,
+    on_bad_row: OnBadRow,
+    skipped: SkippedRows,
+}
+
+/// Rows that could not be read and were left out, as `data.onBadRow` allows.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SkippedRows {
+    pub rows: u64,
+    /// What was wrong with the first of them: file, row and field.
+    pub examples: Vec<String>,
+}
+
+impl SkippedRows {
+    const EXAMPLES: usize = 10;
+
+    fn add(&mut self, mistake: String) {
+        self.rows += 1;
+        if self.examples.len() < Self::EXAMPLES {
+            self.examples.push(mistake);
+        }
+    }
 }
 
 impl Builder {
-    pub fn new(clean: Option<&CleanSpec>) -> Result<Self, DataError> {
+    pub fn new(clean: Option<&CleanSpec>, on_bad_row: OnBadRow) -> Result<Self, DataError> {
         let cleaners = match clean {
             Some(clean) => Some((Cleaner::new(clean)?, Cleaner::new(clean)?)),
             None => None,
         };
-        Ok(Self { rows: Rows::default(), seen: Seen::default(), cleaners, source: 0, rows_of_source: 0 })
+        Ok(Self {
+            rows: Rows::default(),
+            seen: Seen::default(),
+            cleaners,
+            source: 0,
+            rows_of_source: 0,
+            on_bad_row,
+            skipped: SkippedRows::default(),
+        })
     }
 
     pub fn begin_source(&mut self, index: usize) {
@@ -40,6 +70,22 @@ impl Builder {
     /// Rows that the source has given, those included that were not kept.
     pub fn rows_of_source(&self) -> u64 {
         self.rows_of_source
+    }
+
+    /// Takes note of a row that cannot be read, if such rows are to be left out; else gives the mistake back.
+    pub fn skip(&mut self, mistake: String) -> Result<(), String> {
+        match self.on_bad_row {
+            OnBadRow::Fail => Err(mistake),
+            OnBadRow::Skip => {
+                self.skipped.add(mistake);
+                Ok(())
+            }
+        }
+    }
+
+    /// Rows that were left out so far.
+    pub fn skipped(&self) -> &SkippedRows {
+        &self.skipped
     }
 
     /// Whether each text is kept once while it is read. With cleaning, duplicates are resolved when all rows are there.
@@ -71,8 +117,8 @@ impl Builder {
         self.rows.push(number, Fields { text: &text, pair: pair.as_deref(), ..fields });
     }
 
-    /// All rows, and what cleaning has done to texts and pairs.
-    pub fn finish(self) -> (Rows, Option<CleaningReport>) {
+    /// All rows, those that were left out, and what cleaning has done to texts and pairs.
+    pub fn finish(self) -> (Rows, SkippedRows, Option<CleaningReport>) {
         let cleaning = self.cleaners.map(|(texts, pairs)| {
             let mut report = texts.into_report();
             // A row is counted once, by its text; what was done to pairs adds to the steps.
@@ -90,6 +136,6 @@ impl Builder {
             report.steps.sort_by_key(|step| step.step);
             report
         });
-        (self.rows, cleaning)
+        (self.rows, self.skipped, cleaning)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::{DataError, Rows, clean::CleaningReport};
+use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport};
 
 /// The rows of all sources.
 #[derive(Debug, Default)]
@@ -12,6 +12,8 @@ pub struct Dataset {
     pub rows: Rows,
     /// Hexadecimal sha256 over sources, their content or offset ranges, cleaning, split and seed.
     pub digest: String,
+    /// Rows that could not be read.
+    pub skipped: SkippedRows,
     /// What cleaning did, if it was asked for.
     pub cleaning: Option<CleaningReport>,
     /// Number of each row's cluster of near duplicates, if they were sought: the split keeps a cluster together.

@@ -20,6 +20,7 @@ mod source;
 mod split;
 mod strings;
 
+pub use builder::SkippedRows;
 pub use dataset::Dataset;
 pub use error::DataError;
 pub use progress::Progress;

@@ -2,7 +2,7 @@
 
 use athanor_contract::{
     artifact::sha256_hex,
-    train::{DataSpec, Source},
+    train::{DataSpec, OnBadRow, Source},
 };
 use serde::Serialize;
 
@@ -35,7 +35,7 @@ pub async fn read(
 }
 
 pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<Dataset, DataError> {
-    let mut builder = Builder::new(spec.clean.as_ref())?;
+    let mut builder = Builder::new(spec.clean.as_ref(), spec.on_bad_row)?;
     let mut contents = Vec::with_capacity(spec.sources.len());
     for (index, source) in spec.sources.iter().enumerate() {
         let content;
@@ -44,16 +44,17 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     }
     let identities: Vec<Identity> =
         std::iter::zip(&spec.sources, &contents).map(|(source, content)| Identity { source, content }).collect();
-    let identity = match &spec.clean {
-        // This form never changes: a digest names checkpoints.
-        None => serde_json::to_vec(&(identities, &spec.split)),
-        Some(clean) => serde_json::to_vec(&(identities, &spec.split, clean)),
+    // These forms never change: a digest names checkpoints.
+    let identity = match (&spec.clean, spec.on_bad_row) {
+        (None, OnBadRow::Fail) => serde_json::to_vec(&(identities, &spec.split)),
+        (Some(clean), OnBadRow::Fail) => serde_json::to_vec(&(identities, &spec.split, clean)),
+        (clean, OnBadRow::Skip) => serde_json::to_vec(&(identities, &spec.split, clean, OnBadRow::Skip)),
     };
     let digest = sha256_hex(&identity.map_err(|error| DataError::Other(error.to_string()))?);
     let sources = spec.sources.iter().map(|source| source.name.clone()).collect();
-    let (mut rows, cleaning) = builder.finish();
+    let (mut rows, skipped, cleaning) = builder.finish();
     let Some((clean, mut cleaning)) = spec.clean.as_ref().zip(cleaning) else {
-        return Ok(Dataset { sources, rows, digest, ..Dataset::default() });
+        return Ok(Dataset { sources, rows, digest, skipped, ..Dataset::default() });
     };
     let newest_wins = |source: usize| spec.sources[source].kafka.is_some();
     let resolved = clean::resolve(&rows, clean, newest_wins, &mut cleaning, context.report)?;
@@ -63,7 +64,7 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     if rows.is_empty() {
         return Err(DataError::User(format!("data.clean removed all of the {} rows", cleaning.rows)));
     }
-    Ok(Dataset { sources, rows, digest, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
+    Ok(Dataset { sources, rows, digest, skipped, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
 }
 
 impl Corpus for Rows {

@@ -91,12 +91,15 @@ impl Reading {
         Ok(())
     }
 
-    /// Continues after a row with a user error, unless there are many; [`Self::end`] reports them.
+    /// Continues after a row with a user error, unless there are many; [`Self::end`] reports them. Bad rows that are to be
+    /// left out are only counted.
     pub fn go_on(&mut self, row: Result<(), DataError>) -> Result<(), DataError> {
-        match row {
-            Err(DataError::User(mistake)) if self.mistakes.len() + 1 < MISTAKES => self.mistakes.push(mistake),
-            row => return row,
+        let Err(DataError::User(mistake)) = row else { return row };
+        let Err(mistake) = self.builder.skip(mistake) else { return Ok(()) };
+        if self.mistakes.len() + 1 == MISTAKES {
+            return Err(DataError::User(mistake));
         }
+        self.mistakes.push(mistake);
         Ok(())
     }
 

@@ -100,7 +100,11 @@ pub(crate) async fn read(
     };
     if builder.rows_of_source() == 0 {
         let labelled = if context.needs_labels { "labelled " } else { "" };
-        return Err(DataError::User(format!("source {name}: no {labelled}rows in {from}")));
+        let skipped = match builder.skipped().examples.first() {
+            Some(mistake) => format!(" but bad ones, such as {mistake}"),
+            None => String::new(),
+        };
+        return Err(DataError::User(format!("source {name}: no {labelled}rows in {from}{skipped}")));
     }
     Ok((digest, builder))
 }

@@ -3,6 +3,8 @@
 use std::{
     ffi::{CString, c_int, c_void},
     marker::PhantomData,
+    net::TcpListener,
+    os::fd::IntoRawFd,
     ptr::NonNull,
     time::Duration,
 };
@@ -21,17 +23,34 @@ pub enum Backend {
 }
 
 /// The address at which the ranks of a process group find each other.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Rendezvous<'a> {
     /// Address of rank 0, which runs the store; rank 0 itself may pass 127.0.0.1.
     pub store_host: &'a str,
     pub store_port: u16,
+    /// Rank 0's listener on `store_port`; `None`: its store opens one.
+    pub listener: Option<TcpListener>,
     /// Address (or a name of it) of this machine that the other ranks can reach: Gloo listens there.
     pub bind_host: &'a str,
     pub rank: usize,
     pub world: usize,
     /// Time limit of the rendezvous and of each collective.
     pub timeout: Duration,
+}
+
+impl Rendezvous<'static> {
+    /// For each of `world` ranks that are threads of this process: a free port of 127.0.0.1, on which rank 0 listens
+    /// already, so that nobody else can take it.
+    ///
+    /// # Errors
+    /// If no port is free.
+    pub fn on_loopback(world: usize) -> std::io::Result<Vec<Self>> {
+        let mut listener = Some(TcpListener::bind("127.0.0.1:0")?);
+        let store_port = listener.as_ref().map(TcpListener::local_addr).transpose()?.map_or(0, |address| address.port());
+        let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
+        let of_rank = |rank| Self { store_host, store_port, listener: listener.take(), bind_host, rank, world, timeout };
+        Ok((0..world).map(of_rank).collect())
+    }
 }
 
 /// The ranks that train together. Collectives have to be called by all ranks in the same order, from one thread at a
@@ -50,7 +69,7 @@ impl ProcessGroup {
     const BUFFER_BYTES: i64 = 25 << 20;
 
     /// Blocks until all ranks have arrived.
-    pub fn new(backend: Backend, at: &Rendezvous) -> Result<Self, Error> {
+    pub fn new(backend: Backend, at: Rendezvous) -> Result<Self, Error> {
         let text = |value: &str| CString::new(value).map_err(|_| Error::Torch(format!("{value:?} is not a host name")));
         let (store_host, bind_host) = (text(at.store_host)?, text(at.bind_host)?);
         let number =
@@ -65,6 +84,7 @@ impl ProcessGroup {
                     c_int::from(backend == Backend::Nccl),
                     store_host.as_ptr(),
                     at.store_port,
+                    at.listener.map_or(-1, IntoRawFd::into_raw_fd),
                     bind_host.as_ptr(),
                     rank,
                     world,
@@ -231,15 +251,11 @@ mod tests {
     /// What a rank of [`on_ranks`] relies on when another one fails.
     #[test]
     fn a_rank_whose_peer_goes_away_has_lost_a_peer_at_once() {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let join = |rank: usize| {
-            let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-            let at = Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout };
-            ProcessGroup::new(Backend::Gloo, &at).unwrap()
-        };
+        let [first, second] = Rendezvous::on_loopback(2).unwrap().try_into().unwrap();
+        let join = |at: Rendezvous| ProcessGroup::new(Backend::Gloo, at).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| drop(join(1)));
-            let group = join(0);
+            scope.spawn(|| drop(join(second)));
+            let group = join(first);
             let begun = Instant::now();
             let found = group.all_reduce_sum(&Tensor::from(1.0_f32));
             assert!(matches!(found, Err(Error::LostPeer(_))), "{found:?}");
@@ -293,10 +309,8 @@ mod nccl_tests {
     /// On one GPU: collectives of one rank change nothing, and gradients that go through the reducer are the same.
     #[test]
     fn one_rank_trains_over_nccl() {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-        let at = Rendezvous { store_host, store_port: port, bind_host, rank: 0, world: 1, timeout };
-        let group = ProcessGroup::new(Backend::Nccl, &at).unwrap();
+        let [at] = Rendezvous::on_loopback(1).unwrap().try_into().unwrap();
+        let group = ProcessGroup::new(Backend::Nccl, at).unwrap();
         let on_gpu = (Kind::Float, Device::Cuda(0));
         let values = Tensor::arange(1 << 20, on_gpu).sin();
         let reduced = values.copy();

@@ -28,6 +28,7 @@ unsafe extern "C" {
         nccl: c_int,
         store_host: *const c_char,
         store_port: u16,
+        listener: c_int,
         bind_host: *const c_char,
         rank: c_int,
         world: c_int,

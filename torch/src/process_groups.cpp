@@ -30,13 +30,15 @@ int athanor_has_nccl() {
 #endif
 }
 
-int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, const char* bind_host, int rank, int world,
-                      int64_t timeout_ms, Group** out, char** message) {
+// `listener`: a socket for the store to listen on, of which rank 0 becomes the owner; -1 for one of its own.
+int athanor_group_new(int nccl, const char* store_host, uint16_t store_port, int listener, const char* bind_host, int rank,
+                      int world, int64_t timeout_ms, Group** out, char** message) {
   return guarded(message, [&] {
     const auto timeout = std::chrono::milliseconds(timeout_ms);
     c10d::TCPStoreOptions options;
     options.port = store_port;
     options.isServer = rank == 0;
+    if (listener >= 0) options.masterListenFd = listener;
     options.numWorkers = world;
     options.timeout = timeout;
     auto store = c10::make_intrusive<c10d::TCPStore>(store_host, options);

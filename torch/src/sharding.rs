@@ -78,8 +78,6 @@ impl Cuts {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::{net::TcpListener, time::Duration};
-
     use tch::Kind;
 
     use super::*;
@@ -109,14 +107,11 @@ pub(crate) mod tests {
     /// Runs `of_rank` on a thread for each of `world` ranks. A rank that panics drops its process group, which closes
     /// its connections: the others fail at their next collective instead of waiting for their timeout.
     pub(crate) fn on_ranks(world: usize, of_rank: impl Fn(&ProcessGroup) + Sync) {
-        let store_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
         std::thread::scope(|scope| {
-            for rank in 0..world {
+            for at in Rendezvous::on_loopback(world).unwrap() {
                 let of_rank = &of_rank;
                 scope.spawn(move || {
-                    let at = Rendezvous { store_host, store_port, bind_host, rank, world, timeout };
-                    let group = ProcessGroup::new(Backend::Gloo, &at).unwrap();
+                    let group = ProcessGroup::new(Backend::Gloo, at).unwrap();
                     of_rank(&group);
                     // Rank 0 has the store that the others are still using.
                     group.barrier().unwrap();

@@ -35,7 +35,8 @@ impl TrainError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::User(_) => exit_code::USER_ERROR,
-            Self::LostPeer(_) | Self::Stopped { .. } => exit_code::LOST_PEER,
+            Self::LostPeer(_) => exit_code::LOST_PEER,
+            Self::Stopped { .. } => exit_code::STOPPED,
             Self::NonFinite { .. } | Self::RolledBackInVain { .. } => exit_code::NON_FINITE,
             Self::Other(_) => 1,
         }

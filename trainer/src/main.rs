@@ -39,8 +39,8 @@ enum Command {
     /// running the same manifest again continues from the newest checkpoint. With spec.distributed.processesPerNode
     /// above 1 that many processes train together.
     ///
-    /// Exit codes: 0 done (also if a gate failed), 3 the job or its data must be changed, 42 lost a peer or was asked
-    /// to stop, 43 no progress, 44 loss or gradient not finite.
+    /// Exit codes: 0 done (also if a gate failed), 3 the job or its data must be changed, 42 lost a peer, 43 no
+    /// progress, 44 loss or gradient not finite, 45 asked to stop.
     Run(RunArguments),
     /// Report what a job would do, and every mistake in it, without training.
     ///

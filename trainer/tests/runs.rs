@@ -129,7 +129,7 @@ fn killed_stopped_and_resumed_is_uninterrupted_bit_for_bit() {
     let mut child = place.start("parts", &spec);
     place.wait_for_step("parts", &mut child, killed_at + 3);
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    place.finish("parts", child, 42);
+    place.finish("parts", child, 45);
     let stopped_at = place.losses("parts").last().unwrap().0;
     assert!(place.checkpoints("parts").contains(&stopped_at), "no checkpoint at the stop");
     assert!(place.checkpoints("parts").len() <= 2, "old checkpoints are deleted");
@@ -191,7 +191,7 @@ fn a_sharded_optimizer_changes_nothing_and_its_checkpoints_fit_any_ranks() {
         let mut child = place.start("parts", now);
         place.wait_for_step("parts", &mut child, done + 2);
         kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-        place.finish("parts", child, 42);
+        place.finish("parts", child, 45);
         done = place.losses("parts").last().unwrap().0;
         assert!(place.checkpoints("parts").contains(&done), "no checkpoint at the stop");
         std::fs::rename(folder(now), folder(next)).unwrap();

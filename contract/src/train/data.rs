@@ -11,6 +11,10 @@ pub struct DataSpec {
     /// Sources of rows; the rows of all sources form the dataset. Metrics and gates can refer to a source by its name.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub sources: Vec<Source>,
+    /// What happens to a row that cannot be read: a field that is missing, empty or not text, malformed JSON or CSV, text
+    /// that is not UTF-8, a page of a PDF that is damaged.
+    #[serde(default, skip_serializing_if = "OnBadRow::is_default")]
+    pub on_bad_row: OnBadRow,
     /// How texts are cleaned before they are used. Absent: they are not, except that a text which occurs twice in a
     /// source is kept once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,6 +46,22 @@ impl DataSpec {
     /// Whether an endpoint labels rows, which may want to be paid for each.
     pub fn endpoint_annotates(&self) -> bool {
         self.annotate.as_ref().is_some_and(|annotate| annotate.endpoint.is_some())
+    }
+}
+
+/// What happens to a row that cannot be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnBadRow {
+    /// The job fails and names up to ten such rows of the file.
+    #[default]
+    Fail,
+    /// It is left out. The report counts the rows that were left out and shows the first ten.
+    Skip,
+}
+
+impl OnBadRow {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

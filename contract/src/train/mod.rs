@@ -44,13 +44,15 @@ pub mod exit_code {
     pub const DONE: i32 = 0;
     /// The user's input is wrong. It is not retried; the termination message says what to change.
     pub const USER_ERROR: i32 = 3;
-    /// A peer was lost, or this process received a signal to stop. The gang restarts from its last checkpoint.
+    /// A peer was lost. The gang restarts from its last checkpoint.
     pub const LOST_PEER: i32 = 42;
     /// No step ended within `failurePolicy.hangSeconds`.
     pub const HUNG: i32 = 43;
     /// The loss or the gradients were not finite, and `failurePolicy.onNonFinite` is `Fail` or has used up its
     /// attempts.
     pub const NON_FINITE: i32 = 44;
+    /// A rank received a signal to stop. The gang restarts from its last checkpoint.
+    pub const STOPPED: i32 = 45;
 }
 
 /// A FineTuneJob as a file: the same manifest that `kubectl apply` takes, read by `athanor-trainer run -f`.

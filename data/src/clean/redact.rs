@@ -34,7 +34,7 @@ const PRIVATE_KEY: &str = r"(?xs-u)
     (?u:.*?)
     (?:-----END\x20[A-Z0-9\x20]{0,40}PRIVATE\x20KEY(?:\x20BLOCK)?-----|\z)";
 
-/// Tokens that tell what they are: AWS, GitHub, GitLab, Slack, Stripe, OpenAI and kin, Google, Hugging Face, npm, PyPI, SendGrid,
+/// Tokens that tell what they are: AWS, GitHub, GitLab, Slack, Stripe, Google, Hugging Face, npm, PyPI, SendGrid,
 /// JSON Web Tokens (RFC 7519, signed or encrypted).
 const TOKEN: &str = r"(?x-u)\b(?:
     (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b
@@ -44,7 +44,6 @@ const TOKEN: &str = r"(?x-u)\b(?:
   | xox[abeoprs]-[A-Za-z0-9\-]{10,}
   | (?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{10,}
   | whsec_[A-Za-z0-9]{20,}
-  | sk-[A-Za-z0-9_\-]{20,}
   | AIza[A-Za-z0-9_\-]{35}
   | hf_[A-Za-z0-9]{30,}
   | npm_[A-Za-z0-9]{36}
@@ -52,6 +51,9 @@ const TOKEN: &str = r"(?x-u)\b(?:
   | SG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,}
   | eyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-.]*
 )";
+
+/// Tokens of OpenAI and kin; words may look like them, so one must have a digit.
+const SK_TOKEN: &str = r"(?-u)\bsk-[A-Za-z0-9_\-]{20,}";
 
 /// What follows `Bearer` or `Basic` in an Authorization header.
 const AUTHORIZATION: &str = r"(?i-u)\b(?:bearer|basic)\x20+([A-Z0-9._~+/=\-]{16,})";
@@ -83,12 +85,10 @@ impl Redactor {
     /// `None` if nothing is to be looked for.
     pub(super) fn new(kinds: &[Redaction]) -> Result<Option<Self>, DataError> {
         type Accept = fn(&str, Range<usize>) -> bool;
-        let all: [(Redaction, &str, Accept); 9] = [
+        let all: [(Redaction, &str, Accept); 10] = [
             (Redaction::Secret, PRIVATE_KEY, |_, _| true),
-            (Redaction::Secret, TOKEN, |text, found| {
-                let token = &text[found];
-                !token.starts_with("sk-") || has_digit(token)
-            }),
+            (Redaction::Secret, TOKEN, |_, _| true),
+            (Redaction::Secret, SK_TOKEN, |text, found| has_digit(&text[found])),
             (Redaction::Secret, URL_PASSWORD, |_, _| true),
             (Redaction::Secret, AUTHORIZATION, |text, found| has_digit(&text[found])),
             (Redaction::Secret, NAMED_SECRET, |text, found| {
@@ -160,6 +160,9 @@ impl Rule {
                 replaced.push_str(placeholder(self.kind));
                 copied = finding.end;
                 at = finding.end;
+            } else if self.kind == Redaction::Secret {
+                // What is refused has no digit or no letter, so a shorter match with the same end has none either.
+                at = whole.end();
             } else {
                 at = whole.start() + text[whole.start()..].chars().next().map_or(1, char::len_utf8);
             }

@@ -15,7 +15,7 @@ pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), Da
     let mut is_empty = true;
     while let Some((number, line)) = lines.next(reading)? {
         is_empty = false;
-        let row = read_row(line, number, &columns, reading);
+        let row = line.and_then(|line| read_row(line, number, &columns, reading));
         reading.go_on(row)?;
     }
     if is_empty { Err(reading.user("the file is empty")) } else { Ok(()) }

@@ -21,8 +21,9 @@ impl<R: BufRead> Lines<R> {
         Self { reader, line: Vec::new(), number: 0, offset: 0 }
     }
 
-    /// The next line that is not blank with its number from 1, without its end; `None` at the end of the file.
-    pub fn next(&mut self, reading: &Reading) -> Result<Option<(u64, &str)>, DataError> {
+    /// The next line that is not blank with its number from 1, without its end, or why it is not text; `None` at the end
+    /// of the file.
+    pub fn next(&mut self, reading: &Reading) -> Result<Option<(u64, Result<&str, DataError>)>, DataError> {
         loop {
             self.line.clear();
             self.number += 1;
@@ -49,10 +50,9 @@ impl<R: BufRead> Lines<R> {
         self.offset += self.line.len() as u64;
         let line = self.line.strip_suffix(b"\n").unwrap_or(&self.line);
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        match std::str::from_utf8(line) {
-            Ok(line) => Ok(Some((self.number, line))),
-            Err(error) => Err(reading
-                .user_at(self.number, format!("not UTF-8 (byte {} of the file)", begin + error.valid_up_to() as u64))),
-        }
+        let text = std::str::from_utf8(line).map_err(|error| {
+            reading.user_at(self.number, format!("not UTF-8 (byte {} of the file)", begin + error.valid_up_to() as u64))
+        });
+        Ok(Some((self.number, text)))
     }
 }

@@ -11,7 +11,7 @@ use ::parquet::{
     file::writer::SerializedFileWriter,
     schema::parser::parse_message_type,
 };
-use athanor_contract::train::Columns;
+use athanor_contract::train::{Columns, OnBadRow};
 
 use super::*;
 use crate::{Rows, builder::Builder, reading::LONGEST_ROW};
@@ -21,7 +21,7 @@ fn parse_all(name: &str, bytes: &[u8], columns: &Columns, needs_labels: bool) ->
     let count = Arc::<AtomicU64>::default();
     let read = || {
         let (format, compression) = of_name(name, None)?;
-        let mut builder = Builder::new(None)?;
+        let mut builder = Builder::new(None, OnBadRow::Fail)?;
         builder.begin_source(0);
         let mut reading = Reading::new(name, columns, needs_labels, count.clone(), builder);
         parse(format, compression, bytes, &mut reading)?;
@@ -105,7 +105,11 @@ fn pdf_file(pages: &[&str]) -> Vec<u8> {
             "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >> /Contents {} 0 R >>",
             5 + 2 * page
         ));
-        let content = if text.is_empty() { String::new() } else { format!("BT /F1 12 Tf 72 700 Td ({text}) Tj ET") };
+        let content = match *text {
+            "" => String::new(),
+            "{BROKEN}" => "BT /F9 12 Tf 72 700 Td (text) Tj ET".to_owned(),
+            text => format!("BT /F1 12 Tf 72 700 Td ({text}) Tj ET"),
+        };
         objects.push(format!("<< /Length {} >>\nstream\n{content}\nendstream", content.len()));
     }
     let mut file = "%PDF-1.4\n".to_owned();
@@ -119,6 +123,36 @@ fn pdf_file(pages: &[&str]) -> Vec<u8> {
     offsets.iter().for_each(|offset| file.push_str(&format!("{offset:010} 00000 n \n")));
     file.push_str(&format!("trailer\n<< /Size {} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n", objects.len() + 1));
     file.into_bytes()
+}
+
+#[test]
+fn bad_rows_are_left_out_and_counted_if_the_job_wants_that() {
+    let damaged = pdf_file(&["One", "{BROKEN}", "Three"]);
+    let cases: [(&str, &[u8], bool, &[&str], &[&str]); 4] = [
+        (
+            "x.jsonl",
+            b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\"}\nno\n{\"text\": \"\xff\", \"label\": 1}\n{\"text\": \"c\", \"label\": 0}\n",
+            true,
+            &["a", "c"],
+            &["x.jsonl row 2: field \"label\" is missing", "x.jsonl row 3: not JSON", "x.jsonl row 4: not UTF-8"],
+        ),
+        ("x.csv", b"text,label\na,1\n ,0\nb,0\n", true, &["a", "b"], &["x.csv row 3: field \"text\" is empty"]),
+        ("x.txt", b"a\n\xff\nb\n", false, &["a", "b"], &["x.txt row 2: not UTF-8 (byte 2 of the file)"]),
+        ("x.pdf", &damaged, false, &["One", "Three"], &["x.pdf row 2: the page is not readable: "]),
+    ];
+    for (name, bytes, needs_labels, texts, mistakes) in cases {
+        let (format, compression) = of_name(name, None).unwrap();
+        let mut builder = Builder::new(None, OnBadRow::Skip).unwrap();
+        builder.begin_source(0);
+        let mut reading = Reading::new(name, &Columns::default(), needs_labels, Arc::default(), builder);
+        parse(format, compression, bytes, &mut reading).unwrap();
+        let (rows, skipped, _) = reading.into_builder().finish();
+        assert_eq!((0..rows.len()).map(|row| rows.text(row)).collect::<Vec<_>>(), texts, "{name}");
+        assert_eq!(skipped.rows, mistakes.len() as u64, "{name}: {:?}", skipped.examples);
+        for (found, expected) in std::iter::zip(&skipped.examples, mistakes) {
+            assert!(found.starts_with(expected), "{found}");
+        }
+    }
 }
 
 #[test]
@@ -293,6 +327,10 @@ fn documents_are_rows_without_labels() {
     let pages = pdf_file(&["Hello page one", "", "And three"]);
     assert_eq!(read("x.pdf", &pages).unwrap(), ["x.pdf row 1: Hello page one", "x.pdf row 3: And three"]);
     assert_eq!(read("x.pdf.zst", &zstandard(&pages)).unwrap().len(), 2);
+    // Its second page has a font that is not there.
+    let damaged = pdf_file(&["One", "{BROKEN}", "Three"]);
+    let error = read("x.pdf", &damaged).unwrap_err();
+    assert_eq!(error, "x.pdf row 2: the page is not readable: it is damaged");
 
     let cases: [(&str, &[u8], &str); 11] = [
         ("x.txt", b"", "x.txt: the file is empty"),

@@ -10,10 +10,12 @@ pub(super) fn read(reader: impl BufRead, reading: &mut Reading) -> Result<(), Da
     let mut is_empty = true;
     while let Some((number, text)) = lines.next(reading)? {
         is_empty = false;
-        // Blank in Unicode's sense, such as a no-break space alone.
-        if !text.trim().is_empty() {
-            reading.row(number, Fields { text, ..Fields::default() })?;
-        }
+        let row = text.and_then(|text| match text.trim() {
+            // Blank in Unicode's sense, such as a no-break space alone.
+            "" => Ok(()),
+            _ => reading.row(number, Fields { text, ..Fields::default() }),
+        });
+        reading.go_on(row)?;
     }
     if is_empty { Err(reading.user("the file is empty")) } else { Ok(()) }
 }

@@ -186,7 +186,8 @@ impl Layer {
 
 /// softmax(Q K^T / sqrt(D) + bias) V, all [B, H, T, D].
 fn attention(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Bias, dropout: f64) -> Tensor {
-    if dropout == 0.0 {
+    // For the CPU libtorch has no fused kernel with dropout, and draws the mask slowly.
+    if dropout == 0.0 || query.device().is_cuda() {
         let allowed = bias.mask.as_ref();
         let joined = bias.relative.as_ref().map(|relative| match allowed {
             Some(mask) => relative.masked_fill(&mask.logical_not(), f64::NEG_INFINITY),
@@ -199,13 +200,12 @@ fn attention(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Bias, dropout:
             key,
             value,
             joined.as_ref().or(allowed),
-            0.0,
+            dropout,
             false,
             None,
             false,
         );
     }
-    // With dropout libtorch has no fused kernel for the CPU either, and draws the mask slowly.
     let scale = (query.size().last().copied().unwrap_or(1) as f64).sqrt().recip();
     let mut scores = (query * scale).matmul(&key.transpose(-2, -1));
     if let Some(relative) = &bias.relative {

@@ -73,32 +73,49 @@ pub fn read(batch_job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) 
         Ok(ends) => ends,
         Err(result) => return *result,
     };
-    if let Some(cause) = ends.crashed.into_iter().next() {
+    if let Some(cause) = first(&ends.crashed) {
         return Attempt::Ended { counted: true, cause };
     }
-    if let Some(cause) = ends.preempted.into_iter().next() {
-        let all_ended = pods.iter().all(|pod| terminated(pod).is_some() || phase(pod) == "Failed");
-        let waited = ends.first.map_or(Duration::MAX, |first| since(first, now));
-        return if all_ended || waited >= SETTLE {
-            Attempt::Ended { counted: false, cause }
-        } else {
-            Attempt::Settling { wait: SETTLE - waited }
+    let all_ended = pods.iter().all(|pod| terminated(pod).is_some() || phase(pod) == "Failed");
+    let Some(cause) = first(&ends.disrupted).or_else(|| first(&ends.lost_peer)) else {
+        return match batch_job {
+            None => Attempt::Absent,
+            Some(batch_job) => lost_pods(batch_job).unwrap_or_else(|| progress(batch_job, pods, nodes)),
         };
+    };
+    // All pods are there and each blames another one: the fault is in the network between them, or in its driver.
+    if ends.lost_peer.len() >= nodes as usize {
+        return Attempt::Ended { counted: true, cause };
     }
-    match batch_job {
-        None => Attempt::Absent,
-        Some(batch_job) => lost_pods(batch_job).unwrap_or_else(|| progress(batch_job, pods, nodes)),
+    let waited = ends.first.map_or(Duration::MAX, |first| since(first, now));
+    if all_ended || waited >= SETTLE {
+        Attempt::Ended { counted: false, cause }
+    } else {
+        Attempt::Settling { wait: SETTLE - waited }
     }
 }
 
 /// Ends of an attempt's pods that carry no result.
 #[derive(Default)]
 struct Ends {
-    /// Causes that the cluster or a lost peer explains.
-    preempted: Vec<String>,
+    /// Causes in the cluster.
+    disrupted: Vec<Cause>,
+    /// Pods that lost another one.
+    lost_peer: Vec<Cause>,
     /// Causes in the run itself.
-    crashed: Vec<String>,
+    crashed: Vec<Cause>,
     first: Option<Timestamp>,
+}
+
+/// Why a pod ended, and when.
+struct Cause {
+    at: Timestamp,
+    text: String,
+}
+
+/// The cause that came first: others may be its effects.
+fn first(causes: &[Cause]) -> Option<String> {
+    causes.iter().min_by_key(|cause| cause.at).map(|cause| cause.text.clone())
 }
 
 /// Collects the ends of all pods; `Err` is the result that one of them carries.
@@ -109,24 +126,31 @@ fn read_ends(pods: &[&Pod], now: Timestamp) -> Result<Ends, Box<Attempt>> {
         let Some(end) = terminated(pod) else {
             if phase(pod) == "Failed" {
                 let reason = pod.status.as_ref().and_then(|status| status.reason.as_deref()).unwrap_or("Lost");
-                ends.preempted.push(format!("pod {name}: {reason}"));
+                ends.disrupted.push(Cause { at: now, text: format!("pod {name}: {reason}") });
             }
             continue;
         };
+        let at = end.finished_at.as_ref().map_or(now, |time| time.0);
         match end.exit_code {
             exit_code::USER_ERROR => return Err(Box::new(user_error(end))),
             exit_code::DONE if index(pod) == Some(0) => match result(end) {
                 Some(TrainResult::Succeeded(summary)) => return Err(Box::new(Attempt::Succeeded(summary))),
                 Some(TrainResult::GateFailed(summary)) => return Err(Box::new(gate_failed(summary))),
-                _ => ends.crashed.push(format!("pod {name} ended with code 0 but without a result")),
+                _ => {
+                    let text = format!("pod {name} ended with code 0 but without a result");
+                    ends.crashed.push(Cause { at, text });
+                }
             },
             exit_code::DONE => {}
             code => {
-                let at = end.finished_at.as_ref().map_or(now, |time| time.0);
                 ends.first = Some(ends.first.map_or(at, |first| first.min(at)));
-                let is_preempted = code == exit_code::LOST_PEER || is_disrupted(pod);
-                let causes = if is_preempted { &mut ends.preempted } else { &mut ends.crashed };
-                causes.push(describe(&name, end));
+                let causes = match code {
+                    _ if is_disrupted(pod) => &mut ends.disrupted,
+                    exit_code::STOPPED => &mut ends.disrupted,
+                    exit_code::LOST_PEER => &mut ends.lost_peer,
+                    _ => &mut ends.crashed,
+                };
+                causes.push(Cause { at, text: describe(&name, end) });
             }
         }
     }
@@ -153,7 +177,8 @@ fn gate_failed(summary: TrainSummary) -> Attempt {
 /// Describes the end of a pod in one line: its exit code, the code's meaning and the termination message.
 fn describe(pod: &str, end: &ContainerStateTerminated) -> String {
     let meaning = match end.exit_code {
-        exit_code::LOST_PEER => "lost a peer or was asked to stop".into(),
+        exit_code::LOST_PEER => "lost a peer".into(),
+        exit_code::STOPPED => "was asked to stop".into(),
         exit_code::HUNG => "no step ended in time (failurePolicy.hangSeconds)".into(),
         exit_code::NON_FINITE => "the loss was not finite".into(),
         _ => end.reason.clone().unwrap_or_else(|| "Error".into()),

@@ -24,7 +24,7 @@ use super::{
         queue,
         search::{NewTrial, SearchResult},
     },
-    validate::ValidatedJob,
+    validate::{ValidatedJob, gpus},
 };
 use crate::{
     pods::{self, PodPlan},
@@ -202,6 +202,10 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
         pods::variable(variable::NAMESPACE, job.namespace.clone()),
         pods::variable(variable::METRICS_PORT, METRICS_PORT.to_string()),
     ]);
+    let gpus = gpus(&job.spec);
+    if gpus > 0 {
+        env.push(pods::variable(variable::GPUS, gpus.to_string()));
+    }
     let mut volumes = vec![
         (pods::config(&config_name(job)), path::CONFIG.to_owned()),
         // NCCL and Gloo exchange data between the processes of one node here; the default of 64 MiB is not enough.

@@ -140,7 +140,9 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
         ("crash, the other runs", vec![running(0), ended(1, 139, "")], 61, "counted", 1),
         ("hang", vec![ended(0, 43, ""), ended(1, 43, "")], 61, "counted", 1),
         ("no result", vec![ended(0, 0, ""), ended(1, 0, "")], 61, "counted", 1),
-        ("preempted", vec![ended(0, 42, ""), ended(1, 42, "")], 61, "uncounted", 1),
+        ("stopped", vec![ended(0, 42, ""), ended(1, 45, "")], 61, "uncounted", 1),
+        ("a network that fails all", vec![ended(0, 42, ""), ended(1, 42, "")], 61, "counted", 1),
+        ("a peer that is gone", vec![ended(0, 42, "")], 64, "uncounted", 1),
         ("too early to say", vec![ended(0, 42, ""), running(1)], 61, "Pending", 0),
         ("late enough to say", vec![ended(0, 42, ""), running(1)], 64, "uncounted", 1),
         ("evicted", vec![running(0), pod(1, 0, json!({"phase": "Failed", "reason": "Evicted"}))], 61, "uncounted", 1),
@@ -180,8 +182,9 @@ fn restarts_are_bounded_and_messages_name_the_cause() {
     for (restarts, preemptions, code, expected) in [
         (2, 0, 137, None),
         (3, 0, 137, Some("TooManyRestarts")),
-        (3, 0, 42, None),
-        (0, MAX_PREEMPTIONS, 42, Some("TooManyPreemptions")),
+        (3, 0, 42, Some("TooManyRestarts")),
+        (3, 0, 45, None),
+        (0, MAX_PREEMPTIONS, 45, Some("TooManyPreemptions")),
     ] {
         let decision = decide(
             &observed(with(restarts, preemptions), vec![ended(0, code, "out of memory"), ended(1, code, "")]),

@@ -3,7 +3,7 @@
 
 use athanor_contract::{
     process::api,
-    train::{Mistake, mistakes},
+    train::{Backend, Mistake, mistakes},
 };
 use athanor_crds::{FineTuneJob, FineTuneJobSpec, TRIAL_ANNOTATION, schema::LONGEST_JOB_NAME};
 use athanor_search::Search;
@@ -39,6 +39,11 @@ pub enum InvalidJob {
     Search(String),
     #[error("{}", .0.iter().map(|mistake| format!("spec.{mistake}")).collect::<Vec<_>>().join("; "))]
     Rules(Vec<Mistake>),
+    #[error(
+        "spec.distributed.processesPerNode: {processes}, but a pod reserves {gpus} GPUs (spec.podTemplate.resources), of which each \
+         process uses one: the others would be idle"
+    )]
+    IdleGpus { processes: u32, gpus: u32 },
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -79,7 +84,18 @@ fn check(job: &FineTuneJob) -> Result<(), InvalidJob> {
     if let Some(search) = &hyperparameters.search {
         Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
+    let (processes, gpus) = (job.spec.train.distributed.processes_per_node, gpus(&job.spec));
+    if gpus > processes && job.spec.train.distributed.backend != Backend::Gloo {
+        return Err(InvalidJob::IdleGpus { processes, gpus });
+    }
     Ok(())
+}
+
+/// GPUs that each pod reserves.
+pub fn gpus(spec: &FineTuneJobSpec) -> u32 {
+    let resources = spec.pod_template.as_ref().and_then(|template| template.resources.as_ref());
+    let limits = resources.and_then(|resources| resources.limits.as_ref());
+    limits.and_then(|limits| limits.get("nvidia.com/gpu")).and_then(|quantity| quantity.0.parse().ok()).unwrap_or(0)
 }
 
 /// Returns whether the name is a label of RFC 1035, as names of Services must be, with at most `longest` characters.

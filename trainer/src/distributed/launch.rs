@@ -97,12 +97,13 @@ fn code_of(status: std::io::Result<ExitStatus>) -> i32 {
 /// The cause rather than its effects: when one rank fails, the others lose a peer.
 fn overall(codes: impl Iterator<Item = i32>) -> i32 {
     let weight = |code: &i32| match *code {
-        exit_code::USER_ERROR => 5,
-        exit_code::NON_FINITE => 4,
-        exit_code::HUNG => 3,
+        exit_code::USER_ERROR => 6,
+        exit_code::NON_FINITE => 5,
+        exit_code::HUNG => 4,
         exit_code::DONE => 0,
         exit_code::LOST_PEER => 1,
-        _ => 2,
+        exit_code::STOPPED => 2,
+        _ => 3,
     };
     codes.max_by_key(weight).unwrap_or(exit_code::DONE)
 }
@@ -114,7 +115,7 @@ mod tests {
     #[test]
     fn the_cause_wins_over_its_effects() {
         for (codes, expected) in
-            [(vec![0, 0], 0), (vec![42, 3, 42], 3), (vec![42, 1], 1), (vec![42, 0], 42), (vec![42, 44], 44)]
+            [(vec![0, 0], 0), (vec![42, 3, 42], 3), (vec![42, 1], 1), (vec![42, 0], 42), (vec![42, 44], 44), (vec![42, 45], 45), (vec![45, 1], 1)]
         {
             assert_eq!(overall(codes.into_iter()), expected);
         }

@@ -69,7 +69,7 @@ impl Topology {
                 TrainError::User(format!("environment variable {}: {master_port} is no port", environment::MASTER_PORT))
             })?,
             bind_host: get(environment::POD_IP).unwrap_or(loopback),
-            backend: choose_backend(spec.backend)?,
+            backend: choose_backend(spec.backend, Gpus::found(number(environment::GPUS, 0)?), processes_per_node)?,
         })
     }
 
@@ -95,22 +95,73 @@ impl Topology {
     }
 }
 
-fn choose_backend(wanted: Backend) -> Result<athanor_torch::Backend, TrainError> {
-    let usable = athanor_torch::has_nccl() && tch::Cuda::is_available();
-    match wanted {
-        Backend::Gloo => Ok(athanor_torch::Backend::Gloo),
-        Backend::NCCL if !usable => {
-            Err(TrainError::User("distributed.backend: NCCL needs a GPU and the CUDA build of athanor-trainer".into()))
-        }
-        Backend::NCCL => Ok(athanor_torch::Backend::Nccl),
-        Backend::Auto if usable => Ok(athanor_torch::Backend::Nccl),
-        Backend::Auto => Ok(athanor_torch::Backend::Gloo),
+/// GPUs of this machine.
+#[derive(Clone, Copy)]
+struct Gpus {
+    /// What the pod has reserved.
+    reserved: usize,
+    /// What this process can use.
+    usable: usize,
+    /// Whether this is the build for GPUs.
+    has_nccl: bool,
+}
+
+impl Gpus {
+    fn found(reserved: usize) -> Self {
+        let has_nccl = athanor_torch::has_nccl();
+        let usable = if has_nccl { tch::Cuda::device_count().max(0) as usize } else { 0 };
+        Self { reserved, usable, has_nccl }
     }
+
+    fn describe(self) -> String {
+        match self.has_nccl {
+            false => "this build of athanor-trainer has no CUDA: use the CUDA image (docs/gpu.md)".into(),
+            true => format!("CUDA finds {} GPUs: check the driver and the runtime class of the pods", self.usable),
+        }
+    }
+}
+
+/// GPUs are used where there are any; a pod that has reserved some never trains on the CPU instead, unless it is asked to.
+fn choose_backend(wanted: Backend, gpus: Gpus, processes: usize) -> Result<athanor_torch::Backend, TrainError> {
+    let needed = match wanted {
+        Backend::Gloo => return Ok(athanor_torch::Backend::Gloo),
+        Backend::Auto if gpus.usable == 0 && gpus.reserved == 0 => return Ok(athanor_torch::Backend::Gloo),
+        Backend::Auto | Backend::NCCL => gpus.reserved.max(processes),
+    };
+    if gpus.usable < needed {
+        return Err(TrainError::User(format!(
+            "distributed.backend: {wanted:?} with {processes} processes on each node and {} reserved GPUs: {}",
+            gpus.reserved,
+            gpus.describe()
+        )));
+    }
+    Ok(athanor_torch::Backend::Nccl)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reserved_gpus_are_used_or_the_job_fails() {
+        use athanor_torch::Backend::{Gloo, Nccl};
+        let gpus = |reserved, usable| Gpus { reserved, usable, has_nccl: usable > 0 };
+        for (wanted, reserved, usable, processes, expected) in [
+            (Backend::Auto, 0, 0, 2, Some(Gloo)),
+            (Backend::Auto, 0, 1, 1, Some(Nccl)),
+            (Backend::Auto, 8, 8, 8, Some(Nccl)),
+            (Backend::Auto, 8, 0, 8, None),
+            (Backend::Auto, 8, 4, 4, None),
+            (Backend::Auto, 0, 4, 8, None),
+            (Backend::NCCL, 0, 0, 1, None),
+            (Backend::Gloo, 8, 0, 8, Some(Gloo)),
+        ] {
+            let found = choose_backend(wanted, gpus(reserved, usable), processes);
+            assert_eq!(found.as_ref().ok(), expected.as_ref(), "{wanted:?} {reserved} {usable} {processes}: {found:?}");
+        }
+        let without = choose_backend(Backend::Auto, gpus(8, 0), 8).unwrap_err().to_string();
+        assert!(without.contains("8 reserved GPUs: this build of athanor-trainer has no CUDA"), "{without}");
+    }
 
     fn topology(nodes: u32, processes: u32, variables: &[(&str, &str)]) -> Result<Topology, TrainError> {
         let spec = DistributedSpec {

@@ -6,20 +6,23 @@ use std::{
 };
 
 use athanor_torch::{ProcessGroup, Rendezvous};
+use tch::Tensor;
 
 use super::Topology;
-use crate::TrainError;
+use crate::{TrainError, train::watchdog::Watchdog};
 
 /// Between looks for rank 0: its DNS name appears some time after its pod, its port some time after that.
 const POLL: Duration = Duration::from_millis(50);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Joins all ranks; `None` for a run of one process. Blocks until all have arrived or `patience` is over; afterwards each
-/// collective may take up to `collective_timeout`.
+/// collective may take up to `collective_timeout`. The watchdog ends a process whose first collective never does: NCCL
+/// connects the ranks in it, without a time limit of its own.
 pub fn rendezvous(
     topology: &Topology,
     patience: Duration,
     collective_timeout: Duration,
+    watchdog: &Watchdog,
 ) -> Result<Option<ProcessGroup>, TrainError> {
     if topology.world() == 1 {
         return Ok(None);
@@ -28,15 +31,26 @@ pub fn rendezvous(
     let store_host = if topology.rank() == 0 { "127.0.0.1".to_owned() } else { wait_for_master(topology, patience)? };
     let group = ProcessGroup::new(
         topology.backend,
-        &Rendezvous {
+        Rendezvous {
             store_host: &store_host,
             store_port: topology.master_port,
+            listener: None,
             bind_host: &topology.bind_host,
             rank: topology.rank(),
             world: topology.world(),
             timeout: collective_timeout.max(patience),
         },
     )?;
+    watchdog.beat();
+    let ranks = Tensor::from(1.0_f32).to_device(topology.device());
+    group.all_reduce_sum(&ranks).map_err(|error| {
+        TrainError::Other(format!(
+            "the ranks found each other, but their first collective over {:?} failed: {error}. Check the firewall between \
+             the nodes, the interfaces (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO), the driver and the size of /dev/shm",
+            topology.backend
+        ))
+    })?;
+    watchdog.rest();
     Ok(Some(group))
 }
 

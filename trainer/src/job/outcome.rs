@@ -155,6 +155,7 @@ impl Finished<'_> {
             hyperparameters: &spec.hyperparameters,
             history,
             sources: page::sources(dataset, self.parts),
+            skipped: (dataset.skipped.rows > 0).then_some(&dataset.skipped),
             cleaning: dataset.cleaning.as_ref(),
             annotation: prepared.annotation.as_ref(),
             selection: self.selection.as_ref(),

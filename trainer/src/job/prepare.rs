@@ -61,10 +61,10 @@ pub fn prepare(job: JobContext) -> Result<Prepared, TrainError> {
     let teacher = spec.teacher.as_ref().map(|teacher| download(&teacher.from, "teacher"));
     let baseline = spec.evaluate.baseline.as_ref().map(|uri| download(uri, "baseline"));
     let peers = std::thread::spawn({
-        let topology = topology.clone();
+        let (topology, watchdog) = (topology.clone(), process.watchdog.clone());
         // The watchdog of a hung rank comes first.
         let timeout = Duration::from_secs(u64::from(spec.failure_policy.hang_seconds) + 60);
-        move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout)
+        move || rendezvous(&topology, RENDEZVOUS_PATIENCE, timeout, &watchdog)
     });
     let mut dataset = joined(runtime, data)?;
     let group = peers.join().map_err(|_| TrainError::Other("the rendezvous panicked".into()))??;
@@ -165,19 +165,18 @@ mod tests {
 
     #[test]
     fn a_rank_with_other_rows_is_refused() {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let of_rank = |rank: usize| {
-            let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
-            let at = Rendezvous { store_host, store_port: port, bind_host, rank, world: 2, timeout };
-            let group = ProcessGroup::new(Backend::Gloo, &at).unwrap();
+        let of_rank = |at: Rendezvous| {
+            let rank = at.rank;
+            let group = ProcessGroup::new(Backend::Gloo, at).unwrap();
             let same = same_data(&group, Device::Cpu, &"5".repeat(64));
             let other = same_data(&group, Device::Cpu, &rank.to_string().repeat(64));
             // Rank 0 has the store that the other is still using.
             group.barrier().unwrap();
             (same, other)
         };
+        let ranks: [Rendezvous; 2] = Rendezvous::on_loopback(2).unwrap().try_into().unwrap();
         let [first, second] = std::thread::scope(|scope| {
-            [0, 1].map(|rank| scope.spawn(move || of_rank(rank))).map(|rank| rank.join().unwrap())
+            ranks.map(|at| scope.spawn(move || of_rank(at))).map(|rank| rank.join().unwrap())
         });
         assert!(first.0.is_ok() && second.0.is_ok() && first.1.is_ok());
         assert!(second.1.unwrap_err().to_string().contains("the data changed while the ranks read it"));

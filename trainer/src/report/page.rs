@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, TrainSummary, TrialOutcome, WeightedTerm};
-use athanor_data::clean::CleaningReport;
+use athanor_data::{SkippedRows, clean::CleaningReport};
 use serde::Serialize;
 
 pub use super::classes::ClassReport;
@@ -47,6 +47,7 @@ pub struct Report<'a> {
     pub history: &'a History,
     pub sources: Vec<SourceRows>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<&'a SkippedRows>,
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub annotation: Option<&'a Annotation>,
@@ -354,6 +355,7 @@ mod tests {
                 .iter()
                 .map(Term::new)
                 .collect(),
+            skipped: None,
             cleaning: None,
             annotation: None,
             selection: None,

@@ -28,7 +28,7 @@ pub fn write_result(path: &Path, result: &TrainResult) -> std::io::Result<()> {
 /// Writes why this rank failed. The processes of a pod share the file: one that lost its peer does not overwrite the
 /// cause.
 pub fn write_failure(path: &Path, error: &TrainError) -> std::io::Result<()> {
-    let is_effect = error.exit_code() == exit_code::LOST_PEER;
+    let is_effect = [exit_code::LOST_PEER, exit_code::STOPPED].contains(&error.exit_code());
     if is_effect && std::fs::metadata(path).is_ok_and(|meta| meta.len() > 0) {
         return Ok(());
     }
