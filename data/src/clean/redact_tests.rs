@@ -98,8 +98,9 @@ fn what_a_placeholder_sets_free_is_found_too() {
 fn time_is_linear_in_hostile_text() {
     for part in ["sk-", "pwd=", "token:"] {
         let text = part.repeat(2_000_000 / part.len());
-        assert!(redact(&text).is_none(), "{part}");
-        assert!(redact(&format!("{text} password=abc12345")).is_some_and(|found| found.ends_with(" password=[SECRET]")));
+        assert!(all().redact(&text).is_none(), "{part}");
+        let (redacted, _) = all().redact(&format!("{text} password=abc12345")).unwrap();
+        assert!(redacted.ends_with(" password=[SECRET]"), "{part}");
     }
 }
 

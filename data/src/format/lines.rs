@@ -7,6 +7,9 @@ use crate::{
     reading::{LONGEST_ROW, Reading},
 };
 
+/// A line's number from 1 and its text, or why it has none.
+type Line<'a> = (u64, Result<&'a str, DataError>);
+
 pub(super) struct Lines<R> {
     reader: R,
     line: Vec<u8>,
@@ -21,9 +24,8 @@ impl<R: BufRead> Lines<R> {
         Self { reader, line: Vec::new(), number: 0, offset: 0 }
     }
 
-    /// The next line that is not blank with its number from 1, without its end, or why it is not text; `None` at the end
-    /// of the file.
-    pub fn next(&mut self, reading: &Reading) -> Result<Option<(u64, Result<&str, DataError>)>, DataError> {
+    /// The next line that is not blank, without its end; `None` at the end of the file.
+    pub fn next(&mut self, reading: &Reading) -> Result<Option<Line<'_>>, DataError> {
         loop {
             self.line.clear();
             self.number += 1;

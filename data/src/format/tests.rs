@@ -128,7 +128,8 @@ fn pdf_file(pages: &[&str]) -> Vec<u8> {
 #[test]
 fn bad_rows_are_left_out_and_counted_if_the_job_wants_that() {
     let damaged = pdf_file(&["One", "{BROKEN}", "Three"]);
-    let cases: [(&str, &[u8], bool, &[&str], &[&str]); 4] = [
+    type Case<'a> = (&'a str, &'a [u8], bool, &'a [&'a str], &'a [&'a str]);
+    let cases: [Case; 4] = [
         (
             "x.jsonl",
             b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\"}\nno\n{\"text\": \"\xff\", \"label\": 1}\n{\"text\": \"c\", \"label\": 0}\n",

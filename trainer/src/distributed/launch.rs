@@ -114,9 +114,15 @@ mod tests {
 
     #[test]
     fn the_cause_wins_over_its_effects() {
-        for (codes, expected) in
-            [(vec![0, 0], 0), (vec![42, 3, 42], 3), (vec![42, 1], 1), (vec![42, 0], 42), (vec![42, 44], 44), (vec![42, 45], 45), (vec![45, 1], 1)]
-        {
+        for (codes, expected) in [
+            (vec![0, 0], 0),
+            (vec![42, 3, 42], 3),
+            (vec![42, 1], 1),
+            (vec![42, 0], 42),
+            (vec![42, 44], 44),
+            (vec![42, 45], 45),
+            (vec![45, 1], 1),
+        ] {
             assert_eq!(overall(codes.into_iter()), expected);
         }
     }
