@@ -126,6 +126,9 @@ pub mod file {
     pub const PREVIOUS_KEY: &str = "previous";
 }
 
+/// How long a router that ends tries to hand events over which Kafka did not take.
+pub const HAND_OVER_SECONDS: u64 = 45;
+
 /// Paths in a container, and of a process' operational HTTP server.
 pub mod path {
     /// Folder in which a ConfigMap is mounted.
@@ -150,6 +153,8 @@ pub mod path {
     pub const TERMINATION_LOG: &str = "/dev/termination-log";
     /// A router's counts by revision: [`RouterAnalysis`](crate::serve::RouterAnalysis).
     pub const ANALYSIS: &str = "/analysis";
+    /// Where a router takes the events of one that ends.
+    pub const HAND_OVER: &str = "/hand-over";
 }
 
 /// Headers of requests and responses on the serving path.

@@ -24,6 +24,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 pub enum Purpose {
     RequestId,
     Event,
+    HandOver,
 }
 
 impl Purpose {
@@ -31,6 +32,7 @@ impl Purpose {
         match self {
             Self::RequestId => b"request-id",
             Self::Event => b"event",
+            Self::HandOver => b"hand-over",
         }
     }
 }

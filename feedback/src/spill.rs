@@ -192,6 +192,32 @@ impl Spill {
     }
 }
 
+/// Gives the events of a folder that no process uses to `take`, a segment at a time, and removes those that were taken.
+/// Returns their number.
+///
+/// # Errors
+/// The folder cannot be used, or `take` refused a segment: that one and those after it stay.
+pub async fn hand_over(dir: &Path, take: impl AsyncFn(Vec<Event>) -> Result<(), String>) -> Result<usize, String> {
+    let mut spill = Spill::open(dir, u64::MAX).map_err(|error| error.to_string())?;
+    let mut count = 0;
+    for number in spill.closed() {
+        let segment = match read_segment(&spill.path(number)) {
+            Ok(segment) => segment,
+            Err(error) => {
+                tracing::error!(segment = number, %error, "a segment cannot be read and is set aside");
+                spill.set_aside(number);
+                continue;
+            }
+        };
+        if !segment.events.is_empty() {
+            take(segment.events.clone()).await?;
+            count += segment.events.len();
+        }
+        spill.remove(&segment).map_err(|error| error.to_string())?;
+    }
+    Ok(count)
+}
+
 /// Reads a closed segment, checking every line.
 pub fn read_segment(path: &Path) -> Result<Segment, SpillError> {
     let at = |source| SpillError::Io { path: path.to_owned(), source };
@@ -321,6 +347,39 @@ mod tests {
         spill.set_aside(0);
         assert_eq!(spill.closed(), [1]);
         assert!(path.with_extension("unreadable").exists() && !path.exists());
+    }
+
+    #[tokio::test]
+    async fn what_is_handed_over_is_removed_and_the_rest_stays() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut spill = open(dir.path());
+        for begin in [0, 2] {
+            spill.append(&events(begin..begin + 2)).expect("written");
+            spill.rotate();
+        }
+        let refused = hand_over(dir.path(), async |_| Ok(())).await.expect_err("the folder is in use");
+        assert!(refused.contains("used by another process"), "{refused}");
+        drop(spill);
+
+        let taken = std::cell::RefCell::new(Vec::new());
+        let first_only = async |events: Vec<Event>| {
+            let mut taken = taken.borrow_mut();
+            if taken.is_empty() {
+                taken.extend(events);
+                Ok(())
+            } else {
+                Err("no".to_owned())
+            }
+        };
+        assert_eq!(hand_over(dir.path(), first_only).await, Err("no".to_owned()));
+        assert_eq!(*taken.borrow(), events(0..2));
+        let rest = async |events: Vec<Event>| {
+            taken.borrow_mut().extend(events);
+            Ok(())
+        };
+        assert_eq!(hand_over(dir.path(), rest).await, Ok(2));
+        assert_eq!(*taken.borrow(), events(0..4));
+        assert!(open(dir.path()).is_empty());
     }
 
     #[test]

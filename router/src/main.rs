@@ -12,7 +12,7 @@ use athanor_router::{
     access::Access,
     gateway::Gateway,
     proxy::{grpc::Passing, http},
-    record::{events, labels, request_id::RequestIds},
+    record::{events, hand_over, labels, request_id::RequestIds},
     source::{
         kubernetes,
         local::{self, EndpointArgument},
@@ -59,7 +59,8 @@ struct Arguments {
     /// Port of /metrics, /healthz, /readyz and /analysis.
     #[arg(long, default_value_t = port::ROUTER_OPS)]
     ops_port: u16,
-    /// Folder for events while Kafka is away; it should outlive the container.
+    /// Folder for events while Kafka is away; it should outlive the container. What is left in it when the pod ends is
+    /// handed over to another router.
     #[arg(long, env = variable::SPILL_DIR, default_value = "/var/lib/athanor/spill")]
     spill_dir: PathBuf,
     /// Who may use the router, as JSON: {"callers": [{"name": "app", "scopes": ["infer", "feedback"]}]}. Absent:
@@ -101,6 +102,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
     let mut servers = Servers::default();
     let ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
+    let ops = match &keys {
+        Some(keys) => ops.merge(hand_over::routes(gateway.clone(), keys.clone())),
+        None => ops,
+    };
     servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, None);
     let listener = lifecycle::listen(&arguments.address, arguments.http_port).await?;
     servers.http(listener, http::app(gateway.clone()), tls.clone());
@@ -114,6 +119,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let routes = inference::reflection()?.add_service(health_service).add_service(passing);
     servers.grpc(lifecycle::listen(&arguments.address, arguments.grpc_port).await?, routes, tls);
 
+    let mut cluster = None;
     match (arguments.config_file, arguments.namespace, arguments.config_map) {
         (Some(file), ..) => {
             let text = local::load(&file, &arguments.endpoints, &registry).await?;
@@ -121,6 +127,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         (None, Some(namespace), Some(config_map)) => {
             let client = kube::Client::try_default().await.context("connecting to Kubernetes")?;
+            cluster = Some((client.clone(), namespace.clone()));
             tokio::spawn(kubernetes::watch(client, namespace, config_map, registry.clone()));
         }
         _ => anyhow::bail!("give --namespace and --config-map, or --config-file"),
@@ -130,8 +137,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let producer = tokio::spawn(events::keep_producer(
         registry.clone(),
         gateway.events.clone(),
-        keys,
-        arguments.spill_dir,
+        keys.clone(),
+        arguments.spill_dir.clone(),
         stop_events.clone(),
     ));
     tokio::spawn({
@@ -160,6 +167,14 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let _ = tokio::time::timeout(LAST_EVENTS, gateway.running.ended()).await;
     stop_events.cancel();
     producer.await.context("the task that keeps the producer failed")?;
+    let config = registry.snapshot().config.clone();
+    if let (Some((kube, namespace)), Some(keys), Some(config)) = (cluster, keys, config)
+        && let Some(events) = config.events.clone()
+    {
+        let peers = async || kubernetes::ready_routers(&kube, &namespace, &config.deployment).await;
+        let sender = hand_over::Sender { client: gateway.client.clone(), keys, events };
+        sender.run(&arguments.spill_dir, peers).await;
+    }
     result
 }
 

@@ -18,7 +18,8 @@ use athanor_tests::{
     storage,
     traffic::Client,
 };
-use kube::{ResourceExt, api::ListParams};
+use k8s_openapi::api::apps::v1::Deployment;
+use kube::{Api, ResourceExt, api::ListParams};
 use serde_json::{Value, json};
 
 const MINUTES: Duration = Duration::from_secs(60);
@@ -305,7 +306,7 @@ async fn bad_requests(cluster: &Cluster, namespace: &str, name: &str) -> Result<
 
 #[tokio::test]
 #[ignore = "needs the demo's cluster: make demo"]
-async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
+async fn a_stopped_kafka_and_a_replaced_router_lose_no_acknowledged_event() -> Result<()> {
     let namespace = "stop-kafka";
     let cluster = prepare(namespace).await?;
     let artifact = demo_artifact(&cluster).await?;
@@ -330,7 +331,8 @@ async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
     let mut ticks = tokio::time::interval(Duration::from_millis(25));
     let began = Instant::now();
     let mut stopped: Option<Instant> = None;
-    let mut restarted = false;
+    let (mut replaced, mut restarted) = (false, false);
+    let routers = pod_names(&cluster, namespace).await?;
     for text in &texts {
         ticks.tick().await;
         let answer = client.classify(&text.text, None).await?;
@@ -340,17 +342,25 @@ async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
             stop_kafka()?;
             stopped = Some(Instant::now());
         }
-        if !restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(30)) {
+        if !replaced && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(5)) {
+            replaced = true;
+            replace_routers(&cluster, namespace).await?;
+        }
+        if !restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(60)) {
             restarted = true;
             let up = Command::new(paths::checkout().join("cluster/up")).output()?;
             ensure!(up.status.success(), "cluster/up: {}", String::from_utf8_lossy(&up.stderr));
         }
-        if restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(45)) {
+        if restarted && stopped.is_some_and(|at| at.elapsed() > Duration::from_secs(75)) {
             break;
         }
     }
     ensure!(restarted, "the traffic ended before Kafka was started again");
-    println!("{} feedbacks acknowledged over a stop of 30 s", acknowledged.len());
+    wait("the routers of before are gone", MINUTES, async || {
+        Ok(pod_names(&cluster, namespace).await?.is_disjoint(&routers).then_some(()))
+    })
+    .await?;
+    println!("{} feedbacks acknowledged over a stop of 60 s and an update of the routers", acknowledged.len());
 
     let records = wait("every acknowledged event is in Kafka", MINUTES * 2, async || {
         let topic = topic.clone();
@@ -383,6 +393,19 @@ async fn a_stopped_kafka_loses_no_acknowledged_event() -> Result<()> {
     let all = rows.train + rows.validation + rows.test;
     ensure!(all as usize == acknowledged.len(), "{all} rows, {} acknowledged feedbacks", acknowledged.len());
     cluster.delete_namespace(namespace).await
+}
+
+/// Names of the routers' pods.
+async fn pod_names(cluster: &Cluster, namespace: &str) -> Result<BTreeSet<String>> {
+    let pods = cluster.select(namespace, "app.kubernetes.io/component=router").await?;
+    Ok(pods.iter().map(ResourceExt::name_any).collect())
+}
+
+/// Replaces the pods of the routers, and their disks with them, as an update does.
+async fn replace_routers(cluster: &Cluster, namespace: &str) -> Result<()> {
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client.clone(), namespace);
+    deployments.restart("events-router").await.context("kubectl rollout restart")?;
+    Ok(())
 }
 
 /// Ends the broker by the id that the cluster's state folder holds for it.

@@ -3,6 +3,7 @@
 pub mod events;
 pub mod feedback;
 pub mod generation;
+pub mod hand_over;
 pub mod labels;
 pub mod recent;
 pub mod request_id;

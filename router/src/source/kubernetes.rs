@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use athanor_contract::process::port;
 use futures::StreamExt;
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
@@ -99,13 +100,28 @@ async fn watch_service(slices: Api<EndpointSlice>, service: String, registry: Ar
     }
 }
 
+/// Operational addresses of the routers behind the Service that are ready: not of this one once it ends.
+pub async fn ready_routers(client: &Client, namespace: &str, service: &str) -> Vec<SocketAddr> {
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), namespace);
+    let selected = kube::api::ListParams::default().labels(&format!("{SERVICE_LABEL}={service}"));
+    let found = match slices.list(&selected).await {
+        Ok(found) => found.items,
+        Err(error) => {
+            tracing::warn!(%error, service, "the other routers cannot be listed");
+            Vec::new()
+        }
+    };
+    let ready = found.iter().flat_map(addresses).filter(|address| !address.draining);
+    ready.map(|address| SocketAddr::new(address.http.ip(), port::ROUTER_OPS)).collect()
+}
+
 /// Addresses of a slice that answer: ready ones, and those that drain.
 pub fn addresses(slice: &EndpointSlice) -> Vec<Address> {
     let port = |name: &str| {
         let port = slice.ports.iter().flatten().find(|port| port.name.as_deref() == Some(name))?.port?;
         u16::try_from(port).ok()
     };
-    let Some(http) = port("http") else { return Vec::new() };
+    let Some(http) = port("http").or_else(|| port("https")) else { return Vec::new() };
     let grpc = port("grpc");
     let endpoints = slice.endpoints.iter().filter_map(|endpoint| {
         let conditions = endpoint.conditions.as_ref();

@@ -2,6 +2,7 @@
 
 mod access;
 mod generations;
+mod hand_over;
 mod streams;
 
 use std::{

@@ -1,7 +1,7 @@
 //! The router: the stable address in front of all revisions.
 
 use athanor_contract::{
-    process::{file, path, port, variable},
+    process::{HAND_OVER_SECONDS, file, path, port, variable},
     serve::{AccessConfig, RouterConfig, RouterLimits, RouterRevision},
 };
 use athanor_crds::label;
@@ -71,7 +71,10 @@ pub fn build(
             ..RouterLimits::default()
         },
     };
-    let grace = grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds);
+    let mut grace = grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds);
+    if config.events.is_some() {
+        grace += HAND_OVER_SECONDS as i64;
+    }
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let template = pod_template(deployment, settings, &name, &labels, grace);
     // A name restricts list and watch as well, if the field selector has it.
