@@ -1,6 +1,10 @@
 //! `athanor-router`: the stable address of a ModelDeployment, in a cluster or (with `--config-file`) without one.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use athanor_contract::{
@@ -101,11 +105,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
 
     let mut servers = Servers::default();
-    let ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
-    let ops = match &keys {
-        Some(keys) => ops.merge(hand_over::routes(gateway.clone(), keys.clone())),
-        None => ops,
-    };
+    let mut ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
+    if let Some(keys) = &keys {
+        ops = ops.merge(hand_over::routes(gateway.clone(), keys.clone()));
+    }
     servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, None);
     let listener = lifecycle::listen(&arguments.address, arguments.http_port).await?;
     servers.http(listener, http::app(gateway.clone()), tls.clone());
@@ -167,15 +170,23 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let _ = tokio::time::timeout(LAST_EVENTS, gateway.running.ended()).await;
     stop_events.cancel();
     producer.await.context("the task that keeps the producer failed")?;
-    let config = registry.snapshot().config.clone();
-    if let (Some((kube, namespace)), Some(keys), Some(config)) = (cluster, keys, config)
-        && let Some(events) = config.events.clone()
-    {
-        let peers = async || kubernetes::ready_routers(&kube, &namespace, &config.deployment).await;
-        let sender = hand_over::Sender { client: gateway.client.clone(), keys, events };
-        sender.run(&arguments.spill_dir, peers).await;
+    if let (Some(cluster), Some(keys)) = (cluster, keys) {
+        hand_events_over(&gateway, keys, &arguments.spill_dir, cluster).await;
     }
     result
+}
+
+/// Gives events that Kafka did not take to another router of the deployment.
+async fn hand_events_over(
+    gateway: &Gateway,
+    keys: SharedKeys,
+    spill_dir: &Path,
+    (kube, namespace): (kube::Client, String),
+) {
+    let Some(config) = gateway.registry.snapshot().config.clone() else { return };
+    let Some(events) = config.events.clone() else { return };
+    let peers = async || kubernetes::ready_routers(&kube, &namespace, &config.deployment).await;
+    hand_over::Sender { client: gateway.client.clone(), keys, events }.run(spill_dir, peers).await;
 }
 
 fn request_ids(keys: Option<&SharedKeys>) -> RequestIds {

@@ -20,7 +20,7 @@ use athanor_contract::{
 };
 use athanor_feedback::{
     producer::Producer,
-    signing::{Purpose, SharedKeys},
+    signing::{LENGTH, Purpose, SharedKeys},
     spill,
 };
 use axum::{
@@ -63,7 +63,8 @@ async fn take(
     body: Bytes,
 ) -> Result<StatusCode, (StatusCode, String)> {
     let signature = headers.get(SIGNATURE).and_then(|value| hexadecimal::decode(value.to_str().ok()?));
-    let is_ours = signature.is_some_and(|it| receiver.keys.get().verify(Purpose::HandOver, &[&body], &it));
+    let is_ours =
+        signature.is_some_and(|it: [u8; LENGTH]| receiver.keys.get().verify(Purpose::HandOver, &[&body], &it));
     if !is_ours {
         return Err((StatusCode::FORBIDDEN, "not signed by a router of this deployment".into()));
     }
@@ -96,7 +97,10 @@ impl Sender {
                 Ok(0) => return,
                 Ok(count) => return tracing::info!(count, "another router has the events that waited for Kafka"),
                 Err(reason) if Instant::now() >= deadline => {
-                    return tracing::error!(reason, "events on this router's disk were not taken and are lost with its pod");
+                    return tracing::error!(
+                        reason,
+                        "events on this router's disk were not taken and are lost with its pod"
+                    );
                 }
                 Err(reason) => tracing::warn!(reason, "events wait for Kafka or another router"),
             }
