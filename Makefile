@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-data bench-quality bench-train bench-serve build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chart test-clients bench-data bench-quality bench-train bench-drift bench-serve build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -57,6 +57,9 @@ bench-data: setup ## memory and time of preparing ten million rows
 	@scripts/bench data
 bench-train: setup ## training speed, memory and start side by side with transformers' Trainer
 	@scripts/bench train
+
+bench-drift: setup ## detection of drift and false alarms on 200 streams, side by side with evidently
+	@scripts/bench drift
 
 bench-serve: setup ## tokens and requests a second side by side with llama.cpp and onnxruntime
 	@scripts/bench serve

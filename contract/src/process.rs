@@ -196,6 +196,8 @@ pub mod annotation {
     pub const TRIAL: &str = "athanor.dev/trial";
     /// Name of the retraining that may start, on a ModelDeployment with `approval: Manual`.
     pub const APPROVE: &str = "athanor.dev/approve";
+    /// With every new value, such as the time, on a ModelDeployment: revisions that were rolled back may be tried again.
+    pub const RETRY_ROLLOUT: &str = "athanor.dev/retry-rollout";
     /// Digest of the mounted configuration: a changed configuration is another pod template.
     pub const CONFIG: &str = "athanor.dev/config";
 }

@@ -245,6 +245,57 @@ pub struct RouterAnalysis {
     pub revisions: std::collections::BTreeMap<String, RevisionAnalysis>,
 }
 
+/// Numbers of answers by latency, which add up over routers. Buckets grow by a twelfth from a tenth of a millisecond to
+/// more than two minutes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LatencyHistogram(Vec<u64>);
+
+impl LatencyHistogram {
+    pub const BUCKETS: usize = 180;
+    const FIRST_MS: f64 = 0.1;
+    const GROWTH: f64 = 1.083;
+
+    /// From the counts of all buckets; those after the last answer are left out.
+    pub fn new(mut counts: Vec<u64>) -> Self {
+        counts.truncate(Self::BUCKETS);
+        counts.truncate(counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1));
+        Self(counts)
+    }
+
+    /// Index of the bucket of a latency.
+    pub fn bucket(milliseconds: f64) -> usize {
+        let bucket = (milliseconds / Self::FIRST_MS).max(1.0).log(Self::GROWTH).ceil() as usize;
+        bucket.min(Self::BUCKETS - 1)
+    }
+
+    /// Adds the answers of another router.
+    pub fn add(&mut self, other: &Self) {
+        let buckets = other.0.len().min(Self::BUCKETS);
+        if self.0.len() < buckets {
+            self.0.resize(buckets, 0);
+        }
+        for (count, &more) in self.0.iter_mut().zip(&other.0) {
+            *count = count.saturating_add(more);
+        }
+    }
+
+    /// The upper end, in milliseconds, of the bucket that holds this share of the answers; 0 without answers.
+    pub fn percentile(&self, share: f64) -> f64 {
+        let total: u64 = self.0.iter().fold(0, |total, &count| total.saturating_add(count));
+        if total == 0 {
+            return 0.0;
+        }
+        let rank = (total as f64 * share).ceil() as u64;
+        let mut seen = 0_u64;
+        let bucket = self.0.iter().position(|&count| {
+            seen = seen.saturating_add(count);
+            seen >= rank
+        });
+        Self::FIRST_MS * Self::GROWTH.powi(bucket.unwrap_or(self.0.len()) as i32)
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RevisionAnalysis {
     /// Number of attempts to run the model, including failed ones, without refusals.
@@ -255,8 +306,9 @@ pub struct RevisionAnalysis {
     /// does not report it.
     #[serde(default)]
     pub refused: u64,
-    /// 95th percentile of latency in milliseconds; 0 without answers.
-    pub latency_p95_ms: f64,
+    /// Latencies of the answers. A router of an earlier version does not report them.
+    #[serde(default)]
+    pub latency: LatencyHistogram,
     /// Number of remembered answers with feedback, each counted once.
     pub feedback_total: u64,
     pub feedback_correct: u64,

@@ -206,6 +206,11 @@ pub struct AnalysisSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 600_000))]
     pub max_latency_p95_ms: Option<u32>,
+    /// Largest loss of accuracy against the current revision, by the feedback that came during a step. A candidate is
+    /// rolled back if it is shown to be wrong more often, and by more than this. Whoever may give feedback takes part in
+    /// that verdict. Absent: feedback is not looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_accuracy_loss: Option<Decimal>,
     /// Number of requests in a step that the rollout requires to continue. 0: only the pause is required.
     #[schemars(range(min = 0, max = 1_000_000_000))]
     pub minimum_requests: u64,
@@ -214,7 +219,7 @@ pub struct AnalysisSpec {
 impl Default for AnalysisSpec {
     fn default() -> Self {
         let max_error_percent = Decimal::new(1.0).expect("a finite constant");
-        Self { max_error_percent, max_latency_p95_ms: None, minimum_requests: 50 }
+        Self { max_error_percent, max_latency_p95_ms: None, max_accuracy_loss: None, minimum_requests: 50 }
     }
 }
 
@@ -355,10 +360,15 @@ pub struct ModelDeploymentStatus {
     /// Revision before the current one, until its requests have drained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous_revision: Option<RetiredRevision>,
-    /// Names of the revisions that were rolled back, newest last; they are not tried again.
+    /// Names of the revisions that were rolled back, newest last; they are tried again when spec.model changes, or the
+    /// annotation athanor.dev/retry-rollout.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
     pub failed_revisions: Vec<String>,
+    /// Value of the annotation athanor.dev/retry-rollout when it was last looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub retried_rollout: Option<String>,
     /// Verdict of the monitor, which is the only writer of this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorStatus>,
@@ -449,6 +459,10 @@ pub struct CandidateStatus {
     /// What the routers had counted for the current revision when the step began.
     #[serde(default)]
     pub champion_baseline: RevisionCounts,
+    /// Digest of the routers that had counted it, each with its restarts: the step begins again with other ones.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub routers: String,
 }
 
 /// Counts of the routers for one revision.
@@ -461,6 +475,10 @@ pub struct RevisionCounts {
     pub errors: u64,
     /// Number of requests that were refused with a 4xx, besides.
     pub refused: u64,
+    /// Number of answers with feedback on whether they are right.
+    pub judged: u64,
+    /// Number of wrong answers among them.
+    pub wrong: u64,
 }
 
 /// A revision that is answering its last requests.

@@ -11,12 +11,7 @@ use std::{
     time::Duration,
 };
 
-use athanor_contract::serve::{RevisionAnalysis, RouterAnalysis};
-
-/// Buckets grow by a twelfth from a tenth of a millisecond: the last ends beyond two minutes.
-const BUCKETS: usize = 180;
-const FIRST_MS: f64 = 0.1;
-const GROWTH: f64 = 1.083;
+use athanor_contract::serve::{LatencyHistogram, RevisionAnalysis, RouterAnalysis};
 
 /// Counters of one revision.
 pub struct Counters {
@@ -36,7 +31,7 @@ impl Default for Counters {
             refused: AtomicU64::new(0),
             feedback_total: AtomicU64::new(0),
             feedback_correct: AtomicU64::new(0),
-            latency: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            latency: (0..LatencyHistogram::BUCKETS).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 }
@@ -48,9 +43,7 @@ impl Counters {
         if !ok {
             self.errors.fetch_add(1, Ordering::Relaxed);
         }
-        let milliseconds = latency.as_secs_f64() * 1e3;
-        let bucket = (milliseconds / FIRST_MS).max(1.0).log(GROWTH).ceil() as usize;
-        self.latency[bucket.min(BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
+        self.latency[LatencyHistogram::bucket(latency.as_secs_f64() * 1e3)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// An attempt that ended without a usable answer.
@@ -81,26 +74,11 @@ impl Counters {
             requests: self.requests.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
-            latency_p95_ms: percentile(&counts, 0.95),
+            latency: LatencyHistogram::new(counts),
             feedback_total: self.feedback_total.load(Ordering::Relaxed),
             feedback_correct: self.feedback_correct.load(Ordering::Relaxed),
         }
     }
-}
-
-/// The upper end, in milliseconds, of the bucket that holds this share of the counts; 0 without counts.
-fn percentile(counts: &[u64], share: f64) -> f64 {
-    let total: u64 = counts.iter().sum();
-    if total == 0 {
-        return 0.0;
-    }
-    let rank = (total as f64 * share).ceil() as u64;
-    let mut seen = 0;
-    let bucket = counts.iter().position(|count| {
-        seen += count;
-        seen >= rank
-    });
-    FIRST_MS * GROWTH.powi(bucket.unwrap_or(counts.len()) as i32)
 }
 
 /// Counters of every revision seen so far.
@@ -149,13 +127,14 @@ mod tests {
         let read = &analysis.read().revisions["a"];
         assert_eq!((read.requests, read.errors, read.refused), (101, 8, 1));
         assert_eq!((read.feedback_total, read.feedback_correct), (2, 1));
-        assert!((200.0..220.0).contains(&read.latency_p95_ms), "{}", read.latency_p95_ms);
+        let p95 = read.latency.percentile(0.95);
+        assert!((200.0..220.0).contains(&p95), "{p95}");
         for (latency, low, high) in [(0, 0.0, 0.11), (5, 5.0, 5.5), (1_000_000, 100_000.0, 1e9)] {
             let counters = Counters::default();
             counters.answered(Duration::from_millis(latency), true);
-            let value = counters.read().latency_p95_ms;
+            let value = counters.read().latency.percentile(0.95);
             assert!((low..high).contains(&value), "{latency}: {value}");
         }
-        assert_eq!(Counters::default().read().latency_p95_ms, 0.0);
+        assert_eq!(Counters::default().read().latency.percentile(0.95), 0.0);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use athanor_crds::ObservedSource;
+use athanor_crds::{ObservedSource, RETRY_ROLLOUT_ANNOTATION};
 use jiff::Timestamp;
 use kube::ResourceExt;
 
@@ -17,10 +17,13 @@ use super::{
     },
     validate::ValidatedDeployment,
 };
-use crate::condition::{State, Value};
+use crate::condition::{self, State, Value};
 
 /// Wait before a deployment that is not ready is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(15);
+
+/// Most characters of the annotation that asks for another try, in the schema of the status.
+const MOST_RETRY: usize = 256;
 
 /// What should be.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +48,10 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         // Another spec.model: what failed before may be tried again.
         status.failed_revisions.clear();
     }
+    let retry = retry(observed);
+    if retry.is_some() && retry != status.retried_rollout {
+        status.failed_revisions.clear();
+    }
     let status = &status;
     let source_job = observed.source_job.as_deref();
     let target =
@@ -58,6 +65,7 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         waiting: &observed.waiting,
         router_ready: observed.router.as_ref().is_some_and(|router| router.available > 0),
         counts: observed.counts.as_ref(),
+        routers: &observed.routers,
         now,
     };
     let rollout = rollout::rollout(&deployment.spec.rollout.canary, status, wanted, &inputs);
@@ -83,6 +91,12 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         ready,
         requeue,
     }
+}
+
+/// Returns the value of the annotation by which the user asks to try again what was rolled back.
+pub fn retry(observed: &Observed) -> Option<String> {
+    let value = observed.deployment.annotations().get(RETRY_ROLLOUT_ANNOTATION)?;
+    Some(condition::cut(value, MOST_RETRY))
 }
 
 /// Returns the revisions that have no traffic and no requests to finish.

@@ -11,7 +11,7 @@ use super::{
     names,
     observe::{
         counts::{self, Counts},
-        workload::Workload,
+        workload::{Workload, is_ready},
     },
 };
 use crate::{cluster, pods, reconciler::ReconcileError, stores::Stores};
@@ -36,6 +36,8 @@ pub struct Observed {
     pub waiting: BTreeMap<String, String>,
     /// Counts of the routers, read during a canary only. Absent if a router did not answer.
     pub counts: Option<Counts>,
+    /// Digest of the routers that were asked, each with its restarts.
+    pub routers: String,
 }
 
 /// Reads; `None` when the deployment is being deleted.
@@ -69,6 +71,7 @@ pub async fn dereference(
         has_monitor: false,
         waiting: waiting(&pods),
         counts: None,
+        routers: String::new(),
     };
     for workload in stores.workloads.select(&namespace, label::DEPLOYMENT, &name) {
         if !cluster::is_owned_by(&*workload, &uid) {
@@ -83,8 +86,10 @@ pub async fn dereference(
         }
     }
     if deployment.status.as_ref().is_some_and(|status| status.candidate.is_some()) {
-        let routers = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::ROUTER);
-        observed.counts = counts::read(http, &routers.collect::<Vec<_>>()).await;
+        let routers = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::ROUTER && is_ready(pod));
+        let routers: Vec<&Pod> = routers.collect();
+        observed.routers = counts::identity(&routers);
+        observed.counts = counts::read(http, &routers).await;
     }
     Ok(Some(observed))
 }

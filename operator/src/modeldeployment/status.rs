@@ -6,7 +6,9 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use super::{
-    apply::Applied, decide::Decision, dereference::Observed, policy::rollout::Rollout, validate::InvalidDeployment,
+    apply::Applied,
+    decide::{Decision, retry},
+    dereference::Observed, policy::rollout::Rollout, validate::InvalidDeployment,
 };
 use crate::{
     cluster::{Cluster, ClusterError},
@@ -62,6 +64,7 @@ pub fn next(
         candidate: rollout.candidate.clone(),
         previous_revision: rollout.previous.clone(),
         failed_revisions: rollout.failed.clone(),
+        retried_rollout: retry(observed).or(before.retried_rollout),
         monitor: before.monitor,
         retraining: decision.retraining.running.clone(),
         last_retrained_at: decision.retraining.last_retrained_at.clone(),

@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_contract::{
+    Decimal,
     serve::{
-        EngineConfig, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig, Verdict, Weights,
+        EngineConfig, LatencyHistogram, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig, Verdict, Weights,
     },
     train::{OffsetRange, TrainSummary},
 };
@@ -106,6 +107,7 @@ fn observed(deployment: ModelDeployment) -> Observed {
         has_monitor: false,
         waiting: BTreeMap::new(),
         counts: None,
+        routers: String::new(),
     }
 }
 
@@ -160,8 +162,9 @@ fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> 
         since: Time(at(since)),
         started_at: Some(Time(at(50))),
         message: String::new(),
-        baseline: RevisionCounts { requests: 40, errors: 3, refused: 0 },
+        baseline: RevisionCounts { requests: 40, errors: 3, ..RevisionCounts::default() },
         champion_baseline: RevisionCounts::default(),
+        routers: String::new(),
     })
 }
 
@@ -199,8 +202,10 @@ fn the_newest_good_model_is_the_target() {
 
 #[test]
 fn a_canary_goes_on_holds_or_rolls_back() {
-    let counts = |requests, errors, latency_p95_ms| {
-        Some(RevisionAnalysis { requests, errors, latency_p95_ms, ..RevisionAnalysis::default() })
+    let counts = |requests, errors, latency_ms| {
+        let mut buckets = vec![0; LatencyHistogram::BUCKETS];
+        buckets[LatencyHistogram::bucket(latency_ms)] = requests;
+        Some(RevisionAnalysis { requests, errors, latency: LatencyHistogram::new(buckets), ..RevisionAnalysis::default() })
     };
     // Candidate so far, its available pods, counts, seconds now; current, candidate's weight, reason.
     let table = [
@@ -270,15 +275,56 @@ fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
             "and 60 were refused, of the champion's 9",
         ),
         ("both refuse", counts(140, 3, 60), counts(900, 0, 540), "Canary", ""),
+        (
+            "the candidate is wrong more often",
+            RevisionAnalysis { feedback_total: 80, feedback_correct: 40, ..counts(140, 3, 0) },
+            RevisionAnalysis { feedback_total: 800, feedback_correct: 760, ..counts(900, 0, 0) },
+            "RolledBack",
+            "and 40 of 80 answers with feedback were wrong, of the champion's 40 of 800",
+        ),
     ];
     for (case, candidate, champion, reason, message) in table {
         let mut subject = canary(at_step(0, 10, 55));
+        subject.deployment.spec.rollout.canary.analysis.max_accuracy_loss = Decimal::new(0.05);
         subject.revisions.insert(NEW.into(), workload(1));
         subject.counts = Some([(NEW.to_owned(), candidate), (OLD.to_owned(), champion)].into());
         let progressing = decision(&subject, 60).rollout.progressing;
         assert_eq!(progressing.reason, reason, "{case}: {}", progressing.message);
         assert!(progressing.message.contains(message), "{case}: {}", progressing.message);
     }
+}
+
+#[test]
+fn a_step_begins_again_with_other_routers() {
+    let mut subject = canary(at_step(1, 50, 50));
+    subject.counts = Some([(NEW.to_owned(), RevisionAnalysis { requests: 140, errors: 3, ..Default::default() })].into());
+    assert_eq!(shown(&decision(&subject, 60)).1, Some((NEW.to_owned(), 100)), "the step is over");
+    subject.routers = "another".into();
+    let again = decision(&subject, 60);
+    assert_eq!(shown(&again).1, Some((NEW.to_owned(), 50)));
+    let candidate = again.rollout.candidate.unwrap();
+    assert_eq!((candidate.routers.as_str(), candidate.baseline.requests, candidate.since.0), ("another", 140, at(60)));
+}
+
+#[test]
+fn a_rolled_back_revision_is_tried_again_when_the_user_asks_once() {
+    let mut subject = canary(None);
+    subject.deployment.status.as_mut().unwrap().failed_revisions = vec![NEW.into()];
+    let ask = |subject: &mut Observed, value: &str| {
+        let annotation = (athanor_crds::RETRY_ROLLOUT_ANNOTATION.to_owned(), value.to_owned());
+        subject.deployment.metadata.annotations = Some([annotation].into());
+    };
+    ask(&mut subject, "monday");
+    let first = decision(&subject, 60);
+    assert_eq!((first.rollout.failed.len(), shown(&first).1), (0, Some((NEW.to_owned(), 0))));
+    let mut next = status::next(&subject, &first, Ok(&Applied::assumed()), at(60));
+    assert_eq!(next.retried_rollout.as_deref(), Some("monday"));
+    // It fails once more, and stays failed until the annotation has another value.
+    (next.candidate, next.failed_revisions) = (None, vec![NEW.into()]);
+    subject.deployment.status = Some(next);
+    assert_eq!(decision(&subject, 70).rollout.failed, [NEW]);
+    ask(&mut subject, "tuesday");
+    assert!(decision(&subject, 70).rollout.failed.is_empty());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::endpoints::{Endpoint, Revision, Snapshot};
 /// Who may answer a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// A revision by weight, chosen by this uniform hash; if it has no endpoint, another one with weight.
+    /// A revision by weight, chosen by this uniform hash; if it has no endpoint, another one.
     Weighted(u64),
     /// This revision alone, whatever its weight.
     Pinned(String),
@@ -23,8 +23,9 @@ impl Target {
     }
 }
 
-/// Indices of the revisions that may answer: the chosen one, then the others with weight, heaviest first.
-/// Empty when no revision has weight.
+/// Indices of the revisions that may answer: the chosen one, then the others, heaviest first. One without weight, such as
+/// the champion beside a candidate that has all of the traffic, comes last: its answer is better than none. Empty when no
+/// revision has weight.
 pub fn order(weights: &[u32], hash: u64) -> Vec<usize> {
     let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
     if total == 0 {
@@ -39,7 +40,7 @@ pub fn order(weights: &[u32], hash: u64) -> Vec<usize> {
         }
         point -= u64::from(weight);
     }
-    let mut others: Vec<usize> = (0..weights.len()).filter(|&index| index != chosen && weights[index] > 0).collect();
+    let mut others: Vec<usize> = (0..weights.len()).filter(|&index| index != chosen).collect();
     others.sort_by_key(|&index| std::cmp::Reverse(weights[index]));
     others.insert(0, chosen);
     others
@@ -99,8 +100,8 @@ mod tests {
             (&[90, 10], 0, &[0, 1]),
             (&[90, 10], 89, &[0, 1]),
             (&[90, 10], 90, &[1, 0]),
-            (&[0, 100], 0, &[1]),
-            (&[20, 0, 50, 30], 19, &[0, 2, 3]),
+            (&[0, 100], 0, &[1, 0]),
+            (&[20, 0, 50, 30], 19, &[0, 2, 3, 1]),
             (&[0, 0], 5, &[]),
             (&[], 5, &[]),
         ] {

@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use athanor_contract::{
+    artifact::sha256_hex,
     process::{path, port},
     serve::{RevisionAnalysis, RouterAnalysis},
 };
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
-
-use super::workload;
+use kube::ResourceExt;
 
 const PORT: u16 = port::ROUTER_OPS;
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -19,11 +19,22 @@ const MOST_BYTES: usize = 1 << 20;
 /// Counts by revision, since each router started.
 pub type Counts = BTreeMap<String, RevisionAnalysis>;
 
-/// Adds up the counts of all ready routers. Returns `None` if there is none, or if one does not answer: its share would
+/// Returns a digest of the routers and their restarts: with another one their counts have begun again.
+pub fn identity(routers: &[&Pod]) -> String {
+    let mut parts: Vec<String> = routers.iter().map(|pod| {
+        let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+        format!("{} {}", pod.uid().unwrap_or_default(), containers.map(|container| container.restart_count).sum::<i32>())
+    }).collect();
+    parts.sort();
+    let mut digest = sha256_hex(parts.join("\n").as_bytes());
+    digest.truncate(16);
+    digest
+}
+
+/// Adds up the counts of the routers, which are ready. Returns `None` if there is none, or if one does not answer: its share would
 /// be missing.
 pub async fn read(http: &reqwest::Client, routers: &[&Pod]) -> Option<Counts> {
-    let ready = routers.iter().filter(|pod| workload::is_ready(pod));
-    let addresses: Vec<&str> = ready.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref()).collect();
+    let addresses: Vec<&str> = routers.iter().filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref()).collect();
     if addresses.is_empty() {
         return None;
     }
@@ -69,8 +80,9 @@ fn sum(answers: Vec<Counts>) -> Counts {
         all.requests += counts.requests;
         all.errors += counts.errors;
         all.refused += counts.refused;
-        // Percentiles do not add up; the slowest router's counts.
-        all.latency_p95_ms = all.latency_p95_ms.max(counts.latency_p95_ms);
+        all.latency.add(&counts.latency);
+        all.feedback_total += counts.feedback_total;
+        all.feedback_correct += counts.feedback_correct;
     }
     total
 }
@@ -80,18 +92,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_of_all_routers_add_up_and_the_slowest_latency_stays() {
+    fn counts_of_all_routers_add_up() {
         let parse = |text: &str| serde_json::from_str::<RouterAnalysis>(text).unwrap().revisions;
         let one = parse(
-            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"latency_p95_ms":3.5,"feedback_total":2,"feedback_correct":1}}}"#,
+            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"latency":[0,9],"feedback_total":2,"feedback_correct":1}}}"#,
         );
         let two = parse(
-            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"latency_p95_ms":9.0,"feedback_total":0,"feedback_correct":0},
-                "m-2":{"requests":1,"errors":0,"latency_p95_ms":0.0,"feedback_total":0,"feedback_correct":0}}}"#,
+            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"latency":[0,0,0,1],"feedback_total":3,"feedback_correct":3},
+                "m-2":{"requests":1,"errors":0,"feedback_total":0,"feedback_correct":0}}}"#,
         );
         let total = sum(vec![one, two]);
         let counts = &total["m-1"];
-        assert_eq!((counts.requests, counts.errors, counts.latency_p95_ms), (15, 1, 9.0));
-        assert_eq!(total["m-2"].requests, 1);
+        assert_eq!((counts.requests, counts.errors, counts.feedback_total, counts.feedback_correct), (15, 1, 5, 4));
+        // Nine of ten answers are in the second bucket: the slower router does not speak for both.
+        assert!(counts.latency.percentile(0.9) < counts.latency.percentile(0.95));
+        assert_eq!((total["m-2"].requests, total["m-2"].latency.percentile(0.95)), (1, 0.0));
     }
 }

@@ -1,4 +1,4 @@
-//! Whether a candidate fails or refuses requests more often than the champion, or than a limit: tests that stay valid
+//! Whether a candidate fails, refuses or is wrong more often than the champion, or than a limit: tests that stay valid
 //! however often they are looked at.
 //!
 //! Within a step each request goes to the candidate with the same probability, its share of the traffic. If both revisions
@@ -12,7 +12,7 @@ use athanor_crds::RevisionCounts;
 
 /// Probability with which a candidate that is as good as the champion is rolled back, over all steps and tests of a rollout.
 const FALSE_ROLLBACKS: f64 = 0.01;
-/// Errors against the champion, errors against the limit, refusals against the champion.
+/// Errors against the champion, errors against the limit, refusals against the champion; wrong answers, if they count.
 const TESTS: f64 = 3.0;
 /// Ratios of the candidate's rate to the champion's, or to the limit, in the mixture.
 const RATIOS: [f64; 7] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0];
@@ -46,6 +46,8 @@ pub struct Step {
     pub share: f64,
     /// Largest share of failed requests, from 0 to 1.
     pub limit: f64,
+    /// Largest loss of accuracy, from 0 to 1. Absent: feedback is not looked at.
+    pub accuracy_loss: Option<f64>,
     /// Steps of the rollout.
     pub steps: usize,
 }
@@ -56,11 +58,13 @@ pub enum Worse {
     Errors,
     Limit,
     Refusals,
+    Accuracy,
 }
 
 /// Returns what the candidate is shown to do worse, if anything.
 pub fn worse(step: &Step) -> Option<Worse> {
-    let threshold = (TESTS * step.steps.max(1) as f64 / FALSE_ROLLBACKS).ln();
+    let tests = TESTS + f64::from(u8::from(step.accuracy_loss.is_some()));
+    let threshold = (tests * step.steps.max(1) as f64 / FALSE_ROLLBACKS).ln();
     let Step { candidate, champion, .. } = *step;
     // Retries may give the candidate more than its share.
     let share = |own: u64, other: u64| {
@@ -73,6 +77,13 @@ pub fn worse(step: &Step) -> Option<Worse> {
     }
     if excess(share(all(candidate), all(champion)), candidate.refused, champion.refused) > threshold {
         return Some(Worse::Refusals);
+    }
+    if let Some(loss) = step.accuracy_loss {
+        let wrong = |counts: RevisionCounts| counts.wrong as f64 / counts.judged.max(1) as f64;
+        let evidence = excess(share(candidate.judged, champion.judged), candidate.wrong, champion.wrong);
+        if champion.judged > 0 && wrong(candidate) - wrong(champion) > loss && evidence > threshold {
+            return Some(Worse::Accuracy);
+        }
     }
     let limit = step.limit.max(highest_rate(step.champion_so_far));
     (above(limit, candidate) > threshold).then_some(Worse::Limit)

@@ -17,6 +17,7 @@ fn roll_out(random: &mut StdRng, [champion, candidate]: [f64; 2], limit: f64, re
             champion_so_far: so_far,
             share,
             limit,
+            accuracy_loss: None,
             steps: SHARES.len(),
         };
         for number in 0..requests {
@@ -73,14 +74,15 @@ fn a_candidate_that_always_fails_is_caught_by_a_few_requests() {
         champion_so_far: champion,
         share,
         limit: 0.01,
+        accuracy_loss: None,
         steps: 3,
     };
-    let failed = |requests| RevisionCounts { requests, errors: requests, refused: 0 };
-    let good = |requests| RevisionCounts { requests, errors: 0, refused: 0 };
+    let failed = |requests| RevisionCounts { requests, errors: requests, ..RevisionCounts::default() };
+    let good = |requests| RevisionCounts { requests, ..RevisionCounts::default() };
     assert_eq!(worse(&step(failed(3), good(27), 0.1)), None);
     assert_eq!(worse(&step(failed(5), good(45), 0.1)), Some(Worse::Errors));
     assert_eq!(worse(&step(failed(4), good(0), 1.0)), Some(Worse::Limit));
-    let refused = |refused| RevisionCounts { requests: 0, errors: 0, refused };
+    let refused = |refused| RevisionCounts { refused, ..RevisionCounts::default() };
     assert_eq!(worse(&step(refused(5), good(45), 0.1)), Some(Worse::Refusals));
     // Trouble that both have is not the candidate's.
     assert_eq!(worse(&step(failed(10), failed(90), 0.1)), None);
@@ -93,7 +95,43 @@ fn a_candidate_that_always_fails_is_caught_by_a_few_requests() {
 fn counts_that_cannot_be_are_no_evidence() {
     assert_eq!(excess(0.0, 5, 5), f64::NEG_INFINITY);
     assert_eq!(excess(1.0, 5, 0), f64::NEG_INFINITY);
-    assert_eq!(above(1.0, RevisionCounts { requests: 5, errors: 5, refused: 0 }), f64::NEG_INFINITY);
+    assert_eq!(above(1.0, RevisionCounts { requests: 5, errors: 5, ..RevisionCounts::default() }), f64::NEG_INFINITY);
     assert!(above(0.5, RevisionCounts { requests: 1, errors: 5, refused: 0 }).is_finite());
     assert!(excess(0.1, 0, 0).abs() < 1e-12);
+}
+
+/// A step of 10 % in which 100 answers of the candidate and 900 of the champion have feedback, at most.
+fn judged(random: &mut StdRng, [champion, candidate]: [f64; 2], loss: f64) -> bool {
+    let counts = RevisionCounts::default();
+    let mut step = Step {
+        candidate: counts,
+        champion: counts,
+        champion_so_far: counts,
+        share: 0.1,
+        limit: 0.01,
+        accuracy_loss: Some(loss),
+        steps: 3,
+    };
+    for number in 0..3_000 {
+        let is_candidate = random.random_bool(0.1);
+        let (counts, rate) =
+            if is_candidate { (&mut step.candidate, candidate) } else { (&mut step.champion, champion) };
+        counts.requests += 1;
+        counts.judged += 1;
+        counts.wrong += u64::from(random.random_bool(rate));
+        if number % 10 == 9 && worse(&step) == Some(Worse::Accuracy) {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn feedback_condemns_a_candidate_that_is_wrong_more_often_than_allowed() {
+    let mut random = StdRng::seed_from_u64(3);
+    let mut share = |rates, loss| (0..200).filter(|_| judged(&mut random, rates, loss)).count() as f64 / 200.0;
+    assert!(share([0.1, 0.1], 0.0) < 0.02, "equally good");
+    assert!(share([0.3, 0.3], 0.0) < 0.02, "equally bad");
+    assert!(share([0.1, 0.4], 0.05) > 0.95, "much worse");
+    assert!(share([0.1, 0.2], 0.3) < 0.02, "within the loss that is allowed");
 }

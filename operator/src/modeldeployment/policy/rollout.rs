@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use athanor_contract::serve::RevisionAnalysis;
+use athanor_contract::{Decimal, serve::RevisionAnalysis};
 use athanor_crds::{
     CanarySpec, CandidateStatus, ModelDeploymentStatus, RetiredRevision, RevisionCounts, RevisionStatus,
     condition as types,
@@ -49,6 +49,8 @@ pub struct Inputs<'a> {
     pub router_ready: bool,
     /// Absent if a router did not answer.
     pub counts: Option<&'a Counts>,
+    /// Digest of the routers that counted, each with its restarts.
+    pub routers: &'a str,
     pub now: Timestamp,
 }
 
@@ -59,8 +61,9 @@ impl Inputs<'_> {
 
     /// What the routers have counted for a revision.
     fn totals_of(&self, revision: &str) -> RevisionCounts {
-        let RevisionAnalysis { requests, errors, refused, .. } = self.counts_of(revision);
-        RevisionCounts { requests, errors, refused }
+        let RevisionAnalysis { requests, errors, refused, feedback_total, feedback_correct, .. } = self.counts_of(revision);
+        let wrong = feedback_total.saturating_sub(feedback_correct);
+        RevisionCounts { requests, errors, refused, judged: feedback_total, wrong }
     }
 }
 
@@ -70,6 +73,8 @@ fn since_then(now: RevisionCounts, before: RevisionCounts) -> Option<RevisionCou
         requests: now.requests.checked_sub(before.requests)?,
         errors: now.errors.checked_sub(before.errors)?,
         refused: now.refused.checked_sub(before.refused)?,
+        judged: now.judged.checked_sub(before.judged)?,
+        wrong: now.wrong.checked_sub(before.wrong)?,
     })
 }
 
@@ -111,6 +116,7 @@ pub fn rollout(
         message: String::new(),
         baseline: RevisionCounts::default(),
         champion_baseline: RevisionCounts::default(),
+        routers: String::new(),
     });
     // The steps may have changed since: the rollout continues at the last of them.
     let last = spec.steps.len().saturating_sub(1);
@@ -228,8 +234,9 @@ impl Canary<'_> {
         if self.inputs.counts.is_none() {
             return self.hold(next, "Inconclusive", "on hold: not all routers answer".into());
         }
-        let Some(step) = self.step() else {
-            // A router restarted, and its counts with it.
+        let is_same = self.candidate.routers == self.inputs.routers;
+        let Some(step) = self.step().filter(|_| is_same) else {
+            // A router came, went or restarted, and its counts with it.
             let (index, percent) = (self.index, self.percent);
             return self.begin(next, index, percent);
         };
@@ -282,6 +289,7 @@ impl Canary<'_> {
             champion_so_far: champion,
             share: f64::from(self.candidate.weight) / 100.0,
             limit: self.spec.analysis.max_error_percent.get() / 100.0,
+            accuracy_loss: self.spec.analysis.max_accuracy_loss.map(Decimal::get),
             steps: self.last + 1,
         })
     }
@@ -305,12 +313,18 @@ impl Canary<'_> {
                     candidate.refused, champion.refused
                 ));
             }
+            Some(Worse::Accuracy) => {
+                return Some(format!(
+                    " and {} of {} answers with feedback were wrong, of the champion's {} of {}",
+                    candidate.wrong, candidate.judged, champion.wrong, champion.judged
+                ));
+            }
             None => {}
         }
         if candidate.requests == 0 || candidate.requests < analysis.minimum_requests {
             return None;
         }
-        let p95 = self.inputs.counts_of(&self.candidate.revision.name).latency_p95_ms;
+        let p95 = self.inputs.counts_of(&self.candidate.revision.name).latency.percentile(0.95);
         let limit = analysis.max_latency_p95_ms.filter(|limit| p95 > f64::from(*limit))?;
         Some(format!(
             ", the 95th percentile of latency is {p95:.0} ms, more than the limit of {limit} ms (maxLatencyP95Ms)"
@@ -324,6 +338,7 @@ impl Canary<'_> {
         self.candidate.since = Time(self.inputs.now);
         self.candidate.baseline = self.inputs.totals_of(&self.candidate.revision.name);
         self.candidate.champion_baseline = self.inputs.totals_of(&self.champion);
+        self.candidate.routers = self.inputs.routers.to_owned();
         self.hold(next, "Canary", format!("step {} began at {weight} %", index + 1))
     }
 
