@@ -167,6 +167,9 @@ pub struct EventsConfig {
     /// Largest percentage of the feedback in a verdict or a retraining that may come from one API key.
     #[serde(default = "all")]
     pub maximum_caller_percent: u32,
+    /// Whether a classifier's answer waits until its event is in Kafka or on disk.
+    #[serde(default)]
+    pub durable_predictions: bool,
 }
 
 impl EventsConfig {
@@ -178,6 +181,7 @@ impl EventsConfig {
             sample_percent: all(),
             redact: Vec::new(),
             maximum_caller_percent: all(),
+            durable_predictions: false,
         }
     }
 }

@@ -236,6 +236,10 @@ pub struct FeedbackSpec {
     #[serde(default = "default_sample")]
     #[schemars(range(min = 1, max = 100))]
     pub sample_percent: u32,
+    /// Whether a classifier's answer waits until it is recorded in Kafka or on the router's disk, some milliseconds. Without
+    /// it, a router that is killed may lose the answers of its last moment, whose feedback is then of no use.
+    #[serde(default, skip_serializing_if = "crate::is_default")]
+    pub durable_predictions: bool,
     /// Regular expressions in the syntax of Rust's regex crate. Each match in a recorded prompt, message, answer, text
     /// or correction is replaced by "[redacted]" before it is written.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -119,8 +119,9 @@ impl Gateway {
         self.registry.snapshot().config.clone().filter(|config| config.events.is_some())
     }
 
-    /// Remembers an answer and publishes one event for each input; returns the id by which feedback to it is accepted. Never waits.
-    pub fn record(&self, config: &Configuration, answered: Answered) -> Option<String> {
+    /// Remembers an answer and publishes one event for each input; returns the id by which feedback to it is accepted. Waits
+    /// for the events only if they have to be durable; if they cannot be kept then, no feedback to the answer is accepted.
+    pub async fn record(&self, config: &Configuration, answered: Answered) -> Option<String> {
         let uuid = answered.id.uuid;
         if answered.texts.len() != answered.results.len() {
             tracing::warn!(
@@ -132,10 +133,13 @@ impl Gateway {
         let request_id = self.ids.prove(answered.id, answered.texts.len() as u32);
         let sink = self.sink(config, &answered.id);
         let trace_parent = athanor_telemetry::propagation::current_traceparent();
+        let mut recorded = Vec::new();
         for ((index, mut text), (label, confidence)) in (0..).zip(answered.texts).zip(answered.results) {
             let answer = Answer { revision: answered.revision.clone(), label: label.as_str().into() };
             self.recent.insert((uuid, index), answer);
-            let Some(sink) = &sink else { continue };
+            if sink.is_none() {
+                continue;
+            }
             config.redaction.apply(&mut text);
             let prediction = Prediction {
                 request_id: request_id.clone(),
@@ -146,7 +150,17 @@ impl Gateway {
                 confidence,
                 latency_ms: answered.latency.as_secs_f32() * 1e3,
             };
-            sink.publish(events::prediction(config, trace_parent.clone(), prediction));
+            recorded.push(events::prediction(config, trace_parent.clone(), prediction));
+        }
+        match sink {
+            Some(sink) if config.events.as_ref().is_some_and(|events| events.durable_predictions) => {
+                if let Err(error) = sink.publish_durable(recorded).await {
+                    tracing::error!(error, "an answer could not be recorded and takes no feedback");
+                    return None;
+                }
+            }
+            Some(sink) => recorded.into_iter().for_each(|event| sink.publish(event)),
+            None => {}
         }
         Some(request_id)
     }

@@ -85,6 +85,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         sample_percent: feedback.sample_percent,
         redact: feedback.redact.clone(),
         maximum_caller_percent: feedback.maximum_caller_percent,
+        durable_predictions: feedback.durable_predictions,
     });
     if let Some(events) = &events {
         Redaction::compile(&events.redact)?;

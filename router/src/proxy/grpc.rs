@@ -250,7 +250,8 @@ impl GrpcInferenceService for Passing {
         {
             let (revision, latency) = (forwarded.revision.clone(), forwarded.latency);
             // There can be feedback to recorded answers only.
-            shown = self.gateway.record(&config, Answered { id, revision, texts, results, latency }).unwrap_or(shown);
+            let answered = Answered { id, revision, texts, results, latency };
+            shown = self.gateway.record(&config, answered).await.unwrap_or(shown);
         }
         respond(&shown, forwarded)
     }

@@ -155,7 +155,7 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
                     results: response.data.into_iter().map(|result| (result.label, result.score)).collect(),
                     latency: forwarded.latency,
                 };
-                proven = gateway.record(&config, answered);
+                proven = gateway.record(&config, answered).await;
             }
             (request, response) => {
                 let error = request.err().map(|error| error.message).or(response.err().map(|error| error.to_string()));

@@ -284,6 +284,26 @@ impl EventSink for Kept {
 }
 
 #[tokio::test]
+async fn an_answer_that_has_to_be_durable_and_is_not_takes_no_feedback() {
+    let (address, _, _server) = healthy().await;
+    let mut with_events = config(&[("a", 100)]);
+    with_events.events = Some(EventsConfig { durable_predictions: true, ..EventsConfig::new("nowhere:9092", "t") });
+    let gateway = gateway(with_events, &[("a", &[address])]);
+    let kept = Arc::new(Kept::default());
+    gateway.events.set(Some(kept.clone()));
+    for (broken, events, status) in [(true, 0, StatusCode::NOT_FOUND), (false, 1, StatusCode::ACCEPTED)] {
+        kept.broken.store(broken, Ordering::Relaxed);
+        let (parts, _) = send(&gateway, classify(), r#"{"input": "x"}"#).await;
+        assert_eq!((parts.status, kept.events.lock().unwrap().len()), (StatusCode::OK, events));
+        kept.broken.store(false, Ordering::Relaxed);
+        let id = parts.headers["x-request-id"].to_str().unwrap();
+        let body = format!(r#"{{"request_id": "{id}", "expected_label": "bad"}}"#);
+        let request = Request::builder().method(Method::POST).uri("/v1/feedback");
+        assert_eq!(send(&gateway, request, &body).await.0.status, status, "broken: {broken}");
+    }
+}
+
+#[tokio::test]
 async fn predictions_and_feedback_become_events() {
     let (address, _, _server) = healthy().await;
     let mut with_events = config(&[("a", 100)]);
