@@ -17,7 +17,8 @@ mod retraining;
 pub mod schema;
 
 pub use athanor_contract::process::annotation::{
-    APPROVE as APPROVE_ANNOTATION, RETRY_ROLLOUT as RETRY_ROLLOUT_ANNOTATION, TRIAL as TRIAL_ANNOTATION};
+    APPROVE as APPROVE_ANNOTATION, RETRY_ROLLOUT as RETRY_ROLLOUT_ANNOTATION, TRIAL as TRIAL_ANNOTATION,
+};
 /// API group of both kinds.
 pub use athanor_contract::process::api::GROUP;
 /// Labels of the objects that Athanor creates.

@@ -51,7 +51,8 @@ fn verdicts(stream: Stream) -> Answer {
             latency_ms: 1.0,
         };
         let judgement = expected.map(Judgement::ExpectedLabel);
-        let feedback = judgement.map(|judgement| Feedback { request_id, index: 0, judgement, comment: None, caller: None });
+        let feedback =
+            judgement.map(|judgement| Feedback { request_id, index: 0, judgement, comment: None, caller: None });
         let prediction = event(format!("p{at}"), at, EventData::Prediction(prediction));
         let feedback = feedback.map(|feedback| event(format!("f{at}"), at, EventData::Feedback(feedback)));
         for event in std::iter::once(prediction).chain(feedback) {

@@ -4,6 +4,7 @@
 //! and Athanor's own processes run from the images or as binaries. Trainer and server are never linked.
 
 pub mod apiserver;
+pub mod chaos;
 pub mod chat;
 pub mod cluster;
 pub mod events;

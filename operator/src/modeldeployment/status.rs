@@ -8,7 +8,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use super::{
     apply::Applied,
     decide::{Decision, retry},
-    dereference::Observed, policy::rollout::Rollout, validate::InvalidDeployment,
+    dereference::Observed,
+    policy::rollout::Rollout,
+    validate::InvalidDeployment,
 };
 use crate::{
     cluster::{Cluster, ClusterError},

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use athanor_contract::{
     Decimal,
     serve::{
-        EngineConfig, LatencyHistogram, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig, Verdict, Weights,
+        EngineConfig, LatencyHistogram, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig,
+        Verdict, Weights,
     },
     train::{OffsetRange, TrainSummary},
 };
@@ -205,7 +206,12 @@ fn a_canary_goes_on_holds_or_rolls_back() {
     let counts = |requests, errors, latency_ms| {
         let mut buckets = vec![0; LatencyHistogram::BUCKETS];
         buckets[LatencyHistogram::bucket(latency_ms)] = requests;
-        Some(RevisionAnalysis { requests, errors, latency: LatencyHistogram::new(buckets), ..RevisionAnalysis::default() })
+        Some(RevisionAnalysis {
+            requests,
+            errors,
+            latency: LatencyHistogram::new(buckets),
+            ..RevisionAnalysis::default()
+        })
     };
     // Candidate so far, its available pods, counts, seconds now; current, candidate's weight, reason.
     let table = [
@@ -297,7 +303,8 @@ fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
 #[test]
 fn a_step_begins_again_with_other_routers() {
     let mut subject = canary(at_step(1, 50, 50));
-    subject.counts = Some([(NEW.to_owned(), RevisionAnalysis { requests: 140, errors: 3, ..Default::default() })].into());
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 140, errors: 3, ..Default::default() })].into());
     assert_eq!(shown(&decision(&subject, 60)).1, Some((NEW.to_owned(), 100)), "the step is over");
     subject.routers = "another".into();
     let again = decision(&subject, 60);

@@ -21,10 +21,17 @@ pub type Counts = BTreeMap<String, RevisionAnalysis>;
 
 /// Returns a digest of the routers and their restarts: with another one their counts have begun again.
 pub fn identity(routers: &[&Pod]) -> String {
-    let mut parts: Vec<String> = routers.iter().map(|pod| {
-        let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
-        format!("{} {}", pod.uid().unwrap_or_default(), containers.map(|container| container.restart_count).sum::<i32>())
-    }).collect();
+    let mut parts: Vec<String> = routers
+        .iter()
+        .map(|pod| {
+            let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+            format!(
+                "{} {}",
+                pod.uid().unwrap_or_default(),
+                containers.map(|container| container.restart_count).sum::<i32>()
+            )
+        })
+        .collect();
     parts.sort();
     let mut digest = sha256_hex(parts.join("\n").as_bytes());
     digest.truncate(16);

@@ -61,7 +61,8 @@ impl Inputs<'_> {
 
     /// What the routers have counted for a revision.
     fn totals_of(&self, revision: &str) -> RevisionCounts {
-        let RevisionAnalysis { requests, errors, refused, feedback_total, feedback_correct, .. } = self.counts_of(revision);
+        let RevisionAnalysis { requests, errors, refused, feedback_total, feedback_correct, .. } =
+            self.counts_of(revision);
         let wrong = feedback_total.saturating_sub(feedback_correct);
         RevisionCounts { requests, errors, refused, judged: feedback_total, wrong }
     }

@@ -1,0 +1,324 @@
+//! `make test-chaos`: the loop under traffic while its parts are killed at random, after `make demo`.
+//!
+//! `CHAOS_KILLS` (50) says how many kills, `CHAOS_SEED` which (else the clock chooses; the seed is printed).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, ensure};
+use athanor_contract::event;
+use athanor_crds::ModelDeploymentStatus;
+use athanor_tests::{
+    chaos::{Availability, Chaos},
+    cluster::{Cluster, job_succeeded, wait},
+    events,
+    sentiment::{self, HOME, Part, Text},
+    traffic::Client,
+};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    batch::v1::Job,
+    core::v1::{ConfigMap, Pod, Secret, Service, ServiceAccount},
+};
+use kube::{
+    Api, Resource, ResourceExt,
+    api::{DeleteParams, ListParams},
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+const NAMESPACE: &str = "chaos";
+const NAME: &str = "loop";
+const MINUTES: Duration = Duration::from_secs(60);
+/// Clients that send one request after the other.
+const CLIENTS: usize = 3;
+/// Pauses before a client tries a request once more: half a second, doubled each time. The openai client does the same.
+const TRIES: u32 = 5;
+/// Texts of the traffic. Few, so that they repeat: an event that is counted twice would be seen.
+const TEXTS: usize = 40;
+const MANAGED: &str = "app.kubernetes.io/managed-by=athanor";
+
+fn number(variable: &str, default: u64) -> Result<u64> {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().with_context(|| format!("{variable}: {text:?} is not a number")),
+        Err(_) => Ok(default),
+    }
+}
+
+/// A job on the events of the topic: the ranges take the place of the sources in a retraining.
+fn training(sources: Value) -> Value {
+    json!({
+        "model": {"from": "s3://athanor/models/minilm-l6", "task": "TextClassification", "labels": ["negative", "positive"]},
+        "data": {"sources": sources},
+        "hyperparameters": {"maxSteps": 12, "batchSize": 16, "precision": "Auto"},
+        "checkpoint": {"everySteps": 4},
+        "failurePolicy": {"maxRestarts": 10},
+        "output": {"to": "s3://athanor/tests/out"},
+        "credentialsSecretName": "s3-credentials",
+    })
+}
+
+fn deployment(artifact: &str, topic: &str) -> String {
+    json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": NAME},
+        "spec": {
+            "model": {"from": artifact}, "replicas": 2, "credentialsSecretName": "s3-credentials",
+            "rollout": {"canary": {
+                "steps": [{"trafficPercent": 50, "pauseSeconds": 3}, {"trafficPercent": 100, "pauseSeconds": 1}],
+                // What is killed here fails requests of whichever revision it belongs to.
+                "analysis": {"minimumRequests": 10, "maxErrorPercent": "100"},
+            }},
+            "feedback": {"kafka": {"bootstrapServers": events::BOOTSTRAP, "topic": topic}, "durablePredictions": true},
+            "monitor": {"windowPredictions": 50, "minimumLabels": 30, "averageRunLength": 1000},
+            "retrain": {
+                "minimumSamples": 60, "cooldownSeconds": 20,
+                "template": {"spec": training(json!([{"name": "rows", "uri": "s3://athanor/tests/chaos.csv"}]))},
+            },
+        },
+    })
+    .to_string()
+}
+
+/// What the clients saw.
+#[derive(Default)]
+struct Seen {
+    requests: u64,
+    /// Requests with feedback that was acknowledged.
+    acknowledged: BTreeSet<String>,
+    /// Requests with feedback whose acknowledgement did not arrive: it may have been kept.
+    unsure: BTreeSet<String>,
+    /// Requests that failed at every try: when they began and ended, and the last error.
+    failed: Vec<(Instant, Instant, String)>,
+}
+
+/// Asks until there is an answer.
+async fn persistently<T>(mut ask: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+    let mut pause = Duration::from_millis(500);
+    for _ in 1..TRIES {
+        match ask().await {
+            Ok(answer) => return Ok(answer),
+            Err(_) => tokio::time::sleep(pause).await,
+        }
+        pause *= 2;
+    }
+    ask().await
+}
+
+async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<Mutex<Seen>>, stop: CancellationToken) {
+    for number in first.. {
+        if stop.is_cancelled() {
+            return;
+        }
+        let (text, begun) = (&texts[number % texts.len()], Instant::now());
+        let answer = persistently(async || client.classify(&text.text, None).await).await;
+        seen.lock().unwrap().requests += 1;
+        let error = match answer {
+            Err(error) => Some(error),
+            // People who disagree with every answer, so that the model drifts; every second says so.
+            Ok(answer) if number % 2 == 0 => {
+                let wrong = if answer.label == "positive" { "negative" } else { "positive" };
+                seen.lock().unwrap().unsure.insert(answer.request_id.clone());
+                let given = persistently(async || client.feedback(&answer.request_id, wrong).await).await;
+                if given.is_ok() {
+                    let mut seen = seen.lock().unwrap();
+                    seen.unsure.remove(&answer.request_id);
+                    seen.acknowledged.insert(answer.request_id);
+                }
+                given.err()
+            }
+            Ok(_) => None,
+        };
+        if let Some(error) = error {
+            seen.lock().unwrap().failed.push((begun, Instant::now(), format!("{error:#}")));
+        }
+        tokio::time::sleep(Duration::from_millis(120)).await;
+    }
+}
+
+async fn status(cluster: &Cluster) -> Result<ModelDeploymentStatus> {
+    Ok(cluster.deployments(NAMESPACE).get(NAME).await?.status.unwrap_or_default())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the demo's cluster: make demo"]
+async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let (kills, seed) = (number("CHAOS_KILLS", 50)?, number("CHAOS_SEED", clock)?);
+    println!("CHAOS_KILLS={kills} CHAOS_SEED={seed}");
+    let cluster = Cluster::connect().await?;
+    cluster.fresh_namespace(NAMESPACE).await?;
+    let rows = sentiment::texts(&HOME, Part::Training)?;
+    let bucket = athanor_tests::storage::bucket()?;
+    athanor_tests::storage::put(&bucket, "tests/chaos.csv", sentiment::csv(&rows[..400]).into_bytes()).await?;
+    let first = cluster.jobs("demo").get("sentiment").await.context("run make demo first")?;
+    let artifact = first.status.and_then(|status| status.summary).context("the demo's job has no summary")?.artifact;
+    let topic = format!("athanor.{NAMESPACE}.{clock}");
+    cluster.apply(NAMESPACE, &deployment(&artifact, &topic)).await?;
+    let champion = wait("the deployment serves", MINUTES * 4, async || {
+        let status = status(&cluster).await?;
+        let ready =
+            athanor_tests::cluster::condition(&status.conditions, "Ready").is_some_and(|it| it.status == "True");
+        Ok(status.current_revision.filter(|_| ready).map(|revision| revision.name))
+    })
+    .await?;
+
+    let client = Client::new(cluster.service(NAMESPACE, NAME).await?)?;
+    wait("the router answers", MINUTES, async || Ok(client.classify("first", None).await.is_ok().then_some(())))
+        .await?;
+    let mut texts = sentiment::texts(&HOME, Part::Traffic)?;
+    texts.truncate(TEXTS);
+    let (texts, seen, stop) = (Arc::new(texts), Arc::new(Mutex::new(Seen::default())), CancellationToken::new());
+    let availability = Availability::watch(cluster.clone(), NAMESPACE)?;
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|first| tokio::spawn(traffic(client.clone(), texts.clone(), first * 13, seen.clone(), stop.clone())))
+        .collect();
+
+    let begun = Instant::now();
+    let mut chaos = Chaos::new(cluster.clone(), NAMESPACE, seed);
+    let mut struck = BTreeMap::new();
+    let mut done = 0;
+    while done < kills {
+        let Some(victim) = chaos.strike().await? else { continue };
+        done += 1;
+        println!("{:>5.0} s  kill {done}: {victim:?}", begun.elapsed().as_secs_f64());
+        *struck.entry(format!("{victim:?}")).or_insert(0) += 1;
+    }
+    println!("{kills} kills in {:.0} s: {struck:?}", begun.elapsed().as_secs_f64());
+
+    let promoted = wait("the loop has retrained and promoted", MINUTES * 8, async || {
+        let current = status(&cluster).await?.current_revision;
+        Ok(current.map(|revision| revision.name).filter(|name| *name != champion))
+    })
+    .await?;
+    println!("{champion} -> {promoted} {:.0} s after the first kill", begun.elapsed().as_secs_f64());
+    stop.cancel();
+    for client in clients {
+        client.await?;
+    }
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
+    println!(
+        "{} requests, {} failed at all of {TRIES} tries; {} feedbacks acknowledged, {} unsure; routers and servers ready {:.1} % of the time",
+        seen.requests,
+        seen.failed.len(),
+        seen.acknowledged.len(),
+        seen.unsure.len(),
+        availability.share() * 100.0
+    );
+    for (begin, end, error) in &seen.failed {
+        ensure!(
+            availability.was_away(*begin, *end),
+            "a request failed while a router and a server were ready: {error}"
+        );
+    }
+
+    no_retraining_runs_twice(&cluster).await?;
+    every_event_is_in_the_dataset_once(&cluster, &topic, &seen).await?;
+    nothing_is_orphaned(&cluster).await?;
+    cluster.delete_namespace(NAMESPACE).await
+}
+
+/// Each retraining has ranges of its own.
+async fn no_retraining_runs_twice(cluster: &Cluster) -> Result<()> {
+    let jobs = cluster.jobs(NAMESPACE).list(&ListParams::default()).await?.items;
+    let mut ranges = BTreeMap::new();
+    for job in &jobs {
+        let kafka = job.spec.train.data.sources.iter().find_map(|source| source.kafka.as_ref());
+        let of_job = serde_json::to_string(&kafka.map(|kafka| &kafka.ranges))?;
+        let other = ranges.insert(of_job.clone(), job.name_any());
+        ensure!(other.is_none(), "{} and {other:?} train on the same events: {of_job}", job.name_any());
+    }
+    println!("{} retrainings, each on events of its own", jobs.len());
+    Ok(())
+}
+
+/// A job over the whole topic has as many rows as there are answers with acknowledged feedback, texts that repeat
+/// included. Records are counted by a consumer that is not Athanor's.
+async fn every_event_is_in_the_dataset_once(cluster: &Cluster, topic: &str, seen: &Seen) -> Result<()> {
+    let records = wait("every acknowledged feedback is in Kafka", MINUTES * 3, async || {
+        let topic = topic.to_owned();
+        let records = tokio::task::spawn_blocking(move || events::read_all(&topic)).await??;
+        let fed: BTreeSet<&String> =
+            records.iter().filter(|record| record.kind == event::FEEDBACK).map(|record| &record.request_id).collect();
+        Ok(seen.acknowledged.iter().all(|id| fed.contains(id)).then_some(records))
+    })
+    .await?;
+    let ids: BTreeSet<&String> = records.iter().map(|record| &record.id).collect();
+    println!("{} records, {} of them repeated deliveries", records.len(), records.len() - ids.len());
+    let mut ends = BTreeMap::new();
+    for record in &records {
+        let end = ends.entry(record.partition).or_insert(0);
+        *end = (*end).max(record.offset + 1);
+    }
+    let ranges: Vec<Value> =
+        ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
+    let kafka = json!({"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges});
+    let mut spec = training(json!([{"name": "events", "kafka": kafka}]));
+    spec["data"]["clean"] = json!({"exactDuplicates": "Keep"});
+    spec["hyperparameters"]["maxSteps"] = 1.into();
+    let job = json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "all-events"}, "spec": spec});
+    cluster.apply(NAMESPACE, &job.to_string()).await?;
+    let job = job_succeeded(cluster, NAMESPACE, "all-events", MINUTES * 4, |_| {}).await?;
+    let rows = job.status.and_then(|status| status.summary).context("no summary")?.rows;
+    let all = (rows.train + rows.validation + rows.test) as usize;
+    let (least, most) = (seen.acknowledged.len(), seen.acknowledged.len() + seen.unsure.len());
+    println!("{all} rows of {least} acknowledged feedbacks ({} unsure)", seen.unsure.len());
+    ensure!((least..=most).contains(&all), "{all} rows, {least} to {most} expected");
+    Ok(())
+}
+
+/// Every object of Athanor's has an owner that exists, and goes with it.
+async fn nothing_is_orphaned(cluster: &Cluster) -> Result<()> {
+    let jobs = cluster.jobs(NAMESPACE);
+    let deployment = cluster.deployments(NAMESPACE).get(NAME).await?;
+    let mut owners: BTreeSet<String> = deployment.uid().into_iter().collect();
+    owners.extend(jobs.list(&ListParams::default()).await?.iter().filter_map(ResourceExt::uid));
+    owners.extend(uids::<Deployment>(cluster).await?);
+    owners.extend(uids::<Job>(cluster).await?);
+    let sets: Api<k8s_openapi::api::apps::v1::ReplicaSet> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+    owners.extend(sets.list(&ListParams::default()).await?.iter().filter_map(ResourceExt::uid));
+    for (name, owner) in owned(cluster).await? {
+        ensure!(owner.as_ref().is_some_and(|owner| owners.contains(owner)), "{name} has no owner: {owner:?}");
+    }
+    cluster.deployments(NAMESPACE).delete(NAME, &DeleteParams::default()).await?;
+    jobs.delete("all-events", &DeleteParams::default()).await?;
+    wait("everything goes with its owner", MINUTES * 3, async || Ok(owned(cluster).await?.is_empty().then_some(())))
+        .await
+}
+
+async fn uids<K>(cluster: &Cluster) -> Result<Vec<String>>
+where
+    K: Resource<Scope = k8s_openapi::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+    K::DynamicType: Default,
+{
+    let api: Api<K> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+    Ok(api.list(&ListParams::default().labels(MANAGED)).await?.iter().filter_map(ResourceExt::uid).collect())
+}
+
+/// Athanor's objects in the namespace with the UID of their controller.
+async fn owned(cluster: &Cluster) -> Result<Vec<(String, Option<String>)>> {
+    async fn of<K>(cluster: &Cluster, kind: &str, found: &mut Vec<(String, Option<String>)>) -> Result<()>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+        K::DynamicType: Default,
+    {
+        let api: Api<K> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+        for object in api.list(&ListParams::default().labels(MANAGED)).await? {
+            let owner = object.owner_references().first().map(|owner| owner.uid.clone());
+            found.push((format!("{kind} {}", object.name_any()), owner));
+        }
+        Ok(())
+    }
+    let mut found = Vec::new();
+    of::<Deployment>(cluster, "Deployment", &mut found).await?;
+    of::<Job>(cluster, "Job", &mut found).await?;
+    of::<Pod>(cluster, "Pod", &mut found).await?;
+    of::<ConfigMap>(cluster, "ConfigMap", &mut found).await?;
+    of::<Secret>(cluster, "Secret", &mut found).await?;
+    of::<Service>(cluster, "Service", &mut found).await?;
+    of::<ServiceAccount>(cluster, "ServiceAccount", &mut found).await?;
+    Ok(found)
+}
