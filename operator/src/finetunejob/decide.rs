@@ -96,6 +96,9 @@ impl Decision {
     }
 }
 
+/// Wait for the deployment that the job belongs to.
+const AWAITED: Duration = Duration::from_secs(10);
+
 /// Decides what happens next.
 ///
 /// A decision that ends an attempt only raises its number. The Kubernetes Job of the earlier attempt is deleted by the
@@ -106,8 +109,10 @@ pub fn decide(job: &ValidatedJob, observed: &Observed, now: Timestamp) -> Decisi
     let same = |phase| Decision { remove: batch_jobs.earlier(), ..Decision::new(phase, status.attempt) };
     if attempt::is_over(&status) {
         let left = ttl::left(job.spec.ttl_seconds_after_finished, status.completion_time.as_ref(), now);
-        let expire = left.is_some_and(|left| left.is_zero());
-        return Decision { expire, requeue: left.filter(|left| !left.is_zero()), ..same(Phase::Over) };
+        let is_due = left.is_some_and(|left| left.is_zero());
+        // A retraining that is deleted before its deployment looked would be done again.
+        let requeue = if is_due { observed.is_awaited.then_some(AWAITED) } else { left };
+        return Decision { expire: is_due && !observed.is_awaited, requeue, ..same(Phase::Over) };
     }
     let deadline = Deadline::new(job.spec.active_deadline_seconds, status.start_time.as_ref(), now);
     let state = attempt::read(batch_jobs.current, &batch_jobs.pods(observed), job.nodes, now);

@@ -25,6 +25,8 @@ pub struct Observed {
     pub report: Option<Report>,
     /// FineTuneJobs that are trials of this one's search.
     pub trials: Vec<Arc<FineTuneJob>>,
+    /// Whether the ModelDeployment that created the job has not noted its end yet, or is rolling its model out.
+    pub is_awaited: bool,
 }
 
 /// Reads; `None` when the job is being deleted.
@@ -56,5 +58,11 @@ pub fn dereference(stores: &Stores, reports: &Reports, job: &FineTuneJob) -> Res
     batch_jobs.retain(|batch_job| cluster::is_owned_by(&**batch_job, &uid));
     let mut pods = stores.pods.select(&namespace, label::FINE_TUNE_JOB, &name);
     pods.sort_by_key(|pod| pod.name_any());
-    Ok(Some(Observed { job: job.clone(), batch_jobs, pods, report, trials }))
+    let is_awaited = job.labels().get(label::DEPLOYMENT).is_some_and(|deployment| {
+        let deployment = stores.model_deployments.get(&namespace, deployment);
+        let Some(status) = deployment.as_ref().and_then(|deployment| deployment.status.as_ref()) else { return false };
+        let candidate = status.candidate.as_ref().and_then(|candidate| candidate.revision.job.as_ref());
+        status.retraining.as_ref().is_some_and(|retraining| retraining.job == name) || candidate == Some(&name)
+    });
+    Ok(Some(Observed { job: job.clone(), batch_jobs, pods, report, trials, is_awaited }))
 }

@@ -91,7 +91,7 @@ fn arcs<T>(objects: Vec<T>) -> Vec<Arc<T>> {
 
 fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
     let batch_jobs = vec![batch_job(0, json!([]))];
-    Observed { job, batch_jobs, pods: arcs(pods), report: None, trials: vec![] }
+    Observed { job, batch_jobs, pods: arcs(pods), report: None, trials: vec![], is_awaited: false }
 }
 
 fn decide(observed: &Observed, now: Timestamp) -> Decision {
@@ -258,6 +258,10 @@ fn suspension_deadline_deletion_and_time_to_live() {
     let decision = decide(&subject, at(9));
     assert_eq!((decision.expire, decision.requeue.map(|wait| wait.as_secs())), (false, Some(1)));
     assert!(decide(&subject, at(10)).expire);
+    subject.is_awaited = true;
+    let awaited = decide(&subject, at(10));
+    assert!(!awaited.expire && awaited.requeue.is_some(), "its deployment has not looked yet");
+    subject.is_awaited = false;
 }
 
 #[test]

@@ -23,6 +23,9 @@ pub const AVOID: Duration = Duration::from_secs(1);
 /// How long an endpoint is avoided that dropped one request: it may have been that request's connection alone.
 pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
 
+/// Further attempts of a request that was lost: it may be what ends its servers.
+const MOST_LOST: u32 = 1;
+
 /// Bounds of one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -115,6 +118,8 @@ struct SoFar<T> {
     failure: Option<String>,
     /// The last server had too much to do.
     busy: bool,
+    /// Attempts that were lost after a server had been reached.
+    lost: u32,
 }
 
 impl<T> SoFar<T> {
@@ -153,6 +158,7 @@ impl<T> SoFar<T> {
                 count(analysis, &from.revision, Counters::failed);
                 endpoint.avoid(Instant::now(), AVOID_SHORTLY);
                 self.failure = Some(failure);
+                self.lost += 1;
             }
             Attempt::Unreached { failure } => {
                 count(analysis, &from.revision, Counters::failed);
@@ -184,7 +190,7 @@ where
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
-    let mut so_far = SoFar { fallback: None, failure: None, busy: false };
+    let mut so_far = SoFar { fallback: None, failure: None, busy: false, lost: 0 };
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
@@ -226,7 +232,7 @@ where
             return so_far.fallback.ok_or(error);
         }
         if was_taken_on {
-            if left == 0 {
+            if left == 0 || so_far.lost > MOST_LOST {
                 let failure = so_far.failure.unwrap_or_default();
                 return so_far.fallback.ok_or(ForwardError::Failed { revision: revision.to_string(), failure });
             }
