@@ -96,7 +96,7 @@ struct Seen {
 }
 
 /// Asks until there is an answer.
-async fn persistently<T>(mut ask: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+async fn persistently<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
     let mut pause = Duration::from_millis(500);
     for _ in 1..TRIES {
         match ask().await {
@@ -114,7 +114,11 @@ async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<
             return;
         }
         let (text, begun) = (&texts[number % texts.len()], Instant::now());
-        let answer = persistently(async || client.classify(&text.text, None).await).await;
+        let answer = persistently(|| {
+            let (client, text) = (client.clone(), text.text.clone());
+            async move { client.classify(&text, None).await }
+        })
+        .await;
         seen.lock().unwrap().requests += 1;
         let error = match answer {
             Err(error) => Some(error),
@@ -122,7 +126,11 @@ async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<
             Ok(answer) if number % 2 == 0 => {
                 let wrong = if answer.label == "positive" { "negative" } else { "positive" };
                 seen.lock().unwrap().unsure.insert(answer.request_id.clone());
-                let given = persistently(async || client.feedback(&answer.request_id, wrong).await).await;
+                let given = persistently(|| {
+                    let (client, id) = (client.clone(), answer.request_id.clone());
+                    async move { client.feedback(&id, wrong).await }
+                })
+                .await;
                 if given.is_ok() {
                     let mut seen = seen.lock().unwrap();
                     seen.unsure.remove(&answer.request_id);

@@ -87,6 +87,7 @@ impl Cluster {
             pods: vec![],
             report: None,
             trials: self.trials.iter().cloned().map(Arc::new).collect(),
+            is_awaited: false,
         }
     }
 

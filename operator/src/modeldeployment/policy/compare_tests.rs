@@ -96,7 +96,7 @@ fn counts_that_cannot_be_are_no_evidence() {
     assert_eq!(excess(0.0, 5, 5), f64::NEG_INFINITY);
     assert_eq!(excess(1.0, 5, 0), f64::NEG_INFINITY);
     assert_eq!(above(1.0, RevisionCounts { requests: 5, errors: 5, ..RevisionCounts::default() }), f64::NEG_INFINITY);
-    assert!(above(0.5, RevisionCounts { requests: 1, errors: 5, refused: 0 }).is_finite());
+    assert!(above(0.5, RevisionCounts { requests: 1, errors: 5, ..RevisionCounts::default() }).is_finite());
     assert!(excess(0.1, 0, 0).abs() < 1e-12);
 }
 
