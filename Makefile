@@ -38,7 +38,7 @@ test-unit: setup ## tests that need no cluster (parity and two-rank training inc
 
 test-apiserver: setup ## admission, and the operator's requests, faults and fail-over against a real etcd and kube-apiserver
 	@cluster/tools --only etcd,kubernetes
-	@$(CARGO) test --release --workspace --test admission --test requests --test reconcile_faults -- --ignored
+	@$(CARGO) test --release --workspace --test admission --test generated --test requests --test reconcile_faults -- --ignored
 
 test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
