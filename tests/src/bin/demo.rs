@@ -163,19 +163,23 @@ impl Demo {
         let traced = client.classify("A request that is followed through the processes.", None).await?;
         let sent =
             client.counts.feedback.load(Ordering::Relaxed) - client.counts.feedback_failures.load(Ordering::Relaxed);
-        let (records, trace_id) = wait("every event is in Kafka", Duration::from_secs(30), async || {
+        // And the one by which the router was found to answer.
+        let answered =
+            client.counts.requests.load(Ordering::Relaxed) - client.counts.failures.load(Ordering::Relaxed) + 1;
+        let (predictions, trace_id) = wait("every event is in Kafka", Duration::from_secs(30), async || {
             let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-            let feedback: BTreeSet<&str> = records
-                .iter()
-                .filter(|record| record.kind == event::FEEDBACK)
-                .map(|record| record.id.as_str())
-                .collect();
-            let arrived = feedback.len() as u64 >= sent;
+            // An event may be delivered twice.
+            let distinct = |kind: &str| {
+                let ids = records.iter().filter(|record| record.kind == kind).map(|record| record.id.as_str());
+                ids.collect::<BTreeSet<&str>>().len() as u64
+            };
+            let (predictions, feedback) = (distinct(event::PREDICTION), distinct(event::FEEDBACK));
+            let arrived = feedback >= sent && predictions >= answered;
             let trace = records
                 .iter()
                 .find(|record| record.request_id == traced.request_id)
                 .and_then(|record| record.trace_parent.as_deref()?.split('-').nth(1).map(str::to_owned));
-            Ok(trace.filter(|_| arrived).map(|trace| (records, trace)))
+            Ok(trace.filter(|_| arrived).map(|trace| (predictions, trace)))
         })
         .await?;
         let services = wait("the trace has router and server", Duration::from_secs(30), async || {
@@ -195,7 +199,7 @@ impl Demo {
             }
         }
         ensure!(empty.is_empty(), "dashboard queries without data:\n  {}", empty.join("\n  "));
-        let predictions = records.iter().filter(|record| record.kind == event::PREDICTION).count();
+        ensure!(predictions == answered, "{predictions} answers are recorded, {answered} were given");
         Ok(format!(
             "{predictions} predictions and {sent} feedback events in Kafka; trace {trace_id} through {}; {} dashboard queries have data",
             services.into_iter().collect::<Vec<_>>().join(", "),
