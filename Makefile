@@ -37,8 +37,8 @@ test-unit: setup ## tests that need no cluster (parity and two-rank training inc
 	@$(CARGO) test --release --workspace
 
 test-apiserver: setup ## admission, and the operator's requests, faults and fail-over against a real etcd and kube-apiserver
-	@cluster/tools --only etcd,kubernetes
-	@$(CARGO) test --release --workspace --test admission --test generated --test requests --test reconcile_faults -- --ignored
+	@cluster/tools --only etcd,helm,kubernetes
+	@$(CARGO) test --release --workspace --test admission --test chart --test generated --test requests --test reconcile_faults -- --ignored
 
 test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
