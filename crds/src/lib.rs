@@ -10,6 +10,7 @@
 
 mod access;
 mod engine;
+mod feedback;
 mod finetunejob;
 mod modeldeployment;
 mod pod;
@@ -26,6 +27,7 @@ pub use athanor_contract::process::label;
 
 pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
 pub use engine::{BuiltinEngine, EngineSpec};
+pub use feedback::{FeedbackSpec, KafkaSpec};
 pub use finetunejob::*;
 pub use modeldeployment::*;
 pub use pod::PodOverrides;

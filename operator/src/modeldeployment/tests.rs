@@ -323,7 +323,7 @@ fn a_rolled_back_revision_is_tried_again_when_the_user_asks_once() {
     };
     ask(&mut subject, "monday");
     let first = decision(&subject, 60);
-    assert_eq!((first.rollout.failed.len(), shown(&first).1), (0, Some((NEW.to_owned(), 0))));
+    assert_eq!((first.rollout.failed.len(), shown(&first).1), (0, Some((NEW.to_owned(), 10))));
     let mut next = status::next(&subject, &first, Ok(&Applied::assumed()), at(60));
     assert_eq!(next.retried_rollout.as_deref(), Some("monday"));
     // It fails once more, and stays failed until the annotation has another value.
@@ -619,7 +619,8 @@ fn the_children_are_what_processes_read() {
     let served: ServeConfig = serde_json::from_str(&served).unwrap();
     assert_eq!((served.limits.max_request_seconds, grace(&server)), (600, json!(615)));
     let router = children.router.unwrap();
-    assert_eq!(grace(&serde_json::to_value(&router.deployment).unwrap()), json!(615));
+    // And events that wait for Kafka are handed over.
+    assert_eq!(grace(&serde_json::to_value(&router.deployment).unwrap()), json!(660));
     let config: RouterConfig = serde_json::from_str(&router.config.data.unwrap()["router.json"]).unwrap();
     let weights: Vec<_> =
         config.revisions.iter().map(|revision| (revision.service.as_str(), revision.weight)).collect();

@@ -291,6 +291,7 @@ async fn an_answer_that_has_to_be_durable_and_is_not_takes_no_feedback() {
     let gateway = gateway(with_events, &[("a", &[address])]);
     let kept = Arc::new(Kept::default());
     gateway.events.set(Some(kept.clone()));
+    gateway.labels.set("a".into(), vec!["good".into(), "bad".into()]);
     for (broken, events, status) in [(true, 0, StatusCode::NOT_FOUND), (false, 1, StatusCode::ACCEPTED)] {
         kept.broken.store(broken, Ordering::Relaxed);
         let (parts, _) = send(&gateway, classify(), r#"{"input": "x"}"#).await;

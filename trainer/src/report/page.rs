@@ -48,6 +48,7 @@ pub struct Report<'a> {
     pub sources: Vec<SourceRows>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<&'a SkippedRows>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub annotation: Option<&'a Annotation>,
