@@ -38,20 +38,20 @@ test-unit: setup ## tests that need no cluster (parity and two-rank training inc
 
 test-apiserver: setup ## admission, and the operator's requests, faults and fail-over against a real etcd and kube-apiserver
 	@cluster/tools --only etcd,helm,kubernetes
-	@$(CARGO) test --release --workspace --test admission --test chart --test generated --test requests --test reconcile_faults -- --ignored
+	@$(CARGO) test --release --workspace --test apiserver -- --ignored --test-threads=1
 
 test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
 	@helm/check
 
 test-cluster: ## kill tests and bad input on the running cluster (after `make demo` and `make demo-chat`)
-	@$(CARGO) test --release --workspace --test cluster --test cluster_chat -- --ignored --test-threads=1 --nocapture
+	@$(CARGO) test --release --workspace --test cluster -- --ignored --test-threads=1 --nocapture --skip chaos::
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
 
 test-chaos: ## 50 kills at random on the running cluster, the loop under traffic (after `make demo`; CHAOS_KILLS, CHAOS_SEED)
-	@$(CARGO) test --release --workspace --test cluster_chaos -- --ignored --nocapture
+	@$(CARGO) test --release --workspace --test cluster -- --ignored --nocapture chaos::
 
 bench-quality: setup ## what distillation, selection and eight bits keep, on real rows (an hour and more)
 	@scripts/fetch teacher

@@ -1,6 +1,6 @@
 //! Rules between fields: each example of `rules.json` by the Rust rule, and the rules that only Rust checks.
 //!
-//! `tests/tests/admission.rs` gives the same examples to a real API server, which checks them by CEL.
+//! `tests/tests/apiserver/admission.rs` gives the same examples to a real API server, which checks them by CEL.
 
 use std::collections::BTreeSet;
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -11,7 +10,6 @@ use athanor_crds::{FineTuneJob, ModelDeployment};
 use athanor_tests::{
     apiserver::ApiServer,
     faults::{FAULTS, FaultProxy, Planned},
-    paths,
 };
 use k8s_openapi::{
     NamespaceResourceScope,
@@ -31,41 +29,11 @@ use kube::{
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::operator::Operator;
+
 /// Writes of one job, and of one deployment, from the first to the last of its first reconciles. The test fails if there are more.
 const WRITES_OF_A_JOB: usize = 8;
 const WRITES_OF_A_DEPLOYMENT: usize = 22;
-
-struct Operator(Child);
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Operator {
-    fn start(server: &ApiServer, identity: &str, kubeconfig: &std::path::Path) -> Result<Self> {
-        let log = std::fs::File::create(server.folder().join(format!("{identity}.log")))?;
-        let child = Command::new(paths::binary("athanor-operator"))
-            .args(["--progress-port=0", "--ops-port=0", "--lease-namespace=default"])
-            .arg(format!("--identity={identity}"))
-            .env("KUBECONFIG", kubeconfig)
-            .env("RUST_LOG", "info")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("athanor-operator (cargo build --release --workspace --bins)")?;
-        Ok(Self(child))
-    }
-
-    fn signal(&self, signal: &str) -> Result<()> {
-        let done = Command::new("kill").arg(format!("-{signal}")).arg(self.0.id().to_string()).status()?;
-        ensure!(done.success(), "kill -{signal}");
-        Ok(())
-    }
-}
 
 fn job(name: &str) -> Result<FineTuneJob> {
     Ok(serde_json::from_value(json!({
@@ -168,7 +136,7 @@ async fn a_fault_of_any_write_leads_to_the_same_state() -> Result<()> {
     }
     let proxy = FaultProxy::start(server.address(), server.token().into(), planned.clone()).await?;
     let kubeconfig = server.kubeconfig_at("faults", &proxy.address)?;
-    let _operator = Operator::start(&server, "operator", &kubeconfig)?;
+    let _operator = Operator::start(&server, "operator", &kubeconfig, &[])?;
     let jobs: Api<FineTuneJob> = Api::namespaced(client.clone(), "default");
     let deployments: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
     for name in planned.keys() {
@@ -231,7 +199,7 @@ async fn a_suspended_leader_that_resumes_writes_nothing() -> Result<()> {
     let start = async |identity: &str| {
         let proxy = FaultProxy::start(server.address(), server.token().into(), HashMap::new()).await?;
         let kubeconfig = server.kubeconfig_at(identity, &proxy.address)?;
-        anyhow::Ok((Operator::start(&server, identity, &kubeconfig)?, proxy))
+        anyhow::Ok((Operator::start(&server, identity, &kubeconfig, &[])?, proxy))
     };
     let holder = async || {
         let lease = leases.list(&ListParams::default()).await?.items.into_iter().next();
@@ -265,7 +233,7 @@ async fn a_suspended_leader_that_resumes_writes_nothing() -> Result<()> {
     // It hears of the work at once, and only later that there is another leader.
     first_proxy.slow_leases();
     first.signal("CONT")?;
-    let ended = until("the first ends", 40, async || Ok(first.0.try_wait()?)).await?;
+    let ended = until("the first ends", 40, async || first.ended()).await?;
     ensure!(!ended.success(), "an operator that lost its leadership has to be restarted");
     let after = first_proxy.all_writes();
     ensure!(after == before, "the first wrote {} times after it was resumed", after - before);

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    process::{Child, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -25,6 +25,8 @@ use kube::{
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use crate::operator::Operator;
 
 /// Flags that add or remove objects.
 const FLAGS: [&str; 8] = [
@@ -141,16 +143,6 @@ async fn make_pod(client: &Client, namespace: &str, of: &str, template: PodTempl
     Ok(())
 }
 
-/// Ends the process when it is dropped.
-struct Operator(Child);
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[tokio::test]
 #[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
 async fn the_chart_is_accepted_under_every_flag() -> Result<()> {
@@ -194,16 +186,7 @@ async fn children_fit_a_restricted_namespace_with_a_quota() -> Result<()> {
     let server = ApiServer::start().await?;
     let client = &server.client;
     namespace(client, "team").await?;
-    let log = std::fs::File::create(server.folder().join("operator.log"))?;
-    let child = Command::new(paths::binary("athanor-operator"))
-        .args(["--progress-port=0", "--ops-port=0", "--lease-namespace=default", "--namespace-watch=team"])
-        .env("KUBECONFIG", server.kubeconfig()?)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("athanor-operator")?;
-    let _operator = Operator(child);
+    let _operator = Operator::start(&server, "operator", &server.kubeconfig()?, &["--namespace-watch=team"])?;
     let pod = json!({"resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}});
     let job = json!({
         "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "first"},

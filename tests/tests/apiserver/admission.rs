@@ -43,7 +43,7 @@ fn access(callers: Value) -> Value {
 }
 
 fn rules() -> Vec<Example> {
-    serde_json::from_str(include_str!("../../contract/tests/rules.json")).unwrap()
+    serde_json::from_str(include_str!("../../../contract/tests/rules.json")).unwrap()
 }
 
 /// JSON merge patch (RFC 7396).

@@ -2,13 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use athanor_crds::FineTuneJob;
-use athanor_tests::{apiserver::ApiServer, paths};
+use athanor_tests::apiserver::ApiServer;
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Service},
@@ -19,30 +18,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-/// Ends the process when it is dropped.
-struct Operator(Child);
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(server: &ApiServer) -> Result<Operator> {
-    let binary = paths::binary("athanor-operator");
-    let log = std::fs::File::create(server.folder().join("operator.log"))?;
-    let child = Command::new(&binary)
-        .args(["--progress-port=0", "--ops-port=0", "--lease-namespace=default"])
-        .env("KUBECONFIG", server.kubeconfig()?)
-        .env("RUST_LOG", "info")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("{} (cargo build --release -p athanor-operator)", binary.display()))?;
-    Ok(Operator(child))
-}
+use crate::operator::Operator;
 
 /// Requests of the API server by verb and resource, of all clients.
 type Requests = BTreeMap<(String, String), u64>;
@@ -137,7 +113,7 @@ async fn a_reconcile_lists_nothing() -> Result<()> {
     let batch_jobs: Api<Job> = Api::namespaced(client.clone(), "default");
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
     let before = requests(client).await?;
-    let _operator = start(&server)?;
+    let _operator = Operator::start(&server, "operator", &server.kubeconfig()?, &[])?;
 
     // The first job shows that the operator leads and that its caches are filled.
     jobs.create(&PostParams::default(), &job("first")?).await?;

@@ -6,7 +6,6 @@
 
 use std::{
     collections::BTreeMap,
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -24,6 +23,8 @@ use proptest::{
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::{Map, Value, json};
+
+use crate::operator::Operator;
 
 const COUNT: usize = 500;
 /// Kinds with the plural of their resources.
@@ -233,30 +234,6 @@ fn manifest(kind: &str, name: &str, spec: &Value) -> Value {
     json!({"apiVersion": "athanor.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
 
-/// Ends the process when it is dropped.
-struct Operator(Child);
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(server: &ApiServer) -> Result<Operator> {
-    let log = std::fs::File::create(server.folder().join("operator.log"))?;
-    let child = Command::new(paths::binary("athanor-operator"))
-        .args(["--progress-port=0", "--ops-port=0", "--lease-namespace=default"])
-        .env("KUBECONFIG", server.kubeconfig()?)
-        .env("RUST_LOG", "warn")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("athanor-operator")?;
-    Ok(Operator(child))
-}
-
 /// Reasons of conditions by their number, of objects that have any.
 async fn reasons(client: &Client, kind: &str) -> Result<(usize, BTreeMap<String, usize>, Vec<String>)> {
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("athanor.dev", "v1alpha1", kind));
@@ -313,7 +290,7 @@ async fn generated_manifests_are_refused_with_a_path_or_reconciled() -> Result<(
         println!("{kind}: {COUNT} accepted of {tried}, {refused} spoilt ones refused with their path");
     }
 
-    let _operator = start(&server)?;
+    let _operator = Operator::start(&server, "operator", &server.kubeconfig()?, &[])?;
     let begun = Instant::now();
     for (kind, _) in KINDS {
         let found = loop {
