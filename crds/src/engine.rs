@@ -24,7 +24,10 @@ pub struct BuiltinEngine {
     /// Memory of each pod for the keys and values of all sequences, such as 512Mi or 4Gi. It is part of what
     /// podTemplate.resources must have room for. Absent: 1Gi.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 32), regex(pattern = r"^[1-9][0-9]*(Ki|Mi|Gi|Ti|k|M|G|T)?$"))]
+    #[schemars(
+        length(min = 1, max = 32),
+        regex(pattern = r"^([1-9][0-9]{0,14}|[1-9][0-9]{0,8}(Ki|Mi|k|M)|[1-9][0-9]{0,5}(Gi|Ti|G|T))$")
+    )]
     pub kv_cache_memory: Option<String>,
     /// Format of the weights in memory.
     pub weights: Weights,

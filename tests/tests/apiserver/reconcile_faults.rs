@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use athanor_crds::{FineTuneJob, ModelDeployment};
 use athanor_tests::{
     apiserver::ApiServer,
