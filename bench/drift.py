@@ -65,7 +65,7 @@ def train(folder):
         "spec": {
             "model": {"from": f"file://{os.environ['ATHANOR_MODELS']}/minilm-l6", "task": "TextClassification"},
             "data": {"sources": [{"name": domain, "uri": f"file://{folder}/{domain}.csv"} for domain in HOME]},
-            "hyperparameters": {"epochs": 2, "batchSize": 32, "learningRate": 1e-4},
+            "hyperparameters": {"epochs": 1, "batchSize": 32, "learningRate": 1e-4},
             "checkpoint": {"everySteps": 0}, "evaluate": {}, "output": {"to": f"file://{folder}/out"},
         },
     }))

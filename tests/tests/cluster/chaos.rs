@@ -266,6 +266,8 @@ async fn every_event_is_in_the_dataset_once(cluster: &Cluster, topic: &str, seen
     let kafka = json!({"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges});
     let mut spec = training(json!([{"name": "events", "kafka": kafka}]));
     spec["data"]["clean"] = json!({"exactDuplicates": "Keep"});
+    // A text is in one part, and there are few.
+    spec["data"]["split"] = json!({"validationPercent": 30, "testPercent": 30});
     spec["hyperparameters"]["maxSteps"] = 1.into();
     let job = json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "all-events"}, "spec": spec});
     cluster.apply(NAMESPACE, &job.to_string()).await?;
