@@ -226,6 +226,10 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
     no_retraining_runs_twice(&cluster).await?;
     every_event_is_in_the_dataset_once(&cluster, &topic, &seen).await?;
     nothing_is_orphaned(&cluster).await?;
+    // A container that was killed starts later each time, a new pod does not: the tests after this one kill it as well.
+    for pod in cluster.select("athanor-system", "").await? {
+        cluster.pods("athanor-system").delete(&pod.name_any(), &DeleteParams::default()).await?;
+    }
     cluster.delete_namespace(NAMESPACE).await
 }
 
