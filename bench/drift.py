@@ -88,7 +88,11 @@ def score(model, folder):
             listener.bind(("127.0.0.1", 0))
             ports.append(str(listener.getsockname()[1]))
     with open(folder / "serve.log", "w") as log:
-        command = [PROGRAMS / "athanor-server", "--model", model, "--http-port", ports[0], "--grpc-port", ports[1]]
+        config = folder / "serve.json"
+        config.write_text(json.dumps({
+            "modelName": "drift", "revision": "drift-1", "modelUri": f"file://{model}", "httpPort": int(ports[0]), "grpcPort": int(ports[1]),
+        }))
+        command = [PROGRAMS / "athanor-server", "--address", "127.0.0.1", "--config", config]
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             base, deadline = f"http://127.0.0.1:{ports[0]}", time.time() + 120
@@ -105,7 +109,7 @@ def score(model, folder):
                 answers = []
                 for begin in range(0, len(rows), 64):
                     block = rows[begin:begin + 64]
-                    body = json.dumps({"model": "", "input": [text for text, _ in block]}).encode()
+                    body = json.dumps({"input": [text for text, _ in block]}).encode()
                     request = urllib.request.Request(f"{base}/v1/classify", body, {"content-type": "application/json"})
                     found = json.load(urllib.request.urlopen(request, timeout=120))["data"]
                     answers += [(one["label"], one["score"], label) for one, (_, label) in zip(found, block)]
