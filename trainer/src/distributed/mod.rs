@@ -115,7 +115,7 @@ impl Gpus {
 
     fn describe(self) -> String {
         match self.has_nccl {
-            false => "this build of athanor-trainer has no CUDA: use the CUDA image (docs/gpu.md)".into(),
+            false => "this build of athanor-trainer has no CUDA: use the CUDA build (docs/gpu.md)".into(),
             true => format!("CUDA finds {} GPUs: check the driver and the runtime class of the pods", self.usable),
         }
     }

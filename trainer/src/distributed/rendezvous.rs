@@ -44,11 +44,16 @@ pub fn rendezvous(
     watchdog.beat();
     let ranks = Tensor::from(1.0_f32).to_device(topology.device());
     group.all_reduce_sum(&ranks).map_err(|error| {
-        TrainError::Other(format!(
+        let message = format!(
             "the ranks found each other, but their first collective over {:?} failed: {error}. Check the firewall between \
              the nodes, the interfaces (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO), the driver and the size of /dev/shm",
             topology.backend
-        ))
+        );
+        // A peer that was evicted in this moment is no fault of the run.
+        match error {
+            athanor_torch::Error::LostPeer(_) => TrainError::LostPeer(message),
+            athanor_torch::Error::Torch(_) => TrainError::Other(message),
+        }
     })?;
     watchdog.rest();
     Ok(Some(group))
