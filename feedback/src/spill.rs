@@ -201,7 +201,7 @@ pub async fn hand_over(dir: &Path, take: impl AsyncFn(Vec<Event>) -> Result<(), 
     let mut spill = Spill::open(dir, u64::MAX).map_err(|error| error.to_string())?;
     let mut count = 0;
     for number in spill.closed() {
-        let segment = match read_segment(&spill.path(number)) {
+        let mut segment = match read_segment(&spill.path(number)) {
             Ok(segment) => segment,
             Err(error) => {
                 tracing::error!(segment = number, %error, "a segment cannot be read and is set aside");
@@ -209,10 +209,12 @@ pub async fn hand_over(dir: &Path, take: impl AsyncFn(Vec<Event>) -> Result<(), 
                 continue;
             }
         };
-        if !segment.events.is_empty() {
-            take(segment.events.clone()).await?;
-            count += segment.events.len();
+        let events = std::mem::take(&mut segment.events);
+        let taken = events.len();
+        if taken > 0 {
+            take(events).await?;
         }
+        count += taken;
         spill.remove(&segment).map_err(|error| error.to_string())?;
     }
     Ok(count)

@@ -45,9 +45,9 @@ impl Rendezvous<'static> {
     /// # Errors
     /// If no port is free.
     pub fn on_loopback(world: usize) -> std::io::Result<Vec<Self>> {
-        let mut listener = Some(TcpListener::bind("127.0.0.1:0")?);
-        let store_port =
-            listener.as_ref().map(TcpListener::local_addr).transpose()?.map_or(0, |address| address.port());
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let store_port = listener.local_addr()?.port();
+        let mut listener = Some(listener);
         let (store_host, bind_host, timeout) = ("127.0.0.1", "127.0.0.1", Duration::from_secs(60));
         let of_rank =
             |rank| Self { store_host, store_port, listener: listener.take(), bind_host, rank, world, timeout };
