@@ -14,6 +14,7 @@ COPY libtorch/lib/ /opt/libtorch/lib/
 COPY lib/ /opt/athanor/lib/
 COPY --chmod=0755 bin/athanor-trainer /usr/local/bin/athanor-trainer
 # Threads of libgomp that wait must sleep: spinning takes the core from a neighbour on the same node.
-ENV LD_LIBRARY_PATH=/opt/libtorch/lib:/opt/athanor/lib OMP_WAIT_POLICY=PASSIVE
+# The container toolkit of NVIDIA mounts the driver's libraries for these uses, on nodes that have GPUs.
+ENV LD_LIBRARY_PATH=/opt/libtorch/lib:/opt/athanor/lib OMP_WAIT_POLICY=PASSIVE NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/athanor-trainer"]
