@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients bench-data bench-quality bench-train bench-drift bench-serve build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -66,6 +66,9 @@ bench-drift: setup ## detection of drift and false alarms on 200 streams, side b
 
 bench-serve: setup ## tokens and requests a second side by side with llama.cpp and onnxruntime
 	@scripts/bench serve
+
+bench-operator: setup ## thousands of jobs on nodes played by kwok, side by side with Kubeflow Trainer and JobSet
+	@scripts/bench operator
 
 demo: ## the whole loop on a real single-node Kubernetes
 	@scripts/demo
