@@ -1,7 +1,7 @@
 """A Kubernetes control plane of its own on loopback for benchmarks: etcd, API server, controller manager, scheduler, and
 kwok, which plays the nodes. Its data lie in a temporary folder; everything ends with the `with` block.
 """
-import concurrent.futures, contextlib, ctypes, http.client, json, os, pathlib, signal, socket, ssl, subprocess, tempfile, threading, time
+import concurrent.futures, contextlib, ctypes, http.client, json, os, pathlib, shutil, signal, socket, ssl, subprocess, tempfile, threading, time
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMESPACE = "bench"
@@ -111,7 +111,7 @@ class ControlPlane:
         for _, process in reversed(self.processes):
             process.kill()
             process.wait()
-        subprocess.run(["rm", "-rf", self.folder], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self, name, command, env=None):
         """Starts a process, its output in a log of the folder."""

@@ -74,7 +74,8 @@ class AuditLog:
         return dict(found.most_common())
 
 
-def settings_of(account):
+def user_of(account):
+    """The name of a ServiceAccount in the audit log."""
     return f"system:serviceaccount:{account[0]}:{account[1]}"
 
 
@@ -283,7 +284,7 @@ def finished(plane, system, count):
 def measure(system, count):
     """Runs one system on a control plane of its own."""
     note(f"{system.name}: {count} of {system.path.rpartition('/')[2]}, {system.pods} pods each")
-    users = {settings_of(account): name for name, account in system.accounts.items()}
+    users = {user_of(account): name for name, account in system.accounts.items()}
     with ControlPlane(list(users)) as plane:
         processes = system.start(plane)
         cpu = lambda: {name: cpu_seconds(process.pid) for name, process in processes.items()}
