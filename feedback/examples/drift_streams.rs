@@ -10,7 +10,7 @@ use athanor_contract::{
     event::{Event, EventData, Feedback, Judgement, Prediction},
     serve::{MonitorSpec, Verdict},
 };
-use athanor_feedback::window::Window;
+use athanor_feedback::{cloudevents::event_time, window::Window};
 use serde::{Deserialize, Serialize};
 
 /// Predictions between two looks at the verdict.
@@ -56,7 +56,7 @@ fn verdicts(stream: Stream) -> Answer {
         let prediction = event(format!("p{at}"), at, EventData::Prediction(prediction));
         let feedback = feedback.map(|feedback| event(format!("f{at}"), at, EventData::Feedback(feedback)));
         for event in std::iter::once(prediction).chain(feedback) {
-            window.observe(0, offset, Some(&event));
+            window.observe(0, offset, event_time(&event), Some(&event));
             offset += 1;
         }
         if (at + 1) % STRIDE == 0 {

@@ -8,7 +8,7 @@ use athanor_contract::{
     },
     hexadecimal,
 };
-use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
+use rdkafka::message::{Header, Headers, Message, OwnedHeaders, Timestamp};
 use serde::de::DeserializeOwned;
 
 use crate::signing::{LENGTH, Purpose, SigningKeys};
@@ -127,6 +127,16 @@ pub fn event_time(event: &Event) -> jiff::Timestamp {
     event.time.parse().unwrap_or(jiff::Timestamp::MIN)
 }
 
+/// Time at which an event arrived, for the order of a window: the broker's, if the topic's records have it (`LogAppendTime`).
+/// Records of other topics have the clock of their sender only. Then it is the event's own time, but at most `now`.
+pub fn arrival(record: Timestamp, event: &Event, now: jiff::Timestamp) -> jiff::Timestamp {
+    let appended = match record {
+        Timestamp::LogAppendTime(milliseconds) => jiff::Timestamp::from_millisecond(milliseconds).ok(),
+        Timestamp::CreateTime(_) | Timestamp::NotAvailable => None,
+    };
+    appended.unwrap_or_else(|| event_time(event).min(now))
+}
+
 fn prediction(payload: &[u8]) -> Result<Prediction, MalformedEvent> {
     let prediction: Prediction = value(PREDICTION, payload)?;
     if !(0.0..=1.0).contains(&prediction.confidence) {
@@ -151,7 +161,7 @@ fn optional_header<H: Headers>(headers: Option<&H>, name: &'static str) -> Resul
 mod tests {
     use super::*;
     use athanor_contract::event::{GenerationInput, Judgement, Rating, TokenUsage};
-    use rdkafka::message::{OwnedMessage, Timestamp};
+    use rdkafka::message::OwnedMessage;
 
     fn event() -> Event {
         Event {
@@ -255,6 +265,23 @@ mod tests {
         for (message, expected) in cases {
             let error = decode(&message, None).expect_err(expected).to_string();
             assert!(error.starts_with(expected), "{error:?} should start with {expected:?}");
+        }
+    }
+
+    #[test]
+    fn the_brokers_time_is_the_arrival_and_a_senders_time_is_never_in_the_future() {
+        let time = |text: &str| text.parse::<jiff::Timestamp>().expect("a time");
+        let (own, earlier, later) =
+            (time("2026-11-24T12:00:00Z"), time("2026-11-24T11:00:00Z"), time("2100-01-01T00:00:00Z"));
+        let cases = [
+            ("a router whose clock is ahead", Timestamp::LogAppendTime(earlier.as_millisecond()), later, earlier),
+            ("a router whose clock is behind", Timestamp::LogAppendTime(later.as_millisecond()), later, later),
+            ("a sender's time", Timestamp::CreateTime(later.as_millisecond()), later, own),
+            ("a sender's time in the future", Timestamp::CreateTime(later.as_millisecond()), earlier, earlier),
+            ("no time", Timestamp::NotAvailable, later, own),
+        ];
+        for (name, record, now, expected) in cases {
+            assert_eq!(arrival(record, &event(), now), expected, "{name}");
         }
     }
 

@@ -1,8 +1,10 @@
 //! From a deployment's events to the monitor's verdict: a pure state machine for one revision.
 //!
 //! It takes every record of the topic from the beginning of the revision's offset ranges on. The same records in any interleaving
-//! of the partitions give the same counts and windows. Windows are ordered by the events' times. Memory is bounded: an answer
-//! whose feedback comes more than [`TRACKED`] answers later does not count as labelled.
+//! of the partitions give the same counts and windows. Windows are ordered by the time of arrival ([`arrival`]). Memory is bounded: an
+//! answer whose feedback comes more than [`TRACKED`] answers later does not count as labelled.
+//!
+//! [`arrival`]: crate::cloudevents::arrival
 
 mod bounded;
 mod callers;
@@ -21,10 +23,9 @@ use athanor_contract::{
     train::OffsetRange,
 };
 
-use crate::{
-    cloudevents::event_time,
-    drift::{kolmogorov_smirnov, population_stability_index},
-};
+use crate::drift::{kolmogorov_smirnov, population_stability_index};
+use jiff::Timestamp;
+
 use bounded::BoundedMap;
 use callers::Callers;
 use proportion::{Place, Proportion, Ratings, ReferenceShare};
@@ -163,21 +164,21 @@ impl Window {
         }
     }
 
-    /// Takes the record at `offset` of `partition`; `None` stands for a record that is not an event.
-    pub fn observe(&mut self, partition: i32, offset: i64, event: Option<&Event>) -> Observed {
-        let observed = self.take(partition, offset, event);
+    /// Takes the record at `offset` of `partition`, which arrived at this time; `None` stands for a record that is not an event.
+    pub fn observe(&mut self, partition: i32, offset: i64, arrived: Timestamp, event: Option<&Event>) -> Observed {
+        let observed = self.take((arrived, partition, offset), event);
         if let Some((_, end)) = self.ranges.get_mut(&partition) {
             *end = (*end).max(offset + 1);
         }
         observed
     }
 
-    fn take(&mut self, partition: i32, offset: i64, event: Option<&Event>) -> Observed {
+    fn take(&mut self, place: Place, event: Option<&Event>) -> Observed {
         let Some(event) = event else { return Observed::Malformed };
         if self.seen.insert((event.source.clone(), event.id.clone()), ()).is_some() {
             return Observed::Duplicate;
         }
-        let place = (event_time(event), partition, offset);
+        let (_, partition, offset) = place;
         match &event.data {
             EventData::Prediction(prediction) => {
                 if prediction.revision == self.revision {

@@ -11,7 +11,7 @@ use athanor_contract::{
 use athanor_feedback::{Producer, SnapshotError, kafka::client_config, read_rows};
 use common::{eventually, feedback, prediction, segments, whole_topic};
 use rdkafka::{
-    Offset, TopicPartitionList,
+    Offset, Timestamp, TopicPartitionList,
     admin::{AdminClient, AdminOptions},
     client::DefaultClientContext,
     producer::{FutureProducer, FutureRecord},
@@ -50,7 +50,8 @@ async fn a_snapshot_is_what_was_published() {
     eventually("all events in Kafka", || segments(dir.path()) == 0).await;
     let raw: FutureProducer = client_config(&config.bootstrap_servers).create().expect("a producer");
     let record = FutureRecord::to(&config.topic).key("p0").payload("not an event");
-    raw.send(record, Duration::from_secs(10)).await.expect("sent");
+    let sent = raw.send(record, Duration::from_secs(10)).await.expect("sent");
+    assert!(matches!(sent.timestamp, Timestamp::LogAppendTime(_)), "a topic without the broker's time: {sent:?}");
 
     let whole = whole_topic(&config);
     assert_eq!(whole.ranges.len(), 3);

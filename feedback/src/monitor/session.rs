@@ -186,7 +186,9 @@ impl Running<'_> {
         let event = cloudevents::decode(message, keys.as_ref())
             .inspect_err(|error| tracing::warn!(partition, offset, %error, "a record is no event and is skipped"))
             .ok();
-        let observed = self.window.observe(partition, offset, event.as_ref());
+        let now = jiff::Timestamp::now();
+        let arrived = event.as_ref().map_or(now, |event| cloudevents::arrival(message.timestamp(), event, now));
+        let observed = self.window.observe(partition, offset, arrived, event.as_ref());
         metrics::counter!("athanor_monitor_events_total", "type" => observed.name()).increment(1);
         self.positions.insert(partition, offset + 1);
         self.uncommitted = true;

@@ -76,7 +76,9 @@ async fn ensure_topic(shared: &Shared, admin: &mut Option<AdminClient<LogContext
         }
     };
     let options = AdminOptions::new().request_timeout(Some(ASK_TIMEOUT)).operation_timeout(Some(ASK_TIMEOUT));
-    let new_topic = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1));
+    // The broker's clock orders the monitor's windows; a record's time by default is its sender's.
+    let new_topic =
+        NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1)).set("message.timestamp.type", "LogAppendTime");
     let answer = admin.create_topics([&new_topic], &options).await;
     let reason = match answer {
         Ok(results) => match results.into_iter().next() {

@@ -9,7 +9,7 @@ use athanor_contract::{
 
 use crate::drift::{FallDetector, RecoveryDetector, lower_bound};
 
-/// Time, partition and offset: a total order that does not depend on the order of arrival.
+/// Time of arrival, partition and offset: a total order that does not depend on the order of arrival.
 pub type Place = (jiff::Timestamp, i32, i64);
 
 /// What a share is compared with.

@@ -1,6 +1,8 @@
 use super::*;
+use crate::cloudevents::{arrival, event_time};
 use athanor_contract::{artifact::TextReference, event::GenerationInput};
 use proptest::prelude::*;
+use rdkafka::message::Timestamp as RecordTime;
 
 const LABELS: [&str; 2] = ["negative", "positive"];
 
@@ -89,8 +91,13 @@ fn text_window() -> Window {
 /// Feeds events as partition 0 from offset 0 on.
 fn feed(window: &mut Window, events: impl IntoIterator<Item = Event>) {
     for (offset, event) in events.into_iter().enumerate() {
-        window.observe(0, offset as i64, Some(&event));
+        observe(window, 0, offset as i64, Some(&event));
     }
+}
+
+/// A record that arrived at the event's own time.
+fn observe(window: &mut Window, partition: i32, offset: i64, event: Option<&Event>) -> Observed {
+    window.observe(partition, offset, event.map_or(Timestamp::MIN, event_time), event)
 }
 
 #[test]
@@ -106,7 +113,7 @@ fn ranges_begin_with_the_revisions_first_event_in_each_partition() {
         (0, 14, None, Observed::Malformed),
     ];
     for (partition, offset, event, expected) in steps {
-        assert_eq!(window.observe(partition, offset, event.as_ref()), expected);
+        assert_eq!(observe(&mut window, partition, offset, event.as_ref()), expected);
     }
     let status = window.status();
     let ranges: Vec<_> = status.ranges.iter().map(|range| (range.partition, range.begin, range.end)).collect();
@@ -170,6 +177,28 @@ fn without_a_reference_only_counts_are_known() {
     let status = window.status();
     assert_eq!((status.verdict, status.predictions, status.statistics.len()), (Verdict::Unknown, 60, 0));
     assert_eq!(window.window_predictions(), 50);
+}
+
+#[test]
+fn an_event_from_the_future_does_not_own_the_window() {
+    let mut future = answer(0, "r2", "new", 0.51);
+    future.time = "2100-01-01T00:00:00Z".into();
+    let second = |at: i64| Timestamp::from_second(1_800_000_000 + at).expect("in range");
+    let of_broker = |at| RecordTime::LogAppendTime(second(at).as_millisecond());
+    let of_sender = |_: i64| RecordTime::CreateTime(event_time(&future).as_millisecond());
+    let records: [&dyn Fn(i64) -> RecordTime; 2] = [&of_broker, &of_sender];
+    for record in records {
+        let mut window = window();
+        let is_there = |window: &Window| window.newest.values().any(|(label, _)| label == "new");
+        let mut feed = |at: i64, event: &Event| {
+            window.observe(0, at, arrival(record(at), event, second(at)), Some(event));
+            is_there(&window)
+        };
+        assert!(feed(0, &future));
+        let after: Vec<bool> = (1..=100).map(|at| feed(at, &prediction(at, "r2"))).collect();
+        // It leaves a window of 100 with the hundredth prediction after it.
+        assert_eq!(after.iter().filter(|is_there| **is_there).count(), 99);
+    }
 }
 
 #[test]
@@ -291,14 +320,14 @@ proptest! {
         for pick in picks.into_iter().chain([false; 150]).chain([true; 150]) {
             let which = usize::from(pick);
             if let Some(event) = partitions[which].get(next[which]) {
-                mixed.observe(which as i32, next[which] as i64, Some(event));
+                observe(&mut mixed, which as i32, next[which] as i64, Some(event));
                 next[which] += 1;
             }
         }
         let mut straight = window();
         for (which, events) in partitions.iter().enumerate() {
             for (offset, event) in events.iter().enumerate() {
-                straight.observe(which as i32, offset as i64, Some(event));
+                observe(&mut straight, which as i32, offset as i64, Some(event));
             }
         }
         prop_assert_eq!(mixed.status(), straight.status());
