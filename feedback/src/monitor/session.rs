@@ -1,4 +1,5 @@
-//! One session: from the published ranges through Kafka to the status, until an error or another configuration ends it.
+//! One session: from the published ranges through Kafka to the status, until an error or another configuration ends it. Of the
+//! revisions it depends on the first alone, so that a candidate that comes or goes ends none.
 
 use std::{
     collections::BTreeMap,
