@@ -105,6 +105,8 @@ pub struct Window {
     early_feedback: BoundedMap<Input, Vec<(Place, Feedback)>>,
     predictions: u64,
     labelled: u64,
+    /// Labelled answers that their label confirms.
+    confirmed: u64,
     /// Label and confidence of the newest predictions; empty for a language model.
     newest: BTreeMap<Place, (String, f32)>,
     shift: Shift,
@@ -139,6 +141,7 @@ impl Window {
             early_feedback: BoundedMap::new(TRACKED_FEEDBACK),
             predictions: 0,
             labelled: 0,
+            confirmed: 0,
             newest: BTreeMap::new(),
             shift,
             accuracy,
@@ -257,10 +260,18 @@ impl Window {
             return;
         }
         let Some(answer) = answered.answer.take() else { return };
+        let is_right = answer == expected;
         self.labelled += 1;
+        self.confirmed += u64::from(is_right);
         if let Some(accuracy) = &mut self.accuracy {
-            accuracy.observe(place, answer == expected);
+            accuracy.observe(place, is_right);
         }
+    }
+
+    /// Whether there are enough labels for a verdict, and none of them confirms an answer. They are hardly a sample of the
+    /// answers then, as the test on accuracy requires, but reports of mistakes.
+    pub fn has_only_mistakes(&self) -> bool {
+        self.confirmed == 0 && self.accuracy.as_ref().is_some_and(Proportion::has_enough)
     }
 
     /// Predictions in the window now.

@@ -64,6 +64,8 @@ struct Running<'a> {
     is_resumed: bool,
     /// Positions have moved since the last commit.
     uncommitted: bool,
+    /// It was said that no label confirms an answer.
+    has_warned: bool,
 }
 
 impl Session {
@@ -101,6 +103,7 @@ impl Session {
             catching_up,
             is_resumed: false,
             uncommitted,
+            has_warned: false,
         }
         .run()
         .await
@@ -208,6 +211,12 @@ impl Running<'_> {
         }
         if !std::mem::replace(&mut self.is_resumed, true) {
             self.window.resume(&self.published);
+        }
+        if self.window.has_only_mistakes() && !std::mem::replace(&mut self.has_warned, true) {
+            tracing::warn!(
+                "no label confirms an answer: if feedback reports mistakes only, it is no sample of the answers, and the verdict \
+                 on accuracy does not hold (docs/events.md)"
+            );
         }
         let mut status = self.window.status();
         // What Kafka's retention has deleted cannot be trained on.

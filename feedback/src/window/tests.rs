@@ -252,6 +252,17 @@ fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
 }
 
 #[test]
+fn labels_that_confirm_no_answer_are_noticed() {
+    let mut window = window();
+    feed(&mut window, (0..19).flat_map(|at| [prediction(at, "r2"), feedback(at, "neither")]));
+    assert!(!window.has_only_mistakes(), "too few to say");
+    feed(&mut window, [prediction(19, "r2"), feedback(19, "neither")]);
+    assert!(window.has_only_mistakes());
+    feed(&mut window, [prediction(20, "r2"), feedback(20, LABELS[0])]);
+    assert_eq!((window.has_only_mistakes(), window.status().labelled), (false, 21));
+}
+
+#[test]
 fn later_labels_withdraw_a_verdict() {
     let mut window = window();
     let bad = |range: std::ops::Range<i64>| range.flat_map(|at| [prediction(at, "r2"), feedback(at, "neither")]);
