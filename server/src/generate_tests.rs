@@ -53,7 +53,8 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
         let stopping = Stopping { max_tokens: count, min_tokens: 0, stop_tokens: Vec::new() };
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let request = GenerateRequest { prompt: prompt.clone(), choices: 1, sampling, stopping };
-        engine.submit(request).unwrap().remove(0)
+        let mut places = engine.reserve(1).unwrap();
+        engine.submit(&mut places, request).unwrap().remove(0)
     };
     let choices: Vec<_> = prompts.iter().map(submit).collect();
     let mut found = Vec::new();

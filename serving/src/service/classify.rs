@@ -7,6 +7,7 @@ use athanor_contract::serve::ServeLimits;
 use super::{
     error::ServiceError,
     inputs::{Tokenize, check_count, tokenize},
+    tokenizing::Tokenizing,
 };
 use crate::engine::encode::Engine;
 
@@ -15,6 +16,7 @@ pub struct Classifier {
     pub labels: Vec<String>,
     limits: ServeLimits,
     tokenizer: Arc<dyn Tokenize>,
+    tokenizing: Tokenizing,
     engine: Engine,
 }
 
@@ -42,7 +44,7 @@ pub struct Classified {
 
 impl Classifier {
     pub fn new(limits: ServeLimits, labels: Vec<String>, tokenizer: Arc<dyn Tokenize>, engine: Engine) -> Self {
-        Self { labels, limits, tokenizer, engine }
+        Self { labels, limits, tokenizer, tokenizing: Tokenizing::default(), engine }
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -56,7 +58,7 @@ impl Classifier {
             return Err(ServiceError::EmptyInput { index });
         }
         let places = self.engine.reserve(texts.len())?;
-        let rows = tokenize(&self.tokenizer, texts, self.limits.max_sequence_length).await?;
+        let rows = tokenize(&self.tokenizing, &self.tokenizer, texts, self.limits.max_sequence_length).await?;
         let tokens = rows.iter().map(|row| row.len() as u64).sum();
         let outputs = self.engine.run(places, rows).await?;
         let results = outputs.iter().enumerate().map(|(index, output)| {

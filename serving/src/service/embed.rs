@@ -7,6 +7,7 @@ use athanor_contract::serve::ServeLimits;
 use super::{
     error::ServiceError,
     inputs::{Inputs, Tokenize, tokenize},
+    tokenizing::Tokenizing,
 };
 use crate::engine::encode::Engine;
 
@@ -16,6 +17,7 @@ pub struct Embedder {
     /// Number of tokens in the vocabulary.
     vocabulary: usize,
     tokenizer: Arc<dyn Tokenize>,
+    tokenizing: Tokenizing,
     engine: Engine,
 }
 
@@ -30,7 +32,7 @@ pub struct Embedded {
 
 impl Embedder {
     pub fn new(limits: ServeLimits, vocabulary: usize, tokenizer: Arc<dyn Tokenize>, engine: Engine) -> Self {
-        Self { limits, vocabulary, tokenizer, engine }
+        Self { limits, vocabulary, tokenizer, tokenizing: Tokenizing::default(), engine }
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -46,7 +48,9 @@ impl Embedder {
         }
         let places = self.engine.reserve(count)?;
         let rows = match inputs {
-            Inputs::Texts(texts) => tokenize(&self.tokenizer, texts, self.limits.max_sequence_length).await?,
+            Inputs::Texts(texts) => {
+                tokenize(&self.tokenizing, &self.tokenizer, texts, self.limits.max_sequence_length).await?
+            }
             Inputs::Tokens(rows) => rows,
         };
         let tokens = rows.iter().map(|row| row.len() as u64).sum();

@@ -18,6 +18,9 @@ pub enum ServiceError {
     EmptyInput { index: usize },
     #[error("input {index} has {tokens} tokens; the model reads at most {limit}")]
     LongInput { index: usize, tokens: usize, limit: usize },
+    /// The text is not tokenised. `input` is absent for a conversation.
+    #[error("{bytes} bytes of text cannot fit; the model reads at most {limit} tokens")]
+    LongText { input: Option<usize>, bytes: usize, limit: usize },
     #[error("input {index} has the token {token}; the vocabulary has {vocabulary} tokens")]
     UnknownToken { index: usize, token: u32, vocabulary: usize },
     #[error("the model failed: the numbers of input {index} are not finite")]

@@ -13,6 +13,7 @@ use super::{
     inputs::Inputs,
     stop::StopStrings,
     tokenize::ChatTokenize,
+    tokenizing::{Tokenizing, most_bytes},
 };
 use crate::engine::generate::{
     Engine, GenerateError, GenerateRequest, Load,
@@ -20,13 +21,11 @@ use crate::engine::generate::{
     sequence::{FinishReason, Stopping},
 };
 
-/// Bytes of a prompt that are tokenised where they arrive; more goes to a blocking thread.
-const INLINE_BYTES: usize = 4096;
-
 /// A language model.
 pub struct Generator {
     limits: ServeLimits,
     tokenizer: Arc<dyn ChatTokenize>,
+    tokenizing: Tokenizing,
     /// Tokens that end an answer.
     stop_tokens: Arc<[u32]>,
     engine: Engine,
@@ -64,7 +63,7 @@ pub struct Answers {
 
 impl Generator {
     pub fn new(limits: ServeLimits, stop_tokens: Vec<u32>, tokenizer: Arc<dyn ChatTokenize>, engine: Engine) -> Self {
-        Self { limits, tokenizer, stop_tokens: stop_tokens.into(), engine }
+        Self { limits, tokenizer, tokenizing: Tokenizing::default(), stop_tokens: stop_tokens.into(), engine }
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -83,16 +82,19 @@ impl Generator {
 
     /// Starts the answers of one request.
     pub async fn generate(&self, request: Generation) -> Result<Answers, ServiceError> {
-        if let Prompt::Inputs(inputs) = &request.prompt {
-            inputs.check(&self.limits)?;
-        }
-        let seconds = self.limits.max_request_seconds;
-        let deadline = (Instant::now() + Duration::from_secs(seconds), seconds);
-        let prompts = self.tokenize(request.prompt).await?;
-        let count = prompts.len().saturating_mul(request.choices);
+        let prompts = match &request.prompt {
+            Prompt::Chat(_) => 1,
+            Prompt::Inputs(inputs) => inputs.check(&self.limits)?,
+        };
+        let count = prompts.saturating_mul(request.choices);
         if count > self.limits.max_inputs {
             return Err(ServiceError::TooManyAnswers { count, limit: self.limits.max_inputs });
         }
+        self.check_bytes(&request.prompt)?;
+        let mut places = self.engine.reserve(count)?;
+        let seconds = self.limits.max_request_seconds;
+        let deadline = (Instant::now() + Duration::from_secs(seconds), seconds);
+        let prompts = self.tokenize(request.prompt).await?;
         let mut answers = Vec::with_capacity(count);
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let logprobs = request.sampling.logprobs.is_some();
@@ -100,12 +102,9 @@ impl Generator {
             let left = self.max_length().saturating_sub(prompt.len());
             let max_tokens = request.max_tokens.unwrap_or(left.max(1));
             let stopping = Stopping { max_tokens, min_tokens: 0, stop_tokens: self.stop_tokens.to_vec() };
-            let submitted = self.engine.submit(GenerateRequest {
-                prompt,
-                choices: request.choices,
-                sampling: request.sampling.clone(),
-                stopping,
-            })?;
+            let (choices, sampling) = (request.choices, request.sampling.clone());
+            let sequences = GenerateRequest { prompt, choices, sampling, stopping };
+            let submitted = self.engine.submit(&mut places, sequences)?;
             for (index, choice) in submitted.into_iter().enumerate() {
                 let stop = StopStrings::new(request.stop.clone());
                 let answer = Answer::new(choice, self.tokenizer.clone(), self.stop_tokens.clone(), stop, deadline);
@@ -115,11 +114,27 @@ impl Generator {
         Ok(Answers { answers, prompt_tokens })
     }
 
+    /// Refuses texts that cannot fit, however they are tokenised.
+    fn check_bytes(&self, prompt: &Prompt) -> Result<(), ServiceError> {
+        let limit = self.max_length();
+        let check = |input: Option<usize>, bytes: usize| match bytes > most_bytes(limit) {
+            true => Err(ServiceError::LongText { input, bytes, limit }),
+            false => Ok(()),
+        };
+        match prompt {
+            Prompt::Chat(messages) => check(None, messages.iter().map(|message| content(message).len()).sum()),
+            Prompt::Inputs(Inputs::Texts(texts)) => {
+                texts.iter().enumerate().try_for_each(|(index, text)| check(Some(index), text.len()))
+            }
+            Prompt::Inputs(Inputs::Tokens(_)) => Ok(()),
+        }
+    }
+
     async fn tokenize(&self, prompt: Prompt) -> Result<Vec<Vec<u32>>, ServiceError> {
         let bytes = match &prompt {
             Prompt::Inputs(Inputs::Tokens(_)) => 0,
             Prompt::Inputs(Inputs::Texts(texts)) => texts.iter().map(String::len).sum(),
-            Prompt::Chat(messages) => messages.iter().map(|message| content(message).len()).sum(),
+            Prompt::Chat(messages) => messages.iter().map(text_bytes).sum(),
         };
         let tokenizer = self.tokenizer.clone();
         let encode = move || match prompt {
@@ -129,10 +144,7 @@ impl Generator {
                 texts.iter().map(|text| tokenizer.encode(text).map_err(ServiceError::Tokenizer)).collect()
             }
         };
-        if bytes <= INLINE_BYTES {
-            return encode();
-        }
-        tokio::task::spawn_blocking(encode).await.map_err(|error| ServiceError::Tokenizer(error.to_string()))?
+        self.tokenizing.run(bytes, encode).await
     }
 
     /// Generates a few tokens after a short and after a longer prompt.
@@ -157,6 +169,16 @@ impl Generator {
 
 fn content(message: &Value) -> &str {
     message["content"].as_str().unwrap_or_default()
+}
+
+/// Bytes of all texts of a message, calls of tools included.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(text_bytes).sum(),
+        Value::Object(fields) => fields.values().map(text_bytes).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
 }
 
 /// A whole answer.

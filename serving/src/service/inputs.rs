@@ -4,14 +4,10 @@ use std::sync::Arc;
 
 use athanor_contract::serve::ServeLimits;
 
-use super::error::ServiceError;
-
-/// Texts up to this many bytes together are tokenised where they arrive; more goes to a blocking thread.
-const INLINE_BYTES: usize = 4096;
-
-/// Bytes of a text that are tokenised, for each token of the longest sequence: tokens of common vocabularies are
-/// shorter.
-const BYTES_PER_TOKEN: usize = 256;
+use super::{
+    error::ServiceError,
+    tokenizing::{Tokenizing, most_bytes},
+};
 
 /// Turns texts into token ids, special tokens included, cut to `max_length`.
 pub trait Tokenize: Send + Sync + 'static {
@@ -50,21 +46,40 @@ pub(super) fn check_count(count: usize, limits: &ServeLimits) -> Result<(), Serv
     }
 }
 
-/// The token ids of each text.
+/// The token ids of each text. What is far beyond the longest sequence is cut off first.
 pub(super) async fn tokenize(
+    tokenizing: &Tokenizing,
     tokenizer: &Arc<dyn Tokenize>,
     mut texts: Vec<String>,
     length: usize,
 ) -> Result<Vec<Vec<u32>>, ServiceError> {
     for text in &mut texts {
-        text.truncate(text.floor_char_boundary(length.saturating_mul(BYTES_PER_TOKEN)));
+        text.truncate(text.floor_char_boundary(most_bytes(length)));
     }
-    if texts.iter().map(String::len).sum::<usize>() <= INLINE_BYTES {
-        return tokenizer.encode(&texts, length).map_err(ServiceError::Tokenizer);
-    }
+    let bytes = texts.iter().map(String::len).sum();
     let tokenizer = tokenizer.clone();
-    tokio::task::spawn_blocking(move || tokenizer.encode(&texts, length))
-        .await
-        .map_err(|error| ServiceError::Tokenizer(error.to_string()))?
-        .map_err(ServiceError::Tokenizer)
+    tokenizing.run(bytes, move || tokenizer.encode(&texts, length).map_err(ServiceError::Tokenizer)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A token for each text: its bytes.
+    struct Bytes;
+
+    impl Tokenize for Bytes {
+        fn encode(&self, texts: &[String], _: usize) -> Result<Vec<Vec<u32>>, String> {
+            Ok(texts.iter().map(|text| vec![text.len() as u32]).collect())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_text_far_beyond_the_longest_sequence_is_cut_before_it_is_tokenised() {
+        let tokenizer: Arc<dyn Tokenize> = Arc::new(Bytes);
+        // Eight tokens of up to 256 bytes; the last character that is cut has two bytes.
+        let texts = vec!["short".to_owned(), "x".repeat(2048), format!("{}é", "x".repeat(2047)), "x".repeat(1 << 20)];
+        let rows = tokenize(&Tokenizing::default(), &tokenizer, texts, 8).await.unwrap();
+        assert_eq!(rows, [[5], [2048], [2047], [2048]]);
+    }
 }

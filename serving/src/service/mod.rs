@@ -14,6 +14,7 @@ pub mod generate;
 mod inputs;
 pub mod stop;
 pub mod tokenize;
+mod tokenizing;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -146,3 +147,6 @@ impl Service {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,4 +7,6 @@ use std::sync::{Mutex, atomic::AtomicUsize};
 pub struct Gate {
     pub lock: Mutex<()>,
     pub batches: AtomicUsize,
+    /// Texts and conversations that were tokenised.
+    pub tokenised: AtomicUsize,
 }

@@ -24,10 +24,11 @@ const VOCABULARY: usize = 258;
 /// Tokens of prompt and answer together.
 pub const LONGEST: usize = 256;
 
-struct Bytes;
+struct Bytes(Arc<Gate>);
 
 impl ChatTokenize for Bytes {
     fn render_chat(&self, messages: &[Value], _tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
+        self.0.tokenised.fetch_add(1, Ordering::SeqCst);
         if messages[0]["role"] == "tool" {
             return Err(ServiceError::Conversation("a conversation begins with no tool".into()));
         }
@@ -43,6 +44,7 @@ impl ChatTokenize for Bytes {
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        self.0.tokenised.fetch_add(1, Ordering::SeqCst);
         Ok(tokens(text))
     }
 
@@ -147,6 +149,6 @@ pub fn language_model(limits: ServeLimits) -> (Arc<Service>, Arc<Gate>) {
     let backend = Rule { limits: sizes, slots: vec![0; sizes.blocks * sizes.block_size], gate: gate.clone() };
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
     let engine = Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }).expect("a thread starts");
-    let generator = Generator::new(limits, vec![END], Arc::new(Bytes), engine);
+    let generator = Generator::new(limits, vec![END], Arc::new(Bytes(gate.clone())), engine);
     (Arc::new(Service::new(&config, Model::Generator(generator))), gate)
 }

@@ -19,10 +19,11 @@ use crate::{
 };
 
 /// One token a word: its length.
-struct Words;
+struct Words(Arc<Gate>);
 
 impl Tokenize for Words {
     fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
+        self.0.tokenised.fetch_add(texts.len(), Ordering::SeqCst);
         Ok(texts.iter().map(|text| text.split(' ').map(|word| word.len() as u32).take(max_length).collect()).collect())
     }
 }
@@ -53,7 +54,7 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
     let gate = Arc::<Gate>::default();
     let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
     let labels = vec!["negative".into(), "positive".into()];
-    let classifier = Classifier::new(limits, labels, Arc::new(Words), engine);
+    let classifier = Classifier::new(limits, labels, Arc::new(Words(gate.clone())), engine);
     (Arc::new(Service::new(&config, Model::Classifier(classifier))), gate)
 }
 
@@ -79,5 +80,5 @@ pub fn embedding_model() -> Arc<Service> {
         engine: Default::default(),
     };
     let engine = Engine::start(Lengths, &limits).expect("a thread starts");
-    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, Arc::new(Words), engine))))
+    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, Arc::new(Words(Arc::default())), engine))))
 }

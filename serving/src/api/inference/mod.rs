@@ -80,6 +80,7 @@ fn status(error: ServiceError) -> Status {
         | ServiceError::TooManyAnswers { .. }
         | ServiceError::EmptyInput { .. }
         | ServiceError::LongInput { .. }
+        | ServiceError::LongText { .. }
         | ServiceError::UnknownToken { .. }
         | ServiceError::Conversation(_) => Status::invalid_argument(message),
         ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),

@@ -113,6 +113,10 @@ impl From<ServiceError> for ApiError {
             ServiceError::LongInput { index, .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param(format!("input[{index}]"))
             }
+            ServiceError::LongText { input, .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
+                    .param(input.map_or("messages".into(), |index| format!("input[{index}]")))
+            }
             ServiceError::UnknownToken { index, .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(format!("input[{index}]"))
             }

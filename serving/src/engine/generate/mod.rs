@@ -46,11 +46,14 @@ pub struct EngineLimits {
 /// What the engine does at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Number of sequences that wait to be admitted.
+    /// Number of sequences that wait to be admitted, those whose prompts are being tokenised included.
     pub waiting: usize,
     pub running: usize,
     pub used_blocks: usize,
 }
+
+/// Places in the queue for the sequences of one request, taken by [`Engine::reserve`].
+pub struct Places(Vec<Place>);
 
 /// A handle to the engine's thread, which ends when the last handle is dropped and all answers are complete.
 #[derive(Clone)]
@@ -93,19 +96,27 @@ impl Engine {
         self.limits.vocabulary
     }
 
-    /// Queues a request. Returns one channel for each choice, or an error at once if the request can never be served or
-    /// the queue is full.
-    pub fn submit(&self, request: GenerateRequest) -> Result<Vec<Choice>, GenerateError> {
-        self.check(&request)?;
+    /// Takes places for `sequences` sequences, or fails at once if the queue has fewer. Callers reserve before they
+    /// tokenise, so that a request that is refused costs nothing.
+    pub fn reserve(&self, sequences: usize) -> Result<Places, GenerateError> {
         let full = GenerateError::QueueFull { capacity: self.capacity };
-        let count = u32::try_from(request.choices).map_err(|_| full.clone())?;
-        let mut places = self.places.clone().try_acquire_many_owned(count).map_err(|_| full)?;
+        let count = u32::try_from(sequences).map_err(|_| full.clone())?;
+        let mut permits = self.places.clone().try_acquire_many_owned(count).map_err(|_| full)?;
+        Ok(Places((0..sequences).filter_map(|_| permits.split(1)).map(Place::new).collect()))
+    }
+
+    /// Queues a request, which takes one of the places for each choice. Returns one channel for each choice, or an error
+    /// at once if the request can never be served or there are too few places.
+    pub fn submit(&self, places: &mut Places, request: GenerateRequest) -> Result<Vec<Choice>, GenerateError> {
+        self.check(&request)?;
+        let first = places.0.len().checked_sub(request.choices);
+        let first = first.ok_or(GenerateError::QueueFull { capacity: self.capacity })?;
         let mut choices = Vec::with_capacity(request.choices);
         let mut replies = Vec::with_capacity(request.choices);
-        while let Some(place) = places.split(1).filter(|_| choices.len() < request.choices) {
+        for place in places.0.drain(first..) {
             let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 2);
             choices.push(receiver);
-            replies.push((sender, Place::new(place)));
+            replies.push((sender, place));
         }
         let item = Item { request, since: Instant::now(), replies };
         self.sender.send(item).map_err(|_| GenerateError::Stopped)?;

@@ -142,8 +142,14 @@ async fn read(mut choice: Choice) -> Result<(Vec<u32>, Finished), GenerateError>
     }
 }
 
+/// Reserves and submits.
+fn submit(engine: &Engine, request: GenerateRequest) -> Result<Vec<Choice>, GenerateError> {
+    let mut places = engine.reserve(request.choices)?;
+    engine.submit(&mut places, request)
+}
+
 async fn run(engine: &Engine, request: GenerateRequest) -> Result<(Vec<u32>, Finished), GenerateError> {
-    read(engine.submit(request)?.pop().unwrap()).await
+    read(submit(engine, request)?.pop().unwrap()).await
 }
 
 async fn until(engine: &Engine, what: &str, reached: impl Fn(Load) -> bool) {
@@ -190,7 +196,7 @@ async fn an_answer_does_not_depend_on_the_other_requests() {
     let (engine, seen) = engine(13, limits(9, 6));
     let mut readers = Vec::new();
     for (index, request) in requests.iter().enumerate() {
-        for (choice, receiver) in (0..).zip(engine.submit(request.clone()).unwrap()) {
+        for (choice, receiver) in (0..).zip(submit(&engine, request.clone()).unwrap()) {
             readers.push((index, choice, tokio::spawn(read(receiver))));
         }
         if random.random_bool(0.3) {
@@ -220,7 +226,7 @@ async fn the_choices_of_a_request_differ_by_their_seeds_and_share_its_prompt() {
     request.choices = 3;
     request.sampling.temperature = 2.0;
     let mut answers = Vec::new();
-    for (choice, receiver) in (0..).zip(engine.submit(request.clone()).unwrap()) {
+    for (choice, receiver) in (0..).zip(submit(&engine, request.clone()).unwrap()) {
         let (tokens, finished) = read(receiver).await.unwrap();
         assert_eq!(tokens, alone(&request, choice));
         assert_eq!(finished.cached_tokens, if choice == 0 { 0 } else { 16 });
@@ -234,8 +240,8 @@ async fn the_choices_of_a_request_differ_by_their_seeds_and_share_its_prompt() {
 async fn a_dropped_receiver_frees_its_blocks_running_or_waiting() {
     let (engine, seen) = engine(16, limits(100, 1));
     let gate = seen.gate.lock().unwrap();
-    let running = engine.submit(request(&[1, 2, 3], 60)).unwrap();
-    let waiting = engine.submit(request(&[1, 2, 3], 60)).unwrap();
+    let running = submit(&engine, request(&[1, 2, 3], 60)).unwrap();
+    let waiting = submit(&engine, request(&[1, 2, 3], 60)).unwrap();
     // The first is admitted, and the model stands still in its first step.
     while engine.load().waiting != 1 {
         thread::yield_now();
@@ -252,7 +258,7 @@ async fn a_dropped_receiver_frees_its_blocks_running_or_waiting() {
 #[tokio::test]
 async fn a_reader_that_does_not_read_delays_nobody_and_loses_nothing() {
     let (engine, _) = engine(40, limits(100, 2));
-    let slow = engine.submit(request(&[1], 50)).unwrap().pop().unwrap();
+    let slow = submit(&engine, request(&[1], 50)).unwrap().pop().unwrap();
     for _ in 0..3 {
         run(&engine, request(&[2], 50)).await.unwrap();
     }
@@ -264,13 +270,13 @@ async fn a_reader_that_does_not_read_delays_nobody_and_loses_nothing() {
 async fn a_full_queue_refuses_at_once() {
     let (engine, seen) = engine(40, EngineLimits { queue: 2, step: StepLimits { tokens: 100, sequences: 1 } });
     let gate = seen.gate.lock().unwrap();
-    let first = engine.submit(request(&[1], 9)).unwrap();
+    let first = submit(&engine, request(&[1], 9)).unwrap();
     // The first leaves the queue when it is admitted, before the model stands still.
     while engine.load().waiting > 0 {
         thread::yield_now();
     }
-    let others = engine.submit(GenerateRequest { choices: 2, ..request(&[2], 9) }).unwrap();
-    assert_eq!(engine.submit(request(&[3], 9)).unwrap_err(), GenerateError::QueueFull { capacity: 2 });
+    let others = submit(&engine, GenerateRequest { choices: 2, ..request(&[2], 9) }).unwrap();
+    assert_eq!(submit(&engine, request(&[3], 9)).unwrap_err(), GenerateError::QueueFull { capacity: 2 });
     drop(gate);
     for choice in first.into_iter().chain(others) {
         read(choice).await.unwrap();
@@ -295,7 +301,7 @@ async fn what_can_never_be_served_is_refused() {
         (GenerateRequest { choices: 0, ..request(&[1], 1) }, "n: 0 is less than 1"),
         (GenerateRequest { sampling: biased, ..request(&[1], 1) }, "temperature: 3 is not between 0 and 2"),
     ] {
-        assert_eq!(engine.submit(request).unwrap_err().to_string(), message);
+        assert_eq!(submit(&engine, request).unwrap_err().to_string(), message);
     }
     assert!(run(&engine, request(&[1; 30], 2)).await.is_ok(), "the longest that fits");
 }
@@ -331,13 +337,13 @@ async fn a_failing_step_fails_its_requests_and_the_engine_continues() {
 async fn a_panic_stops_the_engine_and_every_request_learns_of_it() {
     let (engine, seen) = engine(40, limits(100, 4));
     let gate = seen.gate.lock().unwrap();
-    let bad = engine.submit(request(&[1, PANICS], 5)).unwrap().pop().unwrap();
-    let good = engine.submit(request(&[1], 5)).unwrap().pop().unwrap();
+    let bad = submit(&engine, request(&[1, PANICS], 5)).unwrap().pop().unwrap();
+    let good = submit(&engine, request(&[1], 5)).unwrap().pop().unwrap();
     drop(gate);
     assert_eq!(read(bad).await.unwrap_err(), GenerateError::Stopped);
     assert_eq!(read(good).await.unwrap_err(), GenerateError::Stopped);
     engine.stopped().await;
-    assert_eq!(engine.submit(request(&[1], 5)).unwrap_err(), GenerateError::Stopped);
+    assert_eq!(submit(&engine, request(&[1], 5)).unwrap_err(), GenerateError::Stopped);
 }
 
 #[tokio::test]
