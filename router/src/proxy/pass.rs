@@ -31,8 +31,20 @@ use crate::{
 
 /// Headers that belong to one connection, and those that the client library writes itself. Answers are recorded, so
 /// servers do not compress them. A client's key is the router's to check and nobody else's to see.
-const NOT_PASSED_ON: [HeaderName; 10] =
-    [ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
+const NOT_PASSED_ON: [HeaderName; 12] = [
+    ACCEPT_ENCODING,
+    AUTHORIZATION,
+    CONNECTION,
+    CONTENT_LENGTH,
+    EXPECT,
+    HOST,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
 
 /// The revision that answered, for the metrics around.
 #[derive(Clone)]
