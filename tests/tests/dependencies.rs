@@ -14,7 +14,7 @@ const TABLE: [(&str, &[&str], &[&str]); 15] = [
     ("data", &["contract", "feedback", "store", "telemetry"], &["kube", "tch"]),
     ("search", &["contract"], &["kube", "tch", "tokio"]),
     ("operator", &["contract", "crds", "search", "telemetry"], &["tch", "rdkafka"]),
-    ("trainer", &["contract", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &[]),
+    ("trainer", &["contract", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &["kube"]),
     ("router", &["contract", "feedback", "serving", "store", "telemetry"], &["tch"]),
     ("server", &["contract", "models", "serving", "store", "telemetry", "torch"], &["kube", "rdkafka"]),
     ("serving", &["contract", "telemetry"], &["kube", "rdkafka", "tch"]),

@@ -18,7 +18,7 @@ use athanor_tests::{
     storage,
     traffic::Client,
 };
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
 use kube::{Api, ResourceExt, api::ListParams};
 use serde_json::{Value, json};
 
@@ -238,14 +238,20 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
         Ok::<_, anyhow::Error>(pods)
     };
     let background = client.background(sentiment::texts(&HOME, Part::Traffic)?, 100);
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    let requests = || client.counts.requests.load(Ordering::Relaxed);
+    wait("requests are answered", MINUTES, async || Ok((requests() > 100).then_some(()))).await?;
     for round in 0..2 {
         let pods = servers().await?;
         let victim =
             pods.iter().find(|pod| !processes(pod, "athanor-server").is_empty()).context("no server process")?;
+        let (name, before) = (victim.name_any(), restarts(victim));
         kill_9(&processes(victim, "athanor-server"))?;
-        println!("round {round}: killed {}", victim.name_any());
-        tokio::time::sleep(Duration::from_secs(4)).await;
+        println!("round {round}: killed {name}");
+        wait("the kubelet has noticed it", MINUTES, async || {
+            let pods = servers().await?;
+            Ok(pods.iter().find(|pod| pod.name_any() == name).filter(|pod| restarts(pod) > before).map(|_| ()))
+        })
+        .await?;
         wait("both servers are ready again", MINUTES * 2, async || {
             let pods = servers().await?;
             let ready = pods.iter().filter(|pod| {
@@ -264,6 +270,12 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
 
     bad_requests(&cluster, namespace, "served").await?;
     cluster.delete_namespace(namespace).await
+}
+
+/// Restarts of a pod's containers.
+fn restarts(pod: &Pod) -> i32 {
+    let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
+    containers.into_iter().flatten().map(|container| container.restart_count).sum()
 }
 
 /// Requests that cannot be answered get a 4xx and a reason, and leave the server well.
