@@ -87,7 +87,12 @@ pub struct Answered {
 impl Gateway {
     pub fn new(ids: RequestIds) -> Self {
         // A counter that has never counted is zero, not absent.
-        for name in ["athanor_router_events_lost_total", "athanor_router_retries_total"] {
+        let counters = [
+            "athanor_router_events_lost_total",
+            "athanor_router_events_taken_over_total",
+            "athanor_router_retries_total",
+        ];
+        for name in counters {
             metrics::counter!(name).increment(0);
         }
         Self {

@@ -21,7 +21,7 @@ use std::{
 
 use athanor_contract::Decimal;
 use indicatif::{ProgressBar, ProgressStyle};
-use metrics::gauge;
+use metrics::{counter, gauge};
 
 pub use events::{Events, Upload};
 pub use history::History;
@@ -137,6 +137,14 @@ impl Reporter {
         self.recent.clear();
         self.recent.push_back((Instant::now(), 0, 0));
         gauge!("athanor_train_steps").set(total_steps as f64);
+        // A counter that has never counted is zero, not absent.
+        for name in [
+            "athanor_train_skipped_steps_total",
+            "athanor_train_roll_backs_total",
+            "athanor_train_checkpoint_failures_total",
+        ] {
+            counter!(name).increment(0);
+        }
         self.stage(stage);
     }
 
