@@ -33,6 +33,33 @@ static inline void store_key_value(const CacheShape& shape, uint16_t* keys, uint
   for (int64_t i = 0; i < shape.head_dim; ++i) v[i] = to_bf16(value[i]);
 }
 
+// Sums of 16 W columns of the values from `column` on, weighted by `scores`: with four queries they fill sixteen registers.
+template <int N, int W>
+static void add_values(const CacheShape& shape, const uint16_t* values, const uint32_t* blocks, int64_t head, const Query* queries,
+                       const float* scores, int64_t capacity, const float* inverse, int64_t column, int64_t begin, int64_t end) {
+  f32x16 sums[N][W];
+  for (int n = 0; n < N; ++n) {
+    for (int w = 0; w < W; ++w) sums[n][w] = f32x16{};
+  }
+  for (int64_t block = begin / kBlock; block * kBlock < end; ++block) {
+    const uint16_t* v = values + blocks[block] * shape.value_block() + head * kBlock * shape.value_width + column;
+    const int64_t first = std::max(begin, block * kBlock), last = std::min(end, (block + 1) * kBlock);
+    for (int64_t place = first; place < last; ++place) {
+      const uint16_t* row = v + place % kBlock * shape.value_width;
+      for (int w = 0; w < W; ++w) {
+        const f32x16 value = load_bf16(row + w * 16);
+        for (int n = 0; n < N; ++n) sums[n][w] = fused(value, all(scores[n * capacity + place]), sums[n][w]);
+      }
+    }
+  }
+  const int64_t count = std::min<int64_t>(16 * W, shape.head_dim - column);
+  for (int n = 0; n < N; ++n) {
+    float whole[16 * W];
+    for (int w = 0; w < W; ++w) store(whole + w * 16, sums[n][w] * inverse[n]);
+    for (int64_t i = 0; i < count; ++i) queries[n].out[column + i] = whole[i];
+  }
+}
+
 // `keys` and `values`: the layer's blocks. `scores`: scratch of [N][capacity] numbers, capacity a multiple of 16.
 template <int N>
 static void attend(const CacheShape& shape, const uint16_t* keys, const uint16_t* values, const uint32_t* blocks, int64_t head,
@@ -85,33 +112,12 @@ static void attend(const CacheShape& shape, const uint16_t* keys, const uint16_t
     }
     inverse[n] = 1.0f / sum(total);
   }
-  // Four registers of values at a time: with four queries their sums fill sixteen.
   for (int64_t column = 0; column < shape.value_width; column += 64) {
-    const int64_t width = shape.value_width - column < 64 ? (shape.value_width - column) / 16 : 4;
-    f32x16 sums[N][4];
-    for (int n = 0; n < N; ++n) {
-      for (int c = 0; c < 4; ++c) sums[n][c] = f32x16{};
-    }
-    for (int64_t place = begin; place < end; ++place) {
-      const uint16_t* v = values + blocks[place / kBlock] * shape.value_block() +
-                          (head * kBlock + place % kBlock) * shape.value_width + column;
-      if (width == 4) {
-        for (int c = 0; c < 4; ++c) {
-          const f32x16 value = load_bf16(v + c * 16);
-          for (int n = 0; n < N; ++n) sums[n][c] = fused(value, all(scores[n * capacity + place]), sums[n][c]);
-        }
-      } else {
-        for (int c = 0; c < width; ++c) {
-          const f32x16 value = load_bf16(v + c * 16);
-          for (int n = 0; n < N; ++n) sums[n][c] = fused(value, all(scores[n * capacity + place]), sums[n][c]);
-        }
-      }
-    }
-    for (int n = 0; n < N; ++n) {
-      float whole[64];
-      for (int c = 0; c < 4; ++c) store(whole + c * 16, sums[n][c] * inverse[n]);
-      const int64_t count = shape.head_dim - column < 64 ? shape.head_dim - column : 64;
-      for (int64_t i = 0; i < count; ++i) queries[n].out[column + i] = whole[i];
+    switch (std::min<int64_t>(4, (shape.value_width - column) / 16)) {
+      case 1: add_values<N, 1>(shape, values, blocks, head, queries, scores, capacity, inverse, column, begin, end); break;
+      case 2: add_values<N, 2>(shape, values, blocks, head, queries, scores, capacity, inverse, column, begin, end); break;
+      case 3: add_values<N, 3>(shape, values, blocks, head, queries, scores, capacity, inverse, column, begin, end); break;
+      default: add_values<N, 4>(shape, values, blocks, head, queries, scores, capacity, inverse, column, begin, end); break;
     }
   }
 }

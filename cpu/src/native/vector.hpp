@@ -5,7 +5,6 @@
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
 template <typename V>
 static inline V load(const void* from) {
@@ -53,7 +52,17 @@ static inline f32x16 load_half(const uint16_t* from) {
 
 // BF16 to FP32.
 static inline f32x16 load_bf16(const uint16_t* from) {
-  return bits(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return reinterpret_cast<f32x16>(_mm512_slli_epi32(wide, 16));
+#else
+  u32x16 wide;
+  for (int half = 0; half < 2; ++half) {
+    const __m256i part = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + half * 8))), 16);
+    __builtin_memcpy(reinterpret_cast<char*>(&wide) + half * 32, &part, 32);
+  }
+  return bits(wide);
+#endif
 }
 
 // FP32 to BF16, to nearest even. NaN stays NaN.
