@@ -50,8 +50,11 @@ pub enum Weights {
     FP32,
     /// 16-bit floating-point numbers (bfloat16).
     BF16,
-    /// 8-bit integers with one scale for each output channel. The CPU alone has it.
+    /// 8-bit integers. CPU only.
     Int8,
+    /// 4-bit integers for the matrices of the layers, 8-bit integers for embeddings and output head. A tensor that a
+    /// GGUF file stores with more than 4 bits has 8. CPU only.
+    Int4,
 }
 
 fn http_port() -> u16 {

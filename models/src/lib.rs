@@ -25,6 +25,7 @@ pub mod load;
 pub mod lora;
 pub mod model;
 pub mod nn;
+pub mod packed;
 pub mod quantize;
 pub mod registry;
 pub mod tokenizer;

@@ -31,6 +31,8 @@ pub enum LoadError {
     Torch(#[from] tch::TchError),
     #[error(transparent)]
     Shim(#[from] athanor_torch::Error),
+    #[error(transparent)]
+    Packed(#[from] athanor_cpu::Error),
 }
 
 impl LoadError {

@@ -20,7 +20,7 @@ use crate::torch::describe;
 /// Positions in a block of the cache.
 const BLOCK: usize = 16;
 /// Memory of the cache if the configuration has none.
-const CACHE_MEMORY: u64 = 1 << 30;
+pub const CACHE_MEMORY: u64 = 1 << 30;
 /// Tokens of a step on a CPU: a longer step would hold up the answers in progress, and is no faster for each token.
 const CPU_STEP_TOKENS: usize = 512;
 
@@ -41,7 +41,7 @@ pub struct TorchGenerator {
 /// The format of the weights that a configuration asks for on a device.
 ///
 /// # Errors
-/// `Int8` on a GPU.
+/// `Int8` on a GPU, and `Int4`: this machine or the model cannot be packed.
 fn format(weights: Weights, device: Device) -> anyhow::Result<(Kind, Option<Packing>)> {
     let on_cpu = device == Device::Cpu;
     let float = (Kind::Float, on_cpu.then_some(Packing::Float));
@@ -51,6 +51,9 @@ fn format(weights: Weights, device: Device) -> anyhow::Result<(Kind, Option<Pack
         Weights::BF16 => (Kind::BFloat16, None),
         Weights::Int8 if on_cpu => (Kind::Float, Some(Packing::Int8)),
         Weights::Int8 => bail!("engine.weights: Int8 requires a CPU; a GPU has BF16 and FP32"),
+        Weights::Int4 => bail!(
+            "engine.weights: Int4 requires a CPU with AVX2 and a model of type llama, mistral, qwen2 or qwen3; Int8 or BF16 would do"
+        ),
     })
 }
 

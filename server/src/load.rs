@@ -15,6 +15,7 @@ use tch::Device;
 
 use crate::{
     generate::{TorchGenerator, engine_limits},
+    packed::PackedGenerator,
     tokenizer::{ChatTokenizer, TextTokenizer},
     torch::{TorchClassifier, TorchEmbedder},
 };
@@ -31,7 +32,7 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
     let path = decoder::locate(folder)?;
     let mut config = config.clone();
     if is_language_model(&path)? {
-        let model = language_model(&config, &path, device)?;
+        let model = language_model(&config, &path, device, threads)?;
         tracing::info!(?device, threads, "model loaded");
         return Ok(Service::new(&config, service::Model::Generator(model)));
     }
@@ -70,12 +71,19 @@ fn is_language_model(path: &Path) -> anyhow::Result<bool> {
     Ok(config["model_type"].as_str().is_some_and(registry::is_decoder))
 }
 
-fn language_model(config: &ServeConfig, path: &Path, device: Device) -> anyhow::Result<service::Generator> {
+fn language_model(config: &ServeConfig, path: &Path, device: Device, threads: usize) -> anyhow::Result<service::Generator> {
     let limits = engine_limits(&config.limits, device);
     let tokenizer = DecoderTokenizer::load(path)?;
     let stop_tokens = tokenizer.stop_tokens().to_vec();
-    let backend = TorchGenerator::load(path, &config.engine, limits.step.sequences, device)?;
-    let engine = generate::Engine::start(backend, limits).context("starting the engine's thread")?;
+    let (engine, sequences) = (&config.engine, limits.step.sequences);
+    let packed = if device == Device::Cpu { PackedGenerator::bits(path, engine.weights)? } else { None };
+    let engine = match packed {
+        Some(bits) => {
+            generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits)
+        }
+        None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits),
+    }
+    .context("starting the engine's thread")?;
     Ok(service::Generator::new(config.limits, stop_tokens, Arc::new(ChatTokenizer(tokenizer)), engine))
 }
 

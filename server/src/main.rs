@@ -2,6 +2,7 @@
 
 mod generate;
 mod load;
+mod packed;
 mod tokenizer;
 mod torch;
 

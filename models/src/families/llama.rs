@@ -108,7 +108,7 @@ impl LlamaConfig {
     }
 
     /// Theta and scaling of the rotary positions.
-    fn rope(&self) -> Result<(f64, RopeScaling), (&'static str, String)> {
+    pub fn rope(&self) -> Result<(f64, RopeScaling), (&'static str, String)> {
         let object = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()).filter(|value| !value.is_null());
         let theta = object.and_then(|object| object["rope_theta"].as_f64()).or(self.rope_theta).unwrap_or(10_000.0);
         let Some(object) = object else { return Ok((theta, RopeScaling::Default)) };
@@ -126,8 +126,23 @@ impl LlamaConfig {
         }
     }
 
+    /// Whether the projections to queries, keys and values have a bias.
+    pub fn attention_has_bias(&self) -> bool {
+        self.attention_bias.unwrap_or(self.model_type == "qwen2")
+    }
+
+    /// Whether the projection behind attention has a bias.
+    pub fn output_has_bias(&self) -> bool {
+        self.attention_has_bias() && self.model_type != "qwen2"
+    }
+
+    /// Whether queries and keys of each head are normalised.
+    pub fn normalises_heads(&self) -> bool {
+        self.model_type == "qwen3"
+    }
+
     /// The window of one layer's attention.
-    fn window(&self, layer: usize) -> Option<i64> {
+    pub fn window(&self, layer: usize) -> Option<i64> {
         let window = self.sliding_window.filter(|&window| window > 0)?;
         if !self.model_type.starts_with("qwen") {
             return Some(window);
@@ -186,17 +201,16 @@ impl Layer {
         let (c, d) = (config.hidden_size, config.head_dim());
         let (queries, keys) = (config.num_attention_heads * d, config.key_value_heads() * d);
         let name = |part: &str| format!("model.layers.{index}.{part}");
-        let is_qwen2 = config.model_type == "qwen2";
-        let bias = config.attention_bias.unwrap_or(is_qwen2);
+        let bias = config.attention_has_bias();
         let eps = config.rms_norm_eps;
         let head_norm = |builder: &mut Builder<'_>, part: &str| {
-            (config.model_type == "qwen3").then(|| builder.rms_norm(&name(part), d, eps)).transpose()
+            config.normalises_heads().then(|| builder.rms_norm(&name(part), d, eps)).transpose()
         };
         Ok(Self {
             query: builder.projection(&name("self_attn.q_proj"), c, queries, bias)?,
             key: builder.projection(&name("self_attn.k_proj"), c, keys, bias)?,
             value: builder.projection(&name("self_attn.v_proj"), c, keys, bias)?,
-            output: builder.projection(&name("self_attn.o_proj"), queries, c, bias && !is_qwen2)?,
+            output: builder.projection(&name("self_attn.o_proj"), queries, c, config.output_has_bias())?,
             query_norm: head_norm(builder, "self_attn.q_norm")?,
             key_norm: head_norm(builder, "self_attn.k_norm")?,
             attention: Attention { layer: index, window: config.window(index), dropout: config.attention_dropout },

@@ -31,14 +31,7 @@ pub struct Rotary {
 impl Rotary {
     /// `head_dim`: D, even.
     pub fn new(theta: f64, head_dim: i64, scaling: &RopeScaling, device: Device) -> Self {
-        let frequencies: Vec<f32> = (0..head_dim / 2)
-            .map(|pair| {
-                // f32, as in transformers.
-                let exponent = (2 * pair) as f32 / head_dim as f32;
-                scaled(1.0 / (theta as f32).powf(exponent), scaling)
-            })
-            .collect();
-        Self { frequencies: Tensor::from_slice(&frequencies).to_device(device) }
+        Self { frequencies: Tensor::from_slice(&frequencies(theta, head_dim, scaling)).to_device(device) }
     }
 
     /// Cosines and sines of positions [N], each [N, 1, D], in `kind`.
@@ -47,6 +40,13 @@ impl Rotary {
         let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1);
         (angles.cos().to_kind(kind), angles.sin().to_kind(kind))
     }
+}
+
+/// The frequency of each pair of numbers of a head, [D / 2].
+pub fn frequencies(theta: f64, head_dim: i64, scaling: &RopeScaling) -> Vec<f32> {
+    // f32, as in transformers.
+    let exponent = |pair: i64| (2 * pair) as f32 / head_dim as f32;
+    (0..head_dim / 2).map(|pair| scaled(1.0 / (theta as f32).powf(exponent(pair)), scaling)).collect()
 }
 
 fn scaled(frequency: f32, scaling: &RopeScaling) -> f32 {

@@ -6,9 +6,24 @@ pub mod sharded;
 
 use std::path::{Path, PathBuf};
 
+use athanor_cpu::Group;
 use tch::{Device, Kind, Tensor};
 
 use crate::load::{LoadError, Weights};
+
+/// A row of a matrix as the source stores it.
+#[derive(Clone, Copy, Debug)]
+pub enum StoredRow<'a> {
+    Numbers(&'a [f32]),
+    /// Four bits a number, in groups of 32.
+    Groups(&'a [Group]),
+}
+
+/// Called with the index of a row and the row.
+pub type EachRow<'a> = &'a mut dyn FnMut(usize, StoredRow<'_>) -> Result<(), LoadError>;
+
+/// Rows that are converted to FP32 at a time.
+const ROWS: i64 = 256;
 
 /// Tensors under Hugging Face's names.
 pub trait Source {
@@ -27,6 +42,29 @@ pub trait Source {
     /// # Errors
     /// The tensor is missing, has another shape, or is not of floating-point numbers.
     fn take(&mut self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError>;
+
+    /// Bits of a number of a tensor that is stored in blocks of whole numbers. Absent: floating-point numbers.
+    fn block_bits(&self, _name: &str) -> Option<u32> {
+        None
+    }
+
+    /// Takes a matrix [outputs, inputs] out row by row, in any order. FP32 is made of a few rows at a time.
+    ///
+    /// # Errors
+    /// See [`Self::take`]; an error of `each` is passed on.
+    fn rows(&mut self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
+        let tensor = self.take(name, &shape, None)?;
+        let mut numbers = vec![0.0; shape[1] as usize];
+        for first in (0..shape[0]).step_by(ROWS as usize) {
+            let count = ROWS.min(shape[0] - first);
+            let part = tensor.f_narrow(0, first, count)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+            for row in 0..count {
+                part.f_select(0, row)?.f_copy_data(&mut numbers, shape[1] as usize)?;
+                each((first + row) as usize, StoredRow::Numbers(&numbers))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Source for Weights {
@@ -58,18 +96,14 @@ impl Source for gguf::Gguf {
     }
 
     fn take(&mut self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError> {
-        let refused =
-            |message: String| LoadError::Tensor { file: self.path().to_owned(), tensor: name.to_owned(), message };
-        for weight in self.weights() {
-            let weight = weight?;
-            if weight.name != name {
-                continue;
-            }
-            if weight.shape() != shape {
-                return Err(refused(format!("its shape is {:?}, the metadata asks for {shape:?}", weight.shape())));
-            }
-            return weight.tensor(kind.unwrap_or(Kind::Float), Device::Cpu);
-        }
-        Err(refused("missing".into()))
+        self.weight(name, shape)?.tensor(kind.unwrap_or(Kind::Float), Device::Cpu)
+    }
+
+    fn block_bits(&self, name: &str) -> Option<u32> {
+        self.weights().flatten().find(|weight| weight.name == name)?.format().block_bits()
+    }
+
+    fn rows(&mut self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
+        self.weight(name, &shape)?.rows(each)
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! The layouts are those of ggml-common.h (<https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h>).
 
+use athanor_cpu::Group;
+
 /// How the numbers of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockFormat {
@@ -59,6 +61,48 @@ impl BlockFormat {
             Q5K => "Q5_K",
             Q6K => "Q6_K",
         }
+    }
+
+    /// Bits of a whole number in a block; absent: floating-point numbers.
+    pub fn block_bits(self) -> Option<u32> {
+        match self {
+            F32 | F16 | Bf16 => None,
+            Q4_0 | Q4_1 | Q4K => Some(4),
+            Q5_0 | Q5_1 | Q5K => Some(5),
+            Q6K => Some(6),
+            Q8_0 => Some(8),
+        }
+    }
+
+    /// Appends the groups of whole blocks to `to`, as they are but for products of scales. False: the format has no
+    /// four bits.
+    ///
+    /// # Panics
+    /// If `bytes` are not whole blocks.
+    pub fn groups(self, bytes: &[u8], to: &mut Vec<Group>) -> bool {
+        let group: fn(&[u8], &mut Vec<Group>) = match self {
+            Q4_0 => |block, to| {
+                let scale = half(block);
+                to.push(Group { q: gathered(nibbles(&block[2..])), scale, minimum: -8.0 * scale });
+            },
+            Q4_1 => |block, to| {
+                to.push(Group { q: gathered(nibbles(&block[4..])), scale: half(block), minimum: half(&block[2..]) });
+            },
+            Q4K => |block, to| {
+                let (d, dmin, scales, qs) = (half(block), half(&block[2..]), &block[4..16], &block[16..]);
+                for group in 0..8 {
+                    let (scale, minimum) = scale_and_minimum(scales, group);
+                    let (bytes, shift) = (&qs[group / 2 * 32..][..32], group % 2 * 4);
+                    let q = gathered(bytes.iter().map(|byte| byte >> shift & 15));
+                    to.push(Group { q, scale: d * scale, minimum: -dmin * minimum });
+                }
+            },
+            F32 | F16 | Bf16 | Q5_0 | Q5_1 | Q8_0 | Q5K | Q6K => return false,
+        };
+        let blocks = bytes.chunks_exact(self.block_bytes());
+        assert!(blocks.remainder().is_empty(), "{} bytes are not whole {} blocks", bytes.len(), self.name());
+        blocks.for_each(|block| group(block, to));
+        true
     }
 
     /// Numbers of a block.
@@ -149,6 +193,13 @@ fn half(bytes: &[u8]) -> f32 {
         31 => f32::from_bits(sign | 0x7f80_0000 | mantissa << 13),
         _ => f32::from_bits(sign | (exponent + 112) << 23 | mantissa << 13),
     }
+}
+
+/// The first 32 of some numbers.
+fn gathered(numbers: impl Iterator<Item = u8>) -> [u8; 32] {
+    let mut all = [0; 32];
+    all.iter_mut().zip(numbers).for_each(|(to, number)| *to = number);
+    all
 }
 
 /// The low four bits of every byte, then the high four bits of every byte.

@@ -13,7 +13,10 @@ use super::{
     header::{self, Header, TensorInfo},
     names::{self, ARCHITECTURES, Rows},
 };
-use crate::LoadError;
+use crate::{
+    LoadError,
+    weights::{EachRow, StoredRow},
+};
 
 /// Numbers that are converted at a time.
 const PIECE: usize = 1 << 20;
@@ -126,6 +129,26 @@ impl Gguf {
         Ok(Rows::Interleaved { head: (rows / heads) as usize })
     }
 
+    /// The weight that transformers calls `name`.
+    ///
+    /// # Errors
+    /// It is missing or has another shape.
+    pub fn weight(&self, name: &str, shape: &[i64]) -> Result<Weight<'_>, LoadError> {
+        let refused =
+            |message: String| LoadError::Tensor { file: self.path.clone(), tensor: name.to_owned(), message };
+        for weight in self.weights() {
+            let weight = weight?;
+            if weight.name != name {
+                continue;
+            }
+            if weight.shape() != shape {
+                return Err(refused(format!("its shape is {:?}, the metadata asks for {shape:?}", weight.shape())));
+            }
+            return Ok(weight);
+        }
+        Err(refused("missing".into()))
+    }
+
     /// Calls `each` with whole rows of `tensor`, about [`PIECE`] numbers at a time, and the index of the first of these
     /// rows.
     fn pieces(
@@ -133,9 +156,23 @@ impl Gguf {
         tensor: &TensorInfo,
         mut each: impl FnMut(usize, &[f32]) -> Result<(), LoadError>,
     ) -> Result<(), LoadError> {
+        let mut values = Vec::new();
+        self.stored_pieces(tensor, |first, bytes| {
+            values.clear();
+            tensor.format.dequantize(bytes, &mut values);
+            each(first, &values)
+        })
+    }
+
+    /// [`Self::pieces`] as they are in the file.
+    fn stored_pieces(
+        &self,
+        tensor: &TensorInfo,
+        mut each: impl FnMut(usize, &[u8]) -> Result<(), LoadError>,
+    ) -> Result<(), LoadError> {
         let (row, block) = (tensor.row(), tensor.format.block_elements());
         let step = ((PIECE / row).max(1) * row).next_multiple_of(block);
-        let (mut bytes, mut values) = (Vec::new(), Vec::new());
+        let mut bytes = Vec::new();
         for begin in (0..tensor.elements()).step_by(step) {
             let count = step.min(tensor.elements() - begin);
             let offset = tensor.offset + (begin / block * tensor.format.block_bytes()) as u64;
@@ -143,9 +180,7 @@ impl Gguf {
             self.file
                 .read_exact_at(&mut bytes, offset)
                 .map_err(|error| self.tensor_error(&tensor.name, format!("offset {offset}: {error}")))?;
-            values.clear();
-            tensor.format.dequantize(&bytes, &mut values);
-            each(begin / row, &values)?;
+            each(begin / row, &bytes)?;
         }
         Ok(())
     }
@@ -183,6 +218,32 @@ impl Weight<'_> {
             Ok(())
         })?;
         Ok(values)
+    }
+
+    /// Calls `each` with the rows, numbered as in transformers: groups of four bits as they are, numbers otherwise.
+    ///
+    /// # Errors
+    /// The file cannot be read, or `each` fails.
+    pub fn rows(&self, each: EachRow<'_>) -> Result<(), LoadError> {
+        let (row, format) = (self.info.row(), self.info.format);
+        if format.block_bits() == Some(4) && row.is_multiple_of(format.block_elements()) {
+            let mut groups = Vec::new();
+            return self.gguf.stored_pieces(self.info, |first, bytes| {
+                let row_bytes = row / format.block_elements() * format.block_bytes();
+                for (index, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
+                    groups.clear();
+                    format.groups(bytes, &mut groups);
+                    each(self.rows.target(first + index), StoredRow::Groups(&groups))?;
+                }
+                Ok(())
+            });
+        }
+        self.gguf.pieces(self.info, |first, piece| {
+            for (index, numbers) in piece.chunks_exact(row).enumerate() {
+                each(self.rows.target(first + index), StoredRow::Numbers(numbers))?;
+            }
+            Ok(())
+        })
     }
 
     /// The weight as a tensor of `kind`. No FP32 copy of all of it is made on the way.

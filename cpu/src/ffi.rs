@@ -1,0 +1,102 @@
+//! The C ABI of `native/dispatch.cpp`. `native/abi.hpp` has the same structures.
+
+use std::ffi::c_void;
+
+/// Which kernels compute. The order is that of speed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum InstructionSet {
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX512 with VNNI.
+    Avx512,
+}
+
+impl InstructionSet {
+    /// The best that this machine has; none if it lacks AVX2.
+    pub fn best() -> Option<Self> {
+        // SAFETY: the function takes nothing and reads the processor's features.
+        match unsafe { athanor_cpu_instruction_set() } {
+            0 => None,
+            1 => Some(Self::Avx2),
+            _ => Some(Self::Avx512),
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub data: *const u8,
+    pub format: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    pub outputs: i64,
+    pub inputs: i64,
+    pub tiles: *const Tile,
+    pub bias: *const f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Layer {
+    pub qkv: Matrix,
+    pub output: Matrix,
+    pub gate_up: Matrix,
+    pub down: Matrix,
+    pub input_norm: *const f32,
+    pub post_attention_norm: *const f32,
+    pub query_norm: *const f32,
+    pub key_norm: *const f32,
+    pub window: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub layers: i64,
+    pub hidden: i64,
+    pub intermediate: i64,
+    pub heads: i64,
+    pub key_value_heads: i64,
+    pub head_dim: i64,
+    pub vocabulary: i64,
+    pub max_length: i64,
+    pub blocks: i64,
+    pub threads: i64,
+    pub eps: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Row {
+    pub tokens: *const u32,
+    pub length: i64,
+    pub start: i64,
+    pub blocks: *const u32,
+    pub wants_logits: i32,
+}
+
+unsafe extern "C" {
+    fn athanor_cpu_instruction_set() -> i32;
+    fn athanor_cpu_advise(data: *mut u8, bytes: usize);
+    pub(crate) fn athanor_cpu_decoder(
+        instruction_set: i32,
+        shape: *const Shape,
+        layers: *const Layer,
+        embeddings: *const Matrix,
+        head: *const Matrix,
+        norm: *const f32,
+        frequencies: *const f32,
+    ) -> *mut c_void;
+    pub(crate) fn athanor_cpu_step(decoder: *mut c_void, rows: *const Row, count: i64, logits: *mut f32) -> i32;
+    pub(crate) fn athanor_cpu_free(decoder: *mut c_void);
+}
+
+/// Asks for huge pages; a kernel without them ignores it.
+pub(crate) fn advise_huge_pages(data: *mut u8, bytes: usize) {
+    // SAFETY: madvise(MADV_HUGEPAGE) changes no contents; the caller owns the range.
+    unsafe { athanor_cpu_advise(data, bytes) }
+}

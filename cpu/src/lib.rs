@@ -1,0 +1,28 @@
+//! Decoders of the llama family on the CPU, for serving: weights of four or eight bits, attention over a paged cache, and
+//! a team of threads that computes a step together.
+//!
+//! Weights are packed in tiles of 16 outputs and groups of 32 inputs ([`Matrix`]). Inputs of every product are rounded to
+//! eight bits by groups of 32, and products are sums of whole numbers (VNNI where the machine has it). Keys and values are
+//! BF16. A token's result does not depend on the other tokens of its step, to the last bit.
+//!
+//! What this crate leaves out: files, names of tensors and tokenizers (crate `models`), and training (libtorch).
+
+mod decoder;
+mod ffi;
+mod memory;
+mod pack;
+
+pub use self::{
+    decoder::{Config, Decoder, Layer, Row},
+    ffi::InstructionSet,
+    pack::{Format, Group, Matrix},
+};
+
+/// A decoder could not be built or could not compute.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("no memory for {0}")]
+    Memory(&'static str),
+    #[error("{0}")]
+    Invalid(String),
+}

@@ -1,0 +1,58 @@
+// What the Rust side calls, and what the instruction sets implement. `ffi.rs` declares the same structures.
+#pragma once
+
+#include <cstdint>
+
+namespace athanor {
+
+enum Format : int32_t { kInt8 = 0, kInt4 = 1 };
+
+// Sixteen outputs of a matrix; see pack.rs.
+struct Tile {
+  const uint8_t* data;
+  int32_t format;
+};
+
+// A packed matrix [outputs, inputs]. `bias` is null or has a number for each output of each tile.
+struct Matrix {
+  int64_t outputs, inputs;
+  const Tile* tiles;
+  const float* bias;
+
+  int64_t count() const { return (outputs + 15) / 16; }
+  int64_t groups() const { return (inputs + 31) / 32; }
+};
+
+struct Layer {
+  Matrix qkv, output, gate_up, down;
+  const float *input_norm, *post_attention_norm, *query_norm, *key_norm;
+  // Tokens that a query sees, itself included; 0: all before it.
+  int64_t window;
+};
+
+struct Shape {
+  int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim, vocabulary, max_length, blocks, threads;
+  float eps;
+};
+
+struct Row {
+  const uint32_t* tokens;
+  int64_t length, start;
+  const uint32_t* blocks;
+  int32_t wants_logits;
+};
+
+class Decoder {
+ public:
+  virtual ~Decoder() = default;
+  virtual void step(const Row* rows, int64_t count, float* logits) = 0;
+};
+
+namespace avx2 {
+Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
+}
+namespace avx512 {
+Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
+}
+
+}  // namespace athanor

@@ -1,0 +1,2 @@
+#define ATHANOR_ISA avx2
+#include "isa.hpp"

@@ -1,0 +1,2 @@
+#define ATHANOR_ISA avx512
+#include "isa.hpp"

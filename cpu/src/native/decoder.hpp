@@ -1,0 +1,340 @@
+// A decoder of the llama family: one call computes a step of many sequences. Included once for each instruction set.
+//
+// N tokens of all rows, C hidden size, H query heads and K key and value heads of D numbers, I the inner size, V tokens.
+#pragma once
+
+static inline void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* y) {
+  f32x16 squares{};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const f32x16 v = load<f32x16>(x + i);
+    squares = fused(v, v, squares);
+  }
+  for (; i < count; ++i) rest += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / static_cast<float>(count) + eps);
+  for (i = 0; i + 16 <= count; i += 16) store(y + i, load<f32x16>(x + i) * scale * load<f32x16>(weight + i));
+  for (; i < count; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+// Memory that grows and is aligned to a cache line.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  // At least `count` items; their contents are unspecified.
+  T* of(int64_t count) {
+    if (count > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_;
+  }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+class RoundedBuffer {
+ public:
+  // Room for rows of `columns` numbers.
+  Rounded& of(int64_t rows, int64_t columns) {
+    rounded_.groups = (columns + kGroup - 1) / kGroup;
+    rounded_.q = q_.of(rows * rounded_.groups * kGroup);
+    rounded_.scales = scales_.of(rows * rounded_.groups);
+    rounded_.sums = sums_.of(rows * rounded_.groups);
+    rounded_.starts = starts_.of(rows * rounded_.groups);
+    return rounded_;
+  }
+
+ private:
+  Rounded rounded_;
+  Buffer<int8_t> q_;
+  Buffer<float> scales_, sums_;
+  Buffer<int32_t> starts_;
+};
+
+class Decoder final : public athanor::Decoder {
+ public:
+  Decoder(const Shape& shape, const Layer* layers, const Matrix& embeddings,
+          const Matrix& head, const float* norm, const float* frequencies)
+      : shape_(shape), team_(static_cast<int>(shape.threads)), embeddings_(embeddings), head_(head), norm_(norm),
+        frequencies_(frequencies) {
+    cache_.heads = shape.key_value_heads;
+    cache_.head_dim = shape.head_dim;
+    cache_.value_width = (shape.head_dim + 15) / 16 * 16;
+    for (int64_t i = 0; i < shape.layers; ++i) layers_.push_back(layers[i]);
+    const size_t bytes = static_cast<size_t>(shape.layers * shape.blocks) * 2;
+    keys_.of(static_cast<int64_t>(bytes / 2) * cache_.key_block());
+    values_.of(static_cast<int64_t>(bytes / 2) * cache_.value_block());
+    // A product of a weight 0 with what was never written has to be 0.
+    std::memset(values_.get(), 0, bytes * static_cast<size_t>(cache_.value_block()));
+  }
+
+  void step(const Row* rows, int64_t count, float* logits) override {
+    tokens_.clear();
+    wanted_.clear();
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < rows[r].length; ++i) tokens_.push_back(Token{rows[r].tokens[i], rows[r].start + i, rows[r].blocks});
+      if (rows[r].wants_logits) wanted_.push_back(static_cast<int64_t>(tokens_.size()) - 1);
+    }
+    const auto n = static_cast<int64_t>(tokens_.size());
+    const int64_t c = shape_.hidden, d = shape_.head_dim;
+    x_.of(n * c);
+    angles_.of(n * d);
+    qkv_.of(n * (shape_.heads + 2 * shape_.key_value_heads) * d);
+    context_.of(n * shape_.heads * d);
+    inner_.of(n * shape_.intermediate);
+    hidden_ = &rounded_hidden_.of(n, c);
+    attended_ = &rounded_context_.of(n, shape_.heads * d);
+    activated_ = &rounded_inner_.of(n, shape_.intermediate);
+    scratch_.of(team_.threads() * scratch_size());
+    scores_.of(team_.threads() * kQueries * capacity());
+    logits_ = logits;
+    team_.run([this](int thread) { compute(thread); });
+  }
+
+ private:
+  struct Token {
+    uint32_t id;
+    int64_t position;
+    const uint32_t* blocks;
+  };
+
+  int64_t capacity() const { return (shape_.max_length + kBlock - 1) / kBlock * kBlock; }
+  int64_t scratch_size() const { return (std::max(shape_.hidden, shape_.heads * shape_.head_dim) + 63) / 16 * 16; }
+
+  // Calls `each` with the pieces of 0..count that fall to this thread, then waits for the others.
+  template <typename Each>
+  void share(int64_t count, int64_t piece, Each each) {
+    for (;;) {
+      const int64_t begin = team_.take() * piece;
+      if (begin >= count) break;
+      each(begin, std::min(begin + piece, count));
+    }
+    team_.barrier();
+  }
+
+  // Products of all rows, a few tiles at a time: few enough that the threads end together.
+  template <typename Each>
+  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
+    const int64_t piece = std::max<int64_t>(1, m.count() / (team_.threads() * 4));
+    share(m.count(), piece, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        tile_of_rows(m, tile, x, 0, rows, [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
+      }
+    });
+  }
+
+  static void put(float* to, int64_t at, int64_t size, f32x16 y) {
+    if (at + kTile <= size) {
+      store(to + at, y);
+      return;
+    }
+    float whole[kTile];
+    store(whole, y);
+    for (int64_t i = at; i < size; ++i) to[i] = whole[i - at];
+  }
+
+  static void add(float* to, int64_t at, int64_t size, f32x16 y) {
+    if (at + kTile <= size) {
+      store(to + at, load<f32x16>(to + at) + y);
+      return;
+    }
+    float whole[kTile];
+    store(whole, y);
+    for (int64_t i = at; i < size; ++i) to[i] += whole[i - at];
+  }
+
+  // Row `token` of the table of embeddings.
+  void embed(uint32_t token, float* to) const {
+    const Matrix& m = embeddings_;
+    const bool four = m.tiles[token / kTile].format == kInt4;
+    const uint8_t* numbers = m.tiles[token / kTile].data;
+    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));
+    const int64_t lane = token % kTile;
+    for (int64_t group = 0; group < m.groups(); ++group) {
+      float scale[16], minimum[16];
+      store(scale, load_half(scales + group * (four ? kScales<kInt4> : kScales<kInt8>)));
+      if (four) store(minimum, load_half(scales + group * 32 + 16));
+      for (int64_t i = 0; i < kGroup && group * kGroup + i < m.inputs; ++i) {
+        float value;
+        if (four) {
+          const uint8_t byte = numbers[group * 256 + i / 4 % 4 * 64 + lane * 4 + i % 4];
+          value = static_cast<float>(i < 16 ? byte & 15 : byte >> 4) * scale[lane] + minimum[lane];
+        } else {
+          value = static_cast<float>(static_cast<int>(numbers[group * 512 + i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale[lane];
+        }
+        to[group * kGroup + i] = value;
+      }
+    }
+  }
+
+  void compute(int thread) {
+    const auto n = static_cast<int64_t>(tokens_.size());
+    const int64_t c = shape_.hidden, d = shape_.head_dim;
+    float* x = x_.get();
+    float* scratch = scratch_.get() + thread * scratch_size();
+    share(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        embed(tokens_[t].id, x + t * c);
+        for (int64_t i = 0; i < d / 2; ++i) {
+          const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
+          angles_.get()[t * d + i] = std::cos(angle);
+          angles_.get()[t * d + d / 2 + i] = std::sin(angle);
+        }
+      }
+    });
+    for (int64_t l = 0; l < shape_.layers; ++l) layer(l, thread, scratch);
+    const auto wanted = static_cast<int64_t>(wanted_.size());
+    share(wanted, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
+        round_row(scratch, c, *hidden_, w);
+      }
+    });
+    multiply(head_, *hidden_, wanted, [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); });
+  }
+
+  void layer(int64_t index, int thread, float* scratch) {
+    const Layer& layer = layers_[index];
+    const auto n = static_cast<int64_t>(tokens_.size());
+    const int64_t c = shape_.hidden, d = shape_.head_dim, inner = shape_.intermediate;
+    const int64_t h = shape_.heads, k = shape_.key_value_heads, width = (h + 2 * k) * d;
+    float* x = x_.get();
+    float* qkv = qkv_.get();
+    uint16_t* keys = keys_.get() + index * shape_.blocks * cache_.key_block();
+    uint16_t* values = values_.get() + index * shape_.blocks * cache_.value_block();
+
+    const auto normalise = [&](const float* weight) {
+      share(n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          rms_norm(x + t * c, weight, c, shape_.eps, scratch);
+          round_row(scratch, c, *hidden_, t);
+        }
+      });
+    };
+
+    normalise(layer.input_norm);
+    multiply(layer.qkv, *hidden_, n, [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); });
+    share(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* row = qkv + t * width;
+        for (int64_t head = 0; head < h + k; ++head) {
+          const float* norm = head < h ? layer.query_norm : layer.key_norm;
+          if (norm != nullptr) rms_norm(row + head * d, norm, d, shape_.eps, row + head * d);
+          rotate(row + head * d, angles_.get() + t * d, d);
+        }
+        const Token& token = tokens_[t];
+        const int64_t block = token.blocks[token.position / kBlock];
+        for (int64_t head = 0; head < k; ++head) {
+          store_key_value(cache_, keys + block * cache_.key_block(), values + block * cache_.value_block(), head, token.position % kBlock,
+                          row + (h + head) * d, row + (h + k + head) * d);
+        }
+      }
+    });
+    attention(layer.window, keys, values, thread);
+    share(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) round_row(context_.get() + t * h * d, h * d, *attended_, t);
+    });
+    multiply(layer.output, *attended_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
+    normalise(layer.post_attention_norm);
+    gate_and_up(layer.gate_up, n);
+    share(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) round_row(inner_.get() + t * inner, inner, *activated_, t);
+    });
+    multiply(layer.down, *activated_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
+  }
+
+  // Tiles of gate and up take turns in their matrix, so that silu(gate) * up needs no memory between.
+  void gate_and_up(const Matrix& m, int64_t rows) {
+    const int64_t pairs = m.count() / 2, inner = shape_.intermediate;
+    const int64_t piece = std::max<int64_t>(1, pairs / (team_.threads() * 4));
+    // Rows whose gates wait for their ups.
+    constexpr int64_t kPart = 64;
+    share(pairs, piece, [&](int64_t begin, int64_t end) {
+      f32x16 gates[kPart];
+      for (int64_t pair = begin; pair < end; ++pair) {
+        for (int64_t first = 0; first < rows; first += kPart) {
+          const int64_t count = std::min(kPart, rows - first);
+          tile_of_rows(m, pair * 2, *hidden_, first, count, [&](int64_t row, f32x16 y) { gates[row - first] = y; });
+          tile_of_rows(m, pair * 2 + 1, *hidden_, first, count, [&](int64_t row, f32x16 y) {
+            const f32x16 gate = gates[row - first];
+            put(inner_.get() + row * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * y);
+          });
+        }
+      }
+    });
+  }
+
+  static void rotate(float* x, const float* angles, int64_t d) {
+    for (int64_t i = 0; i < d / 2; ++i) {
+      const float a = x[i], b = x[i + d / 2];
+      x[i] = a * angles[i] - b * angles[d / 2 + i];
+      x[i + d / 2] = b * angles[i] + a * angles[d / 2 + i];
+    }
+  }
+
+  void attention(int64_t window, const uint16_t* keys, const uint16_t* values, int thread) {
+    const auto n = static_cast<int64_t>(tokens_.size());
+    const int64_t d = shape_.head_dim, h = shape_.heads, k = shape_.key_value_heads, group = h / k;
+    const int64_t width = (h + 2 * k) * d;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    float* scores = scores_.get() + thread * kQueries * capacity();
+    // A piece: one key head and some tokens; those of one sequence share what is read.
+    const int64_t part = n >= 4 * team_.threads() ? 4 : 1;
+    const int64_t parts = (n + part - 1) / part;
+    share(parts * k, 1, [&](int64_t piece, int64_t) {
+      const int64_t head = piece % k, first = piece / k * part, end = std::min(first + part, n);
+      Query queries[kQueries];
+      int waiting = 0;
+      const uint32_t* blocks = nullptr;
+      const auto flush = [&] {
+        switch (waiting) {
+          case 1: attend<1>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
+          case 2: attend<2>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
+          case 3: attend<3>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
+          case 4: attend<4>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
+          default: break;
+        }
+        waiting = 0;
+      };
+      for (int64_t t = first; t < end; ++t) {
+        const Token& token = tokens_[t];
+        if (token.blocks != blocks) flush();
+        blocks = token.blocks;
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t query = head * group + g;
+          const int64_t visible = window > 0 ? std::max<int64_t>(0, token.position + 1 - window) : 0;
+          queries[waiting++] = Query{qkv_.get() + t * width + query * d, context_.get() + (t * h + query) * d, visible, token.position + 1};
+          if (waiting == kQueries) flush();
+        }
+      }
+      flush();
+    });
+  }
+
+  const Shape shape_;
+  athanor::Team team_;
+  const Matrix embeddings_, head_;
+  const float* norm_;
+  const float* frequencies_;
+  std::vector<Layer> layers_;
+  CacheShape cache_;
+  Buffer<uint16_t> keys_, values_;
+  std::vector<Token> tokens_;
+  std::vector<int64_t> wanted_;
+  Buffer<float> x_, angles_, qkv_, context_, inner_, scratch_, scores_;
+  RoundedBuffer rounded_hidden_, rounded_context_, rounded_inner_;
+  Rounded *hidden_ = nullptr, *attended_ = nullptr, *activated_ = nullptr;
+  float* logits_ = nullptr;
+};

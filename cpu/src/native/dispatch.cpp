@@ -1,0 +1,52 @@
+// The entry points: takes the best instruction set that the machine has. No exception leaves.
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <exception>
+
+#include "abi.hpp"
+
+namespace {
+
+// 0: too old a machine; 1: AVX2; 2: AVX512 with VNNI.
+int best() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return avx2 ? (avx512 ? 2 : 1) : 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t athanor_cpu_instruction_set() { return best(); }
+
+void athanor_cpu_advise(uint8_t* data, size_t bytes) { madvise(data, bytes, MADV_HUGEPAGE); }
+
+// `instruction_set`: 1 or 2, at most what the machine has. Null: no memory.
+athanor::Decoder* athanor_cpu_decoder(int32_t instruction_set, const athanor::Shape* shape, const athanor::Layer* layers,
+                                      const athanor::Matrix* embeddings, const athanor::Matrix* head, const float* norm,
+                                      const float* frequencies) {
+  try {
+    return instruction_set == 2 ? athanor::avx512::decoder(*shape, layers, *embeddings, *head, norm, frequencies)
+                                : athanor::avx2::decoder(*shape, layers, *embeddings, *head, norm, frequencies);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// 0, or 1 if there is no memory.
+int32_t athanor_cpu_step(athanor::Decoder* decoder, const athanor::Row* rows, int64_t count, float* logits) {
+  try {
+    decoder->step(rows, count, logits);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+void athanor_cpu_free(athanor::Decoder* decoder) { delete decoder; }
+
+}  // extern "C"

@@ -1,0 +1,28 @@
+// The whole of the kernels, once for each file that includes this with a namespace of its own.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "abi.hpp"
+#include "team.hpp"
+
+namespace athanor::ATHANOR_ISA {
+namespace {
+#include "vector.hpp"
+#include "product.hpp"
+#include "attention.hpp"
+#include "decoder.hpp"
+}  // namespace
+
+athanor::Decoder* decoder(const Shape& shape, const Layer* layers, const athanor::Matrix& embeddings, const athanor::Matrix& head,
+                          const float* norm, const float* frequencies) {
+  return new Decoder(shape, layers, embeddings, head, norm, frequencies);
+}
+
+}  // namespace athanor::ATHANOR_ISA

@@ -1,0 +1,293 @@
+//! Packed matrices.
+//!
+//! A tile holds 16 outputs. In it the inputs come in groups of 32, and in a group the four inputs `4 i` to `4 i + 3` of
+//! output `o` are side by side at byte `64 i + 4 o`, for i from 0 to 7. Eight bits are stored as q + 128. Of four bits, a
+//! byte holds that of `i` in its low half and that of `i + 4` in its high half. Behind the numbers of a tile come its
+//! scales, in FP16: for each group 16 scales, and for four bits 16 minimums as well.
+//!
+//! Outputs and inputs that the matrix lacks are zeros.
+
+use half::f16;
+
+use crate::{Error, ffi, memory::Memory};
+
+/// Outputs of a tile.
+pub(crate) const TILE: usize = 16;
+/// Inputs of a group.
+pub(crate) const GROUP: usize = 32;
+
+/// How the weights of a tile are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// `scale * q`, q from -127 to 127: 8.5 bits a weight.
+    Int8,
+    /// `scale * q + minimum`, q from 0 to 15: 5 bits a weight.
+    Int4,
+}
+
+impl Format {
+    const fn numbers(self) -> usize {
+        match self {
+            Self::Int8 => TILE * GROUP,
+            Self::Int4 => TILE * GROUP / 2,
+        }
+    }
+
+    const fn scales(self) -> usize {
+        match self {
+            Self::Int8 => TILE * 2,
+            Self::Int4 => TILE * 4,
+        }
+    }
+
+    /// Bytes of a tile of `groups` groups, whole cache lines.
+    fn tile_bytes(self, groups: usize) -> usize {
+        (groups * (self.numbers() + self.scales())).next_multiple_of(64)
+    }
+}
+
+/// 32 weights of four bits: `scale * q + minimum`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Group {
+    pub q: [u8; GROUP],
+    pub scale: f32,
+    pub minimum: f32,
+}
+
+/// A matrix [outputs, inputs] laid out for products with rows of activations.
+pub struct Matrix {
+    outputs: usize,
+    inputs: usize,
+    formats: Vec<Format>,
+    offsets: Vec<usize>,
+    data: Memory,
+    bias: Option<Vec<f32>>,
+    bytes: usize,
+}
+
+impl Matrix {
+    /// A matrix of zeros whose outputs `parts[0].0` first ones have the format `parts[0].1`, and so on. A tile in which
+    /// formats meet has eight bits.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn zeros(parts: &[(usize, Format)], inputs: usize) -> Result<Self, Error> {
+        let each: Vec<Format> =
+            parts.iter().flat_map(|&(outputs, format)| std::iter::repeat_n(format, outputs)).collect();
+        let formats: Vec<Format> = each
+            .chunks(TILE)
+            .map(|tile| if tile.contains(&Format::Int8) { Format::Int8 } else { Format::Int4 })
+            .collect();
+        let groups = inputs.div_ceil(GROUP);
+        let mut bytes = 0;
+        let mut offsets = Vec::with_capacity(formats.len());
+        for format in &formats {
+            offsets.push(bytes);
+            bytes += format.tile_bytes(groups);
+        }
+        let mut data = Memory::zeroed(bytes, "a matrix")?;
+        for (&format, &offset) in formats.iter().zip(&offsets) {
+            if format == Format::Int8 {
+                data.bytes_mut()[offset..offset + groups * format.numbers()].fill(128);
+            }
+        }
+        Ok(Self { outputs: each.len(), inputs, formats, offsets, data, bias: None, bytes })
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The format of an output's tile.
+    pub fn format(&self, output: usize) -> Format {
+        self.formats[output / TILE]
+    }
+
+    /// Rounds the weights of an output, [inputs], to the format of its tile.
+    ///
+    /// # Errors
+    /// A weight is not finite or is too large for FP16 scales.
+    ///
+    /// # Panics
+    /// `output` or the number of weights is not the matrix's.
+    pub fn set_row(&mut self, output: usize, weights: &[f32]) -> Result<(), Error> {
+        assert_eq!(weights.len(), self.inputs, "a row has as many weights as the matrix has inputs");
+        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite() || weight.abs() > 65_000.0) {
+            return Err(Error::Invalid(format!("weight {weight} of output {output} cannot be rounded")));
+        }
+        for (index, chunk) in weights.chunks(GROUP).enumerate() {
+            let mut values = [0.0; GROUP];
+            values[..chunk.len()].copy_from_slice(chunk);
+            match self.format(output) {
+                Format::Int8 => {
+                    let (q, scale) = eight_bits(&values);
+                    self.put(output, index, &q, scale, 0.0);
+                }
+                Format::Int4 => {
+                    let group = four_bits(&values);
+                    self.put(output, index, &group.q, group.scale, group.minimum);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores the weights of an output as they are, or rounds them to eight bits where its tile has them.
+    ///
+    /// # Errors
+    /// See [`Self::set_row`].
+    ///
+    /// # Panics
+    /// `output` or the number of groups is not the matrix's.
+    pub fn set_groups(&mut self, output: usize, groups: &[Group]) -> Result<(), Error> {
+        assert_eq!(groups.len(), self.inputs.div_ceil(GROUP), "a row has as many groups as the matrix");
+        if self.format(output) == Format::Int8 {
+            let mut weights: Vec<f32> = groups.iter().flat_map(values).collect();
+            weights.truncate(self.inputs);
+            return self.set_row(output, &weights);
+        }
+        for (index, group) in groups.iter().enumerate() {
+            let largest = group.scale.abs().max(group.minimum.abs());
+            if !largest.is_finite() || largest > 65_000.0 {
+                return Err(Error::Invalid(format!("scale {largest} of output {output} does not fit FP16")));
+            }
+            self.put(output, index, &group.q, group.scale, group.minimum);
+        }
+        Ok(())
+    }
+
+    /// Adds `bias` [outputs] to the products.
+    ///
+    /// # Panics
+    /// The number of biases is not that of outputs.
+    pub fn set_bias(&mut self, bias: &[f32]) {
+        assert_eq!(bias.len(), self.outputs, "a bias has as many numbers as the matrix has outputs");
+        let mut padded = bias.to_vec();
+        padded.resize(self.formats.len() * TILE, 0.0);
+        self.bias = Some(padded);
+    }
+
+    fn put(&mut self, output: usize, group: usize, q: &[u8; GROUP], scale: f32, minimum: f32) {
+        let (format, lane) = (self.formats[output / TILE], output % TILE);
+        let groups = self.inputs.div_ceil(GROUP);
+        let tile = &mut self.data.bytes_mut()[self.offsets[output / TILE]..];
+        let (numbers, scales) = tile.split_at_mut(groups * format.numbers());
+        let numbers = &mut numbers[group * format.numbers()..][..format.numbers()];
+        let scales = &mut scales[group * format.scales()..][..format.scales()];
+        let mut half = |at: usize, value: f32| {
+            scales[at * 2..at * 2 + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+        };
+        half(lane, scale);
+        if format == Format::Int4 {
+            half(TILE + lane, minimum);
+        }
+        for (index, &q) in q.iter().enumerate() {
+            let at = index / 4 * 64 + lane * 4 + index % 4;
+            match format {
+                Format::Int8 => numbers[at] = q,
+                Format::Int4 if index < GROUP / 2 => numbers[at] = numbers[at] & 0xf0 | q,
+                Format::Int4 => {
+                    let at = at - 256;
+                    numbers[at] = numbers[at] & 0x0f | q << 4;
+                }
+            }
+        }
+    }
+
+    /// The table of tiles that the kernels read; it points into this matrix.
+    pub(crate) fn tiles(&self) -> Vec<ffi::Tile> {
+        let tile = |(&offset, &format): (&usize, &Format)| {
+            ffi::Tile { data: self.data.as_ptr().wrapping_add(offset), format: i32::from(format == Format::Int4) }
+        };
+        self.offsets.iter().zip(&self.formats).map(tile).collect()
+    }
+
+    pub(crate) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+}
+
+/// The weights of a group.
+fn values(group: &Group) -> [f32; GROUP] {
+    group.q.map(|q| group.scale * f32::from(q) + group.minimum)
+}
+
+/// As FP16 holds it.
+fn rounded(value: f32) -> f32 {
+    f16::from_f32(value).to_f32()
+}
+
+/// Weights as `q + 128` and their scale, which FP16 holds.
+fn eight_bits(values: &[f32; GROUP]) -> ([u8; GROUP], f32) {
+    let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    // Rounded up, so that the largest weight is at most 127 scales.
+    let mut scale = rounded(largest / 127.0);
+    if scale * 127.0 < largest {
+        scale = f16::from_bits(f16::from_f32(scale).to_bits() + 1).to_f32();
+    }
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    (values.map(|value| ((value * inverse).round().clamp(-127.0, 127.0) + 128.0) as u8), scale)
+}
+
+/// The group of four bits with the least squared error among a few: the full range, and ranges shrunk at both ends, each
+/// improved by least squares. A group that had four bits before is found again.
+fn four_bits(values: &[f32; GROUP]) -> Group {
+    let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+    let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if least >= most {
+        return Group { q: [0; GROUP], scale: 0.0, minimum: rounded(least) };
+    }
+    let mut best: Option<(f32, Group)> = None;
+    for shrink in [0.0, 0.04, 0.08] {
+        let cut = (most - least) * shrink;
+        let (mut scale, mut minimum) = ((most - least - 2.0 * cut) / 15.0, least + cut);
+        for _ in 0..3 {
+            let group = at_scale(values, scale, minimum);
+            let error: f32 = std::iter::zip(values, self::values(&group)).map(|(a, b)| (a - b) * (a - b)).sum();
+            if best.as_ref().is_none_or(|(least, _)| error < *least) {
+                best = Some((error, group));
+            }
+            let Some(fit) = least_squares(values, &group.q) else { break };
+            (scale, minimum) = fit;
+        }
+    }
+    best.map_or(Group { q: [0; GROUP], scale: 0.0, minimum: rounded(least) }, |(_, group)| group)
+}
+
+/// Weights rounded to the nearest of `scale * q + minimum`.
+fn at_scale(values: &[f32; GROUP], scale: f32, minimum: f32) -> Group {
+    let (scale, minimum) = (rounded(scale), rounded(minimum));
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    Group { q: values.map(|value| ((value - minimum) * inverse).round().clamp(0.0, 15.0) as u8), scale, minimum }
+}
+
+/// Scale and minimum with the least squared error for these whole numbers.
+fn least_squares(values: &[f32; GROUP], q: &[u8; GROUP]) -> Option<(f32, f32)> {
+    let n = GROUP as f32;
+    let (mut sum, mut squares, mut total, mut products) = (0.0, 0.0, 0.0, 0.0);
+    for (&value, &q) in std::iter::zip(values, q) {
+        let q = f32::from(q);
+        sum += q;
+        squares += q * q;
+        total += value;
+        products += q * value;
+    }
+    let spread = n * squares - sum * sum;
+    (spread > 0.0).then(|| {
+        let scale = (n * products - sum * total) / spread;
+        (scale, (total - scale * sum) / n)
+    })
+}
+
+#[cfg(test)]
+#[path = "pack_tests.rs"]
+mod tests;

@@ -1,0 +1,93 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// The weights of an output as the kernels read them.
+fn unpacked(matrix: &Matrix, output: usize) -> Vec<f32> {
+    let groups = matrix.inputs.div_ceil(GROUP);
+    let (format, lane) = (matrix.formats[output / TILE], output % TILE);
+    // SAFETY: a tile lies in the matrix's memory.
+    let tile = unsafe {
+        std::slice::from_raw_parts(matrix.data.as_ptr().add(matrix.offsets[output / TILE]), format.tile_bytes(groups))
+    };
+    let half = |at: usize| f16::from_le_bytes([tile[at], tile[at + 1]]).to_f32();
+    (0..matrix.inputs)
+        .map(|input| {
+            let (group, i) = (input / GROUP, input % GROUP);
+            let scales = groups * format.numbers() + group * format.scales();
+            let byte = tile[group * format.numbers() + if format == Format::Int8 { i / 4 } else { i / 4 % 4 } * 64
+                + lane * 4
+                + i % 4];
+            match format {
+                Format::Int8 => half(scales + lane * 2) * (f32::from(byte) - 128.0),
+                Format::Int4 => {
+                    let q = if i < 16 { byte & 15 } else { byte >> 4 };
+                    half(scales + lane * 2) * f32::from(q) + half(scales + (TILE + lane) * 2)
+                }
+            }
+        })
+        .collect()
+}
+
+proptest! {
+    /// Eight bits are off by at most half a scale, four bits by little more than half a fifteenth of the range.
+    #[test]
+    fn rounding_is_near(values in proptest::collection::vec(-3.0_f32..3.0, 70), outputs in 1_usize..40, pick in 0_usize..40) {
+        let output = pick % outputs;
+        for (chunk, format) in [(127.0, Format::Int8), (7.5, Format::Int4)] {
+            let mut matrix = Matrix::zeros(&[(outputs, format)], 70).unwrap();
+            matrix.set_row(output, &values).unwrap();
+            let found = unpacked(&matrix, output);
+            for (group, (was, is)) in values.chunks(GROUP).zip(found.chunks(GROUP)).enumerate() {
+                // A group that the row does not fill has zeros besides.
+                let reaches = was.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+                for (a, b) in was.iter().zip(is) {
+                    prop_assert!((a - b).abs() <= reaches / chunk * 0.51 + reaches / 1000.0 + if format == Format::Int4 { reaches * 0.12 } else { 0.0 },
+                        "{format:?} group {group}: {a} became {b}");
+                }
+            }
+        }
+    }
+
+    /// What had four bits in groups of 32 before is found again, to the last bit of a q.
+    #[test]
+    fn four_bits_are_found_again(q in proptest::collection::vec(0_u8..16, 32), scale in 0.001_f32..1.0, minimum in -8.0_f32..0.0) {
+        let mut q: [u8; GROUP] = q.try_into().unwrap();
+        // A quantizer that uses the whole range, as ggml's Q4_1 does.
+        (q[3], q[20]) = (0, 15);
+        let (scale, minimum) = (rounded(scale), rounded(minimum));
+        let group = Group { q, scale, minimum };
+        prop_assert_eq!(four_bits(&values(&group)).q, q);
+    }
+}
+
+#[test]
+fn groups_are_stored_as_they_are() {
+    let groups: Vec<Group> = (0..3_u8)
+        .map(|index| Group {
+            q: std::array::from_fn(|i| (i as u8 + index) % 16),
+            scale: 0.5 * f32::from(index + 1),
+            minimum: -0.25,
+        })
+        .collect();
+    let mut matrix = Matrix::zeros(&[(20, Format::Int4)], 96).unwrap();
+    matrix.set_groups(18, &groups).unwrap();
+    assert_eq!(unpacked(&matrix, 18), groups.iter().flat_map(values).collect::<Vec<_>>());
+    assert_eq!(unpacked(&matrix, 17), vec![0.0; 96]);
+}
+
+#[test]
+fn a_tile_in_which_formats_meet_has_eight_bits() {
+    let matrix = Matrix::zeros(&[(24, Format::Int4), (24, Format::Int8)], 32).unwrap();
+    assert_eq!([0, 16, 32].map(|output| matrix.format(output)), [Format::Int4, Format::Int8, Format::Int8]);
+    assert_eq!(unpacked(&matrix, 20), vec![0.0; 32]);
+}
+
+#[test]
+fn weights_that_cannot_be_rounded_are_errors() {
+    let mut matrix = Matrix::zeros(&[(1, Format::Int8)], 2).unwrap();
+    for bad in [f32::NAN, f32::INFINITY, 1e6] {
+        let error = matrix.set_row(0, &[0.0, bad]).unwrap_err();
+        assert!(error.to_string().contains("output 0"), "{error}");
+    }
+}

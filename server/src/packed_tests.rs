@@ -1,0 +1,122 @@
+//! Packed decoders: tiny random ones (`models/tests/golden/decoders`) and SmolLM2, next to the same models over libtorch.
+
+use std::path::PathBuf;
+
+use tch::Device;
+
+use super::*;
+use crate::generate::TorchGenerator;
+
+const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
+fn folder(family: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden/decoders").join(family)
+}
+
+fn config(weights: Weights) -> EngineConfig {
+    EngineConfig { max_model_length: None, kv_cache_memory: Some(8 << 20), weights }
+}
+
+fn packed(path: &Path, bits: Bits, instruction_set: InstructionSet, threads: usize) -> PackedGenerator {
+    PackedGenerator::load(path, &config(Weights::Int8), 8, threads, (bits, instruction_set)).unwrap()
+}
+
+fn instruction_sets() -> Vec<InstructionSet> {
+    let best = InstructionSet::best().expect("the tests need AVX2");
+    [InstructionSet::Avx2, InstructionSet::Avx512].into_iter().filter(|set| *set <= best).collect()
+}
+
+/// Logits behind `tokens`, computed `chunk` tokens a step, stored in the blocks from `block` on.
+fn logits(backend: &mut impl GenerateBackend, tokens: &[u32], chunk: usize, block: u32) -> Vec<f32> {
+    let blocks: Vec<u32> = (block..block + tokens.len().div_ceil(16) as u32).collect();
+    let mut last = Vec::new();
+    for (index, part) in tokens.chunks(chunk).enumerate() {
+        let row = Row { tokens: part, start: index * chunk, blocks: &blocks, wants_logits: true };
+        last = backend.step(&[row]).unwrap().remove(0);
+    }
+    last
+}
+
+/// Largest difference, as a share of the largest logit.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let largest = b.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    std::iter::zip(a, b).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / largest
+}
+
+fn tokens(count: u32, vocabulary: usize) -> Vec<u32> {
+    (0..count).map(|index| (index * 37 + 11) % vocabulary as u32).collect()
+}
+
+#[test]
+fn packed_families_are_near_libtorch() {
+    for family in FAMILIES {
+        let mut exact = TorchGenerator::load(&folder(family), &config(Weights::FP32), 8, Device::Cpu).unwrap();
+        let tokens = tokens(40, exact.limits().vocabulary);
+        let expected = logits(&mut exact, &tokens, 64, 0);
+        for set in instruction_sets() {
+            // Rounding inputs and weights to eight bits costs about a hundredth, four bits some tenths.
+            for (bits, tolerance) in [(Bits::Eight, 0.03), (Bits::Four, 0.4)] {
+                let found = logits(&mut packed(&folder(family), bits, set, 2), &tokens, 64, 0);
+                let far = distance(&found, &expected);
+                assert!(far < tolerance, "{family} {bits:?} {set:?}: {far}");
+            }
+        }
+    }
+}
+
+/// To the last bit: the same tokens at once, in parts, one by one, with other rows and with another number of threads.
+#[test]
+fn a_result_does_not_depend_on_its_batch() {
+    for set in instruction_sets() {
+        for bits in [Bits::Eight, Bits::Four] {
+            let mut backend = packed(&folder("qwen2"), bits, set, 2);
+            let tokens = tokens(45, backend.limits().vocabulary);
+            let alone = logits(&mut backend, &tokens, 64, 0);
+            assert!(alone.iter().all(|logit| logit.is_finite()));
+            for chunk in [1, 7, 16, 33] {
+                assert_eq!(logits(&mut backend, &tokens, chunk, 7), alone, "{set:?} {bits:?} in parts of {chunk}");
+            }
+            let mut one_thread = packed(&folder("qwen2"), bits, set, 1);
+            assert_eq!(logits(&mut one_thread, &tokens, 64, 0), alone, "{set:?} {bits:?} on one thread");
+            let tables: Vec<Vec<u32>> = (0..5).map(|row| (row * 3..row * 3 + 3).collect()).collect();
+            let others: Vec<Vec<u32>> = (0..5).map(|row| tokens[row * 4..].to_vec()).collect();
+            let rows: Vec<Row<'_>> = std::iter::zip(&others, &tables)
+                .map(|(tokens, blocks)| Row { tokens, start: 0, blocks, wants_logits: true })
+                .collect();
+            assert_eq!(backend.step(&rows).unwrap()[0], alone, "{set:?} {bits:?} with other rows");
+        }
+    }
+}
+
+#[test]
+fn rows_that_cannot_be_computed_are_errors() {
+    let mut backend = packed(&folder("llama"), Bits::Eight, InstructionSet::Avx2, 1);
+    let vocabulary = backend.limits().vocabulary as u32;
+    for (tokens, start, blocks, part) in [
+        (vec![vocabulary], 0, vec![0], "vocabulary"),
+        (vec![1; 17], 0, vec![0], "positions"),
+        (vec![1], 0, vec![1 << 30], "block"),
+        (vec![], 0, vec![0], "no token"),
+    ] {
+        let error = backend.step(&[Row { tokens: &tokens, start, blocks: &blocks, wants_logits: true }]).unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+/// A GGUF file of four bits keeps its numbers: the packed model answers as the exact one nearly always.
+#[test]
+fn smollm2_answers_as_over_libtorch() {
+    let Some(models) = std::env::var_os("ATHANOR_MODELS") else {
+        panic!("ATHANOR_MODELS is not set: run `make setup` and `. scripts/env`");
+    };
+    let path = athanor_models::tokenizer::decoder::locate(&PathBuf::from(models).join("smollm2-135m")).unwrap();
+    let config = EngineConfig { kv_cache_memory: Some(64 << 20), ..config(Weights::FP32) };
+    let mut exact = TorchGenerator::load(&path, &config, 1, Device::Cpu).unwrap();
+    let tokens: Vec<u32> = (0..60).map(|index| 1000 + index * 97).collect();
+    let expected = logits(&mut exact, &tokens, 64, 0);
+    drop(exact);
+    let (bits, set) = PackedGenerator::bits(&path, Weights::Int4).unwrap().unwrap();
+    let mut backend = PackedGenerator::load(&path, &config, 1, 2, (bits, set)).unwrap();
+    let far = distance(&logits(&mut backend, &tokens, 64, 0), &expected);
+    assert!(far < 0.05, "{far}");
+}
