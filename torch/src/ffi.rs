@@ -52,6 +52,12 @@ unsafe extern "C" {
         root: c_int,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_all_gather(
+        group: *mut c_void,
+        own: TensorPointer,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
