@@ -20,7 +20,7 @@ use crate::{
     },
     evaluate::{self, Evaluation, How, Others},
     network::Network,
-    train::checkpoint::Snapshot,
+    train::named,
 };
 
 /// Training rows whose inputs Wanda looks at, and rows of one pass.
@@ -85,7 +85,7 @@ impl Compression<'_> {
         let mut before = self.form("trained".into(), model, (&folder, &served(&folder)?), &evaluation)?;
         forms.push(before.clone());
         for step in self.steps {
-            let backup = Snapshot::copy(&model.matrices());
+            let backup = named::copy_to_host(&model.matrices())?;
             let mut how = quantized;
             let name = match (&step.prune, &step.quantize) {
                 (Some(spec), _) => {

@@ -20,13 +20,10 @@ use std::{collections::BTreeSet, io::Write};
 
 use athanor_contract::train::OnNonFinite;
 use athanor_torch::ProcessGroup;
+use tch::{Device, Tensor};
 
 use self::{
-    checkpoint::{Best, Snapshot},
-    roll_back::RollBack,
-    schedule::LearningRate,
-    session::searches_by_answers,
-    state::Loop,
+    checkpoint::Best, roll_back::RollBack, schedule::LearningRate, session::searches_by_answers, state::Loop,
     update::Update,
 };
 use crate::{
@@ -73,7 +70,8 @@ impl<'a> Loop<'a> {
         session.model.set_trainable();
         let trainable = update::trainable(session.model, &session.objective);
         if let Some(restored) = &session.restored {
-            named::load(&mut restored.model(session.device)?, &trainable)?;
+            // Not on the device, which would hold the weights twice.
+            named::load(&mut restored.model(Device::Cpu)?, &trainable)?;
         }
         if let Some(group) = session.group {
             // The folder may have changed between two ranks' downloads, and averaged gradients never bring ranks
@@ -101,6 +99,7 @@ impl<'a> Loop<'a> {
             step: 0,
             epoch: None,
             best: None,
+            best_weights: None,
             roll_back: None,
             skipped: BTreeSet::new(),
             history: History::default(),
@@ -114,7 +113,7 @@ impl<'a> Loop<'a> {
             reporter.checkpointed(run.step);
         }
         if spec.failure_policy.on_non_finite == OnNonFinite::RollBack {
-            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state())));
+            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state()?)?));
         }
         Ok(run)
     }
@@ -263,13 +262,17 @@ impl<'a> Loop<'a> {
         let (name, score) = found.score();
         // A score that is not a number is worse than any, and JSON, which checkpoints are in, cannot hold it.
         let rank = score.max(f64::MIN);
-        let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
+        let is_best = self.best.as_ref().is_none_or(|best| rank > best.score);
         if is_best {
-            let weights = Snapshot::copy(&update::trainable_of_model(session.model));
+            if self.rank == 0 {
+                // The weights before are freed first.
+                self.best_weights = None;
+                self.best_weights = Some(named::copy_to_host(&update::trainable_of_model(session.model))?);
+            }
             let mut metrics = found.report(&[]);
             metrics.insert(name.to_owned(), score);
             metrics.retain(|_, value| value.is_finite());
-            self.best = Some((Best { step: self.step, score: rank, metrics }, weights));
+            self.best = Some(Best { step: self.step, score: rank, metrics });
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);
@@ -293,11 +296,19 @@ impl<'a> Loop<'a> {
         Err(TrainError::Stopped { step: self.step, checkpoint })
     }
 
+    /// Puts the best weights, which rank 0 has, into the model of every rank.
     fn finish(self) -> Result<Trained, TrainError> {
-        let Some((best, weights)) = self.best else {
+        let Some(best) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };
-        named::overwrite(&self.trainable, &weights)?;
+        if let Some(weights) = &self.best_weights {
+            named::overwrite(&self.trainable, weights)?;
+        }
+        if let Some(group) = self.session.group {
+            let model = update::trainable_of_model(self.session.model);
+            let weights: Vec<Tensor> = model.iter().map(|(_, tensor)| tensor.detach()).collect();
+            group.broadcast_all(&weights, 0)?;
+        }
         Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
     }
 }

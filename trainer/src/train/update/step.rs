@@ -51,8 +51,8 @@ pub trait Update {
     /// Whether ranks keep parts of the state, so that a checkpoint needs [`Update::gather`].
     fn is_sharded(&self) -> bool;
 
-    /// A copy of the whole state on rank 0, with the names and shapes of an update without shards; nothing on the other
-    /// ranks. All ranks have to call it, after [`Update::catch_up`].
+    /// A copy of the whole state in the host's memory on rank 0, with the names and shapes of an update without shards;
+    /// nothing on the other ranks. All ranks have to call it, after [`Update::catch_up`].
     fn gather(&self) -> Result<Named, TrainError>;
 
     /// Overwrites the state with what [`Update::state`] or [`Update::gather`] returned.
