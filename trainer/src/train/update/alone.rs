@@ -80,7 +80,7 @@ impl Update for Alone {
         Ok(self.optimizer.load_state(find)?)
     }
 
-    fn sum(&self, _: &mut [f64]) -> Result<(), TrainError> {
+    fn sum(&self, _: &Tensor) -> Result<(), TrainError> {
         Ok(())
     }
 

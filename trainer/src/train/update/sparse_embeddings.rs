@@ -168,7 +168,7 @@ impl Update for WithSparseEmbeddings<'_> {
         Ok(self.embeddings.adam.load_state(&self.embeddings.name, find)?)
     }
 
-    fn sum(&self, numbers: &mut [f64]) -> Result<(), TrainError> {
+    fn sum(&self, numbers: &Tensor) -> Result<(), TrainError> {
         self.others.sum(numbers)
     }
 

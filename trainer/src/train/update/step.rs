@@ -58,8 +58,8 @@ pub trait Update {
     /// Overwrites the state with what [`Update::state`] or [`Update::gather`] returned.
     fn load(&mut self, find: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<(), TrainError>;
 
-    /// Sums numbers over the ranks, in place.
-    fn sum(&self, numbers: &mut [f64]) -> Result<(), TrainError>;
+    /// Sums the numbers of a tensor on the device over the ranks, in place.
+    fn sum(&self, numbers: &Tensor) -> Result<(), TrainError>;
 
     /// The answer of rank 0.
     fn rank_0_says(&self, answer: bool) -> Result<bool, TrainError>;
