@@ -201,9 +201,9 @@ def main():
     alone, everything = accuracies("alone"), accuracies("all")
     picked = {method: accuracies(method.lower()) for method in METHODS}
     forms = [found[f"distilled-{seed}"][0]["forms"] for seed in seeds]
-    distilled = [form[0]["value"] for form in forms]
+    distilled = [form[0]["test"] for form in forms]
     size, whole = parameters(found["distilled-0"][1]), parameters(teacher_folder)
-    losses = [(form[0]["value"] - form[1]["value"]) * 100 for form in forms]
+    losses = [(form[0]["test"] - form[1]["test"]) * 100 for form in forms]
     mean = statistics.mean
     results = [
         ("student / teacher, accuracy", distilled, [accuracy(teacher)], mean(distilled) / accuracy(teacher), ">= 0.97"),
@@ -218,7 +218,7 @@ def main():
              (mean(picked[method]) - mean(picked["Random"])) * 100, "> 0")
             for method in METHODS[1:]
         ),
-        ("int8: points lost", [f[1]["value"] for f in forms], [f[0]["value"] for f in forms], mean(losses), "<= 0.5"),
+        ("int8: points lost", [f[1]["test"] for f in forms], [f[0]["test"] for f in forms], mean(losses), "<= 0.5"),
         ("int8: bytes", [f[1]["bytes"] for f in forms], [f[0]["bytes"] for f in forms], forms[0][1]["bytes"] / forms[0][0]["bytes"], ""),
         ("int8: milliseconds a text", [f[1]["milliseconds"] for f in forms], [f[0]["milliseconds"] for f in forms],
          statistics.median(f[1]["milliseconds"] for f in forms) / statistics.median(f[0]["milliseconds"] for f in forms), "< 1"),

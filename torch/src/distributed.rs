@@ -146,6 +146,19 @@ impl ProcessGroup {
         })
     }
 
+    /// The flat tensors `own` [n] of all ranks, one after the other: [ranks, n]. Size and kind have to be the same on all
+    /// ranks.
+    pub fn all_gather(&self, own: &Tensor) -> Result<Tensor, Error> {
+        let world = i64::try_from(self.world).map_err(|_| Error::Torch("too many ranks".into()))?;
+        let own = own.f_contiguous()?;
+        let all = Tensor::f_empty([world * own.numel() as i64], (own.kind(), own.device()))?;
+        ffi::call(|message| {
+            // SAFETY: handle and tensors are alive for the call, which waits for the collective to end.
+            unsafe { ffi::athanor_all_gather(self.handle.as_ptr(), ffi::pointer(&own), ffi::pointer(&all), message) }
+        })?;
+        Ok(all.f_view([world, -1])?)
+    }
+
     /// Returns once all ranks have called it.
     pub fn barrier(&self) -> Result<(), Error> {
         // SAFETY: the handle is alive for the call.
@@ -250,6 +263,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn gathered_rows_are_those_of_the_ranks_in_their_order() {
+        on_ranks(3, |group| {
+            let of_rank = |rank: usize| Tensor::arange(5, (Kind::Float, Device::Cpu)) + rank as f64 * 10.0;
+            let all = group.all_gather(&of_rank(group.rank())).unwrap();
+            assert_eq!(all, Tensor::stack(&[of_rank(0), of_rank(1), of_rank(2)], 0));
+        });
+    }
+
     /// What a rank of [`on_ranks`] relies on when another one fails.
     #[test]
     fn a_rank_whose_peer_goes_away_has_lost_a_peer_at_once() {
@@ -321,6 +343,7 @@ mod nccl_tests {
         group.broadcast_all(&[reduced.shallow_clone(), values.copy()], 0).unwrap();
         group.barrier().unwrap();
         assert_eq!(reduced, values);
+        assert_eq!(group.all_gather(&values).unwrap(), values.unsqueeze(0));
 
         let parameters = || -> Vec<Tensor> {
             let sizes = [300_i64, 2_000_000, 7_000_000, 5];

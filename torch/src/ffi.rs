@@ -52,6 +52,12 @@ unsafe extern "C" {
         root: c_int,
         message: *mut *mut c_char,
     ) -> c_int;
+    pub fn athanor_all_gather(
+        group: *mut c_void,
+        own: TensorPointer,
+        into: TensorPointer,
+        message: *mut *mut c_char,
+    ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
@@ -163,6 +169,13 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn athanor_rng_get(into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_rng_set(state: TensorPointer, message: *mut *mut c_char) -> c_int;
+    pub fn athanor_cuda_capability(
+        device: c_int,
+        major: *mut c_int,
+        minor: *mut c_int,
+        message: *mut *mut c_char,
+    ) -> c_int;
+    pub fn athanor_copy_to_host(tensor: TensorPointer, into: TensorPointer, message: *mut *mut c_char) -> c_int;
     pub fn athanor_exit_now(code: c_int);
 }
 

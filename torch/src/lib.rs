@@ -1,7 +1,7 @@
 //! What tch lacks of libtorch: c10d process groups (Gloo, NCCL) with the DDP [`Reducer`], autocast, norms, fused
 //! optimizers, one that updates single rows of a table, a transformer layer with its backward pass, packed and
-//! quantized linear layers, dropout and RNG state. Leaves out everything that tch has, and any policy: retries and exit
-//! codes are decided by the trainer.
+//! quantized linear layers, dropout, RNG state, compute capabilities and page-locked copies. Leaves out everything that
+//! tch has, and any policy: retries and exit codes are decided by the trainer.
 //!
 //! This is the only crate with unsafe code. C++ exceptions become [`Error`]s; a peer that went away is
 //! [`Error::LostPeer`].
@@ -23,7 +23,8 @@ pub use layer::LayerCall;
 pub use linear::{Activation, PackedLinear, QuantizedLinear};
 pub use optimizer::{Optimizer, ParameterGroup, Rule, add_penalty, backward, norm, scale, zero_grad};
 pub use runtime::{
-    Autocast, computes_in_bf16, exit_now, has_nccl, num_threads, rng_state, set_num_threads, set_rng_state,
+    Autocast, computes_in_bf16, copy_to_host, exit_now, has_nccl, num_threads, rng_state, set_num_threads,
+    set_rng_state,
 };
 pub use sharding::Shard;
 

@@ -4,7 +4,13 @@ use std::ffi::c_int;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, ProcessGroup, Shard, ffi, sharding::Cuts};
+use crate::{
+    Error, ProcessGroup, Shard, ffi,
+    sharding::{Cuts, exchange},
+};
+
+/// Most elements of the buffer in which ranks exchange updated parameters: 256 MiB in FP32.
+const EXCHANGED: i64 = 64 << 20;
 
 /// Runs the backward pass of a scalar loss; inside it a [`crate::Reducer`] talks to the other ranks.
 pub fn backward(loss: &Tensor) -> Result<(), Error> {
@@ -215,16 +221,34 @@ impl Optimizer {
         Ok(gradients)
     }
 
-    /// After a step of all shards: gives every rank the parts that the others have updated.
+    /// After a step of all shards: gives every rank the parts that the others have updated, by one all-gather for each
+    /// kind of number and device.
     pub fn share_parameters(&self, ranks: &ProcessGroup) -> Result<(), Error> {
-        for owner in 0..self.shard.world {
-            let mut parts = Vec::new();
-            for group in &self.groups {
-                parts.extend(group.parts(owner)?.into_iter().filter(|part| part.numel() > 0));
+        let mut places: Vec<(Kind, Device)> = Vec::new();
+        for parameter in self.groups.iter().flat_map(|group| &group.parameters) {
+            let place = (parameter.kind(), parameter.device());
+            if !places.contains(&place) {
+                places.push(place);
             }
-            ranks.broadcast_all(&parts, owner)?;
+        }
+        for place in places {
+            let parts = (0..self.shard.world).map(|owner| self.parts_at(owner, place));
+            exchange(&parts.collect::<Result<Vec<_>, _>>()?, ranks, EXCHANGED)?;
         }
         Ok(())
+    }
+
+    /// A rank's parts of the parameters of one kind and device, flat, without those that are empty.
+    fn parts_at(&self, rank: usize, place: (Kind, Device)) -> Result<Vec<Tensor>, Error> {
+        let mut parts = Vec::new();
+        for group in &self.groups {
+            for part in group.parts(rank)? {
+                if part.numel() > 0 && (part.kind(), part.device()) == place {
+                    parts.push(part.f_view([-1_i64])?);
+                }
+            }
+        }
+        Ok(parts)
     }
 
     /// The state as named tensors `{parameter}.{name}`, sharing memory with the optimizer: this shard's parts of them.

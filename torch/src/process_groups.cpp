@@ -92,6 +92,14 @@ int athanor_broadcast_coalesced(Group* group, at::Tensor* const* tensors, size_t
   });
 }
 
+// `into` [ranks * n] gets `own` [n] of each rank, in the order of the ranks; both are contiguous.
+int athanor_all_gather(Group* group, at::Tensor* own, at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    group->group->_allgather_base(*into, *own)->wait();
+  });
+}
+
 int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
 }

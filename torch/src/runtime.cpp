@@ -1,6 +1,9 @@
-// What concerns the whole process or thread: messages, autocast, gradient mode, exit.
+// What concerns the whole process or thread, and devices: messages, autocast, gradient mode, compute capability, exit.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#ifdef ATHANOR_NCCL
+#include <ATen/cuda/CUDAContext.h>
+#endif
 #include <unistd.h>
 
 #include <cstdlib>
@@ -26,6 +29,30 @@ void athanor_autocast_exit(int cuda, int before) {
 }
 
 int athanor_grad_enabled() { return at::GradMode::is_enabled(); }
+
+// The compute capability of a GPU, such as 8 and 9.
+int athanor_cuda_capability(int device, int* major, int* minor, char** message) {
+  return guarded(message, [&] {
+#ifdef ATHANOR_NCCL
+    const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device));
+    *major = properties->major;
+    *minor = properties->minor;
+#else
+    TORCH_CHECK(false, "this build has no CUDA: device ", device, " has no compute capability");
+#endif
+  });
+}
+
+// A copy in the host's memory; in page-locked memory if the tensor is on a GPU.
+int athanor_copy_to_host(at::Tensor* tensor, at::Tensor* into, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    const auto options = at::TensorOptions().dtype(tensor->scalar_type()).device(at::kCPU).pinned_memory(tensor->is_cuda());
+    auto host = at::empty(tensor->sizes(), options);
+    host.copy_(*tensor);
+    *into = host;
+  });
+}
 
 void athanor_exit_now(int code) { _exit(code); }
 

@@ -1,4 +1,4 @@
-//! Process-wide settings of libtorch: autocast, RNG state, threads, memory, and the way out.
+//! Process-wide settings of libtorch: autocast, RNG state, threads, what devices can do, copies to the host, and the way out.
 
 use std::{ffi::c_int, marker::PhantomData};
 
@@ -30,15 +30,38 @@ impl Drop for Autocast {
     }
 }
 
-/// Whether bfloat16 products are the hardware's own.
+/// Whether bfloat16 products are the hardware's own. A GPU whose compute capability cannot be read counts as one without.
 pub fn computes_in_bf16(device: Device) -> bool {
-    if device.is_cuda() {
-        return true;
+    if let Device::Cuda(index) = device {
+        return cuda_capability(index).is_ok_and(|(major, _)| has_bf16(major));
     }
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]
     return false;
+}
+
+/// Whether GPUs of a compute capability, of which this is the major number, multiply bfloat16: from Ampere (8.0) on. Volta
+/// (7.0) and Turing (7.5) emulate it.
+fn has_bf16(major: c_int) -> bool {
+    major >= 8
+}
+
+/// Major and minor number of a GPU's compute capability.
+fn cuda_capability(index: usize) -> Result<(c_int, c_int), Error> {
+    let device = i8::try_from(index).map(c_int::from).map_err(|_| Error::Torch(format!("there is no GPU {index}")))?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both numbers outlive the call.
+    ffi::call(|message| unsafe { ffi::athanor_cuda_capability(device, &mut major, &mut minor, message) })?;
+    Ok((major, minor))
+}
+
+/// A copy of a tensor in the host's memory, detached; page-locked if the tensor is on a GPU.
+pub fn copy_to_host(tensor: &Tensor) -> Result<Tensor, Error> {
+    let into = Tensor::new();
+    // SAFETY: both tensors are alive for the call; the shim assigns the copy to `into`, which this function alone holds.
+    ffi::call(|message| unsafe { ffi::athanor_copy_to_host(ffi::pointer(tensor), ffi::pointer(&into), message) })?;
+    Ok(into)
 }
 
 /// State of the CPU's default random generator, a byte tensor.
@@ -96,6 +119,33 @@ mod tests {
         let again = Tensor::rand([8], (Kind::Float, Device::Cpu));
         assert_eq!(first, again);
         assert_ne!(first, other);
+    }
+
+    #[test]
+    fn bfloat16_is_the_hardwares_own_from_ampere_on() {
+        let table = [
+            ("V100", (7, 0), false),
+            ("T4", (7, 5), false),
+            ("A100", (8, 0), true),
+            ("L4", (8, 9), true),
+            ("H100", (9, 0), true),
+            ("B200", (10, 0), true),
+        ];
+        for (name, (major, _), expected) in table {
+            assert_eq!(has_bf16(major), expected, "{name}");
+        }
+        // No machine has so many GPUs, and a build without CUDA has none.
+        assert!(cuda_capability(1000).is_err() && !computes_in_bf16(Device::Cuda(1000)));
+    }
+
+    #[test]
+    fn a_copy_on_the_host_is_detached_and_shares_no_memory() {
+        let weight = Tensor::arange(6, (Kind::Float, Device::cuda_if_available())).view([2, 3]).set_requires_grad(true);
+        let copy = copy_to_host(&weight).unwrap();
+        tch::no_grad(|| drop(weight.detach().fill_(-1.0)));
+        assert_eq!((copy.device(), copy.requires_grad()), (Device::Cpu, false));
+        assert_eq!(copy.is_pinned(weight.device()), weight.device().is_cuda());
+        assert_eq!(Vec::<Vec<f32>>::try_from(copy).unwrap(), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
     }
 
     #[test]

@@ -76,6 +76,41 @@ impl Cuts {
     }
 }
 
+/// Overwrites the parts of the other ranks with what these ranks have. `parts` are flat tensors of one kind and on one
+/// device, listed by the rank that owns them, in the same order on all ranks. It takes one all-gather over a flat buffer,
+/// or several if the buffer would have more than `most` elements.
+pub(crate) fn exchange(parts: &[Vec<Tensor>], ranks: &ProcessGroup, most: i64) -> Result<(), Error> {
+    let elements = |part: &Tensor| part.numel() as i64;
+    let longest = parts.iter().map(|parts| parts.iter().map(elements).sum::<i64>()).max().unwrap_or(0);
+    let Some(first) = parts.iter().flatten().next() else { return Ok(()) };
+    // Ranks have to send equally many elements; the shares' sizes differ a little.
+    let own = Tensor::f_zeros([longest], (first.kind(), first.device()))?;
+    let mut begin = 0;
+    for part in &parts[ranks.rank()] {
+        own.f_narrow(0, begin, elements(part))?.f_copy_(part)?;
+        begin += elements(part);
+    }
+    let piece = (most / ranks.world() as i64).clamp(1, longest.max(1));
+    for from in (0..longest).step_by(piece as usize) {
+        let to = longest.min(from + piece);
+        let all = ranks.all_gather(&own.f_narrow(0, from, to - from)?)?;
+        for (owner, parts) in parts.iter().enumerate().filter(|(owner, _)| *owner != ranks.rank()) {
+            let sent = all.f_get(owner as i64)?;
+            let mut begin = 0;
+            for part in parts {
+                let end = begin + elements(part);
+                let (first, last) = (begin.max(from), end.min(to));
+                if first < last {
+                    let values = sent.f_narrow(0, first - from, last - first)?;
+                    part.f_narrow(0, first - begin, last - first)?.f_copy_(&values)?;
+                }
+                begin = end;
+            }
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use tch::Kind;
@@ -99,6 +134,36 @@ pub(crate) mod tests {
                 let even = total / world as i64;
                 assert!((kept - even).abs() <= ALIGNMENT, "rank {rank} of {world} keeps {kept} of {total}");
             }
+        }
+    }
+
+    #[test]
+    fn parts_arrive_whole_whatever_the_buffer_holds() {
+        // Rank 0 has two parts, rank 1 none, rank 2 one that is longer than both.
+        let sizes: [&[i64]; 3] = [&[5, 2], &[], &[9]];
+        for most in [1, 6, 12, 1000] {
+            on_ranks(3, |group| {
+                let value = |owner: usize, rank: usize| if owner == rank { owner as f64 + 1.0 } else { 0.0 };
+                let whole = Tensor::zeros([16], (Kind::Float, Device::Cpu));
+                let mut begin = 0;
+                let parts: Vec<Vec<Tensor>> = (0..3)
+                    .map(|owner| {
+                        let part = |&size: &i64| {
+                            begin += size;
+                            let part = whole.narrow(0, begin - size, size);
+                            let count = Tensor::arange(size, (Kind::Float, Device::Cpu)) + 1.0;
+                            part.shallow_clone().copy_(&(count * value(owner, group.rank())));
+                            part
+                        };
+                        sizes[owner].iter().map(part).collect()
+                    })
+                    .collect();
+                exchange(&parts, group, most).unwrap();
+                let found = Vec::<f32>::try_from(whole).unwrap();
+                let expected: Vec<f32> =
+                    (1..=5).chain(1..=2).map(|n| n as f32).chain((1..=9).map(|n| 3.0 * n as f32)).collect();
+                assert_eq!(found, expected, "rank {}, a buffer of {most}", group.rank());
+            });
         }
     }
 

@@ -1,4 +1,5 @@
-//! Smaller forms of a trained model: their files, loaded as a server loads them, are what the trainer says of them.
+//! Smaller forms of a trained model: their files, loaded as a server loads them, are what the trainer says of them. The
+//! validation rows choose the form, the test rows measure it.
 //! Needs `$ATHANOR_MODELS/minilm-l6` and `$ATHANOR_DATA/sentiment` (`scripts/fetch`), seconds each.
 
 mod place;
@@ -38,8 +39,8 @@ fn plain_rows(place: &Place) {
     std::fs::write(file, rows).unwrap();
 }
 
-/// Texts and labels of the test part.
-fn held_out(place: &Place) -> Vec<(String, String)> {
+/// Texts and labels of a part.
+fn held_out(place: &Place, part: Part) -> Vec<(String, String)> {
     let rows = std::fs::read_to_string(place.folder.path().join("rows.jsonl")).unwrap();
     let of_row = |line: &str| {
         let row: Value = serde_json::from_str(line).unwrap();
@@ -47,7 +48,7 @@ fn held_out(place: &Place) -> Vec<(String, String)> {
         (field("text"), field("label"))
     };
     let mut rows: Vec<_> = rows.lines().map(of_row).collect();
-    rows.retain(|(text, _)| part_of(text, &SplitSpec::default()) == Part::Test);
+    rows.retain(|(text, _)| part_of(text, &SplitSpec::default()) == part);
     // A text counts once.
     let mut seen = std::collections::BTreeSet::new();
     rows.retain(|(text, _)| seen.insert(text.clone()));
@@ -93,17 +94,26 @@ fn forms_are_served_as_they_were_measured_and_a_failed_gate_leaves_one_out() {
     // Two of four exactly; the report rounds.
     assert!((two_of_four["sparsity"].as_f64().unwrap() - 0.5).abs() < 1e-3, "{two_of_four}");
     assert!(trained["leftOut"].is_null() && two_of_four["leftOut"].is_null(), "{trained} {two_of_four}");
-    let [good, bad] = [&two_of_four, &broken].map(|form| form["value"].as_f64().unwrap());
+    let [good, bad] = [&two_of_four, &broken].map(|form| form["validation"].as_f64().unwrap());
     assert!(good > bad, "one in twenty weights does as well: {good}, {bad}");
+    let on_test = |form: &Value| form["test"].as_f64();
+    assert!(on_test(&trained).is_some() && on_test(&two_of_four).is_some() && on_test(&broken).is_none(), "{broken}");
 
     // The same with a gate between the two.
     let gate = json!([{"metric": "Accuracy", "minimum": format!("{:.4}", (good + bad) / 2.0)}]);
     let steps = json!([half, {"prune": {"sparsityPercent": 95}}, {"quantize": {"method": "Int8WeightOnly"}}]);
     let small = run("small", gate, steps);
     let [_, again, broken, int8] = forms(&small).try_into().unwrap();
-    assert_eq!((&again["value"], &again["leftOut"]), (&two_of_four["value"], &Value::Null), "the same training");
+    assert_eq!(
+        (&again["validation"], &again["leftOut"]),
+        (&two_of_four["validation"], &Value::Null),
+        "the same training"
+    );
+    assert_eq!(again["test"], Value::Null, "it was kept, and a later form is the result");
     let why = broken["leftOut"].as_str().unwrap();
-    assert!(why.contains("accuracy on all test rows is") && why.contains("less than"), "{why}");
+    let decided_by =
+        format!("accuracy on all validation rows is {:.4}, less than", broken["validation"].as_f64().unwrap());
+    assert!(why.contains(&decided_by), "{why}");
     assert!(broken["sparsity"].as_f64().unwrap() > 0.94, "{broken}");
     assert_eq!((&int8["name"], &int8["leftOut"]), (&json!("int8 weights"), &Value::Null));
     // Eight bits round the smallest weights to zero too.
@@ -120,22 +130,28 @@ fn forms_are_served_as_they_were_measured_and_a_failed_gate_leaves_one_out() {
         }
     }
 
-    let truth = held_out(&place);
-    assert_eq!(truth.len() as u64, pruned.rows.test);
-    let texts: Vec<&str> = truth.iter().map(|(text, _)| text.as_str()).collect();
-    let (labels, exact) = answers(&folder(&pruned), &texts);
-    let (same, rounded) = answers(&folder(&small), &texts);
     let mut expected = WORDS;
     expected.sort_unstable();
-    assert_eq!(labels, expected);
-    assert_eq!(same, labels);
-    for (form, summary, probabilities) in [(&two_of_four, &pruned, &exact), (&int8, &small, &rounded)] {
-        let value = accuracy(&labels, probabilities, &truth);
-        // The report has six decimals and more, a metric has four.
-        assert!((form["value"].as_f64().unwrap() - value).abs() < 1e-6, "{form}: {value}");
-        assert!((summary.metrics["accuracy"].get() - value).abs() < 1e-4, "{:?}: {value}", summary.metrics);
+    for (part, name, rows) in
+        [(Part::Validation, "validation", pruned.rows.validation), (Part::Test, "test", pruned.rows.test)]
+    {
+        let truth = held_out(&place, part);
+        assert_eq!(truth.len() as u64, rows);
+        let texts: Vec<&str> = truth.iter().map(|(text, _)| text.as_str()).collect();
+        let (labels, exact) = answers(&folder(&pruned), &texts);
+        let (same, rounded) = answers(&folder(&small), &texts);
+        assert_eq!(labels, expected);
+        assert_eq!(same, labels);
+        for (form, summary, probabilities) in [(&two_of_four, &pruned, &exact), (&int8, &small, &rounded)] {
+            let value = accuracy(&labels, probabilities, &truth);
+            // The report has six decimals and more, a metric has four.
+            assert!((form[name].as_f64().unwrap() - value).abs() < 1e-6, "{form}: {value}");
+            if part == Part::Test {
+                assert!((summary.metrics["accuracy"].get() - value).abs() < 1e-4, "{:?}: {value}", summary.metrics);
+            }
+        }
+        let difference = (&exact - &rounded).abs().max().double_value(&[]);
+        // Eight bits a weight: probabilities move by a few hundredths at most.
+        assert!(difference > 0.0 && difference < 0.05, "{difference}");
     }
-    let difference = (&exact - &rounded).abs().max().double_value(&[]);
-    // Eight bits a weight: probabilities move by a few hundredths at most.
-    assert!(difference > 0.0 && difference < 0.05, "{difference}");
 }

@@ -7,8 +7,9 @@ use super::rules;
 use crate::Decimal;
 
 /// One step of compression: exactly one of `prune` and `quantize`. Each step continues from the result of the one
-/// before it and is evaluated on the test rows; a step whose result fails a gate or loses more than `maximumLoss` is
-/// left out, as the report says.
+/// before it and is evaluated on the validation rows; a step whose result fails a gate there or loses more than
+/// `maximumLoss` is left out, as the report says. The result of the last step that is kept is evaluated on the test
+/// rows, for the metrics and the gates of the job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [rules::PRUNE_OR_QUANTIZE]))]
@@ -19,7 +20,7 @@ pub struct CompressStep {
     /// Stores weights with fewer bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<QuantizeSpec>,
-    /// Largest loss of accuracy by the step, such as "0.01". Absent: only the gates limit it.
+    /// Largest loss of accuracy on the validation rows by the step, such as "0.01". Absent: only the gates limit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maximum_loss: Option<Decimal>,
 }

@@ -275,7 +275,7 @@ pub struct OffsetRange {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [rules::SPLIT_LEAVES_ROWS]))]
 pub struct SplitSpec {
-    /// Percentage of rows by which the best checkpoint is chosen.
+    /// Percentage of rows by which the best checkpoint and the compressed form are chosen.
     #[serde(default = "ten")]
     #[schemars(range(min = 1, max = 50))]
     pub validation_percent: u8,

@@ -1,4 +1,6 @@
-//! Smaller forms of a trained model, each measured on the test rows and kept only if it is still good enough.
+//! Smaller forms of a trained model. Each is measured on the validation rows and kept only if it is still good enough.
+//! The form that results is measured on the test rows once, after all choices: what is reported and what gates decide
+//! by is no better than on new texts.
 
 mod prune;
 
@@ -18,9 +20,9 @@ use crate::{
         Encoded,
         batches::{evaluation_batches, inputs},
     },
-    evaluate::{self, Evaluation, How, Others},
+    evaluate::{self, Evaluation, HeldOut, How, Others},
     network::Network,
-    train::checkpoint::Snapshot,
+    train::named,
 };
 
 /// Training rows whose inputs Wanda looks at, and rows of one pass.
@@ -39,9 +41,13 @@ pub struct Form {
     pub bytes: u64,
     /// Share of zeros in the encoder's matrices.
     pub sparsity: f64,
-    /// The main metric on the test rows, with its name.
+    /// Name of the main metric.
     pub metric: String,
-    pub value: f64,
+    /// The main metric on the validation rows, by which a form is kept or left out.
+    pub validation: f64,
+    /// The main metric on the test rows: of the trained model and of the form that results. Absent for other forms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<f64>,
     /// Median time of one text on the CPU, milliseconds.
     pub milliseconds: f64,
     /// Why the form was left out.
@@ -55,8 +61,9 @@ pub struct Compression<'a> {
     pub gates: &'a [Gate],
     pub sources: &'a [String],
     pub train: &'a Encoded,
+    pub validation: &'a Encoded,
     pub test: &'a Encoded,
-    /// Other models, for gates that compare.
+    /// Other models on the validation rows, for gates that compare.
     pub others: Others<'a>,
     /// Scratch folder.
     pub work: &'a Path,
@@ -68,24 +75,42 @@ pub struct Compressed {
     pub forms: Vec<Form>,
     /// Absent: in FP32. Else whether inputs are rounded too.
     pub quantized: Option<bool>,
+    /// On the test rows.
     pub evaluation: Evaluation,
 }
 
 impl Compression<'_> {
-    /// Applies the steps to the model's weights one after the other. A step that costs too much is undone.
+    /// Applies the steps to the model's weights one after the other. A step that costs too much on the validation rows
+    /// is undone. `trained` is the trained model on the test rows.
     pub fn apply(&self, network: &Network, trained: Evaluation) -> Result<Compressed, TrainError> {
-        let mut quantized = None;
-        let mut evaluation = trained;
-        let mut forms = Vec::new();
         if self.steps.is_empty() {
-            return Ok(Compressed { forms, quantized, evaluation });
+            return Ok(Compressed { forms: Vec::new(), quantized: None, evaluation: trained });
         }
         let model = network.encoder()?;
+        let (mut forms, quantized) = self.choose(model)?;
+        forms[0].test = Some(trained.main().1);
+        let kept = forms.iter().rposition(|form| form.left_out.is_none()).unwrap_or_default();
+        if kept == 0 {
+            return Ok(Compressed { forms, quantized, evaluation: trained });
+        }
+        let evaluation = self.measured(&served(&self.written(model, quantized)?)?, self.test)?;
+        let (metric, value) = evaluation.main();
+        forms[kept].test = Some(value);
+        tracing::info!(form = forms[kept].name, metric, value, "the compressed model on the test rows");
+        Ok(Compressed { forms, quantized, evaluation })
+    }
+
+    /// The trained model and the form after each step, and how the last one that was kept is quantized. The model has
+    /// the weights of that form.
+    fn choose(&self, model: &Model) -> Result<(Vec<Form>, Option<bool>), TrainError> {
+        let mut quantized = None;
         let folder = self.written(model, None)?;
-        let mut before = self.form("trained".into(), model, (&folder, &served(&folder)?), &evaluation)?;
-        forms.push(before.clone());
+        let packed = served(&folder)?;
+        let found = self.measured(&packed, self.validation)?;
+        let mut before = self.form("trained".into(), model, (&folder, &packed), &found)?;
+        let mut forms = vec![before.clone()];
         for step in self.steps {
-            let backup = Snapshot::copy(&model.matrices());
+            let backup = named::copy_to_host(&model.matrices())?;
             let mut how = quantized;
             let name = match (&step.prune, &step.quantize) {
                 (Some(spec), _) => {
@@ -102,28 +127,33 @@ impl Compression<'_> {
                 }
             };
             let folder = self.written(model, how)?;
-            let served = served(&folder)?;
-            let how_measured = How { group: None, device: Device::Cpu, bf16: false, generates: false };
-            let found = evaluate::evaluate(&served, self.test, how_measured, || (self.beat)())?;
-            let mut form = self.form(name, model, (&folder, &served), &found)?;
+            let packed = served(&folder)?;
+            let found = self.measured(&packed, self.validation)?;
+            let mut form = self.form(name, model, (&folder, &packed), &found)?;
             form.left_out = self.too_much(step, &before, &form, &found);
             if form.left_out.is_some() {
                 restore(&model.matrices(), &backup);
             } else {
-                (quantized, evaluation, before) = (how, found, form.clone());
+                (quantized, before) = (how, form.clone());
             }
             tracing::info!(
                 form = form.name,
                 bytes = form.bytes,
                 metric = form.metric,
-                value = form.value,
+                validation = form.validation,
                 milliseconds = form.milliseconds,
                 left_out = form.left_out,
                 "compressed"
             );
             forms.push(form);
         }
-        Ok(Compressed { forms, quantized, evaluation })
+        Ok((forms, quantized))
+    }
+
+    /// A form on some rows, computed as a server does.
+    fn measured(&self, served: &Model, rows: &Encoded) -> Result<Evaluation, TrainError> {
+        let how = How { group: None, device: Device::Cpu, bf16: false, generates: false };
+        evaluate::evaluate(served, rows, how, || (self.beat)())
     }
 
     fn norms(&self, model: &Model, spec: &PruneSpec) -> std::collections::BTreeMap<String, Tensor> {
@@ -163,17 +193,17 @@ impl Compression<'_> {
         found: &Evaluation,
     ) -> Result<Form, TrainError> {
         let bytes = std::fs::metadata(folder.join(load::WEIGHTS)).map_err(TrainError::other)?.len();
-        let (metric, value) = found.main();
+        let (metric, validation) = found.main();
         let milliseconds = self.latency(served);
         let sparsity = prune::sparsity(&model.matrices());
-        Ok(Form { name, bytes, sparsity, metric: metric.into(), value, milliseconds, left_out: None })
+        Ok(Form { name, bytes, sparsity, metric: metric.into(), validation, test: None, milliseconds, left_out: None })
     }
 
     /// Median milliseconds of single texts.
     fn latency(&self, model: &Model) -> f64 {
         let mut times: Vec<f64> = (0..2 * TIMED)
             .filter_map(|index| {
-                let ids = &self.test.ids[index % self.test.len()];
+                let ids = &self.validation.ids[index % self.validation.len()];
                 (self.beat)();
                 let begun = Instant::now();
                 let (ids, mask) = inputs(&[ids], model.config().pad_token_id, Device::Cpu);
@@ -186,12 +216,12 @@ impl Compression<'_> {
     }
 
     fn too_much(&self, step: &CompressStep, before: &Form, after: &Form, found: &Evaluation) -> Option<String> {
-        let failed = evaluate::failed_gates(self.gates, self.sources, found, self.others);
+        let failed = evaluate::failed_gates(self.gates, self.sources, HeldOut::Validation, found, self.others);
         if let Some(gate) = failed.into_iter().next() {
             return Some(gate);
         }
         let allowed = step.maximum_loss?.get();
-        let loss = before.value - after.value;
+        let loss = before.validation - after.validation;
         (loss > allowed + 1e-9).then(|| format!("it costs {loss:.4} {}, {allowed} is allowed", after.metric))
     }
 }

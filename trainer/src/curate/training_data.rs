@@ -197,21 +197,21 @@ impl TrainingContext<'_> {
         Ok(Teacher::Cached(logits.to_device(self.device())))
     }
 
-    /// The teacher on the test rows, for the report and the gates; `None` without a teacher that the job learns from,
-    /// and for tasks whose teacher answers at each step.
+    /// The teacher on held-out rows, for the report and the gates; `None` without a teacher that the job learns from,
+    /// and for tasks whose teacher answers at each step. `encoded` are the same rows in the student's tokens.
     ///
     /// # Errors
     /// See [`Online::load`].
-    pub fn teacher_on(&self, rows: &[usize], test: &Encoded) -> Result<Option<Evaluation>, TrainError> {
+    pub fn teacher_on(&self, rows: &[usize], encoded: &Encoded) -> Result<Option<Evaluation>, TrainError> {
         let spec = self.spec();
         let learns = spec.learns_from_teacher() && self.encoder.task.teacher_is_cacheable();
         let Some(folder) = self.prepared.teacher.as_ref().filter(|_| learns) else { return Ok(None) };
-        let logits = self.logits(&self.load_teacher(folder, rows)?, &test.ids, &mut None)?;
+        let logits = self.logits(&self.load_teacher(folder, rows)?, &encoded.ids, &mut None)?;
         let (confidences, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);
         let labels = Vec::<i64>::try_from(labels)?.into_iter().map(|label| label as usize).collect();
         let predictions = Predictions { labels, confidences: Vec::try_from(confidences)? };
-        let truth = test.columns.classes().unwrap_or_default().to_vec();
-        Ok(Some(Evaluation { sources: test.sources.clone(), results: Box::new(Classes { truth, predictions }) }))
+        let truth = encoded.columns.classes().unwrap_or_default().to_vec();
+        Ok(Some(Evaluation { sources: encoded.sources.clone(), results: Box::new(Classes { truth, predictions }) }))
     }
 
     /// The teacher, with the texts of `rows` of the dataset as it reads them.

@@ -4,30 +4,54 @@ use athanor_contract::train::Gate;
 
 use super::evaluation::{Evaluation, name};
 
-/// What other models did on the test rows.
+/// The rows that a result was measured on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldOut {
+    /// They choose: a gate that cannot be measured on them does not apply.
+    Validation,
+    /// They decide whether the job succeeds: a gate that cannot be measured on them fails.
+    Test,
+}
+
+impl HeldOut {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Validation => "validation",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// The results of other models on the same rows.
 #[derive(Clone, Copy, Default)]
 pub struct Others<'a> {
     pub baseline: Option<&'a Evaluation>,
     pub teacher: Option<&'a Evaluation>,
 }
 
-/// The gates that do not hold, each with its numbers. `sources` are the names of the dataset's sources.
-pub fn failed_gates(gates: &[Gate], sources: &[String], result: &Evaluation, others: Others) -> Vec<String> {
-    gates.iter().filter_map(|gate| failure(gate, sources, result, others)).collect()
+/// The gates that do not hold on `rows`, each with its numbers. `sources` are the names of the dataset's sources.
+pub fn failed_gates(
+    gates: &[Gate],
+    sources: &[String],
+    rows: HeldOut,
+    result: &Evaluation,
+    others: Others,
+) -> Vec<String> {
+    gates.iter().filter_map(|gate| failure(gate, sources, rows, result, others)).collect()
 }
 
-fn failure(gate: &Gate, sources: &[String], result: &Evaluation, others: Others) -> Option<String> {
+fn failure(gate: &Gate, sources: &[String], rows: HeldOut, result: &Evaluation, others: Others) -> Option<String> {
     let slice: Option<Vec<usize>> = gate.sources.as_ref().map(|names| {
         sources.iter().enumerate().filter(|(_, source)| names.contains(source)).map(|(index, _)| index).collect()
     });
     let name = name(gate.metric);
-    let place = gate
-        .sources
-        .as_ref()
-        .map_or_else(|| "all test rows".to_owned(), |names| format!("the test rows of {}", names.join(", ")));
+    let place = gate.sources.as_ref().map_or_else(
+        || format!("all {} rows", rows.name()),
+        |of| format!("the {} rows of {}", rows.name(), of.join(", ")),
+    );
     let value_of = |found: &Evaluation| found.metric(gate.metric, slice.as_deref());
     let Some(value) = value_of(result) else {
-        return Some(format!("{name} on {place}: it cannot be measured there"));
+        return (rows == HeldOut::Test).then(|| format!("{name} on {place}: it cannot be measured there"));
     };
     if let Some(minimum) = gate.minimum {
         return (value < minimum.get()).then(|| format!("{name} on {place} is {value:.4}, less than {minimum}"));
@@ -102,11 +126,15 @@ mod tests {
         ];
         for (gate, expected) in cases {
             let others = Others { baseline: Some(&before), teacher: Some(&before) };
-            let failed = failed_gates(&[gate], &names, &result, others);
+            let failed = failed_gates(std::slice::from_ref(&gate), &names, HeldOut::Test, &result, others);
             assert_eq!(failed.first().map(String::as_str), expected);
+            // The same numbers on validation rows; a source without such rows does not choose.
+            let failed = failed_gates(&[gate], &names, HeldOut::Validation, &result, others);
+            let expected = expected.filter(|why| !why.contains("cannot be measured"));
+            assert_eq!(failed.first(), expected.map(|why| why.replace("test rows", "validation rows")).as_ref());
         }
         for gate in [gate(&[], None, Some(0.0)), of_teacher(&[], 0.5)] {
-            assert_eq!(failed_gates(&[gate], &names, &result, Others::default()).len(), 1);
+            assert_eq!(failed_gates(&[gate], &names, HeldOut::Test, &result, Others::default()).len(), 1);
         }
     }
 }

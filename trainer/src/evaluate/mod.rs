@@ -10,7 +10,7 @@ use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 
 pub use evaluation::{Classes, Evaluation, GeneratedAnswer, Predictions};
-pub use gates::{Others, failed_gates};
+pub use gates::{HeldOut, Others, failed_gates};
 
 use self::measuring::Measuring;
 use crate::{

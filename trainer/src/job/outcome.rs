@@ -14,13 +14,14 @@ use crate::{
     compress::{Compressed, Compression},
     curate::{augment::AugmentReport, select::SelectionReport},
     data::{Encoded, Parts},
-    evaluate::{self, Evaluation, Others, SHARE_OF_TEACHER},
+    evaluate::{self, Evaluation, HeldOut, Others, SHARE_OF_TEACHER},
     network::Network,
     report::{History, page},
     train::Trained,
 };
 
-/// The models that the result is compared with, on the test rows.
+/// The models that the result is compared with, on the same rows.
+#[derive(Default)]
 pub struct Compared {
     /// Measured with the labels of the baseline.
     pub baseline: Option<Evaluation>,
@@ -39,8 +40,12 @@ pub struct Finished<'a> {
     pub model: &'a Network,
     pub parts: &'a Parts,
     pub train: &'a Encoded,
+    pub validation: &'a Encoded,
     pub test: &'a Encoded,
+    /// On the test rows.
     pub compared: Compared,
+    /// On the validation rows, as far as gates choose a compressed form by them.
+    pub compared_for_choice: Compared,
     pub trained: Trained,
     pub cross_validation: Option<CrossValidation>,
     pub selection: Option<SelectionReport>,
@@ -62,7 +67,8 @@ impl Finished<'_> {
         let metrics = self.metrics(&compressed.evaluation);
         let others = self.compared.others();
         let sources = &self.context.prepared.dataset.sources;
-        let failed_gates = evaluate::failed_gates(&spec.evaluate.gates, sources, &compressed.evaluation, others);
+        let found = &compressed.evaluation;
+        let failed_gates = evaluate::failed_gates(&spec.evaluate.gates, sources, HeldOut::Test, found, others);
         let folder = job.work.join("artifact");
         let (labels, quantized) = (&self.context.encoder.labels, compressed.quantized);
         let reference = evaluate::reference(labels, self.test.len(), &compressed.evaluation);
@@ -105,8 +111,9 @@ impl Finished<'_> {
             gates: &spec.evaluate.gates,
             sources: &self.context.prepared.dataset.sources,
             train: self.train,
+            validation: self.validation,
             test: self.test,
-            others: self.compared.others(),
+            others: self.compared_for_choice.others(),
             work: job.work,
             beat: &|| job.beat(),
         };

@@ -10,7 +10,7 @@ use std::{
 
 use athanor_contract::{
     artifact::{Kind, Manifest},
-    train::{TrainConfig, TrainResult},
+    train::{Gate, TrainConfig, TrainResult},
 };
 use athanor_models::{EncoderConfig, Model};
 use tch::Device;
@@ -190,8 +190,9 @@ impl Run<'_> {
         timeline.mark("trained");
         drop(teacher);
         stage(reporter, "Evaluating");
-        let test = self.held_out.test()?;
+        let (validation, test) = self.held_out.encode()?;
         let (found, compared) = self.measure(&mut model, &test, base)?;
+        let compared_for_choice = self.compare_for_choice(&validation)?;
         timeline.mark("evaluated");
         if !job.is_rank_0() {
             job.process.watchdog.rest();
@@ -204,8 +205,10 @@ impl Run<'_> {
             model: &model,
             parts: self.parts,
             train: &train,
+            validation: &validation,
             test: &test,
             compared,
+            compared_for_choice,
             trained,
             cross_validation,
             selection,
@@ -274,8 +277,23 @@ impl Run<'_> {
         let (context, job) = (self.context, self.context.job);
         let found = evaluate::evaluate_as_served(model, test, context.group(), job.device(), || job.beat())?;
         let teacher = context.teacher_on(&self.parts.test, test)?;
-        let baseline = context.prepared.baseline.as_deref().map(|folder| self.measure_baseline(folder)).transpose()?;
+        let baseline = self.measure_baseline(&self.parts.test)?;
         Ok((found, Compared { teacher, baseline: baseline.or(base) }))
+    }
+
+    /// The teacher and the baseline on the validation rows, which choose among compressed forms: as far as gates compare
+    /// with them.
+    fn compare_for_choice(&self, validation: &Encoded) -> Result<Compared, TrainError> {
+        let (context, spec) = (self.context, self.context.spec());
+        let compares = |wants: fn(&Gate) -> bool| !spec.compress.is_empty() && spec.evaluate.gates.iter().any(wants);
+        let mut compared = Compared::default();
+        if compares(|gate| gate.minimum_of_teacher.is_some()) {
+            compared.teacher = context.teacher_on(&self.parts.validation, validation)?;
+        }
+        if compares(|gate| gate.minimum_gain.is_some()) {
+            compared.baseline = self.measure_baseline(&self.parts.validation)?;
+        }
+        Ok(compared)
     }
 
     /// A language model before training, on the test rows: the baseline where the specification has none. It is the
@@ -293,9 +311,10 @@ impl Run<'_> {
         Ok(Some(found))
     }
 
-    /// The baseline on the test rows, with its own tokenizer and labels.
-    fn measure_baseline(&self, folder: &Path) -> Result<Evaluation, TrainError> {
+    /// The baseline on some rows, with its own tokenizer and labels; `None` without a baseline.
+    fn measure_baseline(&self, rows: &[usize]) -> Result<Option<Evaluation>, TrainError> {
         let (context, job) = (self.context, self.context.job);
+        let Some(folder) = context.prepared.baseline.as_deref() else { return Ok(None) };
         let how = How { group: context.group(), device: job.device(), bf16: false, generates: true };
         let (tokenizer, max_length) = setup::load_tokenizer(job.spec(), folder)?;
         let (network, labels) = self.load_baseline(folder)?;
@@ -307,8 +326,7 @@ impl Run<'_> {
             max_length,
             generation: context.encoder.generation,
         };
-        let rows = encoder.encode(&self.parts.test)?;
-        evaluate::evaluate(&network, &rows, how, || job.beat())
+        evaluate::evaluate(&network, &encoder.encode(rows)?, how, || job.beat()).map(Some)
     }
 
     /// The baseline as it is served, with its labels.

@@ -213,7 +213,7 @@ fn html(report: &Report) -> Result<String, TrainError> {
         name => name,
     };
     let of_forms: Vec<_> =
-        report.forms.iter().map(|form| (form.name.as_str(), form.bytes as f64 / 1e6, form.value)).collect();
+        report.forms.iter().map(|form| (form.name.as_str(), form.bytes as f64 / 1e6, form.validation)).collect();
     let of_trials: Vec<_> =
         report.trials.iter().map(|trial| (trial.results.last().map(|result| result.get()), trial.best)).collect();
     let pictures = vec![
@@ -223,7 +223,10 @@ fn html(report: &Report) -> Result<String, TrainError> {
         ("Gradient norm", chart::line(&curve(|point| point.gradient_norm), "norm before clipping", false)),
         ("Search", chart::trials(&of_trials, "validation")),
         ("Calibration on the test rows", chart::calibration(&bins)),
-        ("Size against quality", chart::forms(&of_forms, report.forms.first().map_or("", |form| form.metric.as_str()))),
+        (
+            "Size against quality on the validation rows",
+            chart::forms(&of_forms, report.forms.first().map_or("", |form| form.metric.as_str())),
+        ),
     ];
     let metrics = &report.summary.metrics;
     let own = || metrics.iter().filter(|(name, _)| !name.starts_with("baseline/") && !name.starts_with("teacher/"));
@@ -318,7 +321,8 @@ mod tests {
             bytes,
             sparsity: 0.0,
             metric: "accuracy".into(),
-            value: 0.5,
+            validation: 0.5,
+            test: left_out.is_none().then_some(0.4375),
             milliseconds: 1.5,
             left_out: left_out.map(str::to_owned),
         };
@@ -393,6 +397,7 @@ mod tests {
             "<svg",
             "crossEntropy",
             "it costs 0.1",
+            "0.4375",
             "0.6250",
             "0.7500 ± 0.1768",
             "Search: 3 trials",

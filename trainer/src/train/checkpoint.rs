@@ -14,7 +14,7 @@ use athanor_contract::artifact::{MANIFEST, Manifest};
 use athanor_models::load::{self, Weights};
 use athanor_store::{Location, StoreError, artifact};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::Device;
 use tokio::{
     runtime::Handle,
     task::{JoinError, JoinHandle},
@@ -61,22 +61,17 @@ pub struct Best {
     pub metrics: BTreeMap<String, f64>,
 }
 
-/// Copies of everything a checkpoint holds, so that training can go on while they are written.
+/// Copies, in the host's memory, of everything a checkpoint holds, so that training can go on while they are written.
 pub struct Snapshot {
     pub state: State,
     pub model: Named,
     pub optimizer: Named,
-    /// Nobody may change these in place: they are the only copy.
+    /// Rank 0's. They must not be changed in place: they are the only copy.
     pub best: Option<Named>,
 }
 
 impl Snapshot {
-    /// Copies of named tensors, detached.
-    pub fn copy(named: &[(String, Tensor)]) -> Named {
-        named.iter().map(|(name, tensor)| (name.clone(), tensor.detach().copy())).collect()
-    }
-
-    /// The same snapshot once more, sharing memory: nobody may change either in place.
+    /// The same snapshot once more, sharing memory: neither may be changed in place.
     pub fn share(&self) -> Self {
         let share = |named: &Named| named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         Self {
@@ -309,6 +304,7 @@ mod tests {
     use std::{collections::BTreeMap, time::Instant};
 
     use athanor_contract::artifact::Kind;
+    use tch::Tensor;
 
     use super::*;
 

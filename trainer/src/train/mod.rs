@@ -20,15 +20,9 @@ use std::{collections::BTreeSet, io::Write};
 
 use athanor_contract::train::OnNonFinite;
 use athanor_torch::ProcessGroup;
+use tch::{Device, Kind, Tensor};
 
-use self::{
-    checkpoint::{Best, Snapshot},
-    roll_back::RollBack,
-    schedule::LearningRate,
-    session::searches_by_answers,
-    state::Loop,
-    update::Update,
-};
+use self::{checkpoint::Best, roll_back::RollBack, schedule::LearningRate, session::searches_by_answers, state::Loop};
 use crate::{
     TrainError,
     data::batches::{epoch_batches, mix, share},
@@ -47,21 +41,41 @@ pub fn train(session: Session) -> Result<Trained, TrainError> {
     run.finish()
 }
 
-/// What the passes of a step add up to, on this rank or, after [`Update::sum`], on all.
+/// What the passes of a step add up to, on this rank or, after [`update::Update::sum`], on all. The sums stay on the
+/// device, because reading a number waits for all work that the device has.
+struct DeviceSums {
+    /// [2 + terms] in FP64, in the order of the fields of [`Sums`].
+    numbers: Tensor,
+}
+
+/// [`DeviceSums`] after they were read.
 struct Sums {
     /// The weighted sum of all terms.
     loss: f64,
+    /// Number of ranks that were asked to stop.
+    stops: f64,
     /// Each term without its weight.
     terms: Vec<f64>,
-    /// Ranks that were asked to stop.
-    stops: f64,
 }
 
-impl Sums {
-    fn over_ranks(self, update: &dyn Update) -> Result<Self, TrainError> {
-        let mut numbers = [&[self.loss, self.stops], self.terms.as_slice()].concat();
-        update.sum(&mut numbers)?;
-        Ok(Self { loss: numbers[0], stops: numbers[1], terms: numbers.split_off(2) })
+impl DeviceSums {
+    fn new(terms: usize, stop: bool, device: Device) -> Result<Self, TrainError> {
+        let numbers = Tensor::f_zeros([2 + terms as i64], (Kind::Double, device))?;
+        let _ = numbers.f_get(1)?.f_fill_(f64::from(u8::from(stop)))?;
+        Ok(Self { numbers })
+    }
+
+    /// Adds `share / copies` of the value of a term.
+    fn add(&self, index: usize, value: &Tensor, weight: f64, share: f64, copies: f64) -> Result<(), TrainError> {
+        let value = value.detach().f_to_kind(Kind::Double)?.f_mul_scalar(share)?.f_div_scalar(copies)?;
+        let _ = self.numbers.f_get(0)?.f_add_(&value.f_mul_scalar(weight)?)?;
+        let _ = self.numbers.f_get(2 + index as i64)?.f_add_(&value)?;
+        Ok(())
+    }
+
+    fn read(&self) -> Result<Sums, TrainError> {
+        let mut numbers = Vec::<f64>::try_from(&self.numbers)?;
+        Ok(Sums { loss: numbers[0], stops: numbers[1], terms: numbers.split_off(2) })
     }
 }
 
@@ -73,7 +87,8 @@ impl<'a> Loop<'a> {
         session.model.set_trainable();
         let trainable = update::trainable(session.model, &session.objective);
         if let Some(restored) = &session.restored {
-            named::load(&mut restored.model(session.device)?, &trainable)?;
+            // Not on the device, which would hold the weights twice.
+            named::load(&mut restored.model(Device::Cpu)?, &trainable)?;
         }
         if let Some(group) = session.group {
             // The folder may have changed between two ranks' downloads, and averaged gradients never bring ranks
@@ -101,6 +116,7 @@ impl<'a> Loop<'a> {
             step: 0,
             epoch: None,
             best: None,
+            best_weights: None,
             roll_back: None,
             skipped: BTreeSet::new(),
             history: History::default(),
@@ -114,7 +130,7 @@ impl<'a> Loop<'a> {
             reporter.checkpointed(run.step);
         }
         if spec.failure_policy.on_non_finite == OnNonFinite::RollBack {
-            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state())));
+            run.roll_back = Some(RollBack::new(run.snapshot(run.own_state()?)?));
         }
         Ok(run)
     }
@@ -164,9 +180,12 @@ impl<'a> Loop<'a> {
         // Terms are sums over rows: the loss is their mean over the rows of the global batch.
         let units = batch.len() as f64;
         self.update.begin(self.session.model, self.session.train, batch)?;
-        let sums = self.passes(batch, units)?.over_ranks(self.update.as_ref())?;
-        let loss = sums.loss / units;
+        let sums = self.passes(batch, units)?;
+        self.update.sum(&sums.numbers)?;
         let gradient_norm = self.update.finish(self.session.model, h.clip_norm)?;
+        // The norm has waited for the device: the sums are there.
+        let sums = sums.read()?;
+        let loss = sums.loss / units;
         match (update::not_finite(loss, gradient_norm), spec.failure_policy.on_non_finite) {
             (None, _) => self.update.apply(learning_rate)?,
             (Some(what), OnNonFinite::Fail) => return Err(TrainError::NonFinite { step: self.step + 1, what }),
@@ -187,7 +206,7 @@ impl<'a> Loop<'a> {
     }
 
     /// Forward and backward passes of this rank's rows of a global batch, part by part.
-    fn passes(&mut self, batch: &[usize], units: f64) -> Result<Sums, TrainError> {
+    fn passes(&mut self, batch: &[usize], units: f64) -> Result<DeviceSums, TrainError> {
         let h = &self.session.spec.hyperparameters;
         let mut rows = share(batch, &self.lengths, self.rank, self.world);
         // All ranks have to take part in collectives: one without rows computes a row that counts nothing.
@@ -198,8 +217,7 @@ impl<'a> Loop<'a> {
         let parts: Vec<&[usize]> = rows.chunks(rows.len().div_ceil(h.accumulate_steps as usize)).collect();
         let Session { model, objective, teacher, train, device, bf16, group, stop, .. } = &self.session;
         let terms = objective.terms();
-        let mut sums =
-            Sums { loss: 0.0, terms: vec![0.0; terms.len()], stops: f64::from(u8::from(stop.is_cancelled())) };
+        let sums = DeviceSums::new(terms.len(), stop.is_cancelled(), *device)?;
         for (index, part) in parts.iter().enumerate() {
             let seed = mix(h.seed as u64, self.step);
             let part = Part { train, rows: part, batch, weight, seed, group: *group, device: *device, bf16: *bf16 };
@@ -212,9 +230,7 @@ impl<'a> Loop<'a> {
             self.update.backward(&(&sum * (1.0 / units)), index + 1 == parts.len())?;
             for (index, (value, term)) in values.iter().zip(terms).enumerate() {
                 let copies = if objective.is_shared(index) { self.world as f64 } else { 1.0 };
-                let value = f64::try_from(value)? * share(index) / copies;
-                sums.loss += value * term.weight;
-                sums.terms[index] += value;
+                sums.add(index, value, term.weight, share(index), copies)?;
             }
         }
         Ok(sums)
@@ -263,13 +279,17 @@ impl<'a> Loop<'a> {
         let (name, score) = found.score();
         // A score that is not a number is worse than any, and JSON, which checkpoints are in, cannot hold it.
         let rank = score.max(f64::MIN);
-        let is_best = self.best.as_ref().is_none_or(|(best, _)| rank > best.score);
+        let is_best = self.best.as_ref().is_none_or(|best| rank > best.score);
         if is_best {
-            let weights = Snapshot::copy(&update::trainable_of_model(session.model));
+            if self.rank == 0 {
+                // The weights before are freed first.
+                self.best_weights = None;
+                self.best_weights = Some(named::copy_to_host(&update::trainable_of_model(session.model))?);
+            }
             let mut metrics = found.report(&[]);
             metrics.insert(name.to_owned(), score);
             metrics.retain(|_, value| value.is_finite());
-            self.best = Some((Best { step: self.step, score: rank, metrics }, weights));
+            self.best = Some(Best { step: self.step, score: rank, metrics });
         }
         let epoch = self.step as f64 / self.steps_per_epoch as f64;
         self.history.validated(self.step, epoch, name, score);
@@ -293,11 +313,19 @@ impl<'a> Loop<'a> {
         Err(TrainError::Stopped { step: self.step, checkpoint })
     }
 
+    /// Puts the best weights, which rank 0 has, into the model of every rank.
     fn finish(self) -> Result<Trained, TrainError> {
-        let Some((best, weights)) = self.best else {
+        let Some(best) = self.best else {
             return Err(TrainError::Other("the run ended without a validation".into()));
         };
-        named::overwrite(&self.trainable, &weights)?;
+        if let Some(weights) = &self.best_weights {
+            named::overwrite(&self.trainable, weights)?;
+        }
+        if let Some(group) = self.session.group {
+            let model = update::trainable_of_model(self.session.model);
+            let weights: Vec<Tensor> = model.iter().map(|(_, tensor)| tensor.detach()).collect();
+            group.broadcast_all(&weights, 0)?;
+        }
         Ok(Trained { steps: self.step, best, history: self.history, checkpoints: self.session.checkpoints })
     }
 }

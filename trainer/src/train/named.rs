@@ -13,6 +13,11 @@ pub fn share(named: &[(String, Tensor)]) -> Named {
     named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
+/// Copies in the host's memory, made one tensor after the other: the device holds none of them.
+pub fn copy_to_host(named: &[(String, Tensor)]) -> Result<Named, TrainError> {
+    named.iter().map(|(name, tensor)| Ok((name.clone(), athanor_torch::copy_to_host(tensor)?))).collect()
+}
+
 /// Overwrites tensors, as far as there are others, with those in the same places.
 pub fn overwrite(named: &[(String, Tensor)], saved: &[(String, Tensor)]) -> Result<(), TrainError> {
     tch::no_grad(|| {

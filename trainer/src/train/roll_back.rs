@@ -1,7 +1,7 @@
 //! `failurePolicy.onNonFinite: RollBack`: back to the state of the last checkpoint, and on without the step that was
 //! not finite.
 //!
-//! Every rank keeps that state in memory, taken whenever a checkpoint falls due, so that going back needs neither the
+//! Every rank keeps that state in the host's memory, taken whenever a checkpoint falls due, so that going back needs neither the
 //! store nor the other ranks: all of them see the same loss and the same gradients, and go back alike. Steps are
 //! functions of seed and number, so that those taken again are the same as before, and a run that was killed in between
 //! comes to the same end.

@@ -23,9 +23,12 @@ impl Loop<'_> {
         // Not on the device, which may have no room for more than a shard.
         let mut state = restored.optimizer(Device::Cpu)?;
         self.update.load(&mut |name| state.take_any(name))?;
-        if let (Some(best), Some(mut weights)) = (restored.state.best.clone(), restored.best(self.session.device)?) {
+        self.best = restored.state.best.clone();
+        if self.rank == 0
+            && let Some(mut weights) = restored.best(Device::Cpu)?
+        {
             let like = update::trainable_of_model(self.session.model);
-            self.best = Some((best, named::take_all(&mut weights, &like)?));
+            self.best_weights = Some(named::take_all(&mut weights, &like)?);
         }
         self.step = restored.state.step;
         self.skipped = restored.state.skipped.clone();
@@ -55,15 +58,15 @@ impl Loop<'_> {
         }
         self.update.catch_up()?;
         self.session.watchdog.beat();
-        self.roll_back = rolls_back.then(|| RollBack::new(self.snapshot(self.own_state())));
+        self.roll_back = if rolls_back { Some(RollBack::new(self.snapshot(self.own_state()?)?)) } else { None };
         let gathered = if gathers { Some(self.update.gather()?) } else { None };
         if !writes {
             return Ok(());
         }
         let snapshot = match (gathered, &self.roll_back) {
-            (Some(whole), _) => self.snapshot(whole),
+            (Some(whole), _) => self.snapshot(whole)?,
             (None, Some(roll_back)) => roll_back.share(),
-            (None, None) => self.snapshot(self.own_state()),
+            (None, None) => self.snapshot(self.own_state()?)?,
         };
         match &mut self.session.checkpoints {
             Some(writer) => writer.save(snapshot, self.session.events.as_ref().and_then(Events::upload)),
@@ -88,31 +91,30 @@ impl Loop<'_> {
 
     /// A copy of what the optimizer keeps on this rank, after [`update::Update::catch_up`]. Nothing changes it after
     /// the last step.
-    pub(super) fn own_state(&self) -> Named {
+    pub(super) fn own_state(&self) -> Result<Named, TrainError> {
         let state = self.update.state();
-        if self.step < self.total_steps { Snapshot::copy(&state) } else { state }
+        if self.step < self.total_steps { named::copy_to_host(&state) } else { Ok(state) }
     }
 
     /// A copy of everything else that a checkpoint holds.
-    pub(super) fn snapshot(&self, optimizer: Named) -> Snapshot {
-        let (best, weights) = self.best.as_ref().map(|(best, weights)| (best.clone(), named::share(weights))).unzip();
-        let mut model = match &self.best {
-            Some((best, weights)) if best.step == self.step => named::share(weights),
-            _ => Snapshot::copy(&update::trainable_of_model(self.session.model)),
+    pub(super) fn snapshot(&self, optimizer: Named) -> Result<Snapshot, TrainError> {
+        let mut model = match (&self.best, &self.best_weights) {
+            (Some(best), Some(weights)) if best.step == self.step => named::share(weights),
+            _ => named::copy_to_host(&update::trainable_of_model(self.session.model))?,
         };
-        model.extend(Snapshot::copy(self.session.objective.parameters()));
-        Snapshot {
+        model.extend(named::copy_to_host(self.session.objective.parameters())?);
+        Ok(Snapshot {
             state: State {
                 step: self.step,
                 fingerprint: self.session.fingerprint.clone(),
-                best,
+                best: self.best.clone(),
                 skipped: self.skipped.clone(),
                 history: self.history.clone(),
             },
             model,
             optimizer,
-            best: weights,
-        }
+            best: self.best_weights.as_deref().map(named::share),
+        })
     }
 
     /// Restores the last checkpoint's state. The current step, of which `what` is not finite, is left out when its turn
@@ -133,7 +135,8 @@ impl Loop<'_> {
         named::overwrite(&self.trainable, &to.model)?;
         let saved: HashMap<&str, &Tensor> = to.optimizer.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         self.update.load(&mut |name| saved.get(name).map(|tensor| tensor.shallow_clone()))?;
-        self.best = to.state.best.clone().zip(to.best.as_ref().map(|weights| named::share(weights)));
+        self.best = to.state.best.clone();
+        self.best_weights = to.best.as_deref().map(named::share);
         self.history = to.state.history.clone();
         self.step = checkpoint;
         self.skipped.insert(step);

@@ -23,7 +23,9 @@ pub(super) struct Loop<'a> {
     pub step: u64,
     /// Number and batches of the current epoch.
     pub epoch: Option<(u64, Batches)>,
-    pub best: Option<(Best, Named)>,
+    pub best: Option<Best>,
+    /// The model's weights at the best validation, in the host's memory; rank 0's, the other ranks get them at the end.
+    pub best_weights: Option<Named>,
     /// Under the policy RollBack.
     pub roll_back: Option<RollBack>,
     /// Steps, counted from 1, that are left out since a roll-back.

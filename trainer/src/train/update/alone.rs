@@ -5,7 +5,12 @@ use athanor_torch::{Optimizer, ParameterGroup, Shard, add_penalty, backward, nor
 use tch::Tensor;
 
 use super::step::{Update, rule, weight_decay};
-use crate::{TrainError, data::Encoded, network::Network, train::named::Named};
+use crate::{
+    TrainError,
+    data::Encoded,
+    network::Network,
+    train::named::{self, Named},
+};
 
 /// An optimizer over all of its parameters, or over one shard of its state.
 pub struct Alone {
@@ -68,14 +73,14 @@ impl Update for Alone {
     }
 
     fn gather(&self) -> Result<Named, TrainError> {
-        Ok(crate::train::checkpoint::Snapshot::copy(&self.state()))
+        named::copy_to_host(&self.state())
     }
 
     fn load(&mut self, find: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<(), TrainError> {
         Ok(self.optimizer.load_state(find)?)
     }
 
-    fn sum(&self, _: &mut [f64]) -> Result<(), TrainError> {
+    fn sum(&self, _: &Tensor) -> Result<(), TrainError> {
         Ok(())
     }
 

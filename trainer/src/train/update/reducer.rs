@@ -40,11 +40,13 @@ impl Update for Reduced<'_> {
     }
 
     fn gradient_squares(&mut self, model: &mut Network) -> Result<f64, TrainError> {
-        let mut squares = [self.alone.gradient_squares(model)?];
-        if self.is_sharded() {
-            self.sum(&mut squares)?;
+        let squares = self.alone.gradient_squares(model)?;
+        if !self.is_sharded() {
+            return Ok(squares);
         }
-        Ok(squares[0])
+        let sum = Tensor::from_slice(&[squares]).to_device(self.device);
+        self.sum(&sum)?;
+        Ok(sum.double_value(&[0]))
     }
 
     fn scale_gradients(&mut self, factor: f64) -> Result<(), TrainError> {
@@ -79,11 +81,8 @@ impl Update for Reduced<'_> {
         self.alone.load(find)
     }
 
-    fn sum(&self, numbers: &mut [f64]) -> Result<(), TrainError> {
-        let sums = Tensor::from_slice(numbers).to_device(self.device);
-        self.group.all_reduce_sum(&sums)?;
-        numbers.copy_from_slice(&Vec::<f64>::try_from(sums)?);
-        Ok(())
+    fn sum(&self, numbers: &Tensor) -> Result<(), TrainError> {
+        Ok(self.group.all_reduce_sum(numbers)?)
     }
 
     fn rank_0_says(&self, answer: bool) -> Result<bool, TrainError> {

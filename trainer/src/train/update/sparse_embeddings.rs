@@ -14,7 +14,7 @@ use crate::{
     TrainError,
     data::Encoded,
     network::Network,
-    train::{checkpoint::Snapshot, named::Named},
+    train::named::{self, Named},
 };
 
 /// The table and its optimizer.
@@ -157,7 +157,7 @@ impl Update for WithSparseEmbeddings<'_> {
     fn gather(&self) -> Result<Named, TrainError> {
         let mut state = self.others.gather()?;
         if self.group.is_none_or(|group| group.rank() == 0) {
-            state.extend(Snapshot::copy(&self.embeddings.adam.state(&self.embeddings.name)));
+            state.extend(named::copy_to_host(&self.embeddings.adam.state(&self.embeddings.name))?);
         }
         Ok(state)
     }
@@ -168,7 +168,7 @@ impl Update for WithSparseEmbeddings<'_> {
         Ok(self.embeddings.adam.load_state(&self.embeddings.name, find)?)
     }
 
-    fn sum(&self, numbers: &mut [f64]) -> Result<(), TrainError> {
+    fn sum(&self, numbers: &Tensor) -> Result<(), TrainError> {
         self.others.sum(numbers)
     }
 

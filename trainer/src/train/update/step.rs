@@ -51,15 +51,15 @@ pub trait Update {
     /// Whether ranks keep parts of the state, so that a checkpoint needs [`Update::gather`].
     fn is_sharded(&self) -> bool;
 
-    /// A copy of the whole state on rank 0, with the names and shapes of an update without shards; nothing on the other
-    /// ranks. All ranks have to call it, after [`Update::catch_up`].
+    /// A copy of the whole state in the host's memory on rank 0, with the names and shapes of an update without shards;
+    /// nothing on the other ranks. All ranks have to call it, after [`Update::catch_up`].
     fn gather(&self) -> Result<Named, TrainError>;
 
     /// Overwrites the state with what [`Update::state`] or [`Update::gather`] returned.
     fn load(&mut self, find: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<(), TrainError>;
 
-    /// Sums numbers over the ranks, in place.
-    fn sum(&self, numbers: &mut [f64]) -> Result<(), TrainError>;
+    /// Sums the numbers of a tensor on the device over the ranks, in place.
+    fn sum(&self, numbers: &Tensor) -> Result<(), TrainError>;
 
     /// The answer of rank 0.
     fn rank_0_says(&self, answer: bool) -> Result<bool, TrainError>;
