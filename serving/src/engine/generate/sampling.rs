@@ -3,7 +3,7 @@
 //! The order is: bias, penalties, temperature, `min_p`, `top_k`, `top_p`, draw. The draw depends on the seed and on the
 //! token's position alone, so a request with a seed gives the same text alone, in a batch and after a preemption.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -146,22 +146,29 @@ pub fn sample(
     if logits.len() != vocabulary {
         return Err(LogitsError::Length { found: logits.len(), wanted: vocabulary });
     }
-    if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+    // Without an early end the loop takes several numbers at a time.
+    if !logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
+        let token = logits.iter().position(|logit| !logit.is_finite()).unwrap_or(0);
         return Err(LogitsError::NotFinite { token });
     }
     let scores = scores(logits, sampling, context);
-    let best = (0..scores.len()).reduce(|best, next| if scores[next] > scores[best] { next } else { best });
-    let best = best.filter(|&best| scores[best] > f32::NEG_INFINITY).ok_or(LogitsError::NothingLeft)?;
+    let highest = scores.iter().fold(f32::NEG_INFINITY, |highest, &score| if score > highest { score } else { highest });
+    if highest == f32::NEG_INFINITY {
+        return Err(LogitsError::NothingLeft);
+    }
     let token = match sampling.temperature > 0.0 {
-        true => draw(&scores, scores[best], sampling, context.prompt.len() + context.answer.len()),
-        false => best,
+        true => draw(&scores, highest, sampling, context.prompt.len() + context.answer.len()),
+        false => scores.iter().position(|&score| score == highest).unwrap_or(0),
     };
     let logprobs = sampling.logprobs.map(|count| logprobs(logits, token, count));
     Ok(Sampled { token: token as u32, logprobs })
 }
 
 /// Logits after bias and penalties; forbidden tokens are minus infinity.
-fn scores(logits: &[f32], sampling: &Sampling, context: Context<'_>) -> Vec<f32> {
+fn scores<'a>(logits: &'a [f32], sampling: &Sampling, context: Context<'_>) -> Cow<'a, [f32]> {
+    if is_plain(sampling) && context.forbidden.is_empty() {
+        return logits.into();
+    }
     let mut scores = logits.to_vec();
     let position = |token: u32| Some(token as usize).filter(|&index| index < logits.len());
     for &(token, bias) in &sampling.logit_bias {
@@ -194,20 +201,31 @@ fn scores(logits: &[f32], sampling: &Sampling, context: Context<'_>) -> Vec<f32>
     for index in context.forbidden.iter().copied().filter_map(position) {
         scores[index] = f32::NEG_INFINITY;
     }
-    scores
+    scores.into()
+}
+
+/// Whether nothing is added to the logits.
+fn is_plain(sampling: &Sampling) -> bool {
+    let penalties = [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0];
+    sampling.logit_bias.is_empty() && penalties.iter().all(|&penalty| penalty == 0.0)
 }
 
 /// Draws from the softmax of the scores over the temperature, cut by `min_p`, `top_k` and `top_p`. `highest` is the
 /// highest score.
 fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> usize {
     // Weights relative to the highest, which has weight 1: the sum cannot overflow, and `min_p` is a comparison.
-    let weight = |score: f32| ((f64::from(score) - f64::from(highest)) / f64::from(sampling.temperature)).exp();
-    let mut kept: Vec<(usize, f64)> = scores
-        .iter()
-        .map(|&score| weight(score))
-        .enumerate()
-        .filter(|(_, weight)| *weight > 0.0 && *weight >= f64::from(sampling.min_p))
-        .collect();
+    let weights: Vec<f32> =
+        scores.iter().map(|&score| exponential((score - highest) / sampling.temperature)).collect();
+    let number = uniform(sampling.seed, position);
+    if sampling.top_k == 0 && sampling.top_p == 1.0 && sampling.min_p == 0.0 {
+        return pick(&weights, number);
+    }
+    let sum: f64 = weights.iter().copied().map(f64::from).sum();
+    // All lighter tokens together weigh less than what `top_p` leaves out.
+    let light = if sampling.top_k == 0 { (1.0 - f64::from(sampling.top_p)) * sum / scores.len() as f64 } else { 0.0 };
+    let least = f64::from(sampling.min_p).max(light);
+    let kept = weights.into_iter().map(f64::from).enumerate();
+    let mut kept: Vec<(usize, f64)> = kept.filter(|(_, weight)| *weight > 0.0 && *weight >= least).collect();
     let order = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if (1..kept.len()).contains(&sampling.top_k) {
         kept.select_nth_unstable_by(sampling.top_k - 1, order);
@@ -215,7 +233,11 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
     }
     if sampling.top_p < 1.0 {
         kept.sort_unstable_by(order);
-        let enough = f64::from(sampling.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        let whole = match sampling.top_k == 0 && sampling.min_p == 0.0 {
+            true => sum,
+            false => kept.iter().map(|(_, weight)| weight).sum::<f64>(),
+        };
+        let enough = f64::from(sampling.top_p) * whole;
         let mut sum = 0.0;
         let reached = kept.iter().position(|(_, weight)| {
             sum += weight;
@@ -226,7 +248,7 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
     // Sorted by id, so that the draw does not depend on how the set was found.
     kept.sort_unstable_by_key(|&(index, _)| index);
     let sum: f64 = kept.iter().map(|(_, weight)| weight).sum();
-    let mut left = uniform(sampling.seed, position) * sum;
+    let mut left = number * sum;
     for &(index, weight) in &kept {
         left -= weight;
         if left < 0.0 {
@@ -235,6 +257,60 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
     }
     // Rounding may leave a remainder after the last.
     kept.last().map_or(0, |&(index, _)| index)
+}
+
+/// The index at which the running sum of the weights passes `number` of the whole, 0 <= number < 1. Parts of 64 weights
+/// are summed first, several at a time.
+fn pick(weights: &[f32], number: f64) -> usize {
+    const PART: usize = 64;
+    let sums: Vec<f64> = weights
+        .chunks(PART)
+        .map(|part| {
+            let mut lanes = [0.0_f32; 8];
+            for weights in part.chunks(8) {
+                std::iter::zip(&mut lanes, weights).for_each(|(lane, weight)| *lane += weight);
+            }
+            lanes.iter().copied().map(f64::from).sum()
+        })
+        .collect();
+    let mut left = number * sums.iter().sum::<f64>();
+    let mut last = 0;
+    for (part, sum) in sums.iter().enumerate() {
+        if left >= *sum {
+            left -= sum;
+            continue;
+        }
+        for (index, &weight) in weights[part * PART..].iter().take(PART).enumerate() {
+            if weight > 0.0 {
+                last = part * PART + index;
+                left -= f64::from(weight);
+                if left < 0.0 {
+                    return last;
+                }
+            }
+        }
+        // Rounding may leave a remainder after the last of the part.
+        return last;
+    }
+    weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(last)
+}
+
+/// e^x for x <= 0 with a relative error below 2^-21; 0 for x below -87. Arithmetic that the compiler does for several
+/// numbers at a time, which `f32::exp` is not.
+fn exponential(x: f32) -> f32 {
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    // 1.5 * 2^23: adding it rounds to a whole number, which the low bits then hold.
+    let shifted = clamped * std::f32::consts::LOG2_E + 12_582_912.0;
+    let whole = shifted - 12_582_912.0;
+    let r = (clamped - whole * 0.693_359_4) - whole * -2.121_944_4e-4;
+    let p = r * 1.987_569_1e-4 + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    let scaled = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits().wrapping_sub(0x4b40_0000) << 23));
+    if x > -87.0 { scaled } else { 0.0 }
 }
 
 /// A number in [0, 1) that depends on the arguments alone.

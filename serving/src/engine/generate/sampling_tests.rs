@@ -107,6 +107,27 @@ fn the_draw_depends_on_seed_and_position_alone() {
 }
 
 #[test]
+fn the_exponential_is_that_of_the_standard_library() {
+    for step in 0..87_000 {
+        let x = -step as f32 / 1000.0;
+        let (found, exact) = (f64::from(exponential(x)), f64::from(x).exp());
+        assert!((found - exact).abs() <= exact * 5e-7, "e^{x}: {found} instead of {exact}");
+    }
+    assert_eq!([exponential(-88.0), exponential(f32::NEG_INFINITY)], [0.0, 0.0]);
+}
+
+/// 0.3 of the weight is spread over many light tokens, so that the running sum crosses many parts.
+#[test]
+fn a_draw_over_many_tokens_follows_their_weights() {
+    let weights: Vec<f32> = (0..1000).map(|index| if index == 700 { 700.0 } else { 300.0 / 999.0 }).collect();
+    let draws: Vec<usize> = (0..2000).map(|step| pick(&weights, f64::from(step) / 2000.0)).collect();
+    assert!(draws.is_sorted());
+    assert!((draws.iter().filter(|&&index| index == 700).count() as i32 - 1400).abs() <= 1);
+    assert_eq!((pick(&weights, 0.0), pick(&weights, 0.999_999)), (0, 999));
+    assert_eq!(pick(&[0.0, 0.5, 0.0], 0.999_999_999), 1);
+}
+
+#[test]
 fn logits_that_cannot_be_sampled_are_errors() {
     let context = Context { prompt: &[], answer: &[], forbidden: &[0, 1] };
     for (logits, error) in [
