@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Serving side by side, in turns: a language model next to llama.cpp's server (xllamacpp), encoders next to onnxruntime.
 
-Measures tokens a second of SmolLM2-135M at 1 and 16 streams and the prefill of a prompt of 512 tokens; llama.cpp at the best of its
-formats (Q4_1 as shipped, Q4_0, Q8_0 made from it) with flash attention on and off. Then requests a second of MiniLM-L6, see
+Measures tokens a second of SmolLM2-135M at 1, 4, 16 and 64 streams and the prefill of prompts of 512 and 2,048 tokens, and each
+server's memory and its time from start to ready; llama.cpp at the best of its formats (Q4_1 as shipped, Q4_0, Q8_0 made from it) with
+flash attention on and off. Then requests a second of MiniLM-L6, see
 serve_encoders.py. Prints tables and writes bench/results/serve.json. `make bench-serve` installs what it needs and runs it.
 """
 import argparse, concurrent.futures, contextlib, json, os, pathlib, socket, statistics, subprocess, sys, tempfile, time
@@ -12,7 +13,9 @@ import requests
 
 import serve_encoders
 
-TOKENS, PROMPT = 64, 512
+TOKENS, STREAMS, PROMPTS = 64, (1, 4, 16, 64), (512, 2048)
+# Ratios of ours to llama.cpp's best that `make bench-serve` aims at.
+TARGETS = {"1 stream, tokens/s": 1.1, "16 streams, tokens/s": 3, "prefill of 512, tokens/s": 3, "prefill of 2048, tokens/s": 3}
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = pathlib.Path(os.environ["ATHANOR_MODELS"]) / "smollm2-135m"
 SERVER = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "athanor-server"
@@ -82,9 +85,11 @@ def server(folder, **more):
 
 @contextlib.contextmanager
 def ours(weights):
-    """Our server with the language model in one format of weights."""
-    with server(MODEL, engine={"weights": weights, "maxModelLength": 1024, "kvCacheMemory": 1 << 30}) as (port, _):
-        yield f"http://127.0.0.1:{port}/v1", "bench"
+    """Our server with the language model in one format of weights: its address, its name of the model, its process."""
+    engine = {"weights": weights, "maxModelLength": max(PROMPTS) + 256, "kvCacheMemory": 4 << 30}
+    limits = {"maxBatchInputs": max(STREAMS), "queueInputs": 4 * max(STREAMS)}
+    with server(MODEL, engine=engine, limits=limits) as (port, process):
+        yield f"http://127.0.0.1:{port}/v1", "bench", process
 
 
 @contextlib.contextmanager
@@ -94,7 +99,7 @@ def theirs(file, flash):
         "import sys, time, xllamacpp as xlc\n"
         "params = xlc.CommonParams()\n"
         f"params.model.path = {str(file)!r}\n"
-        "params.n_parallel = 16\nparams.n_ctx = 16 * 1024\n"
+        f"params.n_parallel = {max(STREAMS)}\nparams.n_ctx = {max(STREAMS) * (max(PROMPTS) + 256)}\n"
         f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {len(os.sched_getaffinity(0))}\n"
         f"params.flash_attn_type = xlc.llama_flash_attn_type.{flash}\n"
         "server = xlc.Server(params)\n"
@@ -107,7 +112,7 @@ def theirs(file, flash):
         if not address.startswith("http"):
             sys.exit(f"llama.cpp did not start with {file} and {flash}")
         wait(f"{address}/health", process)
-        yield f"{address}/v1", "any"
+        yield f"{address}/v1", "any", process.pid
     finally:
         process.kill()
         process.wait()
@@ -123,19 +128,29 @@ def ask(base, model, number, words, tokens):
     return usage["prompt_tokens"], usage["completion_tokens"]
 
 
+def resident(process):
+    """Megabytes of a process's memory that are in use."""
+    for line in pathlib.Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
 def measure(base, model, turn):
-    """Tokens a second at 1 and 16 streams, and of a long prompt."""
+    """Tokens a second at several numbers of streams, and of long prompts."""
     ask(base, model, 7000 + turn, 20, 8)
-    began = time.monotonic()
-    _, one = ask(base, model, 10 * turn, 8, TOKENS)
-    one /= time.monotonic() - began
-    began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        done = list(pool.map(lambda number: ask(base, model, 100 + 20 * turn + number, 8, TOKENS)[1], range(16)))
-    many = sum(done) / (time.monotonic() - began)
-    began = time.monotonic()
-    prompt, _ = ask(base, model, 9000 + turn, PROMPT - 4, 1)
-    return {"1 stream, tokens/s": one, "16 streams, tokens/s": many, "prefill, tokens/s": prompt / (time.monotonic() - began)}
+    found = {}
+    for streams in STREAMS:
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+            first = 100 * streams + 10_000 * turn
+            done = list(pool.map(lambda number: ask(base, model, first + number, 8, TOKENS)[1], range(streams if streams > 1 else 3)))
+        found[f"{streams} stream{'s' * (streams > 1)}, tokens/s"] = sum(done) / (time.monotonic() - began)
+    for length in PROMPTS:
+        began = time.monotonic()
+        prompt, _ = ask(base, model, 9000 + turn + length, length - 4, 1)
+        found[f"prefill of {length}, tokens/s"] = prompt / (time.monotonic() - began)
+    return found
 
 
 def language_models(runs):
@@ -147,7 +162,7 @@ def language_models(runs):
         for name in ("Q4_0", "Q8_0"):
             files[name] = pathlib.Path(work) / f"{name}.gguf"
             requantized(gguf.GGMLQuantizationType[name], files[name])
-        servers = {f"athanor {weights}": (ours, (weights,)) for weights in ("Auto", "Int8")}
+        servers = {f"athanor {weights}": (ours, (weights,)) for weights in ("Auto", "Int8", "Int4")}
         for name, file in files.items():
             for flash in ("ENABLED", "DISABLED"):
                 kind = f"LLAMA_FLASH_ATTN_TYPE_{flash}"
@@ -157,21 +172,26 @@ def language_models(runs):
             order = list(servers) if turn % 2 == 0 else list(servers)[::-1]
             for name in order:
                 start, arguments = servers[name]
-                with start(*arguments) as (base, model):
-                    for what, value in measure(base, model, turn).items():
+                began = time.monotonic()
+                with start(*arguments) as (base, model, process):
+                    ready = time.monotonic() - began
+                    values = measure(base, model, turn) | {"resident memory, MiB": resident(process), "start to ready, s": ready}
+                    for what, value in values.items():
                         found.setdefault(name, {}).setdefault(what, []).append(value)
                 print(f"turn {turn + 1}, {name}: " + ", ".join(f"{what} {values[-1]:.1f}" for what, values in found[name].items()), flush=True)
     medians = {name: {what: statistics.median(values) for what, values in rows.items()} for name, rows in found.items()}
     results = []
     print(f"\n{'':24} {'ours':>10} {'llama.cpp':>10} {'ratio':>7}")
     for what in next(iter(medians.values())):
-        best = lambda whose: max((name for name in medians if name.startswith(whose)), key=lambda name: medians[name][what])
+        least = not what.endswith("tokens/s")
+        pick = min if least else max
+        best = lambda whose: pick((name for name in medians if name.startswith(whose)), key=lambda name: medians[name][what])
         own, peer = best("athanor"), best("llama.cpp")
         ratio = medians[own][what] / medians[peer][what]
         print(f"{what:24} {medians[own][what]:10.1f} {medians[peer][what]:10.1f} {ratio:7.2f}  {own}, {peer}")
         results.append({
             "name": f"SmolLM2-135M, {what}", "ours": medians[own][what], "peer": medians[peer][what], "ours_name": own,
-            "peer_name": peer, "unit": "tokens/s", "ratio": ratio, "target": None,
+            "peer_name": peer, "unit": what.split(", ")[-1], "ratio": ratio, "target": TARGETS.get(what),
             "runs": {name: rows[what] for name, rows in found.items()},
         })
     return results
