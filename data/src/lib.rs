@@ -27,4 +27,4 @@ pub use progress::Progress;
 pub use random::mix;
 pub use read::read;
 pub use rows::Rows;
-pub use split::{Fold, Part, Parts, part_of};
+pub use split::{Fold, Overlap, Part, Parts, part_of};

@@ -127,6 +127,9 @@ fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result
     let restored = prepared.restored.take();
     let context = TrainingContext::new(job, &prepared)?;
     let parts = prepared.dataset.split(&job.spec().data.split)?;
+    if let Some(overlap) = parts.overlap.as_ref().filter(|overlap| overlap.rows > 0) {
+        tracing::info!(rows = overlap.rows, "left out: a source with a part has the same texts");
+    }
     setup::check_gates(&job.spec().evaluate.gates, &prepared.dataset, &parts)?;
     let run = Run { held_out: HeldOut::new(&context.encoder, &parts), context: &context, parts: &parts };
     run.run(restored, reporter)
@@ -365,6 +368,9 @@ impl Run<'_> {
             ("ranks", topology.world().to_string()),
             ("backend", backend),
         ];
+        if let Some(overlap) = &self.parts.overlap {
+            chosen.push(("heldOutOverlap", overlap.rows.to_string()));
+        }
         chosen.extend(found.results.limit());
         chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
         chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
