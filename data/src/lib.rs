@@ -11,6 +11,8 @@ mod conversation;
 mod dataset;
 mod error;
 mod format;
+mod inflate;
+pub mod pdf;
 mod progress;
 mod random;
 mod read;

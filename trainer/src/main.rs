@@ -72,6 +72,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
     let timeline = run::started_now();
+    athanor_data::pdf::serve_if_asked();
     let arguments = match Cli::parse().command {
         Command::Run(arguments) => arguments,
         Command::Check(arguments) => return check_only(&arguments.file),
