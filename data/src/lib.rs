@@ -7,6 +7,7 @@
 pub mod annotate;
 mod builder;
 pub mod clean;
+mod columns;
 mod conversation;
 mod dataset;
 mod error;
@@ -20,6 +21,7 @@ mod reading;
 mod rows;
 mod source;
 mod split;
+mod stored;
 mod strings;
 
 pub use builder::SkippedRows;
