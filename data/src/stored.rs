@@ -19,7 +19,7 @@ impl Dataset {
         let head = (&self.sources, &self.held_out, &self.digest);
         write_bytes(to, &serde_json::to_vec(&head)?)?;
         self.rows.write(to)?;
-        write_option(to, self.clusters.as_deref(), |to, clusters| write_u32s(to, clusters))?;
+        write_option(to, self.clusters.as_deref(), write_u32s)?;
         write_flags(to, &self.annotated)
     }
 

@@ -18,8 +18,8 @@ impl Rows {
         write_option(to, pairs.as_ref(), |to, pairs| pairs.write(to))?;
         write_u32s(to, labels)?;
         label_names.write(to)?;
-        write_option(to, groups.as_deref(), |to, groups| write_u32s(to, groups))?;
-        write_option(to, conversations.as_deref(), |to, flags| write_flags(to, flags))?;
+        write_option(to, groups.as_deref(), write_u32s)?;
+        write_option(to, conversations.as_deref(), write_flags)?;
         group_names.write(to)?;
         write_u32s(to, numbers)?;
         write_number(to, runs.len())?;

@@ -1,6 +1,6 @@
 //! Sources that are a whole part (`data.sources[].part`), and the rows of other sources that these leave out.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::HashMap;
 
 use athanor_contract::train::HeldOutPart;
 use serde::Serialize;
@@ -76,9 +76,7 @@ impl Places {
             }
             for row in own {
                 for key in [units.identity(row), units.text(row)] {
-                    if let Entry::Vacant(place) = held.entry(key) {
-                        place.insert(row);
-                    }
+                    held.entry(key).or_insert(row);
                 }
             }
         }

@@ -106,7 +106,7 @@ fn read_once(job: JobContext) -> JoinHandle<Result<Dataset, TrainError>> {
     process.runtime.spawn_blocking(move || {
         let read = || runtime.block_on(reading.read(&data, task.needs_labels()));
         // The rendezvous, which may be watched at the same time, begins and ends the watch.
-        node.once("rows", || watchdog.beat_while_watched(), read, |rows, to| rows.write(to), |from| Dataset::read(from))
+        node.once("rows", || watchdog.beat_while_watched(), read, |rows, to| rows.write(to), Dataset::read)
     })
 }
 

@@ -95,8 +95,7 @@ fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result
     let restored = prepared.restored.take();
     let context = TrainingContext::new(job, &prepared)?;
     let split = || prepared.dataset.split(&job.spec().data.split).map_err(TrainError::from);
-    let parts =
-        job.process.node.once("split", || job.beat(), split, |parts, to| parts.write(to), |from| Parts::read(from))?;
+    let parts = job.process.node.once("split", || job.beat(), split, |parts, to| parts.write(to), Parts::read)?;
     job.process.watchdog.rest();
     if let Some(overlap) = parts.overlap.as_ref().filter(|overlap| overlap.rows > 0) {
         tracing::info!(rows = overlap.rows, "left out: a source with a part has the same texts");
