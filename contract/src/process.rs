@@ -29,6 +29,8 @@ pub mod variable {
     pub const LOCAL_RANK: &str = "ATHANOR_LOCAL_RANK";
     /// Process id of the starting process, which the started one does not outlive.
     pub const PARENT: &str = "ATHANOR_PARENT";
+    /// Folder of the processes of one pod, for what the first of them prepares for all. Absent: each prepares it itself.
+    pub const NODE_FOLDER: &str = "ATHANOR_NODE_FOLDER";
     /// File for the termination message; default [`path::TERMINATION_LOG`](super::path::TERMINATION_LOG) if it exists.
     pub const TERMINATION_LOG: &str = "ATHANOR_TERMINATION_LOG";
     /// File for the loss of each step, for tests and comparisons. Absent or empty: none is written.

@@ -22,6 +22,7 @@ type Error = Box<dyn std::error::Error>;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
+    athanor_data::pdf::serve_if_asked();
     let (mut file, mut rows, mut copies, mut clean, mut near, mut as_json) = (None, None, 0, false, None, false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {

@@ -6,6 +6,7 @@ use serde::Serialize;
 use crate::{
     DataError, Rows,
     clean::{Cleaned, Cleaner, CleaningReport, EXAMPLES},
+    pdf::Worker,
     rows::{Fields, Origin, Seen},
 };
 
@@ -19,6 +20,7 @@ pub(crate) struct Builder {
     rows_of_source: u64,
     on_bad_row: OnBadRow,
     skipped: SkippedRows,
+    pdf_worker: Option<Worker>,
 }
 
 /// Rows that could not be read and were left out, as `data.onBadRow` allows.
@@ -54,6 +56,7 @@ impl Builder {
             rows_of_source: 0,
             on_bad_row,
             skipped: SkippedRows::default(),
+            pdf_worker: None,
         })
     }
 
@@ -81,6 +84,11 @@ impl Builder {
                 Ok(())
             }
         }
+    }
+
+    /// The process that reads PDFs, if one has been started; it ends with the reading.
+    pub fn pdf_worker(&mut self) -> &mut Option<Worker> {
+        &mut self.pdf_worker
     }
 
     /// Rows that were left out so far.

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use athanor_contract::train::HeldOutPart;
+
 use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport};
 
 /// The rows of all sources.
@@ -9,6 +11,8 @@ use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport};
 pub struct Dataset {
     /// Source names; rows point into them.
     pub sources: Vec<String>,
+    /// The part that each source is, if any; empty if none is one.
+    pub held_out: Vec<Option<HeldOutPart>>,
     pub rows: Rows,
     /// Hexadecimal sha256 over sources, their content or offset ranges, cleaning, split and seed.
     pub digest: String,
@@ -23,6 +27,11 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// The part that the row's source is.
+    pub fn part_of_source(&self, row: usize) -> Option<HeldOutPart> {
+        self.held_out.get(self.rows.source(row)).copied().flatten()
+    }
+
     /// The labels, in the order of the model's outputs: those asked for, else the parent's if they cover the rows, else those
     /// found, sorted.
     ///

@@ -13,7 +13,11 @@ use std::io::{BufReader, Read};
 
 use athanor_contract::train::DataFormat;
 
-use crate::{DataError, reading::Reading};
+use crate::{
+    DataError,
+    inflate::{Counted, Inflated},
+    reading::Reading,
+};
 
 /// Endings that name a format.
 const ENDINGS: [(&str, DataFormat); 10] = [
@@ -81,12 +85,14 @@ fn parse_compressed(
     match compression {
         Compression::None => parse_plain(format, BufReader::with_capacity(BUFFER, bytes), reading),
         Compression::Gzip => {
-            let reader = flate2::read::MultiGzDecoder::new(bytes);
+            let (bytes, count) = Counted::new(bytes);
+            let reader = Inflated::new(flate2::read::MultiGzDecoder::new(bytes), count);
             parse_plain(format, BufReader::with_capacity(BUFFER, reader), reading)
         }
         Compression::Zstandard => {
+            let (bytes, count) = Counted::new(bytes);
             let reader = zstd::Decoder::new(bytes).map_err(|error| reading.damaged(1, &error))?;
-            parse_plain(format, BufReader::with_capacity(BUFFER, reader), reading)
+            parse_plain(format, BufReader::with_capacity(BUFFER, Inflated::new(reader, count)), reading)
         }
     }
 }

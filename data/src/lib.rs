@@ -7,10 +7,13 @@
 pub mod annotate;
 mod builder;
 pub mod clean;
+mod columns;
 mod conversation;
 mod dataset;
 mod error;
 mod format;
+mod inflate;
+pub mod pdf;
 mod progress;
 mod random;
 mod read;
@@ -18,6 +21,7 @@ mod reading;
 mod rows;
 mod source;
 mod split;
+mod stored;
 mod strings;
 
 pub use builder::SkippedRows;
@@ -27,4 +31,4 @@ pub use progress::Progress;
 pub use random::mix;
 pub use read::read;
 pub use rows::Rows;
-pub use split::{Fold, Part, Parts, part_of};
+pub use split::{Fold, Overlap, Part, Parts, part_of};

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::{
     DataError, Dataset, Progress, Rows,
     builder::Builder,
-    clean::{self, Corpus},
+    clean::{self, Corpus, Standing},
     source::{self, Context, Hub},
 };
 
@@ -52,19 +52,26 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     };
     let digest = sha256_hex(&identity.map_err(|error| DataError::Other(error.to_string()))?);
     let sources = spec.sources.iter().map(|source| source.name.clone()).collect();
+    let mut held_out: Vec<_> = spec.sources.iter().map(|source| source.part).collect();
+    if held_out.iter().all(Option::is_none) {
+        held_out.clear();
+    }
     let (mut rows, skipped, cleaning) = builder.finish();
     let Some((clean, mut cleaning)) = spec.clean.as_ref().zip(cleaning) else {
-        return Ok(Dataset { sources, rows, digest, skipped, ..Dataset::default() });
+        return Ok(Dataset { sources, held_out, rows, digest, skipped, ..Dataset::default() });
     };
-    let newest_wins = |source: usize| spec.sources[source].kafka.is_some();
-    let resolved = clean::resolve(&rows, clean, newest_wins, &mut cleaning, context.report)?;
+    let standing = |source: usize| {
+        let source = &spec.sources[source];
+        Standing { newest_wins: source.kafka.is_some(), part: source.part }
+    };
+    let resolved = clean::resolve(&rows, clean, standing, &mut cleaning, context.report)?;
     let kept = (0..rows.len()).filter(|&row| resolved.keep[row]);
     let clusters = resolved.clusters.map(|clusters| kept.map(|row| clusters.id(row) as u32).collect());
     rows.retain(|row| resolved.keep[row]);
     if rows.is_empty() {
         return Err(DataError::User(format!("data.clean removed all of the {} rows", cleaning.rows)));
     }
-    Ok(Dataset { sources, rows, digest, skipped, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
+    Ok(Dataset { sources, held_out, rows, digest, skipped, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
 }
 
 impl Corpus for Rows {

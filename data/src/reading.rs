@@ -14,6 +14,8 @@ use crate::{
     DataError,
     builder::Builder,
     conversation::Conversation,
+    inflate::TooMuch,
+    pdf::Worker,
     rows::{Fields, Origin},
 };
 
@@ -43,6 +45,11 @@ impl Reading {
 
     pub fn into_builder(self) -> Builder {
         self.builder
+    }
+
+    /// The process that reads PDFs, which files share, if one has been started.
+    pub fn pdf_worker(&mut self) -> &mut Option<Worker> {
+        self.builder.pdf_worker()
     }
 
     pub fn uri(&self) -> &str {
@@ -147,6 +154,9 @@ impl Reading {
 
     /// The decompressor failed; the bytes are those of the store.
     pub fn damaged(&self, row: u64, error: &std::io::Error) -> DataError {
+        if let Some(too_much) = error.get_ref().and_then(|error| error.downcast_ref::<TooMuch>()) {
+            return self.user_at(row, too_much);
+        }
         self.user_at(row, format!("the file is cut off or damaged: {error}"))
     }
 

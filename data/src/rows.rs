@@ -1,6 +1,8 @@
 //! The rows of a dataset, stored by column: about 70 bytes a row beside its text, so that ten million rows fit where ten million
 //! structs of strings would not.
 
+mod stored;
+
 use std::{collections::BTreeSet, hash::BuildHasher};
 
 use hashbrown::{DefaultHashBuilder, HashTable};

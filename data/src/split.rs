@@ -1,20 +1,19 @@
 //! Which part a row belongs to, decided by its text and the seed alone: a row that was held out once stays held out in every
 //! retraining, whatever other rows come and go. Where rows belong together (a group, near duplicates), what they share decides.
 
+mod held_out;
+mod part;
 mod units;
 
 use athanor_contract::train::{RowCounts, SplitSpec};
 use sha2::{Digest, Sha256};
 
 use crate::{DataError, Dataset};
+use held_out::{Place, Places};
 use units::Units;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    Train,
-    Validation,
-    Test,
-}
+pub use held_out::Overlap;
+pub use part::Part;
 
 /// Row indices of each part, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +21,8 @@ pub struct Parts {
     pub train: Vec<usize>,
     pub validation: Vec<usize>,
     pub test: Vec<usize>,
+    /// Rows in no part because a held-out source has them; `None` if no source has a part.
+    pub overlap: Option<Overlap>,
 }
 
 impl Parts {
@@ -73,18 +74,24 @@ fn hash(seed: i64, purpose: &[u8], key: &str) -> u64 {
 
 impl Dataset {
     /// The rows of each part. Rows of one group, and those of one cluster of near duplicates, are in one part. Held-out rows that a
-    /// model labelled are left out where others have labels of their own: they would measure that model.
+    /// model labelled are left out where others have labels of their own: they would measure that model. The rows of a source with a
+    /// part are the whole of that part, and rows of other sources with the same texts are left out.
     ///
     /// # Errors
     /// A part without rows is the user's error.
     pub fn split(&self, spec: &SplitSpec) -> Result<Parts, DataError> {
         let units = Units::new(&self.rows, self.clusters.as_deref());
-        let mut parts = Parts::default();
-        if spec.stratify {
-            let stratified = self.stratified(spec, &units);
-            stratified.into_iter().enumerate().for_each(|(row, part)| parts.part(part).push(row));
-        } else {
-            (0..self.rows.len()).for_each(|row| parts.part(part_of(units.key(row), spec)).push(row));
+        let mut places = Places::new(self, &units);
+        let mut parts = Parts { overlap: places.overlap.take(), ..Parts::default() };
+        let stratified = spec.stratify.then(|| self.stratified(spec, &units, &places));
+        for row in 0..self.rows.len() {
+            let by_share =
+                || stratified.as_ref().map_or_else(|| part_of(units.key(row), spec), |stratified| stratified[row]);
+            match places.of(row) {
+                Place::Open => parts.part(places.assigned(by_share())).push(row),
+                Place::In(part) => parts.part(part).push(row),
+                Place::LeftOut => {}
+            }
         }
         let is_annotated = |row: usize| self.annotated.get(row).copied().unwrap_or(false);
         for part in [&mut parts.validation, &mut parts.test] {
@@ -94,8 +101,12 @@ impl Dataset {
         }
         for (name, part) in [("training", &parts.train), ("validation", &parts.validation), ("test", &parts.test)] {
             if part.is_empty() {
+                let left_out = match parts.overlap.as_ref().map_or(0, |overlap| overlap.rows) {
+                    0 => String::new(),
+                    rows => format!(" ({rows} were left out: a source with a part has the same texts)"),
+                };
                 return Err(DataError::User(format!(
-                    "none of the {} rows falls into the {name} part: give more rows, or another data.split",
+                    "none of the {} rows falls into the {name} part{left_out}: give more rows, or another data.split",
                     self.rows.len()
                 )));
             }
@@ -104,14 +115,15 @@ impl Dataset {
     }
 
     /// Each row's part, with the shares that `spec` asks for within each label: units in the order of their hashes, cut where
-    /// the share of their label's rows is reached. A unit counts to the label of its first row.
-    fn stratified(&self, spec: &SplitSpec, units: &Units) -> Vec<Part> {
+    /// the share of their label's rows is reached. A unit counts to the label of its first row. Only rows that are open count.
+    fn stratified(&self, spec: &SplitSpec, units: &Units, places: &Places) -> Vec<Part> {
         let (test, held_out) =
             (u64::from(spec.test_percent), u64::from(spec.test_percent) + u64::from(spec.validation_percent));
         // Half a row or more is a row.
         let reached = |rows: u64, percent: u64| (rows * percent + 50) / 100;
         let mut parts = vec![Part::Train; self.rows.len()];
-        let rows: Vec<u32> = (0..self.rows.len() as u32).collect();
+        let rows: Vec<u32> =
+            (0..self.rows.len() as u32).filter(|&row| places.of(row as usize) == Place::Open).collect();
         self.in_order(&rows, units, spec.seed, &[], |unit, position, of_label| {
             let part = if position < reached(of_label, test) {
                 Part::Test

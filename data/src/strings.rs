@@ -1,8 +1,13 @@
 //! Many strings in one buffer: eight bytes each beside their text, and no allocation of their own.
 
-use std::hash::BuildHasher;
+use std::{
+    hash::BuildHasher,
+    io::{self, Read, Write},
+};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
+
+use crate::columns::{read_bytes, read_numbers, write_bytes, write_numbers};
 
 /// A list of strings, behind each other in one buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,6 +30,16 @@ impl Strings {
 
     pub fn len(&self) -> usize {
         self.ends.len()
+    }
+
+    pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        write_bytes(to, self.buffer.as_bytes())?;
+        write_numbers(to, &self.ends)
+    }
+
+    pub fn read(from: &mut impl Read) -> io::Result<Self> {
+        let buffer = String::from_utf8(read_bytes(from)?).map_err(io::Error::other)?;
+        Ok(Self { buffer, ends: read_numbers(from)? })
     }
 
     /// Keeps the strings for whose index `keep` is true, in place: nothing is allocated.
@@ -76,6 +91,19 @@ impl Dictionary {
                 number
             }
         }
+    }
+
+    pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        self.names.write(to)
+    }
+
+    pub fn read(from: &mut impl Read) -> io::Result<Self> {
+        let names = Strings::read(from)?;
+        let mut dictionary = Self::default();
+        for index in 0..names.len() {
+            dictionary.number(names.get(index));
+        }
+        Ok(dictionary)
     }
 
     pub fn name(&self, number: u32) -> &str {

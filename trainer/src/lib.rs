@@ -13,7 +13,7 @@
 //! - [`objectives`]: what is minimised, one file a term; [`teacher`]: the model whose answers a student learns;
 //! - [`train`]: the loop, its optimizer step on one rank or many, and checkpoints;
 //! - [`evaluate`]: metrics and gates; [`compress`]: smaller forms of the result;
-//! - [`distributed`]: rank and world, rendezvous, and launching the ranks of one machine;
+//! - [`distributed`]: rank and world, rendezvous, launching the ranks of one machine and what they share;
 //! - [`report`]: progress to the operator, `/metrics`, the terminal, the termination message, and the report.
 
 pub mod compress;
@@ -23,6 +23,7 @@ pub mod distributed;
 mod error;
 pub mod evaluate;
 pub mod job;
+mod lock;
 pub mod network;
 pub mod objectives;
 pub mod report;

@@ -14,8 +14,8 @@ use athanor_contract::{
 use athanor_telemetry::Readiness;
 use athanor_trainer::{
     TrainError,
-    distributed::{Topology, environment, launch::launch},
-    job::{check, config, context::Process, run, search},
+    distributed::{Node, Topology, environment, launch::launch},
+    job::{check, config, context::Process, run, search, work::Work},
     report::{Timeline, ops, termination},
     train::watchdog::Watchdog,
 };
@@ -72,6 +72,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
     let timeline = run::started_now();
+    athanor_data::pdf::serve_if_asked();
     let arguments = match Cli::parse().command {
         Command::Run(arguments) => arguments,
         Command::Check(arguments) => return check_only(&arguments.file),
@@ -175,6 +176,7 @@ fn execute(runtime: &Runtime, arguments: &RunArguments, timeline: Timeline) -> R
         timeline,
         stop,
         watchdog: Watchdog::start(Duration::from_secs(config.spec.failure_policy.hang_seconds.into()), leave_when_hung),
+        node: Node::join(&topology, variable(environment::NODE_FOLDER).map(PathBuf::from))?,
         terminal: std::io::stderr().is_terminal(),
         namespace: variable(environment::NAMESPACE).unwrap_or_default(),
         loss_log: variable(environment::LOSS_LOG).map(PathBuf::from),
@@ -197,14 +199,17 @@ fn start_ranks(
     stop: CancellationToken,
 ) -> Result<i32, TrainError> {
     let processes = config.spec.distributed.processes_per_node as usize;
+    let node = Work::create(&std::env::temp_dir())?;
+    let folder = (environment::NODE_FOLDER, node.path().to_string_lossy().into_owned());
     if let Some(mounted) = mounted {
-        return runtime.block_on(launch(mounted, processes, &[], stop));
+        return runtime.block_on(launch(mounted, processes, &[folder], stop));
     }
     let written = tempfile::Builder::new().suffix(".json").tempfile().map_err(TrainError::other)?;
     serde_json::to_writer(&written, config).map_err(TrainError::other)?;
     let port = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
     let port = port.map_err(TrainError::other)?.port();
     let extra = [
+        folder,
         (environment::MASTER_ADDR, "127.0.0.1".to_owned()),
         (environment::MASTER_PORT, port.to_string()),
         (environment::POD_IP, "127.0.0.1".to_owned()),

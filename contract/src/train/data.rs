@@ -7,6 +7,7 @@ use super::{AnnotateSpec, AugmentSpec, CleanSpec, SelectSpec, rules};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [rules::ONE_SOURCE_WITHOUT_PART]))]
 pub struct DataSpec {
     /// Sources of rows; the rows of all sources form the dataset. Metrics and gates can refer to a source by its name.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
@@ -24,8 +25,8 @@ pub struct DataSpec {
     /// results are measured by the data's own labels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub annotate: Option<AnnotateSpec>,
-    /// Shares of rows for training, validation and test. The part of a row depends only on its text and the seed, so a
-    /// row that was held out once is held out in every retraining.
+    /// Shares of rows for training, validation and test, of the sources without a part. The part of a row depends only
+    /// on its text and the seed, so a row that was held out once is held out in every retraining.
     #[serde(default)]
     pub split: SplitSpec,
     /// Selects a part of the training rows: those that contribute most. Absent: all training rows are used.
@@ -93,6 +94,21 @@ pub struct Source {
     /// Names of the columns or JSON keys with text, label, pair and group.
     #[serde(default)]
     pub columns: Columns,
+    /// The part that all rows of this source belong to; the rows of such sources are then the whole of that part. A row
+    /// of another source is left out if a row of this one has the same text, is a near duplicate of it
+    /// (`clean.nearDuplicates`), or has the same group; the report counts these rows. Absent: the split assigns each row
+    /// to a part that no source names. At least one source has no part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<HeldOutPart>,
+}
+
+/// A part of the dataset that is not trained on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub enum HeldOutPart {
+    /// Rows by which the best checkpoint is chosen. A text that is also in a source with the part Test is left out.
+    Validation,
+    /// Rows for the final metrics and gates.
+    Test,
 }
 
 /// Format of a file with rows.
@@ -275,11 +291,13 @@ pub struct OffsetRange {
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [rules::SPLIT_LEAVES_ROWS]))]
 pub struct SplitSpec {
-    /// Percentage of rows by which the best checkpoint and the compressed form are chosen.
+    /// Percentage of rows by which the best checkpoint and the compressed form are chosen. Has no effect if a source has the
+    /// part Validation.
     #[serde(default = "ten")]
     #[schemars(range(min = 1, max = 50))]
     pub validation_percent: u8,
-    /// Percentage of rows for the final metrics and gates; they are not used for training or tuning.
+    /// Percentage of rows for the final metrics and gates; they are not used for training or tuning. Has no effect if a
+    /// source has the part Test.
     #[serde(default = "ten")]
     #[schemars(range(min = 1, max = 50))]
     pub test_percent: u8,

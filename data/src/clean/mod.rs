@@ -18,7 +18,7 @@ use athanor_contract::train::{CleanSpec, Redaction};
 
 pub use clusters::{Clusters, near_duplicates};
 pub use report::{CleaningReport, EXAMPLES, Example, StepReport};
-pub use resolve::{Corpus, Resolved, resolve};
+pub use resolve::{Corpus, Resolved, Standing, resolve};
 pub use step::Step;
 
 use crate::error::DataError;

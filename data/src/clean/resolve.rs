@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use athanor_contract::train::{CleanSpec, ConflictingLabels, ExactDuplicates, NearDuplicateAction};
+use athanor_contract::train::{CleanSpec, ConflictingLabels, ExactDuplicates, HeldOutPart, NearDuplicateAction};
 
 use super::{
     CleaningReport, Clusters, Example, Step,
@@ -34,6 +34,15 @@ pub trait Corpus: Sync {
     }
 }
 
+/// How the rows of a source stand to each other and to those of other sources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Whether of equal rows the last one stays: those of a topic, whose order is time.
+    pub newest_wins: bool,
+    /// The part that all its rows belong to.
+    pub part: Option<HeldOutPart>,
+}
+
 /// Which rows stay, and which of them belong together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {
@@ -45,26 +54,33 @@ pub struct Resolved {
 }
 
 /// Applies `exactDuplicates`, `conflictingLabels` and `nearDuplicates`, in this order. Of a text that occurs more than
-/// once in a source the first row with a label stays; the last, where `newest_wins` says so of the source (a topic,
-/// whose order is time).
+/// once in a source the first row with a label stays, or the last. Conflicts are between rows of the same part. Of near
+/// duplicates the first row stays; one of a test source, then one of a validation source comes before others, so that
+/// dropping near duplicates takes nothing from them that training rows keep.
 ///
 /// # Errors
 /// The user's, for conflicting labels under `Fail`.
 pub fn resolve(
     corpus: &impl Corpus,
     spec: &CleanSpec,
-    newest_wins: impl Fn(usize) -> bool,
+    standing: impl Fn(usize) -> Standing,
     report: &mut CleaningReport,
     progress: Report,
 ) -> Result<Resolved, DataError> {
     let mut keep = vec![true; corpus.len()];
     report.rows = report.rows.max(corpus.len() as u64);
+    let part = |row: u32| standing(corpus.source(row as usize)).part;
+    let newest_wins = |source: usize| standing(source).newest_wins;
     equal_texts(corpus, |rows| {
-        let conflict = count_conflict(corpus, spec, rows, report);
-        if conflict && spec.conflicting_labels == ConflictingLabels::Drop {
-            rows.iter().for_each(|&row| keep[row as usize] = false);
-        } else if spec.exact_duplicates == ExactDuplicates::Drop {
-            drop_duplicates(corpus, rows, &newest_wins, &mut keep, report);
+        let mut rows = rows.to_vec();
+        rows.sort_by_key(|&row| part(row));
+        for rows in rows.chunk_by(|&a, &b| part(a) == part(b)).filter(|rows| rows.len() > 1) {
+            let conflict = count_conflict(corpus, spec, rows, report);
+            if conflict && spec.conflicting_labels == ConflictingLabels::Drop {
+                rows.iter().for_each(|&row| keep[row as usize] = false);
+            } else if spec.exact_duplicates == ExactDuplicates::Drop {
+                drop_duplicates(corpus, rows, newest_wins, &mut keep, report);
+            }
         }
     });
     if spec.conflicting_labels == ConflictingLabels::Fail
@@ -77,7 +93,10 @@ pub fn resolve(
         // An empty text is near nothing.
         let text = |row: usize| if keep[row] { joined(corpus, row) } else { Cow::Borrowed("") };
         let found = near_duplicates(near, keep.len(), text, progress);
-        count_clusters(corpus, &found, near.action, &mut keep, report);
+        match near.action {
+            NearDuplicateAction::Group => count_clusters(corpus, &found, report),
+            NearDuplicateAction::Drop => drop_clusters(corpus, &found, part, &mut keep, report),
+        }
         clusters = (near.action == NearDuplicateAction::Group).then_some(found);
     }
     report.kept = keep.iter().filter(|&&stays| stays).count() as u64;
@@ -180,30 +199,44 @@ fn drop_duplicates(
     }
 }
 
-/// Counts the rows of clusters, and drops all but the first of each if that is asked for.
-fn count_clusters(
+/// Counts the rows of clusters but the first of each.
+fn count_clusters(corpus: &impl Corpus, clusters: &Clusters, report: &mut CleaningReport) {
+    for row in (0..clusters.len()).filter(|&row| !clusters.is_first(row)) {
+        count_near(corpus, row, clusters.id(row), Effect::Found, report);
+    }
+}
+
+/// Drops all rows of a cluster but the first of its highest part.
+fn drop_clusters(
     corpus: &impl Corpus,
     clusters: &Clusters,
-    action: NearDuplicateAction,
+    part: impl Fn(u32) -> Option<HeldOutPart>,
     keep: &mut [bool],
     report: &mut CleaningReport,
 ) {
+    let mut stays: Vec<u32> = (0..clusters.len() as u32).collect();
     for row in (0..clusters.len()).filter(|&row| !clusters.is_first(row)) {
-        let first = clusters.id(row);
-        let effect = match action {
-            NearDuplicateAction::Group => Effect::Found,
-            NearDuplicateAction::Drop => {
-                keep[row] = false;
-                Effect::Removed
-            }
-        };
-        report.count(Step::NearDuplicates, effect, || Example {
-            place: corpus.place(row),
-            before: Some(excerpt(corpus.text(row), 0)),
-            after: None,
-            reason: Some(format!("in one cluster with {}: {}", corpus.place(first), excerpt(corpus.text(first), 0))),
-        });
+        let chosen = &mut stays[clusters.id(row)];
+        if part(row as u32) > part(*chosen) {
+            *chosen = row as u32;
+        }
     }
+    for row in 0..clusters.len() {
+        let chosen = stays[clusters.id(row)] as usize;
+        if chosen != row {
+            keep[row] = false;
+            count_near(corpus, row, chosen, Effect::Removed, report);
+        }
+    }
+}
+
+fn count_near(corpus: &impl Corpus, row: usize, other: usize, effect: Effect, report: &mut CleaningReport) {
+    report.count(Step::NearDuplicates, effect, || Example {
+        place: corpus.place(row),
+        before: Some(excerpt(corpus.text(row), 0)),
+        after: None,
+        reason: Some(format!("in one cluster with {}: {}", corpus.place(other), excerpt(corpus.text(other), 0))),
+    });
 }
 
 #[cfg(test)]

@@ -40,7 +40,8 @@ fn rows(rows: &[(usize, &str, &'static str)]) -> Vec<Row> {
 /// Indices of the rows that stay, and the report.
 fn kept(corpus: &impl Corpus, spec: &CleanSpec, newest: bool) -> (Vec<usize>, CleaningReport) {
     let mut report = CleaningReport::default();
-    let resolved = resolve(corpus, spec, |_| newest, &mut report, &|_| {}).unwrap();
+    let resolved =
+        resolve(corpus, spec, |_| Standing { newest_wins: newest, part: None }, &mut report, &|_| {}).unwrap();
     let kept: Vec<usize> = (0..resolved.keep.len()).filter(|&row| resolved.keep[row]).collect();
     assert_eq!(report.kept, kept.len() as u64);
     (kept, report)
@@ -80,8 +81,14 @@ fn conflicts_are_kept_dropped_or_refused() {
     let (stay, report) = kept(&corpus, &spec(ConflictingLabels::Drop), false);
     assert_eq!(stay, [1, 4]);
     assert_eq!(report.step(Step::ConflictingLabels).unwrap().removed, 3);
-    let error = resolve(&corpus, &spec(ConflictingLabels::Fail), |_| false, &mut CleaningReport::default(), &|_| {})
-        .unwrap_err();
+    let error = resolve(
+        &corpus,
+        &spec(ConflictingLabels::Fail),
+        |_| Standing::default(),
+        &mut CleaningReport::default(),
+        &|_| {},
+    )
+    .unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, DataError::User(_)));
     assert!(message.contains("row 0: \"a\" has label \"x\", and \"y\" at row 2"), "{message}");
@@ -97,7 +104,7 @@ fn near_duplicates_are_grouped_or_dropped() {
         .into();
     let mut spec = CleanSpec { near_duplicates: Some(NearDuplicates::default()), ..CleanSpec::default() };
     let mut report = CleaningReport::default();
-    let resolved = resolve(&corpus, &spec, |_| false, &mut report, &|_| {}).unwrap();
+    let resolved = resolve(&corpus, &spec, |_| Standing::default(), &mut report, &|_| {}).unwrap();
     assert_eq!(resolved.keep, [true, true, true, false, true]);
     let clusters = resolved.clusters.unwrap();
     assert_eq!((0..5).map(|row| clusters.id(row)).collect::<Vec<_>>(), [0, 1, 0, 3, 4]);
@@ -116,4 +123,36 @@ fn many_rows_are_resolved_as_a_map_would() {
     let mut seen = std::collections::HashSet::new();
     let expected: Vec<usize> = (0..5000).filter(|&row| seen.insert((corpus[row].0, corpus[row].1.clone()))).collect();
     assert_eq!(kept(&corpus, &CleanSpec::default(), false).0, expected);
+}
+
+/// Source 0 is trained on, 1 is validation and 2 is test.
+fn part_of_source(source: usize) -> Standing {
+    let part = [None, Some(HeldOutPart::Validation), Some(HeldOutPart::Test)][source];
+    Standing { newest_wins: false, part }
+}
+
+#[test]
+fn held_out_rows_stay_where_training_rows_have_near_duplicates_or_other_labels() {
+    let text = "the quick brown fox jumps over the lazy dog near the river bank on a sunny day";
+    let corpus: Vec<Row> = vec![
+        (0, text.into(), Some("x")),
+        (1, format!("{text}s"), Some("x")),
+        (2, format!("{text}!"), Some("x")),
+        (2, format!("{text}?"), Some("x")),
+        (0, "twice".into(), Some("x")),
+        (2, "twice".into(), Some("y")),
+        (0, "at odds".into(), Some("x")),
+        (0, "at odds".into(), Some("y")),
+    ];
+    let near = NearDuplicates { action: NearDuplicateAction::Drop, ..NearDuplicates::default() };
+    let spec =
+        CleanSpec { near_duplicates: Some(near), conflicting_labels: ConflictingLabels::Drop, ..CleanSpec::default() };
+    let mut report = CleaningReport::default();
+    let resolved = resolve(&corpus, &spec, part_of_source, &mut report, &|_| {}).unwrap();
+    // Of the first four the first of the test rows stays. The row "twice" of the test part has no conflict there.
+    assert!(resolved.keep[2] && !resolved.keep[0] && !resolved.keep[1] && !resolved.keep[3], "{:?}", resolved.keep);
+    assert_eq!(resolved.keep[6..], [false, false]);
+    assert_eq!(report.step(Step::ConflictingLabels).unwrap().removed, 2);
+    let near = report.step(Step::NearDuplicates).unwrap();
+    assert!(near.examples[0].reason.as_deref().unwrap().starts_with("in one cluster with row 2"), "{near:?}");
 }

@@ -1,13 +1,13 @@
 //! PDF: a row a page that has text. Pictures of text have none: those need optical character recognition before.
 
-use std::{
-    io::Read,
-    panic::{AssertUnwindSafe, catch_unwind},
+use std::io::Read;
+
+use crate::{
+    DataError,
+    pdf::{Answer, Worker},
+    reading::Reading,
+    rows::Fields,
 };
-
-use pdf_extract::{Document, PlainTextOutput, output_doc_page};
-
-use crate::{DataError, reading::Reading, rows::Fields};
 
 /// A document is in memory whole, with what the reader makes of it.
 const LARGEST: usize = 512 << 20;
@@ -18,39 +18,53 @@ pub(super) fn read(reader: &mut impl Read, reading: &mut Reading) -> Result<(), 
     if !bytes[..bytes.len().min(1024)].windows(5).any(|window| window == b"%PDF-") {
         return Err(reading.user("not a PDF"));
     }
-    let mut document =
-        Document::load_mem(&bytes).map_err(|error| reading.user(format!("not readable as PDF: {error}")))?;
-    drop(bytes);
-    if document.is_encrypted() {
-        // A document that anybody may open has an empty password.
-        document.decrypt("").map_err(|_| reading.user("encrypted with a password"))?;
+    let mut worker = match reading.pdf_worker().take() {
+        Some(worker) => worker,
+        None => Worker::start()?,
+    };
+    let pages = read_pages(&bytes, &mut worker, reading)?;
+    // A process whose document is not through is of no more use.
+    *reading.pdf_worker() = Some(worker);
+    match pages {
+        Pages { all, with_text: 0 } => Err(reading
+            .user(format!("no text on its {all} pages: pictures of text need optical character recognition first"))),
+        _ => Ok(()),
     }
-    let pages = document.get_pages();
-    let mut is_empty = true;
-    for &page in pages.keys() {
-        let row = match text(&document, page) {
-            Ok(text) if text.trim().is_empty() => continue,
-            Ok(text) => reading.row(page.into(), Fields { text: text.trim(), ..Fields::default() }),
-            Err(problem) => Err(reading.user_at(page.into(), format!("the page is not readable: {problem}"))),
-        };
-        is_empty = false;
-        reading.go_on(row)?;
-    }
-    if is_empty {
-        let pages = pages.len();
-        return Err(reading
-            .user(format!("no text on its {pages} pages: pictures of text need optical character recognition first")));
-    }
-    Ok(())
 }
 
-/// The text of a page, from 1. The library panics at some damaged pages.
-fn text(document: &Document, page: u32) -> Result<String, String> {
-    let mut text = String::new();
-    let mut output = PlainTextOutput::new(&mut text);
-    match catch_unwind(AssertUnwindSafe(|| output_doc_page(document, &mut output, page))) {
-        Ok(Ok(())) => Ok(text),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err("it is damaged".to_owned()),
+/// Pages of a document.
+#[derive(Default)]
+struct Pages {
+    all: u64,
+    /// Those that are damaged included.
+    with_text: u64,
+}
+
+fn read_pages(bytes: &[u8], worker: &mut Worker, reading: &mut Reading) -> Result<Pages, DataError> {
+    let mut pages = Pages::default();
+    let refused = |problem: String, reading: &Reading| reading.user(format!("not readable as PDF: {problem}"));
+    worker.send(bytes).map_err(|reason| refused(reason, reading))?;
+    loop {
+        let row = match worker.answer() {
+            Ok(Answer::Page { text, .. }) if text.trim().is_empty() => {
+                pages.all += 1;
+                continue;
+            }
+            Ok(Answer::Page { number, text }) => {
+                reading.row(number.into(), Fields { text: text.trim(), ..Fields::default() })
+            }
+            Ok(Answer::Damaged { number, problem }) => {
+                Err(reading.user_at(number.into(), format!("the page is not readable: {problem}")))
+            }
+            Ok(Answer::End) => return Ok(pages),
+            Ok(Answer::Refused { problem }) | Err(problem) if pages.all == 0 => return Err(refused(problem, reading)),
+            Ok(Answer::Refused { problem }) | Err(problem) => {
+                return Err(reading.user(format!("not readable as PDF from page {} on: {problem}", pages.all + 1)));
+            }
+            Ok(Answer::Ready) => return Err(DataError::Other(format!("{}: no answer of its reader", reading.uri()))),
+        };
+        pages.all += 1;
+        pages.with_text += 1;
+        reading.go_on(row)?;
     }
 }

@@ -112,17 +112,76 @@ fn pdf_file(pages: &[&str]) -> Vec<u8> {
         };
         objects.push(format!("<< /Length {} >>\nstream\n{content}\nendstream", content.len()));
     }
-    let mut file = "%PDF-1.4\n".to_owned();
+    pdf_of(&objects.iter().map(String::as_bytes).collect::<Vec<_>>())
+}
+
+/// A PDF of these objects, the first of which is the catalog.
+fn pdf_of(objects: &[&[u8]]) -> Vec<u8> {
+    let mut file = b"%PDF-1.4\n".to_vec();
     let mut offsets = Vec::new();
-    for (index, object) in objects.iter().enumerate() {
+    for (number, object) in (1..).zip(objects) {
         offsets.push(file.len());
-        file.push_str(&format!("{} 0 obj\n{object}\nendobj\n", index + 1));
+        file.extend_from_slice(format!("{number} 0 obj\n").as_bytes());
+        file.extend_from_slice(object);
+        file.extend_from_slice(b"\nendobj\n");
     }
     let start = file.len();
-    file.push_str(&format!("xref\n0 {}\n0000000000 65535 f \n", objects.len() + 1));
-    offsets.iter().for_each(|offset| file.push_str(&format!("{offset:010} 00000 n \n")));
-    file.push_str(&format!("trailer\n<< /Size {} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n", objects.len() + 1));
-    file.into_bytes()
+    file.extend_from_slice(format!("xref\n0 {}\n0000000000 65535 f \n", objects.len() + 1).as_bytes());
+    for offset in offsets {
+        file.extend_from_slice(format!("{offset:010} 00000 n \n").as_bytes());
+    }
+    let size = objects.len() + 1;
+    let trailer = format!("trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n");
+    file.extend_from_slice(trailer.as_bytes());
+    file
+}
+
+#[test]
+fn a_hostile_pdf_is_a_mistake_of_its_file() {
+    let one_page = |page: &[u8], content: &[u8], form: &[u8]| {
+        let tree: [&[u8]; 2] = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>"];
+        pdf_of(&[tree[0], tree[1], page, content, form])
+    };
+    let page =
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R /Resources << /XObject << /F 5 0 R >> >> >>";
+    let stream = b"<< /Length 5 >>\nstream\n/F Do\nendstream";
+    let form =
+        b"<< /Type /XObject /Subtype /Form /BBox [0 0 9 9] /Resources << /XObject << /F 5 0 R >> >> /Length 5 >>\n\
+                 stream\n/F Do\nendstream";
+    let draws_itself = one_page(page, stream, form);
+    let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::copy(&mut std::io::repeat(0).take(1 << 30), &mut encoder).unwrap();
+    let zeros = encoder.finish().unwrap();
+    let mut inflates = format!("<< /Filter /FlateDecode /Length {} >>\nstream\n", zeros.len()).into_bytes();
+    inflates.extend_from_slice(&zeros);
+    inflates.extend_from_slice(b"\nendstream");
+    let inflates = one_page(page, &inflates, form);
+    // Without an end the reader looks for the resources of the page, which is its own parent.
+    let no_end = one_page(b"<< /Type /Page /Parent 3 0 R /Contents 4 0 R >>", stream, form);
+    for (file, part) in
+        [(draws_itself, "its objects are nested too deeply"), (inflates, " MiB of memory"), (no_end, "it")]
+    {
+        let error = parse_all("x.pdf", &file, &Columns::default(), false).unwrap_err();
+        assert!(error.starts_with("x.pdf: not readable as PDF: it") && error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_file_that_inflates_without_bounds_is_a_mistake() {
+    let line = [vec![b'x'; (1 << 20) - 1], vec![b'\n']].concat();
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    for _ in 0..1100 {
+        encoder.write_all(&line).unwrap();
+    }
+    for _ in 0..1100 {
+        gz.write_all(&line).unwrap();
+    }
+    for (name, file) in [("x.txt.zst", encoder.finish().unwrap()), ("x.txt.gz", gz.finish().unwrap())] {
+        let error = parse_all(name, &file, &Columns::default(), false).unwrap_err();
+        assert!(error.starts_with(&format!("{name} row 10")), "{error}");
+        assert!(error.ends_with("the file inflates to more than 1 GiB and more than 200 times its size"), "{error}");
+    }
 }
 
 #[test]

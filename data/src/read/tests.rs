@@ -3,7 +3,7 @@ use athanor_contract::train::{CleanSpec, Columns, ConflictingLabels};
 use super::*;
 
 fn source(name: &str, uri: String) -> Source {
-    Source { name: name.into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default() }
+    Source { name: name.into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default(), part: None }
 }
 
 /// As a manifest with these sources alone gives it.

@@ -19,7 +19,8 @@ use crate::{Dataset, read::read_with};
 const ROWS: &str = "text,label\nalpha,x\nbeta,y\n";
 
 async fn read_uri(uri: String, hub: &Hub) -> Result<Dataset, DataError> {
-    let source = Source { name: "s".into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default() };
+    let source =
+        Source { name: "s".into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default(), part: None };
     let spec = spec(source);
     read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub }).await
 }
@@ -95,7 +96,7 @@ async fn progress_tells_bytes_and_rows() {
     }
     let seen = Mutex::new(Vec::new());
     let uri = Some(format!("file://{}/*.jsonl", folder.path().display()));
-    let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
+    let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default(), part: None };
     let spec = spec(source);
     let report = |progress: Progress<'_>| {
         let Progress::Reading { source, bytes_read, bytes_total, rows, .. } = progress else { panic!("{progress:?}") };
@@ -139,7 +140,8 @@ fn corrected_answers_are_rows_with_the_expected_text() {
 
 #[tokio::test]
 async fn a_source_is_a_uri_or_a_topic() {
-    let source = Source { name: "s".into(), uri: None, format: None, kafka: None, columns: Columns::default() };
+    let source =
+        Source { name: "s".into(), uri: None, format: None, kafka: None, columns: Columns::default(), part: None };
     let spec = spec(source);
     let error =
         read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub: &Hub::default() }).await.unwrap_err();
@@ -311,7 +313,8 @@ async fn files_come_from_the_hub() {
             totals.lock().unwrap().push(bytes_total);
         };
         let uri = Some(format!("hf://datasets/team/rows/{path}"));
-        let source = Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default() };
+        let source =
+            Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default(), part: None };
         read_with(&spec(source), Context { needs_labels: true, report: &report, hub: &hub }).await.unwrap();
         let totals = totals.into_inner().unwrap();
         assert!(!totals.is_empty() && totals.iter().all(|told| *told == total), "{path}: {totals:?}");

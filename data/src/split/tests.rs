@@ -1,5 +1,6 @@
 use std::collections::{HashMap, HashSet};
 
+use athanor_contract::train::HeldOutPart;
 use proptest::prelude::*;
 
 use super::*;
@@ -189,7 +190,8 @@ proptest! {
         let names = ["a", "b", "c", "d"];
         let data = dataset(std::iter::zip(&texts, &labels).map(|(text, &label)| (text.as_str(), Some(names[label]), None)));
         let split = SplitSpec { seed, stratify: true, test_percent: 20, ..spec() };
-        let parts = data.stratified(&split, &Units::new(&data.rows, None));
+        let units = Units::new(&data.rows, None);
+        let parts = data.stratified(&split, &units, &Places::new(&data, &units));
         for label in 0..4 {
             let of = |part| std::iter::zip(&labels, &parts).filter(|&(&l, &p)| l == label && p == part).count();
             let all = labels.iter().filter(|&&l| l == label).count();
@@ -197,4 +199,64 @@ proptest! {
             prop_assert_eq!(of(Part::Test) + of(Part::Validation), (all * 30 + 50) / 100);
         }
     }
+}
+
+/// Rows of text and group in three sources: without a part, validation, test.
+fn with_held_out(sources: [&[(&str, Option<&str>)]; 3]) -> Dataset {
+    let mut built = Rows::default();
+    for (source, rows) in sources.into_iter().enumerate() {
+        built.begin(source, Origin::File { uri: format!("{source}") });
+        for (number, &(text, group)) in (1..).zip(rows) {
+            built.push(number, Fields { text, group, ..Fields::default() });
+        }
+    }
+    Dataset {
+        sources: ["train", "validation", "test"].map(Into::into).into(),
+        held_out: vec![None, Some(HeldOutPart::Validation), Some(HeldOutPart::Test)],
+        rows: built,
+        ..Dataset::default()
+    }
+}
+
+#[test]
+fn a_source_with_a_part_is_that_part() {
+    let texts = texts(200);
+    let open: Vec<_> = texts.iter().map(|text| (text.as_str(), None)).collect();
+    let mut data = with_held_out([&open, &[("v", None)], &[("t", None)]]);
+    for stratify in [false, true] {
+        let parts = data.split(&SplitSpec { stratify, ..spec() }).unwrap();
+        assert_eq!((parts.validation, parts.test), (vec![200], vec![201]));
+        assert_eq!(parts.train, (0..200).collect::<Vec<_>>());
+        assert_eq!(parts.overlap, Some(Overlap::default()));
+    }
+    // A part that no source is keeps the rows that the split gives it; the others are trained on.
+    let by_share = dataset(open.iter().map(|&(text, group)| (text, None, group))).split(&spec()).unwrap();
+    assert_eq!(by_share.overlap, None);
+    data.held_out[1] = None;
+    let parts = data.split(&spec()).unwrap();
+    let split_alone = |parts: &Parts| parts.validation.iter().copied().filter(|&row| row < 200).collect::<Vec<_>>();
+    assert_eq!(split_alone(&parts), by_share.validation);
+    assert_eq!(parts.test, [201]);
+    assert!(by_share.test.iter().all(|row| parts.train.contains(row)));
+}
+
+#[test]
+fn rows_that_a_held_out_source_has_too_are_left_out() {
+    let data = with_held_out([
+        &[("a", None), ("b", None), ("c", Some("g")), ("d", Some("h")), ("e", None)],
+        &[("b", None), ("t", None), ("v", Some("h"))],
+        &[("t", None), ("a", None), ("c", None)],
+    ]);
+    let parts = data.split(&spec()).unwrap();
+    assert_eq!((parts.train, parts.validation, parts.test), (vec![4], vec![5, 7], vec![8, 9, 10]));
+    let overlap = parts.overlap.unwrap();
+    assert_eq!(overlap.rows, 5);
+    assert_eq!(overlap.examples[0], "1 row 2, also held out as 2 row 1", "a test text is not a validation text");
+    assert!(overlap.examples.contains(&"0 row 4, also held out as 1 row 3".into()), "a group is held out whole");
+    // Near duplicates, by cluster: the training row left has one among the test rows.
+    let clusters = Some(vec![0, 1, 2, 3, 9, 1, 8, 7, 8, 0, 9]);
+    let error = Dataset { clusters, ..data }.split(&spec()).unwrap_err().to_string();
+    let expected = "none of the 11 rows falls into the training part (6 were left out: a source with a part has the \
+                    same texts)";
+    assert!(error.starts_with(expected), "{error}");
 }

@@ -50,8 +50,18 @@ impl<'a> Units<'a> {
 
     /// What is hashed for a row: the smallest group of its unit or, where it has none, the smallest text.
     pub fn key(&self, row: usize) -> &'a str {
+        self.identity(row).1
+    }
+
+    /// The key of a row's unit, and whether it is a text: rows of one unit have the same.
+    pub fn identity(&self, row: usize) -> (bool, &'a str) {
         let deciding = self.deciding.as_ref().map_or(row as u32, |deciding| deciding[row]);
-        key_of(self.rows, deciding).1
+        key_of(self.rows, deciding)
+    }
+
+    /// A row's own text, as [`Self::identity`] of a row that decides for itself.
+    pub fn text(&self, row: usize) -> (bool, &'a str) {
+        (true, self.rows.text(row))
     }
 }
 

@@ -40,6 +40,7 @@ pub struct TrainingData {
     /// Selected rows, if a selection was asked for; behind them the new texts, if any.
     pub train: Encoded,
     pub teacher: Option<Teacher>,
+    /// On the first process of a machine, if a selection was asked for.
     pub selection: Option<SelectionReport>,
     pub augmented: Option<AugmentReport>,
 }
@@ -72,13 +73,13 @@ impl TrainingData {
                     reporter.stage("Selecting");
                 }
                 let viewer = teacher.as_ref().filter(|_| select.viewer == SelectViewer::Teacher);
-                let selection = context.select(select, viewer, model, &train, teacher.as_ref())?;
-                train.select(&selection.rows);
-                kept = selection.rows.iter().map(|&place| rows[place]).collect();
+                let (chosen, report) = context.select(select, viewer, model, &train, teacher.as_ref())?;
+                train.select(&chosen);
+                kept = chosen.iter().map(|&place| rows[place]).collect();
                 if let Some(teacher) = &mut teacher {
-                    teacher.keep_rows(&selection.rows);
+                    teacher.keep_rows(&chosen);
                 }
-                Some(selection.report)
+                report
             }
             None => None,
         };
@@ -101,7 +102,8 @@ impl TrainingData {
 }
 
 impl TrainingContext<'_> {
-    /// Chooses training rows on rank 0, for all ranks, by the vectors of `viewer` or, without one, of `model`.
+    /// Chooses training rows on rank 0, for all ranks, by the vectors of `viewer` or, without one, of `model`. The first
+    /// process of each machine computes and has the report.
     fn select(
         &self,
         spec: &SelectSpec,
@@ -109,7 +111,7 @@ impl TrainingContext<'_> {
         model: &Network,
         train: &Encoded,
         teacher: Option<&Online>,
-    ) -> Result<Selection, TrainError> {
+    ) -> Result<(Vec<usize>, Option<SelectionReport>), TrainError> {
         let (device, group) = (self.device(), self.group());
         let beat = || self.job.beat();
         let (encoder, texts) = match viewer {
@@ -123,18 +125,30 @@ impl TrainingContext<'_> {
             Some(teacher) => Some(self.agreement(teacher, train, &labels)?),
             None => None,
         };
-        let mut selection = select::select(spec, &vectors, &labels, &self.encoder.labels, agreement.as_deref())?;
+        let choose = || -> Result<_, TrainError> {
+            let names = &self.encoder.labels;
+            let Selection { rows, report } = select::select(spec, &vectors, &labels, names, agreement.as_deref())?;
+            Ok((rows, Some(report)))
+        };
+        let (mut rows, report) = self.job.process.node.once(
+            "selection",
+            beat,
+            choose,
+            |(rows, _), to| Ok(serde_json::to_writer(to, rows)?),
+            |from| Ok((serde_json::from_reader::<_, Vec<usize>>(from)?, None)),
+        )?;
+        self.job.process.watchdog.rest();
         if let Some(group) = group {
             // Sums may differ in their last bit from machine to machine.
             let mut marks = vec![0_i64; train.len()];
-            selection.rows.iter().for_each(|&row| marks[row] = 1);
+            rows.iter().for_each(|&row| marks[row] = 1);
             let marks = Tensor::from_slice(&marks).to_device(device);
             group.broadcast(&marks, 0)?;
             let marks = Vec::<i64>::try_from(marks)?;
-            selection.rows = (0..marks.len()).filter(|&row| marks[row] == 1).collect();
+            rows = (0..marks.len()).filter(|&row| marks[row] == 1).collect();
         }
-        tracing::info!(rows = selection.rows.len(), of = train.len(), report = ?selection.report, "selected");
-        Ok(selection)
+        tracing::info!(rows = rows.len(), of = train.len(), ?report, "selected");
+        Ok((rows, report))
     }
 
     /// The probability that the teacher gives each row's label; 0 for a row without one.

@@ -1,6 +1,7 @@
 //! Who takes part in a run and how its processes find each other.
 
 pub mod launch;
+mod node;
 mod rendezvous;
 
 use athanor_contract::{
@@ -8,6 +9,7 @@ use athanor_contract::{
     train::{Backend, DistributedSpec},
 };
 
+pub use node::Node;
 pub use rendezvous::rendezvous;
 
 use crate::TrainError;

@@ -253,6 +253,11 @@ impl Report<'_> {
             let rows = format!("{} train, {} validation, {} test", source.train, source.validation, source.test);
             lines.add("rows", format!("{}: {rows}", source.name));
         }
+        if let Some(overlap) = plan.parts.overlap.as_ref().filter(|overlap| overlap.rows > 0) {
+            let example = overlap.examples.first().map_or("", String::as_str);
+            lines
+                .add("left out", format!("{} rows that a source with a part has too, such as {example}", overlap.rows));
+        }
         lines.add("tokens", describe_lengths(plan.whole.lengths(), plan.max_length));
     }
 

@@ -7,7 +7,11 @@ use tch::Device;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{distributed::Topology, report::Timeline, train::watchdog::Watchdog};
+use crate::{
+    distributed::{Node, Topology},
+    report::Timeline,
+    train::watchdog::Watchdog,
+};
 
 /// The process: its runtime, its clock, and how it is watched and stopped.
 pub struct Process {
@@ -16,6 +20,8 @@ pub struct Process {
     /// Asks the run to stop after a checkpoint.
     pub stop: CancellationToken,
     pub watchdog: Watchdog,
+    /// The processes of this machine.
+    pub node: Node,
     /// Whether standard error is a terminal.
     pub terminal: bool,
     /// Kubernetes namespace, for progress reports; empty on a laptop.

@@ -6,7 +6,7 @@
 //! - [`run`]: one rank, from `prepare` to `outcome`; `cross_validation`: trainings on all folds but one before it;
 //! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator starts them as
 //!   jobs;
-//! - [`artifact`]: the result as a Hugging Face folder.
+//! - [`work`]: folders of running processes; [`artifact`]: the result as a Hugging Face folder.
 
 pub mod artifact;
 mod bounds;
@@ -20,3 +20,4 @@ pub mod run;
 pub mod search;
 pub mod setup;
 pub mod training_context;
+pub mod work;

@@ -45,11 +45,7 @@ pub struct Prepared {
 pub fn prepare(job: JobContext) -> Result<Prepared, TrainError> {
     let JobContext { config, topology, process, work } = job;
     let (spec, runtime) = (&config.spec, &process.runtime);
-    let data = in_background(runtime, {
-        let (data, task) = (spec.data.clone(), tasks::of(spec.model.task));
-        let reading = Reading::new(process.terminal);
-        async move || reading.read(&data, task.needs_labels()).await
-    });
+    let data = read_once(job);
     let download = |uri: &str, name: &str| {
         let (uri, to) = (uri.to_owned(), work.join(name));
         in_background(runtime, async move || {
@@ -98,6 +94,20 @@ pub fn prepare(job: JobContext) -> Result<Prepared, TrainError> {
         None => restored,
     };
     Ok(Prepared { dataset, annotation, parent, teacher, baseline, fingerprint, checkpoints, restored, group })
+}
+
+/// Reads, cleans and compares the rows on the first process of this machine, on a thread of its own; the others load
+/// its result, without what the report alone has.
+fn read_once(job: JobContext) -> JoinHandle<Result<Dataset, TrainError>> {
+    let JobContext { config, process, .. } = job;
+    let (data, task) = (config.spec.data.clone(), tasks::of(config.spec.model.task));
+    let (reading, runtime) = (Reading::new(process.terminal), process.runtime.clone());
+    let (node, watchdog) = (process.node.clone(), process.watchdog.clone());
+    process.runtime.spawn_blocking(move || {
+        let read = || runtime.block_on(reading.read(&data, task.needs_labels()));
+        // The rendezvous, which may be watched at the same time, begins and ends the watch.
+        node.once("rows", || watchdog.beat_while_watched(), read, |rows, to| rows.write(to), Dataset::read)
+    })
 }
 
 /// Format of checkpoints; it changes with their tensors.

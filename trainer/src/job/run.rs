@@ -14,7 +14,6 @@ use athanor_contract::{
 };
 use athanor_models::{EncoderConfig, Model};
 use tch::Device;
-use tempfile::TempDir;
 
 use super::{
     context::{JobContext, Process},
@@ -23,6 +22,7 @@ use super::{
     prepare::prepare,
     setup,
     training_context::{RowEncoder, Training, TrainingContext},
+    work::{Work, clear_abandoned},
 };
 use crate::{
     TrainError,
@@ -40,39 +40,7 @@ use crate::{
     },
 };
 
-const WORK: &str = "athanor-trainer-";
 const LOCK: &str = "lock";
-
-/// Removes the folders, below `folder`, of processes that were killed.
-fn clear_abandoned(folder: &Path) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(WORK)
-            // A folder without a lock belongs to a process that is starting.
-            && let Ok(lock) = File::open(entry.path().join(LOCK))
-            && lock.try_lock().is_ok()
-        {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-/// This process's own folder. Its lock is held as long as the folder is in use.
-struct Work {
-    folder: TempDir,
-    _lock: File,
-}
-
-impl Work {
-    fn create(below: &Path) -> Result<Self, TrainError> {
-        let folder = tempfile::Builder::new().prefix(WORK).tempdir_in(below).map_err(TrainError::other)?;
-        // The lock is held before it gets its name: another process that starts finds either none or one that is held.
-        let unnamed = folder.path().join("lock.new");
-        let lock = File::create(&unnamed).map_err(TrainError::at(&unnamed))?;
-        lock.lock().map_err(TrainError::at(&unnamed))?;
-        std::fs::rename(&unnamed, folder.path().join(LOCK)).map_err(TrainError::at(&unnamed))?;
-        Ok(Self { folder, _lock: lock })
-    }
-}
 
 /// Runs this process's rank. Rank 0 returns the result; the others `None`.
 pub fn run(config: &TrainConfig, topology: &Topology, process: &Process) -> Result<Option<TrainResult>, TrainError> {
@@ -80,7 +48,7 @@ pub fn run(config: &TrainConfig, topology: &Topology, process: &Process) -> Resu
     clear_abandoned(&temporary);
     let _claim = (topology.rank() == 0).then(|| claim(config)).transpose()?;
     let work = Work::create(&temporary)?;
-    let job = JobContext { config, topology, process, work: work.folder.path() };
+    let job = JobContext { config, topology, process, work: work.path() };
     let mut reporter = job.is_rank_0().then(|| reporter(job)).transpose()?;
     stage(&mut reporter, "Preparing");
     let result = train_and_measure(job, &mut reporter);
@@ -126,7 +94,12 @@ fn train_and_measure(job: JobContext, reporter: &mut Option<Reporter>) -> Result
     let mut prepared = prepare(job)?;
     let restored = prepared.restored.take();
     let context = TrainingContext::new(job, &prepared)?;
-    let parts = prepared.dataset.split(&job.spec().data.split)?;
+    let split = || prepared.dataset.split(&job.spec().data.split).map_err(TrainError::from);
+    let parts = job.process.node.once("split", || job.beat(), split, |parts, to| parts.write(to), Parts::read)?;
+    job.process.watchdog.rest();
+    if let Some(overlap) = parts.overlap.as_ref().filter(|overlap| overlap.rows > 0) {
+        tracing::info!(rows = overlap.rows, "left out: a source with a part has the same texts");
+    }
     setup::check_gates(&job.spec().evaluate.gates, &prepared.dataset, &parts)?;
     let run = Run { held_out: HeldOut::new(&context.encoder, &parts), context: &context, parts: &parts };
     run.run(restored, reporter)
@@ -383,6 +356,9 @@ impl Run<'_> {
             ("ranks", topology.world().to_string()),
             ("backend", backend),
         ];
+        if let Some(overlap) = &self.parts.overlap {
+            chosen.push(("heldOutOverlap", overlap.rows.to_string()));
+        }
         chosen.extend(found.results.limit());
         chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
         chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
@@ -400,24 +376,4 @@ pub fn set_up_process(topology: &Topology) {
 /// The timeline of a process that has just started.
 pub fn started_now() -> Timeline {
     Timeline::new(Instant::now())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn folders_of_killed_processes_are_removed_and_no_others() {
-        let below = tempfile::tempdir().unwrap();
-        let running = Work::create(below.path()).unwrap();
-        // A process that starts: its lock has no name yet, held or not.
-        let starting = below.path().join(format!("{WORK}starting"));
-        std::fs::create_dir(&starting).unwrap();
-        File::create(starting.join("lock.new")).unwrap();
-        let killed = below.path().join(format!("{WORK}killed"));
-        std::fs::create_dir(&killed).unwrap();
-        File::create(killed.join(LOCK)).unwrap();
-        clear_abandoned(below.path());
-        assert!(running.folder.path().exists() && starting.exists() && !killed.exists());
-    }
 }

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, TrainSummary, TrialOutcome, WeightedTerm};
-use athanor_data::{SkippedRows, clean::CleaningReport};
+use athanor_data::{Overlap, SkippedRows, clean::CleaningReport};
 use serde::Serialize;
 
 pub use super::classes::ClassReport;
@@ -48,6 +48,9 @@ pub struct Report<'a> {
     pub sources: Vec<SourceRows>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<&'a SkippedRows>,
+    /// Rows that are in no part because a source with a part has them too; absent if no source has a part.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_out_overlap: Option<&'a Overlap>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cleaning: Option<&'a CleaningReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -344,6 +347,7 @@ mod tests {
         };
         let trials = [trial("t1", Some(0.8125), false), trial("t2", Some(0.9375), true), trial("t3", None, false)];
         let cross_validation = CrossValidation::new(vec![fold(1, 0.625), fold(2, 0.875)]);
+        let overlap = Overlap { rows: 3, examples: vec!["a row 1, also held out as b row 2".into()] };
         let report = Report {
             job: "first",
             created: "2026-01-01T00:00:00Z".into(),
@@ -353,7 +357,7 @@ mod tests {
             summary: &summary,
             hyperparameters: &Hyperparameters::default(),
             history: &history,
-            sources: sources(&dataset, &Parts { train: vec![0], validation: vec![], test: vec![1] }),
+            sources: sources(&dataset, &Parts { train: vec![0], test: vec![1], ..Parts::default() }),
             teacher: Some("s3://b/teacher"),
             objective: ObjectiveSpec::default()
                 .terms_of(Task::TextClassification, false)
@@ -361,6 +365,7 @@ mod tests {
                 .map(Term::new)
                 .collect(),
             skipped: None,
+            held_out_overlap: Some(&overlap),
             cleaning: None,
             annotation: None,
             selection: None,

@@ -41,6 +41,12 @@ impl Watchdog {
         self.last.store((self.started.elapsed().as_millis() as u64).max(1), Ordering::Relaxed);
     }
 
+    /// A beat of a thread that waits: it counts only if something is watched now, and begins no watch.
+    pub fn beat_while_watched(&self) {
+        let now = (self.started.elapsed().as_millis() as u64).max(1);
+        let _ = self.last.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| (last > 0).then_some(now));
+    }
+
     /// Nothing has to move until the next beat.
     pub fn rest(&self) {
         self.last.store(0, Ordering::Relaxed);
@@ -60,8 +66,14 @@ mod tests {
         assert!(barked.recv_timeout(Duration::from_millis(400)).is_err(), "no beat yet");
         watchdog.beat();
         watchdog.rest();
+        watchdog.beat_while_watched();
         assert!(barked.recv_timeout(Duration::from_millis(400)).is_err(), "at rest");
         watchdog.beat();
+        for _ in 0..8 {
+            std::thread::sleep(Duration::from_millis(50));
+            watchdog.beat_while_watched();
+        }
+        assert!(barked.try_recv().is_err(), "a thread that waits");
         assert!(barked.recv_timeout(Duration::from_secs(5)).unwrap() > Duration::from_millis(200));
     }
 }

@@ -13,6 +13,8 @@ pub const SPARSITY_OR_TWO_OF_FOUR: Rule = Rule::new(
 
 // data.rs
 pub const URI_OR_KAFKA: Rule = Rule::new("has(self.uri) != has(self.kafka)", "set exactly one of uri and kafka");
+pub const ONE_SOURCE_WITHOUT_PART: Rule =
+    Rule::new("self.sources.exists(s, !has(s.part))", "at least one source must have no part: its rows are trained on");
 pub const MESSAGES_OR_PROMPT: Rule =
     Rule::new("!(has(self.messages) && has(self.prompt))", "set messages, or prompt and completion, not both");
 pub const PROMPT_AND_COMPLETION: Rule =

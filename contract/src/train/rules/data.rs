@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use super::{
     cel::{
         BEGIN_BEFORE_END, COST_NEEDS_PRICES, ENDPOINT_OR_TEACHER, FROM_0_TO_1, FROM_0_TO_2, FROM_HALF_TO_1,
-        LENGTHS_IN_ORDER, MESSAGES_OR_PROMPT, PROMPT_AND_COMPLETION, SPLIT_LEAVES_ROWS, URI_OR_KAFKA,
+        LENGTHS_IN_ORDER, MESSAGES_OR_PROMPT, ONE_SOURCE_WITHOUT_PART, PROMPT_AND_COMPLETION, SPLIT_LEAVES_ROWS,
+        URI_OR_KAFKA,
     },
     model::require_classifier_and_teacher,
     rule::Found,
@@ -26,6 +27,8 @@ pub(super) fn check(spec: &TrainSpec, found: &mut Found) {
         }
         check_source(spec.model.task, source, &format!("data.sources[{index}]"), found);
     }
+    let has_training_rows = data.sources.iter().any(|source| source.part.is_none());
+    found.require(has_training_rows, "data", &ONE_SOURCE_WITHOUT_PART);
     if let Some(clean) = &data.clean {
         let holds = clean.minimum_length.zip(clean.maximum_length).is_none_or(|(least, most)| least <= most);
         found.require(holds, "data.clean", &LENGTHS_IN_ORDER);

@@ -23,6 +23,7 @@ pub fn build(deployment: &ValidatedDeployment, new: &NewRetraining) -> Option<Fi
             ..KafkaSource::new(&events.bootstrap_servers, &events.topic, new.ranges.clone())
         }),
         columns: Default::default(),
+        part: None,
     });
     spec.train.evaluate.baseline = Some(new.baseline.clone());
     if spec.credentials_secret_name.is_none() {
