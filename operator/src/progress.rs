@@ -17,6 +17,8 @@ use kube::{
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::pace::PACE;
+
 /// Messages and server, generated from contract/proto/progress.proto.
 pub mod proto {
     tonic::include_proto!("athanor.train.v1");
@@ -24,8 +26,8 @@ pub mod proto {
 
 use proto::{ProgressReply, ProgressUpdate, progress_server::Progress};
 
-/// Shortest time between two changes of a job's status by reports of the same stage.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest time between two reconciles of a job by reports of the same stage.
+const INTERVAL: Duration = PACE;
 /// Most metrics, and most timeline entries, that are kept from a report.
 const ENTRIES: usize = 32;
 

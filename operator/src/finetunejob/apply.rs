@@ -59,8 +59,10 @@ pub async fn apply(
         created |= cluster.create(trial, &job.uid).await?;
     }
     if let Some(AttemptChildren { config, service, batch_job }) = attempt {
-        cluster.apply(&config, &job.uid).await?;
-        cluster.apply(&service, &job.uid).await?;
+        cluster.create_or_apply(&config, &job.uid).await?;
+        if let Some(service) = &service {
+            cluster.create_or_apply(service, &job.uid).await?;
+        }
         created |= cluster.create(&batch_job, &job.uid).await?;
     }
     Ok(Applied { created })

@@ -1,4 +1,5 @@
-//! The children of a FineTuneJob: the trainer's configuration, a headless Service for the rendezvous, an Indexed Job.
+//! The children of a FineTuneJob: the trainer's configuration, an Indexed Job, and a headless Service for the rendezvous
+//! of several nodes.
 
 use std::time::Duration;
 
@@ -47,7 +48,8 @@ pub struct Children {
 /// Children of one attempt.
 pub struct AttemptChildren {
     pub config: ConfigMap,
-    pub service: Service,
+    /// Absent with one node, whose processes meet on the loopback interface.
+    pub service: Option<Service>,
     pub batch_job: Job,
 }
 
@@ -55,7 +57,7 @@ pub struct AttemptChildren {
 pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
     let attempt = decision.create.then(|| AttemptChildren {
         config: config(job, settings, decision.search_result.as_ref()),
-        service: service(job),
+        service: (job.nodes > 1).then(|| service(job)),
         batch_job: indexed_job(job, settings, decision.attempt),
     });
     Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
@@ -191,17 +193,19 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
 
 /// Builds the pods of the Kubernetes Job `name`.
 fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTemplateSpec {
-    let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.extend([
         pods::field(variable::NODE_RANK, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
         pods::variable(variable::NUM_NODES, job.nodes.to_string()),
-        pods::variable(variable::MASTER_ADDR, master),
         pods::variable(variable::MASTER_PORT, MASTER_PORT.to_string()),
         pods::field(variable::POD_IP, "status.podIP"),
         pods::variable(variable::NAMESPACE, job.namespace.clone()),
         pods::variable(variable::METRICS_PORT, METRICS_PORT.to_string()),
     ]);
+    if job.nodes > 1 {
+        let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
+        env.push(pods::variable(variable::MASTER_ADDR, master));
+    }
     let gpus = gpus(&job.spec);
     if gpus > 0 {
         env.push(pods::variable(variable::GPUS, gpus.to_string()));
@@ -246,7 +250,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
     });
     if let Some(spec) = &mut template.spec {
         spec.restart_policy = Some("Never".into());
-        spec.subdomain = Some(service_name(job));
+        spec.subdomain = (job.nodes > 1).then(|| service_name(job));
     }
     template
 }

@@ -1,5 +1,7 @@
 //! The status of a FineTuneJob.
 
+use std::time::Duration;
+
 use athanor_contract::Decimal;
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, Progress, condition as types};
 use jiff::Timestamp;
@@ -10,26 +12,31 @@ use super::{
     attempt,
     decide::{Decision, Phase},
     dereference::Observed,
-    policy::restart,
+    policy::{pace, restart},
     validate::InvalidJob,
 };
 use crate::{
-    cluster::{Cluster, ClusterError},
+    cluster::{Cluster, ClusterError, Hold},
     condition::{State, Value, set},
     progress::Report,
     time::since,
 };
 
-/// Writes a status if it differs from the one that was read.
+/// Writes a status if it differs from the one that was read. Returns the time for which a change that is not urgent is
+/// held back.
 ///
 /// # Errors
 /// A request that failed, or a conflict: the object changed after it was read.
-pub async fn write(cluster: &Cluster<'_>, job: &FineTuneJob, next: FineTuneJobStatus) -> Result<(), ClusterError> {
-    let text = |status: Option<&FineTuneJobStatus>| status.and_then(|status| serde_json::to_value(status).ok());
-    if text(job.status.as_ref()) == text(Some(&next)) {
-        return Ok(());
+pub async fn write(
+    cluster: &Cluster<'_>,
+    job: &FineTuneJob,
+    next: FineTuneJobStatus,
+) -> Result<Option<Duration>, ClusterError> {
+    let held = cluster.hold_status(pace::change(job.status.as_ref(), &next));
+    if let Hold::Due = held {
+        cluster.write_status(job, &next).await?;
     }
-    cluster.write_status(job, &next).await
+    Ok(if let Hold::For(wait) = held { Some(wait) } else { None })
 }
 
 /// Returns the status of a job with a mistake in its specification.

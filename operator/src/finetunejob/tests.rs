@@ -26,6 +26,7 @@ use crate::{
     cluster::Identity,
     condition::{self, State, Value as Condition},
     progress::Report,
+    prune,
     settings::Settings,
 };
 
@@ -78,20 +79,23 @@ fn ended(index: u32, code: i32, message: &str) -> Pod {
 }
 
 fn batch_job(attempt: u32, conditions: Value) -> Arc<Job> {
-    let batch_job: Job = serde_json::from_value(json!({
+    let mut batch_job: Job = serde_json::from_value(json!({
         "metadata": {"name": format!("a-{attempt}"), "uid": format!("j{attempt}")}, "status": {"conditions": conditions},
     }))
     .unwrap();
+    prune::batch_job(&mut batch_job);
     Arc::new(batch_job)
 }
 
-fn arcs<T>(objects: Vec<T>) -> Vec<Arc<T>> {
-    objects.into_iter().map(Arc::new).collect()
+/// The pods as the cache keeps them.
+fn watched(mut pods: Vec<Pod>) -> Vec<Arc<Pod>> {
+    pods.iter_mut().for_each(prune::pod);
+    pods.into_iter().map(Arc::new).collect()
 }
 
 fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
     let batch_jobs = vec![batch_job(0, json!([]))];
-    Observed { job, batch_jobs, pods: arcs(pods), report: None, trials: vec![], is_awaited: false }
+    Observed { job, batch_jobs, pods: watched(pods), report: None, trials: vec![], is_awaited: false }
 }
 
 fn decide(observed: &Observed, now: Timestamp) -> Decision {
@@ -208,13 +212,13 @@ fn a_new_attempt_waits_for_the_pods_of_the_old_one() {
     let decision = decide(&subject, at(70));
     assert_eq!((decision.create, decision.remove), (false, vec![Identity { name: "a-0".into(), uid: "j0".into() }]));
     subject.batch_jobs.clear();
-    subject.pods = arcs(vec![ended(0, 42, "")]);
+    subject.pods = watched(vec![ended(0, 42, "")]);
     let decision = decide(&subject, at(70));
     assert!(decision.create && decision.attempt == 1 && decision.remove.is_empty());
     // Pods on a node that does not answer do not hold the next attempt back.
     let mut lost = running(0);
     lost.metadata.deletion_timestamp = Some(Time(at(40)));
-    subject.pods = arcs(vec![lost]);
+    subject.pods = watched(vec![lost]);
     assert!(!decide(&subject, at(50)).create);
     assert!(decide(&subject, at(60)).create);
 }
@@ -297,7 +301,7 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(template["metadata"]["labels"]["team"], "nlp");
     assert_eq!(template["metadata"]["labels"]["app.kubernetes.io/name"], "athanor-trainer");
     let pod = &template["spec"];
-    assert_eq!(pod["subdomain"], children.service.metadata.name.clone().unwrap());
+    assert_eq!(pod["subdomain"], children.service.unwrap().metadata.name.unwrap());
     assert_eq!((&pod["restartPolicy"], &pod["automountServiceAccountToken"]), (&json!("Never"), &json!(false)));
     let container = &pod["containers"][0];
     let env = |name: &str| {
@@ -310,6 +314,28 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(container["envFrom"][0]["secretRef"]["name"], "s3");
     assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
     assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).attempt.is_none());
+}
+
+#[test]
+fn one_node_meets_nobody() {
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let children = |job: &FineTuneJob| {
+        let decision = Decision { create: true, ..Decision::new(Phase::Running, 0) };
+        build::build(&validate(job).unwrap(), &settings, &decision).attempt.unwrap()
+    };
+    let pod = |batch_job: Job| serde_json::to_value(batch_job.spec.unwrap().template.spec.unwrap()).unwrap();
+    let has_master = |pod: &Value| {
+        pod["containers"][0]["env"].as_array().unwrap().iter().any(|entry| entry["name"] == "ATHANOR_MASTER_ADDR")
+    };
+    let mut alone = job("a", "0123456789abcdef");
+    alone.spec.train.distributed.processes_per_node = 4;
+    let one = children(&alone);
+    assert!(one.service.is_none(), "its processes share a network");
+    let one = pod(one.batch_job);
+    assert_eq!((&one["subdomain"], has_master(&one)), (&Value::Null, false));
+    let two = children(&of_two_nodes());
+    assert!(two.service.is_some());
+    assert!(has_master(&pod(two.batch_job)));
 }
 
 #[test]
@@ -384,12 +410,12 @@ fn the_status_shows_progress_restarts_and_the_result() {
     assert!(!is_over(&next));
 
     subject.job.status = Some(next);
-    subject.pods = arcs(vec![ended(0, 137, ""), ended(1, 42, "")]);
+    subject.pods = watched(vec![ended(0, 137, ""), ended(1, 42, "")]);
     let next = status::next(&subject, &decide(&subject, at(62)), Ok(&Applied::assumed(false)), at(62));
     assert_eq!((next.restarts, next.preemptions, next.attempt), (1, 0, 1));
     assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().reason, "Restarting");
 
-    subject.pods = arcs(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
+    subject.pods = watched(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
     let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied::assumed(false)), at(90));
     assert!(is_over(&next));
     assert_eq!((next.completion_time, next.summary), (Some(Time(at(90))), Some(summary())));
