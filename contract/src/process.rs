@@ -75,7 +75,9 @@ pub mod variable {
     // The chart sets these in the operator's pod.
     pub const NAMESPACE_WATCH: &str = "ATHANOR_NAMESPACE_WATCH";
     pub const TRAINER_IMAGE: &str = "ATHANOR_TRAINER_IMAGE";
+    pub const TRAINER_CUDA_IMAGE: &str = "ATHANOR_TRAINER_CUDA_IMAGE";
     pub const SERVER_IMAGE: &str = "ATHANOR_SERVER_IMAGE";
+    pub const SERVER_CUDA_IMAGE: &str = "ATHANOR_SERVER_CUDA_IMAGE";
     pub const ROUTER_IMAGE: &str = "ATHANOR_ROUTER_IMAGE";
     pub const MONITOR_IMAGE: &str = "ATHANOR_MONITOR_IMAGE";
     pub const ROUTER_REPLICAS: &str = "ATHANOR_ROUTER_REPLICAS";

@@ -79,7 +79,7 @@ pub struct FineTuneJobSpec {
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobStatus {
     /// Conditions of the job. Succeeded is Unknown until the job is over, then True or False with the reason. Running
-    /// is True while all pods run.
+    /// is True while all pods run. GpuImage is False if the pods reserve GPUs and the operator has no image with CUDA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -295,7 +295,8 @@ pub enum Approval {
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentStatus {
     /// Conditions of the deployment. Ready: the current revision answers with all replicas. Progressing: a candidate is
-    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs.
+    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs. GpuImage is False if the servers reserve
+    /// GPUs and the operator has no image with CUDA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -11,6 +11,7 @@ pub mod condition;
 pub mod context;
 pub mod controllers;
 pub mod finetunejob;
+pub mod images;
 pub mod lease;
 pub mod memory;
 pub mod modeldeployment;

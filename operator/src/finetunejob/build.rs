@@ -25,9 +25,10 @@ use super::{
         queue,
         search::{NewTrial, SearchResult},
     },
-    validate::{ValidatedJob, gpus},
+    validate::ValidatedJob,
 };
 use crate::{
+    images::{Choice, gpus},
     pods::{self, PodPlan},
     settings::Settings,
 };
@@ -51,14 +52,21 @@ pub struct AttemptChildren {
     /// Absent with one node, whose processes meet on the loopback interface.
     pub service: Option<Service>,
     pub batch_job: Job,
+    /// Why the pods are not expected to use their GPUs.
+    pub warning: Option<String>,
 }
 
 /// Builds the children that the decision requires.
 pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
-    let attempt = decision.create.then(|| AttemptChildren {
-        config: config(job, settings, decision.search_result.as_ref()),
-        service: (job.nodes > 1).then(|| service(job)),
-        batch_job: indexed_job(job, settings, decision.attempt),
+    let attempt = decision.create.then(|| {
+        let Choice { image, warning } =
+            settings.trainer_images().choose(job.spec.image.as_deref(), job.spec.pod_template.as_ref());
+        AttemptChildren {
+            config: config(job, settings, decision.search_result.as_ref()),
+            service: (job.nodes > 1).then(|| service(job)),
+            batch_job: indexed_job(job, settings, decision.attempt, image),
+            warning,
+        }
     });
     Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
 }
@@ -169,10 +177,10 @@ fn service(job: &ValidatedJob) -> Service {
     }
 }
 
-fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
+fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32, image: &str) -> Job {
     let name = batch_job_name(&job.name, attempt);
     let nodes = i32::try_from(job.nodes).unwrap_or(i32::MAX);
-    let template = pod_template(job, settings, &name);
+    let template = pod_template(job, settings, &name, image);
     let mut metadata = metadata(job, name);
     metadata.labels.get_or_insert_default().extend(job.queue_labels.iter().cloned());
     Job {
@@ -192,7 +200,7 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
 }
 
 /// Builds the pods of the Kubernetes Job `name`.
-fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTemplateSpec {
+fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str, image: &str) -> PodTemplateSpec {
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.extend([
         pods::field(variable::NODE_RANK, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
@@ -206,7 +214,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
         let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
         env.push(pods::variable(variable::MASTER_ADDR, master));
     }
-    let gpus = gpus(&job.spec);
+    let gpus = gpus(job.spec.pod_template.as_ref());
     if gpus > 0 {
         env.push(pods::variable(variable::GPUS, gpus.to_string()));
     }
@@ -231,7 +239,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
     let credentials = job.spec.credentials_secret_name.as_deref().into_iter().chain(of_kafka).collect();
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
-        image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
+        image,
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-trainer", "run", "--config", path::TRAIN_CONFIG].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),

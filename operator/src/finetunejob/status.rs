@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     cluster::{Cluster, ClusterError, Hold},
-    condition::{State, Value, set},
+    condition::{self, State, Value, set},
     progress::Report,
     time::since,
 };
@@ -76,6 +76,9 @@ pub fn next(
     set(&mut status.conditions, types::SUCCEEDED, &succeeded, generation, now);
     let running = Value::new((decision.phase == Phase::Running).into(), succeeded.reason, "");
     set(&mut status.conditions, types::RUNNING, &running, generation, now);
+    if let Some(check) = applied.ok().and_then(Applied::image) {
+        condition::warn_of_image(&mut status.conditions, check.warning.as_deref(), generation, now);
+    }
     status.attempt = decision.attempt;
     if let Some(search) = &decision.search {
         status.search = Some(search.clone());

@@ -339,6 +339,37 @@ fn one_node_meets_nobody() {
 }
 
 #[test]
+fn pods_with_gpus_run_the_image_with_cuda_or_a_condition_says_that_there_is_none() {
+    let mut job = of_two_nodes();
+    job.spec.pod_template =
+        Some(serde_json::from_value(json!({"resources": {"limits": {"nvidia.com/gpu": "1"}}})).unwrap());
+    let children = |arguments: &[&str]| {
+        let settings = Settings::parse_from(["athanor-operator", "--trainer-image=t"].iter().chain(arguments));
+        let decision = Decision { create: true, ..Decision::new(Phase::Running, 0) };
+        build::build(&validate(&job).unwrap(), &settings, &decision).attempt.unwrap()
+    };
+    let image = |batch_job: &Job| {
+        batch_job.spec.as_ref().unwrap().template.spec.as_ref().unwrap().containers[0].image.clone().unwrap()
+    };
+    let with = children(&["--trainer-cuda-image=t-cuda"]);
+    assert_eq!((image(&with.batch_job).as_str(), &with.warning), ("t-cuda", &None));
+    let without = children(&[]);
+    assert_eq!(image(&without.batch_job), "t");
+    let mut subject = observed(job.clone(), vec![]);
+    subject.batch_jobs.clear();
+    let decision = decide(&subject, at(0));
+    let next =
+        |subject: &Observed, applied: Applied| status::next(subject, &decision, Ok(&applied), at(1)).conditions;
+    let conditions = next(&subject, Applied::assumed_attempt(without.warning));
+    let warning = condition::get(&conditions, types::GPU_IMAGE).unwrap();
+    assert_eq!((warning.status.as_str(), warning.reason.as_str()), ("False", "NoCudaImage"));
+    // It stays until the next attempt, which may have another image.
+    subject.job.status = Some(FineTuneJobStatus { conditions, ..FineTuneJobStatus::default() });
+    assert!(condition::get(&next(&subject, Applied::assumed(false)), types::GPU_IMAGE).is_some());
+    assert!(condition::get(&next(&subject, Applied::assumed_attempt(None)), types::GPU_IMAGE).is_none());
+}
+
+#[test]
 fn claims_are_mounted_read_only_and_read_as_files() {
     let mut job = job("a", "0123456789abcdef");
     let train = &mut job.spec.train;

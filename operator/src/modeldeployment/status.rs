@@ -52,11 +52,15 @@ pub fn next(
 ) -> ModelDeploymentStatus {
     let before = observed.deployment.status.clone().unwrap_or_default();
     let mut conditions = conditions(observed, decision, &before, now);
-    if let Err(error) = applied {
-        // The rest of the status stays: a weight that no router has must not count as a step.
-        let ready = Value::new(State::False, error.reason(), error.to_string());
-        set(&mut conditions, types::READY, &ready, observed.deployment.metadata.generation, now);
-        return ModelDeploymentStatus { conditions, ..before };
+    let generation = observed.deployment.metadata.generation;
+    match applied {
+        Ok(applied) => condition::warn_of_image(&mut conditions, applied.image_warning(), generation, now),
+        Err(error) => {
+            // The rest of the status stays: a weight that no router has must not count as a step.
+            let ready = Value::new(State::False, error.reason(), error.to_string());
+            set(&mut conditions, types::READY, &ready, generation, now);
+            return ModelDeploymentStatus { conditions, ..before };
+        }
     }
     let rollout = &decision.rollout;
     let workload = rollout.current.as_ref().and_then(|current| observed.revisions.get(&current.name));

@@ -14,6 +14,7 @@ use k8s_openapi::api::{
 
 use super::common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload};
 use crate::{
+    images::Choice,
     modeldeployment::{names::SERVER, validate::ValidatedDeployment},
     pods::{self, HttpProbe, Labels, PodPlan},
     settings::Settings,
@@ -25,6 +26,8 @@ pub struct RevisionChildren {
     pub deployment: Deployment,
     pub service: Service,
     pub budget: PodDisruptionBudget,
+    /// Why the servers are not expected to use their GPUs.
+    pub warning: Option<String>,
 }
 
 /// Kinds of a revision's children in the order of their deletion. The Deployment is last, because a revision that has
@@ -53,11 +56,13 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
     let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
     labels.insert(label::REVISION.into(), name.clone());
+    let own = deployment.spec.image.as_deref();
+    let Choice { image, warning } = settings.server_images().choose(own, deployment.spec.pod_template.as_ref());
     // A model may take minutes to arrive.
     let startup = HttpProbe { path: "/readyz", port: "http", period_seconds: 1, failures: 600 };
     let template = pods::template(PodPlan {
         component: SERVER,
-        image: deployment.spec.image.as_deref().unwrap_or(&settings.server_image),
+        image,
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
@@ -91,5 +96,6 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
             &[Port { name: "http", port: http, target: http }, Port { name: "grpc", port: grpc, target: grpc }],
         ),
         budget: budget(metadata(name), selector),
+        warning,
     }
 }
