@@ -30,9 +30,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     context::Context,
-    finetunejob,
+    finetunejob, prune,
     reconciler::{self, Kind, ReconcileError, record_key},
-    prune,
     stores::{Cache, Cached, Feed, Feeds, version},
     wakes::Wakes,
 };
@@ -97,19 +96,21 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
     let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = feeds;
     let ours = || watcher::Config::default().labels(OURS);
     let deployments = &context.stores.model_deployments;
-    let fine_tune_jobs = watch(api(client, namespace), watcher::Config::default(), fine_tune_jobs, prune::metadata, |job| {
-        let key = record_key(FineTuneJob::NAME, job.metadata.namespace.as_deref(), &job.name_any());
-        if !context.memory.is_settled(&key, version(&job.metadata)) {
-            queues.jobs.wake([ObjectRef::from_obj(job)]);
-        }
-        // A search waits for the ends of its trials, and a deployment for that of a job; neither for their progress.
-        let is_over = job.status.as_ref().is_some_and(finetunejob::is_over);
-        if is_over || context.stores.fine_tune_jobs.get(&job.namespace().unwrap_or_default(), &job.name_any()).is_none()
-        {
-            queues.jobs.wake(named_by(job, label::SEARCH));
-            queues.deployments.wake(interested(deployments, job));
-        }
-    });
+    let fine_tune_jobs =
+        watch(api(client, namespace), watcher::Config::default(), fine_tune_jobs, prune::metadata, |job| {
+            let key = record_key(FineTuneJob::NAME, job.metadata.namespace.as_deref(), &job.name_any());
+            if !context.memory.is_settled(&key, version(&job.metadata)) {
+                queues.jobs.wake([ObjectRef::from_obj(job)]);
+            }
+            // A search waits for the ends of its trials, and a deployment for that of a job; neither for their progress.
+            let is_over = job.status.as_ref().is_some_and(finetunejob::is_over);
+            if is_over
+                || context.stores.fine_tune_jobs.get(&job.namespace().unwrap_or_default(), &job.name_any()).is_none()
+            {
+                queues.jobs.wake(named_by(job, label::SEARCH));
+                queues.deployments.wake(interested(deployments, job));
+            }
+        });
     let model_deployments =
         watch(api(client, namespace), watcher::Config::default(), model_deployments, prune::metadata, |deployment| {
             queues.deployments.wake([ObjectRef::from_obj(deployment)]);
@@ -125,13 +126,19 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
     let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, prune::workload, |workload| {
         queues.deployments.wake(owners(workload));
     });
-    let services = watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, prune::metadata, |service| {
-        queues.deployments.wake(owners(service));
-    });
-    let config_maps =
-        watch::<PartialObjectMeta<ConfigMap>>(api(client, namespace), ours(), config_maps, prune::metadata, |config_map| {
-            queues.deployments.wake(owners(config_map));
+    let services =
+        watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, prune::metadata, |service| {
+            queues.deployments.wake(owners(service));
         });
+    let config_maps = watch::<PartialObjectMeta<ConfigMap>>(
+        api(client, namespace),
+        ours(),
+        config_maps,
+        prune::metadata,
+        |config_map| {
+            queues.deployments.wake(owners(config_map));
+        },
+    );
     futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps);
 }
 

@@ -89,7 +89,8 @@ impl Memory {
     /// Records a write of the status.
     pub fn wrote_status(&self, key: &str, kind: &str, written: Written) {
         self.wrote(key, kind, written);
-        let status = &mut self.records().entry(key.into()).or_default().status;
+        let mut records = self.records();
+        let status = &mut records.entry(key.into()).or_default().status;
         status.last = Some(written);
         status.held = None;
     }

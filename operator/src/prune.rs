@@ -101,10 +101,16 @@ mod tests {
         let kept = serde_json::to_value(&watched).unwrap();
         assert_eq!(kept["metadata"]["managedFields"], Value::Null);
         assert_eq!(kept["metadata"]["annotations"], json!({"batch.kubernetes.io/job-completion-index": "0"}));
-        assert_eq!((&kept["metadata"]["uid"], &kept["metadata"]["labels"]["athanor.dev/finetunejob"]), (&json!("u"), &json!("a")));
+        assert_eq!(
+            (&kept["metadata"]["uid"], &kept["metadata"]["labels"]["athanor.dev/finetunejob"]),
+            (&json!("u"), &json!("a"))
+        );
         assert_eq!(kept["spec"], Value::Null);
         let status = &kept["status"];
-        assert_eq!((&status["phase"], &status["podIP"], &status["hostIP"]), (&json!("Running"), &json!("10.0.0.1"), &Value::Null));
+        assert_eq!(
+            (&status["phase"], &status["podIP"], &status["hostIP"]),
+            (&json!("Running"), &json!("10.0.0.1"), &Value::Null)
+        );
         let container = &status["containerStatuses"][0];
         assert_eq!((&container["restartCount"], &container["imageID"]), (&json!(2), &json!("")));
         assert_eq!(container["state"]["running"]["startedAt"], "2026-01-01T00:00:05Z");
