@@ -167,18 +167,21 @@ impl Timeline {
         let start = since(self.created, start).as_secs_f64();
         for (name, seconds) in report.timeline.iter().filter(|(_, seconds)| **seconds > 0.0) {
             // The schema has room for a few events; more must not make the whole status invalid.
-            if status.timeline.len() < MOST_EVENTS {
+            if !OWN_EVENTS.contains(&name.as_str()) && status.timeline.len() < MOST_EVENTS {
                 self.mark_seconds(status, name, start + seconds);
             }
         }
     }
 }
 
-/// Most entries of the timeline that come from reports; the schema has 32, and "finished" is added last.
-const MOST_EVENTS: usize = 31;
+/// Events that the operator marks itself.
+const OWN_EVENTS: [&str; 4] = ["admitted", "podsRunning", "processStart", "finished"];
+/// Entries of the timeline beyond which a report adds none: the schema has 32, of which the operator's own may come later.
+const MOST_EVENTS: usize = 32 - OWN_EVENTS.len();
 
 fn progress(report: &Report) -> Progress {
-    let percent = (report.step.min(report.total_steps) * 100).checked_div(report.total_steps).unwrap_or(0) as u8;
+    let done = u128::from(report.step.min(report.total_steps)) * 100;
+    let percent = done.checked_div(report.total_steps.into()).unwrap_or(0) as u8;
     Progress {
         stage: report.stage.clone(),
         step: report.step,

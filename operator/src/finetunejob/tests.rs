@@ -358,8 +358,7 @@ fn pods_with_gpus_run_the_image_with_cuda_or_a_condition_says_that_there_is_none
     let mut subject = observed(job.clone(), vec![]);
     subject.batch_jobs.clear();
     let decision = decide(&subject, at(0));
-    let next =
-        |subject: &Observed, applied: Applied| status::next(subject, &decision, Ok(&applied), at(1)).conditions;
+    let next = |subject: &Observed, applied: Applied| status::next(subject, &decision, Ok(&applied), at(1)).conditions;
     let conditions = next(&subject, Applied::assumed_attempt(without.warning));
     let warning = condition::get(&conditions, types::GPU_IMAGE).unwrap();
     assert_eq!((warning.status.as_str(), warning.reason.as_str()), ("False", "NoCudaImage"));
@@ -451,6 +450,29 @@ fn the_status_shows_progress_restarts_and_the_result() {
     assert!(is_over(&next));
     assert_eq!((next.completion_time, next.summary), (Some(Time(at(90))), Some(summary())));
     assert_eq!((next.progress.as_ref().unwrap().percent, next.progress.unwrap().step), (100, 80));
+}
+
+#[test]
+fn no_report_makes_a_status_too_large() {
+    let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
+    let many = |from: usize| Report {
+        step: u64::MAX / 2,
+        total_steps: u64::MAX / 2,
+        timeline: (from..from + 32).map(|number| (format!("event{number}"), 1.0)).collect(),
+        ..Report::default()
+    };
+    for from in [0, 32, 64] {
+        subject.report = Some(many(from));
+        let applied = Applied::assumed(from == 64);
+        subject.job.status = Some(status::next(&subject, &decide(&subject, at(20)), Ok(&applied), at(20)));
+    }
+    assert_eq!(subject.job.status.as_ref().unwrap().progress.as_ref().unwrap().percent, 100);
+    subject.pods = watched(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
+    let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied::assumed(false)), at(90));
+    assert!(next.timeline.len() <= 32, "{} entries", next.timeline.len());
+    for name in ["admitted", "podsRunning", "processStart", "finished"] {
+        assert!(next.timeline.contains_key(name), "{name}");
+    }
 }
 
 #[test]
