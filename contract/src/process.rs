@@ -81,6 +81,7 @@ pub mod variable {
     pub const ROUTER_IMAGE: &str = "ATHANOR_ROUTER_IMAGE";
     pub const MONITOR_IMAGE: &str = "ATHANOR_MONITOR_IMAGE";
     pub const ROUTER_REPLICAS: &str = "ATHANOR_ROUTER_REPLICAS";
+    pub const STOP_DELAY_SECONDS: &str = "ATHANOR_STOP_DELAY_SECONDS";
     pub const PROGRESS_ADDRESS: &str = "ATHANOR_PROGRESS_ADDRESS";
     pub const PROGRESS_PORT: &str = "ATHANOR_PROGRESS_PORT";
     pub const OPS_PORT: &str = "ATHANOR_OPS_PORT";

@@ -38,6 +38,10 @@ pub struct Settings {
     /// Number of routers of each ModelDeployment.
     #[arg(long, env = variable::ROUTER_REPLICAS, default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=100))]
     pub router_replicas: i32,
+    /// Seconds that servers and routers keep serving after SIGTERM, until nobody sends to them any more. Large clusters need
+    /// more.
+    #[arg(long, env = variable::STOP_DELAY_SECONDS, default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=600))]
+    pub stop_delay_seconds: u32,
     /// Address for progress reports of trainers, such as http://athanor-operator.athanor-system:9443. Absent: trainers
     /// do not report.
     #[arg(long, env = variable::PROGRESS_ADDRESS)]
@@ -65,11 +69,7 @@ pub struct Settings {
 impl Settings {
     /// Returns the images of athanor-trainer.
     pub fn trainer_images(&self) -> Images<'_> {
-        Images {
-            cpu: &self.trainer_image,
-            cuda: self.trainer_cuda_image.as_deref(),
-            option: "--trainer-cuda-image",
-        }
+        Images { cpu: &self.trainer_image, cuda: self.trainer_cuda_image.as_deref(), option: "--trainer-cuda-image" }
     }
 
     /// Returns the images of athanor-server.

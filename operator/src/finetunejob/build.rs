@@ -36,6 +36,8 @@ use crate::{
 /// Port of the rendezvous (c10d's TCPStore) of rank 0.
 const MASTER_PORT: i32 = port::RENDEZVOUS as i32;
 const METRICS_PORT: i32 = port::TRAINER_METRICS as i32;
+/// Size limit of the memory that the processes of a pod share. It is taken only as far as it is used.
+const SHARED_MEMORY: &str = "8Gi";
 /// Time after SIGTERM for a last checkpoint.
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -221,7 +223,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str, image: &str
     let mut volumes = vec![
         (pods::config(&config_name(job)), path::CONFIG.to_owned()),
         // NCCL and Gloo exchange data between the processes of one node here; the default of 64 MiB is not enough.
-        (pods::scratch("shm", Some("Memory")), "/dev/shm".into()),
+        (pods::shared_memory("shm", SHARED_MEMORY), "/dev/shm".into()),
     ];
     // The name of a claim may be longer than a volume's may be.
     volumes.extend(

@@ -54,6 +54,8 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
+    env.push(pods::variable(variable::SHUTDOWN_GRACE_SECONDS, settings.stop_delay_seconds.to_string()));
+    let size_limit = deployment.spec.pod_template.as_ref().and_then(|pod| pod.scratch_size_limit.as_ref());
     let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
     labels.insert(label::REVISION.into(), name.clone());
     let own = deployment.spec.image.as_deref();
@@ -74,12 +76,12 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         metrics_port: http,
         volumes: vec![
             (pods::config(name), path::CONFIG.into()),
-            (pods::scratch("cache", None), path::MODEL_CACHE.into()),
+            (pods::scratch("cache", size_limit), path::MODEL_CACHE.into()),
         ],
         probes: Some(probes("http", startup)),
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
-        grace_seconds: grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds),
+        grace_seconds: grace_seconds(settings, config.limits.drain_seconds, config.limits.max_request_seconds),
         spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
     });
     let metadata = |name: &str| metadata(deployment, name, labels.clone());
