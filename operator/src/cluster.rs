@@ -300,6 +300,24 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// Removes a field of another writer from the status of the object with this UID.
+    ///
+    /// # Errors
+    /// A request that failed.
+    pub async fn clear_status<K: Child>(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        field: &str,
+    ) -> Result<(), ClusterError> {
+        let body = serde_json::json!({"metadata": {"uid": uid}, "status": {field: null}});
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        self.check_leadership::<K>("writing the status of", name)?;
+        let written = self.api::<K>(namespace).patch_status(name, &params, &Patch::Merge(&body)).await;
+        self.wrote(&written.map_err(|error| request::<K>("writing the status of", name, error))?)
+    }
+
     /// Applies the status of an object with the operator's field manager; fields of other writers stay. The write
     /// carries UID and resource version of the object that was read: a recreated object never gets the status of the
     /// old one, and an operator that lost its leadership cannot write over its successor.

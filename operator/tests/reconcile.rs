@@ -254,9 +254,7 @@ async fn a_job_of_four_nodes_takes_six_requests_while_its_pods_start_one_by_one(
     reconcile(&job, &context).await.unwrap();
     let mut requests = server.requests();
     let uid = server.get::<Job>("/apis/batch/v1/namespaces/ns/jobs/a-0").metadata.uid.unwrap();
-    let state = |state: Value| {
-        json!([{"name": "trainer", "image": "i", "imageID": "i", "ready": true, "restartCount": 0, "state": state}])
-    };
+    let state = |state: Value| json!([{"name": "trainer", "image": "i", "imageID": "i", "ready": true, "restartCount": 0, "state": state}]);
     let put_pod = |index: usize, phase: &str, state_now: Value| {
         let labels = json!({"athanor.dev/finetunejob": "a", "batch.kubernetes.io/controller-uid": uid,
             "batch.kubernetes.io/job-completion-index": index.to_string()});
@@ -398,7 +396,7 @@ async fn a_retraining_that_the_cache_does_not_show_yet_is_not_taken_for_deleted(
     let status = server.get::<ModelDeployment>(&path).status.unwrap();
     drifted["status"] = serde_json::to_value(&status).unwrap();
     drifted["status"]["monitor"] = json!({"revision": status.current_revision.unwrap().name, "verdict": "Drifted",
-        "labelled": 1000, "ranges": [{"partition": 0, "begin": 5, "end": 90}]});
+        "topic": "athanor.ns.m", "labelled": 1000, "ranges": [{"partition": 0, "begin": 5, "end": 90}]});
     let _drifted: ModelDeployment = server.put(&path, drifted);
     // Another process starts with what there is now, so that only this one's writes are waited for.
     let (context, mut feeds) = operator(&server).await;

@@ -76,7 +76,9 @@ async fn ensure_topic(shared: &Shared, admin: &mut Option<AdminClient<LogContext
         }
     };
     let options = AdminOptions::new().request_timeout(Some(ASK_TIMEOUT)).operation_timeout(Some(ASK_TIMEOUT));
-    let new_topic = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1));
+    let settings = shared.config.topic_config.iter();
+    let new_topic = settings
+        .fold(NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1)), |new, (name, value)| new.set(name, value));
     let answer = admin.create_topics([&new_topic], &options).await;
     let reason = match answer {
         Ok(results) => match results.into_iter().next() {

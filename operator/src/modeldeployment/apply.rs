@@ -1,5 +1,6 @@
 //! Puts a decision about a ModelDeployment into the cluster.
 
+use athanor_crds::ModelDeployment;
 use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{ConfigMap, Service, ServiceAccount},
@@ -86,6 +87,9 @@ pub async fn apply(
         for kind in monitor::REMOVAL {
             delete(cluster, namespace, kind, &names::monitor(&deployment.name)).await?;
         }
+    }
+    if decision.clear_monitor {
+        cluster.clear_status::<ModelDeployment>(namespace, &deployment.name, owner, "monitor").await?;
     }
     for name in &decision.remove {
         for kind in revision::REMOVAL {
