@@ -56,7 +56,7 @@ pub struct FineTuneJobSpec {
     /// Resources, placement and environment of the trainer's pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodOverrides>,
-    /// Image of the trainer. Absent: the operator's default.
+    /// Image of the trainer. Absent: the operator's, with CUDA if the pods reserve GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,

@@ -79,7 +79,7 @@ pub struct ModelDeploymentSpec {
     /// The same for the monitor's pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor_pod_template: Option<PodOverrides>,
-    /// Image of the server. Absent: the operator's default.
+    /// Image of the server. Absent: the operator's, with CUDA if the pods reserve GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
