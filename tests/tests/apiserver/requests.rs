@@ -158,7 +158,7 @@ async fn a_reconcile_lists_nothing() -> Result<()> {
     // Written once each: the children of two attempts, and the ConfigMap of the second is as it was.
     ensure!(between(&started, &after, "POST", "jobs") == 2, "a Job of each attempt, each created once");
     // Pending and Running of two attempts, Restarting, UserError; messages that change in between wait.
-    let statuses = between(&started, &after, "APPLY", "finetunejobs");
+    let statuses: u64 = ["APPLY", "PATCH"].iter().map(|verb| between(&started, &after, verb, "finetunejobs")).sum();
     println!("{statuses} writes of the status");
     ensure!((6..=8).contains(&statuses), "{statuses} writes of the status");
     let status = jobs.get("second").await?.status.context("no status")?;
