@@ -77,10 +77,13 @@ pub mod variable {
     // The chart sets these in the operator's pod.
     pub const NAMESPACE_WATCH: &str = "ATHANOR_NAMESPACE_WATCH";
     pub const TRAINER_IMAGE: &str = "ATHANOR_TRAINER_IMAGE";
+    pub const TRAINER_CUDA_IMAGE: &str = "ATHANOR_TRAINER_CUDA_IMAGE";
     pub const SERVER_IMAGE: &str = "ATHANOR_SERVER_IMAGE";
+    pub const SERVER_CUDA_IMAGE: &str = "ATHANOR_SERVER_CUDA_IMAGE";
     pub const ROUTER_IMAGE: &str = "ATHANOR_ROUTER_IMAGE";
     pub const MONITOR_IMAGE: &str = "ATHANOR_MONITOR_IMAGE";
     pub const ROUTER_REPLICAS: &str = "ATHANOR_ROUTER_REPLICAS";
+    pub const STOP_DELAY_SECONDS: &str = "ATHANOR_STOP_DELAY_SECONDS";
     pub const PROGRESS_ADDRESS: &str = "ATHANOR_PROGRESS_ADDRESS";
     pub const PROGRESS_PORT: &str = "ATHANOR_PROGRESS_PORT";
     pub const OPS_PORT: &str = "ATHANOR_OPS_PORT";

@@ -1,6 +1,8 @@
 //! Serving: configuration that the operator mounts into server, router and monitor, and the verdict that the monitor
 //! publishes.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -161,6 +163,9 @@ impl Default for RouterLimits {
 pub struct EventsConfig {
     pub bootstrap_servers: String,
     pub topic: String,
+    /// Configuration of the topic, if a router creates it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub topic_config: BTreeMap<String, String>,
     /// Percentage of requests whose answers and feedback are recorded. The id of a request decides.
     #[serde(default = "all")]
     pub sample_percent: u32,
@@ -181,6 +186,7 @@ impl EventsConfig {
         Self {
             bootstrap_servers: bootstrap_servers.into(),
             topic: topic.into(),
+            topic_config: BTreeMap::new(),
             sample_percent: all(),
             redact: Vec::new(),
             maximum_caller_percent: all(),
@@ -386,6 +392,9 @@ pub struct MonitorStatus {
     /// Revision that the statistics describe: the one with the most traffic.
     #[serde(default)]
     pub revision: String,
+    /// Kafka topic that verdict, counts and ranges are about.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub topic: String,
     /// Verdict on whether the model is stale.
     pub verdict: Verdict,
     /// Statistics of the newest window, with their thresholds.

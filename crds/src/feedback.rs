@@ -1,5 +1,7 @@
 //! What a ModelDeployment records, and where.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +53,13 @@ pub struct KafkaSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 249), regex(pattern = r"^[a-zA-Z0-9._-]+$"))]
     pub topic: Option<String>,
+    /// Configuration of the topic, such as `retention.ms: "604800000"` or `min.insync.replicas: "2"`, when a router creates it.
+    /// A topic that exists is not changed: neither one that was created elsewhere nor, after a change of this field, one that
+    /// a router created. Without a name or value that Kafka takes, the topic is not created. Absent: the broker's defaults.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}, "x-kubernetes-validations" = [
+        {"rule": "self.all(name, size(name) <= 128)", "message": "a name in topicConfig has at most 128 characters"}]))]
+    pub topic_config: BTreeMap<String, String>,
     /// Name of a Secret in the same namespace whose keys become environment variables of router, monitor and
     /// retrainings: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD,
     /// KAFKA_SSL_CA, KAFKA_SSL_CERTIFICATE and KAFKA_SSL_KEY (the last three in PEM), as far as the brokers need them.

@@ -56,7 +56,7 @@ pub struct FineTuneJobSpec {
     /// Resources, placement and environment of the trainer's pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodOverrides>,
-    /// Image of the trainer. Absent: the operator's default.
+    /// Image of the trainer. Absent: the operator's, with CUDA if the pods reserve GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
@@ -79,7 +79,7 @@ pub struct FineTuneJobSpec {
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobStatus {
     /// Conditions of the job. Succeeded is Unknown until the job is over, then True or False with the reason. Running
-    /// is True while all pods run.
+    /// is True while all pods run. GpuImage is False if the pods reserve GPUs and the operator has no image with CUDA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -47,6 +47,8 @@ pub mod condition {
     pub const DRIFTED: &str = "Drifted";
     /// A retraining runs.
     pub const RETRAINING: &str = "Retraining";
+    /// False if the pods reserve GPUs that their image is not expected to use; absent otherwise.
+    pub const GPU_IMAGE: &str = "GpuImage";
 }
 
 /// Whether a field may be left out when it is written.

@@ -79,7 +79,7 @@ pub struct ModelDeploymentSpec {
     /// The same for the monitor's pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor_pod_template: Option<PodOverrides>,
-    /// Image of the server. Absent: the operator's default.
+    /// Image of the server. Absent: the operator's, with CUDA if the pods reserve GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
@@ -295,7 +295,8 @@ pub enum Approval {
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentStatus {
     /// Conditions of the deployment. Ready: the current revision answers with all replicas. Progressing: a candidate is
-    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs.
+    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs. GpuImage is False if the servers reserve
+    /// GPUs and the operator has no image with CUDA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -313,6 +314,10 @@ pub struct ModelDeploymentStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
     pub failed_revisions: Vec<String>,
+    /// Completion time of the newest job whose model was rolled back. Of the jobs that were over by then, only the one of the
+    /// current revision is served. Cleared as failedRevisions is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settled_until: Option<Time>,
     /// Value of the annotation athanor.dev/retry-rollout when it was last looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256))]
@@ -320,6 +325,9 @@ pub struct ModelDeploymentStatus {
     /// Verdict of the monitor, which is the only writer of this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorStatus>,
+    /// Number of retrainings that were created; the name of the next one follows from it.
+    #[serde(default, skip_serializing_if = "crate::is_default")]
+    pub retrainings: u64,
     /// Newest retraining, until it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retraining: Option<RetrainingStatus>,

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements, Toleration};
+use k8s_openapi::{
+    api::core::v1::{EnvVar, ResourceRequirements, Toleration},
+    apimachinery::pkg::api::resource::Quantity,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +40,10 @@ pub struct PodOverrides {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 128), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
+    /// Size limit of the pods' scratch space on disk: /tmp and the servers' copy of the model, each. A pod that exceeds it is
+    /// evicted. Absent: 1Gi for /tmp of routers and monitors, no limit for trainers and servers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch_size_limit: Option<Quantity>,
     /// Name of the pods' PriorityClass.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]

@@ -279,11 +279,12 @@ impl Window {
         self.newest.len()
     }
 
-    /// What the events so far say; `time` is left to the caller.
+    /// What the events so far say; `time` and `topic` are left to the caller.
     pub fn status(&self) -> MonitorStatus {
         let statistics = self.statistics();
         MonitorStatus {
             revision: self.revision.clone(),
+            topic: String::new(),
             verdict: self.verdict(),
             statistics,
             predictions: self.predictions,

@@ -2,7 +2,11 @@
 //!
 //! Nothing is taken over: an object that exists without the owner's reference stays as it is, whatever its name.
 
-use std::{borrow::Cow, fmt::Debug, time::Instant};
+use std::{
+    borrow::Cow,
+    fmt::Debug,
+    time::{Duration, Instant},
+};
 
 use athanor_contract::artifact::sha256_hex;
 use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::OwnerReference};
@@ -15,7 +19,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     lease::Leadership,
     memory::Memory,
-    stores::{Mark, Stores, Written, version},
+    pace::Change,
+    stores::{Mark, Present, Stores, Written, version},
 };
 
 /// Field manager of everything that the operator writes.
@@ -61,6 +66,18 @@ fn request<K: Resource<DynamicType = ()>>(action: &'static str, name: &str, sour
     ClusterError::Request { action, kind: kind::<K>().into(), name: name.into(), source: Box::new(source) }
 }
 
+/// Returns the digest of a child.
+fn digest(child: &impl Serialize) -> String {
+    sha256_hex(serde_json::to_string(child).expect("a child has string keys only").as_bytes())
+}
+
+/// Returns the version of an object that the API server answered a write with.
+fn written<K: Resource<DynamicType = ()>>(object: &K) -> Result<Written, ClusterError> {
+    let version = version(object.meta())
+        .ok_or_else(|| ClusterError::Version { kind: kind::<K>().into(), name: object.name_any() })?;
+    Ok(Written { version, at: Instant::now() })
+}
+
 /// Name and UID of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -72,6 +89,17 @@ impl Identity {
     pub fn from_object<K: Resource>(object: &K) -> Self {
         Self { name: object.name_any(), uid: object.uid().unwrap_or_default() }
     }
+}
+
+/// When a status is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// It did not change.
+    Unchanged,
+    /// Now.
+    Due,
+    /// After this time, unless something more urgent changes.
+    For(Duration),
 }
 
 /// Objects that the operator writes.
@@ -125,9 +153,7 @@ impl<'a> Cluster<'a> {
 
     /// Records the version that a write made: the next reconcile waits until the caches have it.
     fn wrote<K: Child>(&self, object: &K) -> Result<(), ClusterError> {
-        let version = version(object.meta())
-            .ok_or_else(|| ClusterError::Version { kind: kind::<K>().into(), name: object.name_any() })?;
-        self.memory.wrote(self.key, &kind::<K>(), Written { version, at: Instant::now() });
+        self.memory.wrote(self.key, &kind::<K>(), written(object)?);
         Ok(())
     }
 
@@ -136,13 +162,44 @@ impl<'a> Cluster<'a> {
     /// # Errors
     /// A request that failed, or an object with the child's name that does not belong to the owner.
     pub async fn apply<K: Child>(&self, child: &K, owner: &str) -> Result<(), ClusterError> {
-        let (kind, namespace, name) = (kind::<K>(), child.namespace().unwrap_or_default(), child.name_any());
-        let text = serde_json::to_string(child).expect("a child has string keys only");
-        let digest = sha256_hex(text.as_bytes());
-        let present = self.stores.child(&kind, &namespace, &name);
-        if self.memory.is_applied(self.key, (&kind, &name), &digest, &present, Instant::now()) {
+        let digest = digest(child);
+        if self.is_applied(child, &digest) {
             return Ok(());
         }
+        self.apply_to_own(child, owner, digest).await
+    }
+
+    /// Applies a child as [`Self::apply`] does, and creates it by a single request if the caches do not have it.
+    ///
+    /// It is for children whose set of fields never changes: server-side apply later removes no field that a creation
+    /// set.
+    ///
+    /// # Errors
+    /// As those of [`Self::apply`].
+    pub async fn create_or_apply<K: Child>(&self, child: &K, owner: &str) -> Result<(), ClusterError> {
+        let digest = digest(child);
+        if self.is_applied(child, &digest) {
+            return Ok(());
+        }
+        let (kind, name) = (kind::<K>(), child.name_any());
+        if self.stores.child(&kind, &child.namespace().unwrap_or_default(), &name) == Present::Absent
+            && let Some(created) = self.post(child).await?
+        {
+            self.memory.applied(self.key, (&kind, &name), digest, Mark::new(created.meta()), Instant::now());
+            return Ok(());
+        }
+        self.apply_to_own(child, owner, digest).await
+    }
+
+    fn is_applied<K: Child>(&self, child: &K, digest: &str) -> bool {
+        let (kind, namespace, name) = (kind::<K>(), child.namespace().unwrap_or_default(), child.name_any());
+        let present = self.stores.child(&kind, &namespace, &name);
+        self.memory.is_applied(self.key, (&kind, &name), digest, &present, Instant::now())
+    }
+
+    /// Applies a child after a look at who owns the object of its name.
+    async fn apply_to_own<K: Child>(&self, child: &K, owner: &str, digest: String) -> Result<(), ClusterError> {
+        let (kind, namespace, name) = (kind::<K>(), child.namespace().unwrap_or_default(), child.name_any());
         self.check_owner::<K>(&namespace, &name, owner).await?;
         let params = PatchParams::apply(FIELD_MANAGER).force();
         self.check_leadership::<K>("applying", &name)?;
@@ -181,13 +238,18 @@ impl<'a> Cluster<'a> {
     /// # Errors
     /// A request that failed.
     pub async fn create_unread<K: Child>(&self, child: &K) -> Result<bool, ClusterError> {
+        Ok(self.post(child).await?.is_some())
+    }
+
+    /// Creates a child. Returns it, or `None` if an object of its name exists.
+    async fn post<K: Child>(&self, child: &K) -> Result<Option<K>, ClusterError> {
         let name = child.name_any();
         let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
         self.check_leadership::<K>("creating", &name)?;
         match self.api::<K>(&child.namespace().unwrap_or_default()).create(&params, child).await {
-            Ok(created) => self.wrote(&created).map(|()| true),
+            Ok(created) => self.wrote(&created).map(|()| Some(created)),
             // Any other conflict says nothing about an object of that name.
-            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(false),
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(None),
             Err(error) => Err(request::<K>("creating", &name, error)),
         }
     }
@@ -227,6 +289,35 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// Returns when the status of the object is to be written after this change.
+    pub fn hold_status(&self, change: Option<Change>) -> Hold {
+        match change {
+            None => {
+                self.memory.is_current(self.key);
+                Hold::Unchanged
+            }
+            Some(change) => self.memory.hold(self.key, change, Instant::now()).map_or(Hold::Due, Hold::For),
+        }
+    }
+
+    /// Removes a field of another writer from the status of the object with this UID.
+    ///
+    /// # Errors
+    /// A request that failed.
+    pub async fn clear_status<K: Child>(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        field: &str,
+    ) -> Result<(), ClusterError> {
+        let body = serde_json::json!({"metadata": {"uid": uid}, "status": {field: null}});
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        self.check_leadership::<K>("writing the status of", name)?;
+        let written = self.api::<K>(namespace).patch_status(name, &params, &Patch::Merge(&body)).await;
+        self.wrote(&written.map_err(|error| request::<K>("writing the status of", name, error))?)
+    }
+
     /// Applies the status of an object with the operator's field manager; fields of other writers stay. The write
     /// carries UID and resource version of the object that was read: a recreated object never gets the status of the
     /// old one, and an operator that lost its leadership cannot write over its successor.
@@ -245,7 +336,10 @@ impl<'a> Cluster<'a> {
         let api = self.api::<K>(&object.namespace().unwrap_or_default());
         self.check_leadership::<K>("writing the status of", &name)?;
         match api.patch_status(&name, &params, &Patch::Apply(&body)).await {
-            Ok(written) => self.wrote(&written),
+            Ok(object) => {
+                self.memory.wrote_status(self.key, &kind::<K>(), written(&object)?);
+                Ok(())
+            }
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 Err(ClusterError::Conflict { kind: kind::<K>().into(), name })
             }

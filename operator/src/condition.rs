@@ -1,5 +1,6 @@
 //! Conditions of a status, as the Kubernetes API conventions define them.
 
+use athanor_crds::condition::GPU_IMAGE;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -59,6 +60,14 @@ pub fn set(conditions: &mut Vec<Condition>, type_: &str, value: &Value, generati
     match before {
         Some(at) => conditions[at] = condition,
         None => conditions.push(condition),
+    }
+}
+
+/// Sets the condition GpuImage to False with a warning; without one, removes it.
+pub fn warn_of_image(conditions: &mut Vec<Condition>, warning: Option<&str>, generation: Option<i64>, now: Timestamp) {
+    match warning {
+        Some(warning) => set(conditions, GPU_IMAGE, &Value::new(State::False, "NoCudaImage", warning), generation, now),
+        None => conditions.retain(|condition| condition.type_ != GPU_IMAGE),
     }
 }
 

@@ -30,9 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     context::Context,
-    finetunejob,
+    finetunejob, prune,
     reconciler::{self, Kind, ReconcileError, record_key},
-    stores::{Cache, Cached, Feed, Feeds},
+    stores::{Cache, Cached, Feed, Feeds, version},
     wakes::Wakes,
 };
 
@@ -96,38 +96,49 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
     let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = feeds;
     let ours = || watcher::Config::default().labels(OURS);
     let deployments = &context.stores.model_deployments;
-    let fine_tune_jobs = watch(api(client, namespace), watcher::Config::default(), fine_tune_jobs, |job| {
-        queues.jobs.wake([ObjectRef::from_obj(job)]);
-        // A search waits for the ends of its trials, and a deployment for that of a job; neither for their progress.
-        let is_over = job.status.as_ref().is_some_and(finetunejob::is_over);
-        if is_over || context.stores.fine_tune_jobs.get(&job.namespace().unwrap_or_default(), &job.name_any()).is_none()
-        {
-            queues.jobs.wake(named_by(job, label::SEARCH));
-            queues.deployments.wake(interested(deployments, job));
-        }
-    });
+    let fine_tune_jobs =
+        watch(api(client, namespace), watcher::Config::default(), fine_tune_jobs, prune::metadata, |job| {
+            let key = record_key(FineTuneJob::NAME, job.metadata.namespace.as_deref(), &job.name_any());
+            if !context.memory.is_settled(&key, version(&job.metadata)) {
+                queues.jobs.wake([ObjectRef::from_obj(job)]);
+            }
+            // A search waits for the ends of its trials, and a deployment for that of a job; neither for their progress.
+            let is_over = job.status.as_ref().is_some_and(finetunejob::is_over);
+            if is_over
+                || context.stores.fine_tune_jobs.get(&job.namespace().unwrap_or_default(), &job.name_any()).is_none()
+            {
+                queues.jobs.wake(named_by(job, label::SEARCH));
+                queues.deployments.wake(interested(deployments, job));
+            }
+        });
     let model_deployments =
-        watch(api(client, namespace), watcher::Config::default(), model_deployments, |deployment| {
+        watch(api(client, namespace), watcher::Config::default(), model_deployments, prune::metadata, |deployment| {
             queues.deployments.wake([ObjectRef::from_obj(deployment)]);
         });
-    let batch_jobs = watch::<Job>(api(client, namespace), ours(), batch_jobs, |batch_job| {
+    let batch_jobs = watch::<Job>(api(client, namespace), ours(), batch_jobs, prune::batch_job, |batch_job| {
         queues.jobs.wake(owners(batch_job));
     });
     // A pod is not owned by the FineTuneJob but by its Kubernetes Job, and its end must not wait for that Job's status.
-    let pods = watch::<Pod>(api(client, namespace), ours(), pods, |pod| {
+    let pods = watch::<Pod>(api(client, namespace), ours(), pods, prune::pod, |pod| {
         queues.jobs.wake(named_by(pod, label::FINE_TUNE_JOB));
         queues.deployments.wake(named_by(pod, label::DEPLOYMENT));
     });
-    let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, |workload| {
+    let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, prune::workload, |workload| {
         queues.deployments.wake(owners(workload));
     });
-    let services = watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, |service| {
-        queues.deployments.wake(owners(service));
-    });
-    let config_maps =
-        watch::<PartialObjectMeta<ConfigMap>>(api(client, namespace), ours(), config_maps, |config_map| {
-            queues.deployments.wake(owners(config_map));
+    let services =
+        watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, prune::metadata, |service| {
+            queues.deployments.wake(owners(service));
         });
+    let config_maps = watch::<PartialObjectMeta<ConfigMap>>(
+        api(client, namespace),
+        ours(),
+        config_maps,
+        prune::metadata,
+        |config_map| {
+            queues.deployments.wake(owners(config_map));
+        },
+    );
     futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps);
 }
 
@@ -143,9 +154,10 @@ async fn watch<K: Cached + DeserializeOwned>(
     api: Api<K>,
     config: watcher::Config,
     mut feed: Feed<K>,
+    prune: fn(&mut K),
     changed: impl Fn(&K),
 ) {
-    let mut events = pin!(watcher(api, config).default_backoff());
+    let mut events = pin!(watcher(api, config).default_backoff().modify(prune));
     while let Some(event) = events.next().await {
         match event {
             Ok(event) => feed.take(&event, Instant::now()).iter().for_each(|object| changed(object)),

@@ -73,6 +73,16 @@ struct Record {
     transitions: i32,
 }
 
+/// Result of an attempt to take or renew the Lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Held,
+    /// Another process holds it.
+    Taken,
+    /// It changed after it was read: another candidate was faster, or somebody edited it.
+    Conflict,
+}
+
 impl Election {
     pub fn new(client: Client, namespace: &str, name: &str, identity: String) -> Self {
         Self {
@@ -95,9 +105,9 @@ impl Election {
         loop {
             let began = Instant::now();
             match self.attempt().await {
-                Ok(leads) => {
+                Ok(outcome) => {
                     reached();
-                    if leads {
+                    if outcome == Outcome::Held {
                         self.leadership.renew(began);
                         return true;
                     }
@@ -111,7 +121,8 @@ impl Election {
         }
     }
 
-    /// Renews until shutdown or until the deadline has passed. Returns true if leadership was lost.
+    /// Renews until shutdown, until another process holds the Lease, or until the deadline has passed. Returns true if
+    /// leadership was lost.
     pub async fn hold(&mut self, shutdown: &CancellationToken) -> bool {
         let mut renewed = Instant::now();
         loop {
@@ -122,13 +133,17 @@ impl Election {
             let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
             let began = Instant::now();
             match timeout(left.max(Duration::from_millis(1)), self.attempt()).await {
-                Ok(Ok(true)) => {
+                Ok(Ok(Outcome::Held)) => {
                     renewed = began;
                     self.leadership.renew(began);
                 }
-                Ok(Ok(false)) => {
+                Ok(Ok(Outcome::Taken)) => {
                     self.leadership.end();
                     return true;
+                }
+                // Somebody edited the Lease in between. The next attempt reads who holds it.
+                Ok(Ok(Outcome::Conflict)) => {
+                    tracing::warn!(lease = self.name, "the Lease changed while it was renewed");
                 }
                 Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease could not be renewed"),
                 Err(_) => {}
@@ -156,7 +171,7 @@ impl Election {
         }
     }
 
-    async fn attempt(&mut self) -> Result<bool, kube::Error> {
+    async fn attempt(&mut self) -> Result<Outcome, kube::Error> {
         let lease = self.api.get_opt(&self.name).await?;
         let now = Instant::now();
         let seen = lease.as_ref().map(record);
@@ -166,11 +181,10 @@ impl Election {
             self.seen = Some((record.clone(), now));
         }
         let silent = self.seen.as_ref().map_or(Duration::ZERO, |(_, since)| now - *since);
-        let Some(transitions) = may_take(seen.as_ref(), &self.identity, silent) else { return Ok(false) };
+        let Some(transitions) = may_take(seen.as_ref(), &self.identity, silent) else { return Ok(Outcome::Taken) };
         match self.write(lease.as_ref(), self.identity.clone(), transitions).await {
-            Ok(()) => Ok(true),
-            // Another candidate was faster.
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            Ok(()) => Ok(Outcome::Held),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(Outcome::Conflict),
             Err(error) => Err(error),
         }
     }

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::stores::{Mark, Present, Stores, Written};
+use crate::{
+    pace::{Change, PACE},
+    stores::{Mark, Present, Stores, Written},
+};
 
 /// Longest time between two applications of a child. Children that are not watched are repaired this often.
 pub const RESYNC: Duration = Duration::from_secs(600);
@@ -40,6 +43,17 @@ struct Record {
     written: HashMap<String, Written>,
     /// Entries by kind and name.
     applied: HashMap<(String, String), AppliedChild>,
+    status: StatusWrites,
+}
+
+/// Writes of an object's status.
+#[derive(Default)]
+struct StatusWrites {
+    last: Option<Written>,
+    /// When a change of a message alone was first held back.
+    held: Option<Instant>,
+    /// Version after whose write nothing was left to do.
+    settled: Option<u64>,
 }
 
 /// Records by the keys of objects.
@@ -70,6 +84,48 @@ impl Memory {
         let (kind, oldest) = written.iter().min_by_key(|(_, written)| written.at)?;
         let waited = now.saturating_duration_since(oldest.at);
         Some(if waited < LONG { Lag::Short(SHORT) } else { Lag::Long { kind: kind.clone(), waited } })
+    }
+
+    /// Records a write of the status.
+    pub fn wrote_status(&self, key: &str, kind: &str, written: Written) {
+        self.wrote(key, kind, written);
+        let mut records = self.records();
+        let status = &mut records.entry(key.into()).or_default().status;
+        status.last = Some(written);
+        status.held = None;
+    }
+
+    /// Returns the time for which a change of the status is held back; `None` if it is to be written now.
+    pub fn hold(&self, key: &str, change: Change, now: Instant) -> Option<Duration> {
+        let mut records = self.records();
+        let status = &mut records.entry(key.into()).or_default().status;
+        let since = match change {
+            Change::Stage => None,
+            Change::Progress => status.last.map(|last| last.at),
+            // A message that changes again within that time is never written.
+            Change::Message => Some(*status.held.get_or_insert(now)),
+        };
+        let left = since.map_or(Duration::ZERO, |since| PACE.saturating_sub(now.saturating_duration_since(since)));
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Records that the status is as it should be: no change is held back any more.
+    pub fn is_current(&self, key: &str) {
+        if let Some(record) = self.records().get_mut(key) {
+            record.status.held = None;
+        }
+    }
+
+    /// Records that nothing is left to do after the last write of the status.
+    pub fn settle(&self, key: &str) {
+        if let Some(record) = self.records().get_mut(key) {
+            record.status.settled = record.status.last.map(|last| last.version);
+        }
+    }
+
+    /// Returns whether an event shows no more than the last write of the status, after which nothing was left to do.
+    pub fn is_settled(&self, key: &str, version: Option<u64>) -> bool {
+        version.is_some() && self.records().get(key).is_some_and(|record| record.status.settled == version)
     }
 
     /// Returns whether a child is as it was last applied, which was not long ago.
@@ -133,6 +189,40 @@ mod tests {
             feeds.fine_tune_jobs.take(&Event::Apply(job.clone()), start);
             assert_eq!(memory.lag("a", &stores, start), lag, "version {version}");
         }
+    }
+
+    #[test]
+    fn stages_are_written_at_once_and_the_rest_in_its_time() {
+        let memory = Memory::default();
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let hold = |change, seconds| memory.hold("a", change, after(seconds)).map(|wait| wait.as_secs());
+        let wrote = |version, seconds| memory.wrote_status("a", "FineTuneJob", Written { version, at: after(seconds) });
+        assert_eq!(hold(Change::Progress, 0), None, "this process has written nothing yet");
+        wrote(1, 0);
+        assert_eq!((hold(Change::Progress, 1), hold(Change::Progress, 5)), (Some(4), None));
+        assert_eq!(hold(Change::Stage, 1), None);
+        // A message waits from its first change, however long ago the last write was.
+        assert_eq!((hold(Change::Message, 20), hold(Change::Message, 23)), (Some(5), Some(2)));
+        assert_eq!(hold(Change::Message, 25), None);
+        wrote(2, 25);
+        assert_eq!(hold(Change::Message, 26), Some(5), "the next one");
+        memory.is_current("a");
+        assert_eq!(hold(Change::Message, 29), Some(5), "it had changed back");
+    }
+
+    #[test]
+    fn an_event_of_the_last_status_alone_is_settled() {
+        let memory = Memory::default();
+        let at = Instant::now();
+        memory.wrote_status("a", "FineTuneJob", Written { version: 7, at });
+        assert!(!memory.is_settled("a", Some(7)), "something may be left to do");
+        memory.settle("a");
+        assert!(memory.is_settled("a", Some(7)));
+        assert!(!memory.is_settled("a", Some(8)), "somebody changed it");
+        assert!(!memory.is_settled("a", None) && !memory.is_settled("b", Some(7)));
+        memory.wrote_status("a", "FineTuneJob", Written { version: 9, at });
+        assert!(!memory.is_settled("a", Some(9)));
     }
 
     #[test]

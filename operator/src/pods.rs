@@ -88,6 +88,8 @@ pub fn small(overrides: Option<&PodOverrides>) -> PodOverrides {
         limits: quantities(&[("memory", "1Gi")]),
         ..ResourceRequirements::default()
     });
+    // They write next to nothing there.
+    overrides.scratch_size_limit.get_or_insert_with(|| Quantity("1Gi".into()));
     overrides
 }
 
@@ -135,7 +137,7 @@ pub fn template(plan: PodPlan<'_>) -> PodTemplateSpec {
     annotations.insert("prometheus.io/scrape".into(), "true".into());
     annotations.insert("prometheus.io/port".into(), plan.metrics_port.to_string());
     let mut volumes = plan.volumes.clone();
-    volumes.push((scratch("tmp", None), "/tmp".into()));
+    volumes.push((scratch("tmp", overrides.scratch_size_limit.as_ref()), "/tmp".into()));
     let container = container(&plan, overrides, volumes.iter().map(|(volume, path)| mount(volume, path)).collect());
     PodTemplateSpec {
         metadata: Some(ObjectMeta { labels: Some(labels), annotations: Some(annotations), ..ObjectMeta::default() }),
@@ -251,11 +253,23 @@ pub fn common_environment(otlp_endpoint: Option<&str>) -> Vec<EnvVar> {
     env
 }
 
-/// Returns an empty folder that is deleted with the pod.
-pub fn scratch(name: &str, medium: Option<&str>) -> Volume {
+/// Returns an empty folder on disk that is deleted with the pod.
+pub fn scratch(name: &str, size_limit: Option<&Quantity>) -> Volume {
     Volume {
         name: name.into(),
-        empty_dir: Some(EmptyDirVolumeSource { medium: medium.map(Into::into), size_limit: None }),
+        empty_dir: Some(EmptyDirVolumeSource { medium: None, size_limit: size_limit.cloned() }),
+        ..Volume::default()
+    }
+}
+
+/// Returns an empty folder in memory, which counts against the memory limit of the container that fills it.
+pub fn shared_memory(name: &str, size_limit: &str) -> Volume {
+    Volume {
+        name: name.into(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium: Some("Memory".into()),
+            size_limit: Some(Quantity(size_limit.into())),
+        }),
         ..Volume::default()
     }
 }

@@ -17,6 +17,8 @@ use kube::{
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::pace::PACE;
+
 /// Messages and server, generated from contract/proto/progress.proto.
 pub mod proto {
     tonic::include_proto!("athanor.train.v1");
@@ -24,10 +26,12 @@ pub mod proto {
 
 use proto::{ProgressReply, ProgressUpdate, progress_server::Progress};
 
-/// Shortest time between two changes of a job's status by reports of the same stage.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest time between two reconciles of a job by reports of the same stage.
+const INTERVAL: Duration = PACE;
 /// Most metrics, and most timeline entries, that are kept from a report.
 const ENTRIES: usize = 32;
+/// Largest number of steps: the API server has no larger integers.
+const MOST_STEPS: u64 = i64::MAX as u64;
 
 /// The newest report of a run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -86,6 +90,7 @@ impl Reports {
     }
 
     fn keep(&self, update: ProgressUpdate) {
+        let run_id = update.run_id.clone();
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         if !newest.contains_key(&update.run_id)
             && let Some(jobs) = &*self.jobs.read().unwrap_or_else(PoisonError::into_inner)
@@ -93,18 +98,23 @@ impl Reports {
             let known: std::collections::HashSet<String> = jobs.state().iter().filter_map(|job| job.uid()).collect();
             newest.retain(|uid, _| known.contains(uid));
         }
-        let report = Report {
-            stage: update.stage.chars().take(64).collect(),
-            step: update.step,
-            total_steps: update.total_steps,
-            loss: update.loss,
-            samples_per_second: update.samples_per_second,
-            eta_seconds: update.eta_seconds,
-            metrics: update.metrics.into_iter().filter(|(name, _)| name.len() <= 128).take(ENTRIES).collect(),
-            checkpoint_step: update.checkpoint_step,
-            timeline: update.timeline.into_iter().filter(|(name, _)| name.len() <= 64).take(ENTRIES).collect(),
-        };
-        newest.insert(update.run_id, report);
+        let report = bounded(update);
+        newest.insert(run_id, report);
+    }
+}
+
+/// Keeps of a report what the schema of the status allows: a status that is refused would hide what else it says.
+fn bounded(update: ProgressUpdate) -> Report {
+    Report {
+        stage: update.stage.chars().take(64).collect(),
+        step: update.step.min(MOST_STEPS),
+        total_steps: update.total_steps.min(MOST_STEPS),
+        loss: update.loss,
+        samples_per_second: update.samples_per_second,
+        eta_seconds: update.eta_seconds,
+        metrics: update.metrics.into_iter().filter(|(name, _)| name.len() <= 128).take(ENTRIES).collect(),
+        checkpoint_step: update.checkpoint_step.min(MOST_STEPS),
+        timeline: update.timeline.into_iter().filter(|(name, _)| name.len() <= 64).take(ENTRIES).collect(),
     }
 }
 
@@ -141,6 +151,22 @@ mod tests {
     use kube::runtime::{reflector, watcher};
 
     use super::*;
+
+    #[test]
+    fn a_report_is_cut_to_what_a_status_may_hold() {
+        let named = |length: usize| (0..100).map(move |number| (format!("{number:0length$}"), 1.0)).collect();
+        let report = bounded(ProgressUpdate {
+            stage: "é".repeat(100),
+            step: u64::MAX,
+            total_steps: u64::MAX,
+            checkpoint_step: u64::MAX,
+            metrics: named(10),
+            timeline: named(65),
+            ..ProgressUpdate::default()
+        });
+        assert_eq!((report.stage.chars().count(), report.metrics.len(), report.timeline.len()), (64, ENTRIES, 0));
+        assert_eq!([report.step, report.total_steps, report.checkpoint_step], [MOST_STEPS; 3]);
+    }
 
     #[test]
     fn only_the_run_of_a_known_job_may_report() {

@@ -99,12 +99,16 @@ pub trait Kind:
         now: Timestamp,
     ) -> impl Future<Output = Result<Self::Status, ClusterError>> + Send;
 
-    /// Writes the status if it changed.
+    /// Writes the status if it changed. Returns the time for which a change is held back.
     fn write(
         cluster: &Cluster<'_>,
         observed: &Self::Observed,
         status: Self::Status,
-    ) -> impl Future<Output = Result<(), ClusterError>> + Send;
+    ) -> impl Future<Output = Result<Option<Duration>, ClusterError>> + Send;
+
+    /// Returns whether nothing is left to do once the status after a decision is written, so that the event of that
+    /// write needs no reconcile.
+    fn is_settled(decision: &Self::Decision) -> bool;
 
     /// Returns when to reconcile again even if nothing changes.
     fn requeue(decision: &Self::Decision) -> Option<Duration>;
@@ -189,7 +193,10 @@ async fn steps<K: Kind>(object: &K, key: &str, context: &Context) -> Result<Acti
     let children = K::build(&validated, &context.settings, &decision, rand::random());
     let applied = K::apply(&cluster, &validated, &decision, children).await;
     let status = K::status(&observed, &decision, applied.as_ref(), now);
-    K::write(&cluster, &observed, status).await?;
+    let held = K::write(&cluster, &observed, status).await?;
     applied?;
-    Ok(Action::requeue(K::requeue(&decision).map_or(RESYNC, |wait| wait.min(RESYNC))))
+    if K::is_settled(&decision) {
+        context.memory.settle(key);
+    }
+    Ok(Action::requeue([K::requeue(&decision), held].into_iter().flatten().fold(RESYNC, Duration::min)))
 }

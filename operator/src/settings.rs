@@ -3,6 +3,8 @@
 use athanor_contract::process::{port, variable};
 use clap::Parser;
 
+use crate::images::Images;
+
 /// The controllers of FineTuneJob and ModelDeployment.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "athanor-operator", version)]
@@ -13,9 +15,17 @@ pub struct Settings {
     /// Image of athanor-trainer.
     #[arg(long, env = variable::TRAINER_IMAGE, default_value = "athanor-trainer:latest")]
     pub trainer_image: String,
+    /// Image of athanor-trainer with CUDA, for pods that reserve nvidia.com/gpu. Absent: they get the other one, and a
+    /// condition of the job says so.
+    #[arg(long, env = variable::TRAINER_CUDA_IMAGE)]
+    pub trainer_cuda_image: Option<String>,
     /// Image of athanor-server.
     #[arg(long, env = variable::SERVER_IMAGE, default_value = "athanor-server:latest")]
     pub server_image: String,
+    /// Image of athanor-server with CUDA, for pods that reserve nvidia.com/gpu. Absent: they get the other one, and a
+    /// condition of the deployment says so.
+    #[arg(long, env = variable::SERVER_CUDA_IMAGE)]
+    pub server_cuda_image: Option<String>,
     /// Image of athanor-router.
     #[arg(long, env = variable::ROUTER_IMAGE, default_value = "athanor-router:latest")]
     pub router_image: String,
@@ -28,6 +38,10 @@ pub struct Settings {
     /// Number of routers of each ModelDeployment.
     #[arg(long, env = variable::ROUTER_REPLICAS, default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=100))]
     pub router_replicas: i32,
+    /// Seconds that servers and routers keep serving after SIGTERM, until nobody sends to them any more. Large clusters need
+    /// more.
+    #[arg(long, env = variable::STOP_DELAY_SECONDS, default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=600))]
+    pub stop_delay_seconds: u32,
     /// Address for progress reports of trainers, such as http://athanor-operator.athanor-system:9443. Absent: trainers
     /// do not report.
     #[arg(long, env = variable::PROGRESS_ADDRESS)]
@@ -50,4 +64,16 @@ pub struct Settings {
     /// Name of this process in the Lease. Absent: the host name with a random number.
     #[arg(long, env = "POD_NAME")]
     pub identity: Option<String>,
+}
+
+impl Settings {
+    /// Returns the images of athanor-trainer.
+    pub fn trainer_images(&self) -> Images<'_> {
+        Images { cpu: &self.trainer_image, cuda: self.trainer_cuda_image.as_deref(), option: "--trainer-cuda-image" }
+    }
+
+    /// Returns the images of athanor-server.
+    pub fn server_images(&self) -> Images<'_> {
+        Images { cpu: &self.server_image, cuda: self.server_cuda_image.as_deref(), option: "--server-cuda-image" }
+    }
 }

@@ -25,6 +25,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
 };
 use clap::Parser;
+use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
 use kube::{Client, runtime::controller::Action, runtime::watcher::Event};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -170,6 +171,12 @@ fn train() -> Value {
     })
 }
 
+fn on_nodes(nodes: u32) -> Value {
+    let mut spec = train();
+    spec["distributed"] = json!({"numNodes": nodes});
+    spec
+}
+
 fn object(kind: &str, name: &str, spec: Value) -> Value {
     json!({"apiVersion": "athanor.dev/v1alpha1", "kind": kind, "spec": spec,
         "metadata": {"name": name, "namespace": "ns", "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z"}})
@@ -181,18 +188,16 @@ async fn a_job_is_created_once_although_the_caches_lag() {
     let (context, mut feeds) = operator(&server).await;
     let path = format!("{JOBS}/a");
     let batch_job = "/apis/batch/v1/namespaces/ns/jobs";
-    let job: FineTuneJob = server.put(&path, object("FineTuneJob", "a", train()));
+    let job: FineTuneJob = server.put(&path, object("FineTuneJob", "a", on_nodes(4)));
     show(&server, &mut feeds.fine_tune_jobs, &path);
     reconcile(&job, &context).await.unwrap();
     let created = [
-        format!("GET {CORE}/configmaps/a-train"),
-        format!("PATCH {CORE}/configmaps/a-train"),
-        format!("GET {CORE}/services/a-trainer"),
-        format!("PATCH {CORE}/services/a-trainer"),
+        format!("POST {CORE}/configmaps"),
+        format!("POST {CORE}/services"),
         format!("POST {batch_job}"),
         format!("PATCH {path}/status"),
     ];
-    assert_eq!(server.requests(), created, "names that are free, children, status; no list");
+    assert_eq!(server.requests(), created, "children and status, a request each");
 
     // No cache shows any of it, then only some do: the reconcile waits.
     let waits = async |step: &str| {
@@ -221,6 +226,82 @@ async fn a_job_is_created_once_although_the_caches_lag() {
     assert!(requests.contains(&format!("GET {batch_job}/a-0")), "{requests:?}");
     let now: FineTuneJob = server.get(&path);
     assert_eq!(now.status.unwrap().attempt, 0);
+}
+
+/// Shows the caches all that the server has, except for the object itself.
+fn show_children(server: &Server, feeds: &mut Feeds) {
+    let paths: Vec<String> = server.0.lock().unwrap().by_path.keys().cloned().collect();
+    for path in paths {
+        if path.contains("/configmaps/") {
+            show(server, &mut feeds.config_maps, &path);
+        } else if path.contains("/services/") {
+            show(server, &mut feeds.services, &path);
+        } else if path.contains("/jobs/") {
+            show(server, &mut feeds.batch_jobs, &path);
+        } else if path.contains("/pods/") {
+            show(server, &mut feeds.pods, &path);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_job_of_four_nodes_takes_six_requests_while_its_pods_start_one_by_one() {
+    let server = Server::default();
+    let (context, mut feeds) = operator(&server).await;
+    let path = format!("{JOBS}/a");
+    let job: FineTuneJob = server.put(&path, object("FineTuneJob", "a", on_nodes(4)));
+    show(&server, &mut feeds.fine_tune_jobs, &path);
+    reconcile(&job, &context).await.unwrap();
+    let mut requests = server.requests();
+    let uid = server.get::<Job>("/apis/batch/v1/namespaces/ns/jobs/a-0").metadata.uid.unwrap();
+    let state = |state: Value| json!([{"name": "trainer", "image": "i", "imageID": "i", "ready": true, "restartCount": 0, "state": state}]);
+    let put_pod = |index: usize, phase: &str, state_now: Value| {
+        let labels = json!({"athanor.dev/finetunejob": "a", "batch.kubernetes.io/controller-uid": uid,
+            "batch.kubernetes.io/job-completion-index": index.to_string()});
+        let name = format!("a-0-{index}");
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "ns", "labels": labels},
+            "status": {"phase": phase, "containerStatuses": state(state_now)}});
+        let _pod: Pod = server.put(&format!("{CORE}/pods/{name}"), pod);
+    };
+    let mut reconciles = async |held: bool| {
+        show_children(&server, &mut feeds);
+        show(&server, &mut feeds.fine_tune_jobs, &path);
+        let action = format!("{:?}", reconcile(&job, &context).await.unwrap());
+        // Held back for less than five seconds, or else until the next resynchronisation.
+        assert_eq!(action.contains("600s"), !held, "{action}");
+        server.requests()
+    };
+    for index in 0..3 {
+        put_pod(index, "Running", json!({"running": {"startedAt": "2026-01-01T00:00:05Z"}}));
+        assert_eq!(reconciles(true).await, [""; 0], "{} of 4 pods run", index + 1);
+    }
+    put_pod(3, "Running", json!({"running": {"startedAt": "2026-01-01T00:00:05Z"}}));
+    requests.extend(reconciles(false).await);
+    assert_eq!(requests.len(), 5, "another stage is written at once: {requests:?}");
+    assert_eq!(reconciles(false).await, [""; 0]);
+    let wrong = json!({"terminated": {"exitCode": 3, "message": "no column", "finishedAt": "2026-01-01T00:01:00Z"}});
+    put_pod(0, "Failed", wrong);
+    requests.extend(reconciles(false).await);
+    assert_eq!(requests.iter().filter(|request| request.starts_with("PATCH")).count(), 3, "{requests:?}");
+    assert_eq!(requests.len(), 6, "{requests:?}");
+    assert_eq!(reconciles(false).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_child_of_another_owner_stays_although_the_cache_does_not_have_it() {
+    let server = Server::default();
+    let (context, mut feeds) = operator(&server).await;
+    let path = format!("{JOBS}/a");
+    let job: FineTuneJob = server.put(&path, object("FineTuneJob", "a", train()));
+    show(&server, &mut feeds.fine_tune_jobs, &path);
+    let config = format!("{CORE}/configmaps/a-train");
+    let theirs = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a-train", "namespace": "ns"}});
+    let theirs: Value = server.put(&config, theirs);
+    let error = reconcile(&job, &context).await.unwrap_err().to_string();
+    assert_eq!(error, "ConfigMap a-train already exists and belongs to another owner; rename one of the two");
+    let requests = [format!("POST {CORE}/configmaps"), format!("GET {config}"), format!("PATCH {path}/status")];
+    assert_eq!(server.requests(), requests);
+    assert_eq!(server.get::<Value>(&config), theirs);
 }
 
 #[tokio::test]
@@ -315,7 +396,7 @@ async fn a_retraining_that_the_cache_does_not_show_yet_is_not_taken_for_deleted(
     let status = server.get::<ModelDeployment>(&path).status.unwrap();
     drifted["status"] = serde_json::to_value(&status).unwrap();
     drifted["status"]["monitor"] = json!({"revision": status.current_revision.unwrap().name, "verdict": "Drifted",
-        "labelled": 1000, "ranges": [{"partition": 0, "begin": 5, "end": 90}]});
+        "topic": "athanor.ns.m", "labelled": 1000, "ranges": [{"partition": 0, "begin": 5, "end": 90}]});
     let _drifted: ModelDeployment = server.put(&path, drifted);
     // Another process starts with what there is now, so that only this one's writes are waited for.
     let (context, mut feeds) = operator(&server).await;

@@ -81,7 +81,10 @@ impl Session {
         let publisher = Publisher::connect(&self.config.namespace, &self.config.deployment).await?;
         // Alive and watching, though Kafka may be away.
         readiness.set(true);
-        let published = publisher.read().await?.unwrap_or_default();
+        let topic = &self.config.events.topic;
+        // Offsets of another topic say nothing about this one.
+        let published = publisher.read().await?.filter(|status| status.topic.is_empty() || status.topic == *topic);
+        let published = published.unwrap_or_default();
         let (consumer, positions) = self.open(&published).await?;
         let share = self.config.events.maximum_caller_percent;
         let window = Window::new(&revision.name, reference, self.config.windows.clone(), share);
@@ -218,7 +221,7 @@ impl Running<'_> {
                  on accuracy does not hold (docs/events.md)"
             );
         }
-        let mut status = self.window.status();
+        let mut status = MonitorStatus { topic: self.config.events.topic.clone(), ..self.window.status() };
         // What Kafka's retention has deleted cannot be trained on.
         for range in &mut status.ranges {
             if let Some((first, _)) = ends.get(&range.partition) {

@@ -34,7 +34,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if $image.digest -}}
 {{- printf "%s@%s" $repository $image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" $repository (coalesce $image.tag .context.Values.images.tag .context.Chart.AppVersion) -}}
+{{- $variant := ternary "-cuda" "" (hasSuffix "Cuda" .name) -}}
+{{- $common := printf "%s%s" (coalesce .context.Values.images.tag .context.Chart.AppVersion) $variant -}}
+{{- printf "%s:%s" $repository (coalesce $image.tag $common) -}}
 {{- end -}}
 {{- end -}}
 

@@ -18,6 +18,14 @@ use crate::cluster::{Cluster, ClusterError, Identity};
 #[derive(Debug)]
 pub struct Applied {
     created: bool,
+    image: Option<ImageCheck>,
+}
+
+/// Result of the choice of an image for pods that were created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageCheck {
+    /// Why the pods are not expected to use their GPUs.
+    pub warning: Option<String>,
 }
 
 impl Applied {
@@ -26,10 +34,21 @@ impl Applied {
         self.created
     }
 
+    /// Returns the result of the choice of an image, if the children of an attempt were applied.
+    pub fn image(&self) -> Option<&ImageCheck> {
+        self.image.as_ref()
+    }
+
     /// The result of an `apply` that a test leaves out.
     #[cfg(test)]
     pub fn assumed(created: bool) -> Self {
-        Self { created }
+        Self { created, image: None }
+    }
+
+    /// As [`Self::assumed`], of the children of an attempt.
+    #[cfg(test)]
+    pub fn assumed_attempt(warning: Option<String>) -> Self {
+        Self { created: true, image: Some(ImageCheck { warning }) }
     }
 }
 
@@ -58,12 +77,16 @@ pub async fn apply(
     for trial in &trials {
         created |= cluster.create(trial, &job.uid).await?;
     }
-    if let Some(AttemptChildren { config, service, batch_job }) = attempt {
-        cluster.apply(&config, &job.uid).await?;
-        cluster.apply(&service, &job.uid).await?;
+    let mut image = None;
+    if let Some(AttemptChildren { config, service, batch_job, warning }) = attempt {
+        cluster.create_or_apply(&config, &job.uid).await?;
+        if let Some(service) = &service {
+            cluster.create_or_apply(service, &job.uid).await?;
+        }
         created |= cluster.create(&batch_job, &job.uid).await?;
+        image = Some(ImageCheck { warning });
     }
-    Ok(Applied { created })
+    Ok(Applied { created, image })
 }
 
 /// Deletes the Kubernetes Jobs and the unfinished trials of a job that has become invalid: nothing observes them any

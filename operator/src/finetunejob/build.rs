@@ -1,4 +1,5 @@
-//! The children of a FineTuneJob: the trainer's configuration, a headless Service for the rendezvous, an Indexed Job.
+//! The children of a FineTuneJob: the trainer's configuration, an Indexed Job, and a headless Service for the rendezvous
+//! of several nodes.
 
 use std::time::Duration;
 
@@ -24,9 +25,10 @@ use super::{
         queue,
         search::{NewTrial, SearchResult},
     },
-    validate::{ValidatedJob, gpus},
+    validate::ValidatedJob,
 };
 use crate::{
+    images::{Choice, gpus},
     pods::{self, PodPlan},
     settings::Settings,
 };
@@ -34,6 +36,8 @@ use crate::{
 /// Port of the rendezvous (c10d's TCPStore) of rank 0.
 const MASTER_PORT: i32 = port::RENDEZVOUS as i32;
 const METRICS_PORT: i32 = port::TRAINER_METRICS as i32;
+/// Size limit of the memory that the processes of a pod share. It is taken only as far as it is used.
+const SHARED_MEMORY: &str = "8Gi";
 /// Time after SIGTERM for a last checkpoint.
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -47,16 +51,24 @@ pub struct Children {
 /// Children of one attempt.
 pub struct AttemptChildren {
     pub config: ConfigMap,
-    pub service: Service,
+    /// Absent with one node, whose processes meet on the loopback interface.
+    pub service: Option<Service>,
     pub batch_job: Job,
+    /// Why the pods are not expected to use their GPUs.
+    pub warning: Option<String>,
 }
 
 /// Builds the children that the decision requires.
 pub fn build(job: &ValidatedJob, settings: &Settings, decision: &Decision) -> Children {
-    let attempt = decision.create.then(|| AttemptChildren {
-        config: config(job, settings, decision.search_result.as_ref()),
-        service: service(job),
-        batch_job: indexed_job(job, settings, decision.attempt),
+    let attempt = decision.create.then(|| {
+        let Choice { image, warning } =
+            settings.trainer_images().choose(job.spec.image.as_deref(), job.spec.pod_template.as_ref());
+        AttemptChildren {
+            config: config(job, settings, decision.search_result.as_ref()),
+            service: (job.nodes > 1).then(|| service(job)),
+            batch_job: indexed_job(job, settings, decision.attempt, image),
+            warning,
+        }
     });
     Children { attempt, trials: decision.trials.iter().map(|new| trial(job, new)).collect() }
 }
@@ -167,10 +179,10 @@ fn service(job: &ValidatedJob) -> Service {
     }
 }
 
-fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
+fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32, image: &str) -> Job {
     let name = batch_job_name(&job.name, attempt);
     let nodes = i32::try_from(job.nodes).unwrap_or(i32::MAX);
-    let template = pod_template(job, settings, &name);
+    let template = pod_template(job, settings, &name, image);
     let mut metadata = metadata(job, name);
     metadata.labels.get_or_insert_default().extend(job.queue_labels.iter().cloned());
     Job {
@@ -190,26 +202,28 @@ fn indexed_job(job: &ValidatedJob, settings: &Settings, attempt: u32) -> Job {
 }
 
 /// Builds the pods of the Kubernetes Job `name`.
-fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTemplateSpec {
-    let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
+fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str, image: &str) -> PodTemplateSpec {
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.extend([
         pods::field(variable::NODE_RANK, "metadata.annotations['batch.kubernetes.io/job-completion-index']"),
         pods::variable(variable::NUM_NODES, job.nodes.to_string()),
-        pods::variable(variable::MASTER_ADDR, master),
         pods::variable(variable::MASTER_PORT, MASTER_PORT.to_string()),
         pods::field(variable::POD_IP, "status.podIP"),
         pods::variable(variable::NAMESPACE, job.namespace.clone()),
         pods::variable(variable::METRICS_PORT, METRICS_PORT.to_string()),
     ]);
-    let gpus = gpus(&job.spec);
+    if job.nodes > 1 {
+        let master = format!("{name}-0.{}.{}.svc.cluster.local", service_name(job), job.namespace);
+        env.push(pods::variable(variable::MASTER_ADDR, master));
+    }
+    let gpus = gpus(job.spec.pod_template.as_ref());
     if gpus > 0 {
         env.push(pods::variable(variable::GPUS, gpus.to_string()));
     }
     let mut volumes = vec![
         (pods::config(&config_name(job)), path::CONFIG.to_owned()),
         // NCCL and Gloo exchange data between the processes of one node here; the default of 64 MiB is not enough.
-        (pods::scratch("shm", Some("Memory")), "/dev/shm".into()),
+        (pods::shared_memory("shm", SHARED_MEMORY), "/dev/shm".into()),
     ];
     // The name of a claim may be longer than a volume's may be.
     volumes.extend(
@@ -227,7 +241,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
     let credentials = job.spec.credentials_secret_name.as_deref().into_iter().chain(of_kafka).collect();
     let mut template = pods::template(PodPlan {
         component: COMPONENT,
-        image: job.spec.image.as_deref().unwrap_or(&settings.trainer_image),
+        image,
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-trainer", "run", "--config", path::TRAIN_CONFIG].map(Into::into).into(),
         labels: pods::labels(COMPONENT, label::FINE_TUNE_JOB, &job.name),
@@ -246,7 +260,7 @@ fn pod_template(job: &ValidatedJob, settings: &Settings, name: &str) -> PodTempl
     });
     if let Some(spec) = &mut template.spec {
         spec.restart_policy = Some("Never".into());
-        spec.subdomain = Some(service_name(job));
+        spec.subdomain = (job.nodes > 1).then(|| service_name(job));
     }
     template
 }

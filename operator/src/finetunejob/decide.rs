@@ -94,6 +94,12 @@ impl Decision {
             requeue: None,
         }
     }
+
+    /// Returns whether nothing is left to do once the status is written: whatever follows has an event, or a time, of
+    /// its own. The end of an attempt has not: its Kubernetes Job is deleted by the reconcile after the status.
+    pub fn is_settled(&self) -> bool {
+        matches!(self.phase, Phase::Pending { .. } | Phase::Running)
+    }
 }
 
 /// Wait for the deployment that the job belongs to.

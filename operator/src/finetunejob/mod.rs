@@ -102,8 +102,16 @@ impl Kind for FineTuneJob {
         Ok(status::invalid(&observed.job, invalid, now))
     }
 
-    async fn write(cluster: &Cluster<'_>, observed: &Self::Observed, status: Self::Status) -> Result<(), ClusterError> {
+    async fn write(
+        cluster: &Cluster<'_>,
+        observed: &Self::Observed,
+        status: Self::Status,
+    ) -> Result<Option<Duration>, ClusterError> {
         status::write(cluster, &observed.job, status).await
+    }
+
+    fn is_settled(decision: &Self::Decision) -> bool {
+        decision.is_settled()
     }
 
     fn requeue(decision: &Self::Decision) -> Option<Duration> {

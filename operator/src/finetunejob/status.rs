@@ -1,5 +1,7 @@
 //! The status of a FineTuneJob.
 
+use std::time::Duration;
+
 use athanor_contract::Decimal;
 use athanor_crds::{FineTuneJob, FineTuneJobStatus, Progress, condition as types};
 use jiff::Timestamp;
@@ -10,26 +12,31 @@ use super::{
     attempt,
     decide::{Decision, Phase},
     dereference::Observed,
-    policy::restart,
+    policy::{pace, restart},
     validate::InvalidJob,
 };
 use crate::{
-    cluster::{Cluster, ClusterError},
-    condition::{State, Value, set},
+    cluster::{Cluster, ClusterError, Hold},
+    condition::{self, State, Value, set},
     progress::Report,
     time::since,
 };
 
-/// Writes a status if it differs from the one that was read.
+/// Writes a status if it differs from the one that was read. Returns the time for which a change that is not urgent is
+/// held back.
 ///
 /// # Errors
 /// A request that failed, or a conflict: the object changed after it was read.
-pub async fn write(cluster: &Cluster<'_>, job: &FineTuneJob, next: FineTuneJobStatus) -> Result<(), ClusterError> {
-    let text = |status: Option<&FineTuneJobStatus>| status.and_then(|status| serde_json::to_value(status).ok());
-    if text(job.status.as_ref()) == text(Some(&next)) {
-        return Ok(());
+pub async fn write(
+    cluster: &Cluster<'_>,
+    job: &FineTuneJob,
+    next: FineTuneJobStatus,
+) -> Result<Option<Duration>, ClusterError> {
+    let held = cluster.hold_status(pace::change(job.status.as_ref(), &next));
+    if let Hold::Due = held {
+        cluster.write_status(job, &next).await?;
     }
-    cluster.write_status(job, &next).await
+    Ok(if let Hold::For(wait) = held { Some(wait) } else { None })
 }
 
 /// Returns the status of a job with a mistake in its specification.
@@ -69,6 +76,9 @@ pub fn next(
     set(&mut status.conditions, types::SUCCEEDED, &succeeded, generation, now);
     let running = Value::new((decision.phase == Phase::Running).into(), succeeded.reason, "");
     set(&mut status.conditions, types::RUNNING, &running, generation, now);
+    if let Some(check) = applied.ok().and_then(Applied::image) {
+        condition::warn_of_image(&mut status.conditions, check.warning.as_deref(), generation, now);
+    }
     status.attempt = decision.attempt;
     if let Some(search) = &decision.search {
         status.search = Some(search.clone());
@@ -157,18 +167,21 @@ impl Timeline {
         let start = since(self.created, start).as_secs_f64();
         for (name, seconds) in report.timeline.iter().filter(|(_, seconds)| **seconds > 0.0) {
             // The schema has room for a few events; more must not make the whole status invalid.
-            if status.timeline.len() < MOST_EVENTS {
+            if !OWN_EVENTS.contains(&name.as_str()) && status.timeline.len() < MOST_EVENTS {
                 self.mark_seconds(status, name, start + seconds);
             }
         }
     }
 }
 
-/// Most entries of the timeline that come from reports; the schema has 32, and "finished" is added last.
-const MOST_EVENTS: usize = 31;
+/// Events that the operator marks itself.
+const OWN_EVENTS: [&str; 4] = ["admitted", "podsRunning", "processStart", "finished"];
+/// Entries of the timeline beyond which a report adds none: the schema has 32, of which the operator's own may come later.
+const MOST_EVENTS: usize = 32 - OWN_EVENTS.len();
 
 fn progress(report: &Report) -> Progress {
-    let percent = (report.step.min(report.total_steps) * 100).checked_div(report.total_steps).unwrap_or(0) as u8;
+    let done = u128::from(report.step.min(report.total_steps)) * 100;
+    let percent = done.checked_div(report.total_steps.into()).unwrap_or(0) as u8;
     Progress {
         stage: report.stage.clone(),
         step: report.step,

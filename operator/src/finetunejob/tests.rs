@@ -26,6 +26,7 @@ use crate::{
     cluster::Identity,
     condition::{self, State, Value as Condition},
     progress::Report,
+    prune,
     settings::Settings,
 };
 
@@ -78,20 +79,23 @@ fn ended(index: u32, code: i32, message: &str) -> Pod {
 }
 
 fn batch_job(attempt: u32, conditions: Value) -> Arc<Job> {
-    let batch_job: Job = serde_json::from_value(json!({
+    let mut batch_job: Job = serde_json::from_value(json!({
         "metadata": {"name": format!("a-{attempt}"), "uid": format!("j{attempt}")}, "status": {"conditions": conditions},
     }))
     .unwrap();
+    prune::batch_job(&mut batch_job);
     Arc::new(batch_job)
 }
 
-fn arcs<T>(objects: Vec<T>) -> Vec<Arc<T>> {
-    objects.into_iter().map(Arc::new).collect()
+/// The pods as the cache keeps them.
+fn watched(mut pods: Vec<Pod>) -> Vec<Arc<Pod>> {
+    pods.iter_mut().for_each(prune::pod);
+    pods.into_iter().map(Arc::new).collect()
 }
 
 fn observed(job: FineTuneJob, pods: Vec<Pod>) -> Observed {
     let batch_jobs = vec![batch_job(0, json!([]))];
-    Observed { job, batch_jobs, pods: arcs(pods), report: None, trials: vec![], is_awaited: false }
+    Observed { job, batch_jobs, pods: watched(pods), report: None, trials: vec![], is_awaited: false }
 }
 
 fn decide(observed: &Observed, now: Timestamp) -> Decision {
@@ -208,13 +212,13 @@ fn a_new_attempt_waits_for_the_pods_of_the_old_one() {
     let decision = decide(&subject, at(70));
     assert_eq!((decision.create, decision.remove), (false, vec![Identity { name: "a-0".into(), uid: "j0".into() }]));
     subject.batch_jobs.clear();
-    subject.pods = arcs(vec![ended(0, 42, "")]);
+    subject.pods = watched(vec![ended(0, 42, "")]);
     let decision = decide(&subject, at(70));
     assert!(decision.create && decision.attempt == 1 && decision.remove.is_empty());
     // Pods on a node that does not answer do not hold the next attempt back.
     let mut lost = running(0);
     lost.metadata.deletion_timestamp = Some(Time(at(40)));
-    subject.pods = arcs(vec![lost]);
+    subject.pods = watched(vec![lost]);
     assert!(!decide(&subject, at(50)).create);
     assert!(decide(&subject, at(60)).create);
 }
@@ -297,7 +301,7 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(template["metadata"]["labels"]["team"], "nlp");
     assert_eq!(template["metadata"]["labels"]["app.kubernetes.io/name"], "athanor-trainer");
     let pod = &template["spec"];
-    assert_eq!(pod["subdomain"], children.service.metadata.name.clone().unwrap());
+    assert_eq!(pod["subdomain"], children.service.unwrap().metadata.name.unwrap());
     assert_eq!((&pod["restartPolicy"], &pod["automountServiceAccountToken"]), (&json!("Never"), &json!(false)));
     let container = &pod["containers"][0];
     let env = |name: &str| {
@@ -310,6 +314,58 @@ fn the_children_are_what_trainers_read() {
     assert_eq!(container["envFrom"][0]["secretRef"]["name"], "s3");
     assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
     assert!(build::build(&validated, &settings, &Decision { create: false, ..decision }).attempt.is_none());
+}
+
+#[test]
+fn one_node_meets_nobody() {
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let children = |job: &FineTuneJob| {
+        let decision = Decision { create: true, ..Decision::new(Phase::Running, 0) };
+        build::build(&validate(job).unwrap(), &settings, &decision).attempt.unwrap()
+    };
+    let pod = |batch_job: Job| serde_json::to_value(batch_job.spec.unwrap().template.spec.unwrap()).unwrap();
+    let has_master = |pod: &Value| {
+        pod["containers"][0]["env"].as_array().unwrap().iter().any(|entry| entry["name"] == "ATHANOR_MASTER_ADDR")
+    };
+    let mut alone = job("a", "0123456789abcdef");
+    alone.spec.train.distributed.processes_per_node = 4;
+    let one = children(&alone);
+    assert!(one.service.is_none(), "its processes share a network");
+    let one = pod(one.batch_job);
+    assert_eq!((&one["subdomain"], has_master(&one)), (&Value::Null, false));
+    let two = children(&of_two_nodes());
+    assert!(two.service.is_some());
+    assert!(has_master(&pod(two.batch_job)));
+}
+
+#[test]
+fn pods_with_gpus_run_the_image_with_cuda_or_a_condition_says_that_there_is_none() {
+    let mut job = of_two_nodes();
+    job.spec.pod_template =
+        Some(serde_json::from_value(json!({"resources": {"limits": {"nvidia.com/gpu": "1"}}})).unwrap());
+    let children = |arguments: &[&str]| {
+        let settings = Settings::parse_from(["athanor-operator", "--trainer-image=t"].iter().chain(arguments));
+        let decision = Decision { create: true, ..Decision::new(Phase::Running, 0) };
+        build::build(&validate(&job).unwrap(), &settings, &decision).attempt.unwrap()
+    };
+    let image = |batch_job: &Job| {
+        batch_job.spec.as_ref().unwrap().template.spec.as_ref().unwrap().containers[0].image.clone().unwrap()
+    };
+    let with = children(&["--trainer-cuda-image=t-cuda"]);
+    assert_eq!((image(&with.batch_job).as_str(), &with.warning), ("t-cuda", &None));
+    let without = children(&[]);
+    assert_eq!(image(&without.batch_job), "t");
+    let mut subject = observed(job.clone(), vec![]);
+    subject.batch_jobs.clear();
+    let decision = decide(&subject, at(0));
+    let next = |subject: &Observed, applied: Applied| status::next(subject, &decision, Ok(&applied), at(1)).conditions;
+    let conditions = next(&subject, Applied::assumed_attempt(without.warning));
+    let warning = condition::get(&conditions, types::GPU_IMAGE).unwrap();
+    assert_eq!((warning.status.as_str(), warning.reason.as_str()), ("False", "NoCudaImage"));
+    // It stays until the next attempt, which may have another image.
+    subject.job.status = Some(FineTuneJobStatus { conditions, ..FineTuneJobStatus::default() });
+    assert!(condition::get(&next(&subject, Applied::assumed(false)), types::GPU_IMAGE).is_some());
+    assert!(condition::get(&next(&subject, Applied::assumed_attempt(None)), types::GPU_IMAGE).is_none());
 }
 
 #[test]
@@ -384,16 +440,39 @@ fn the_status_shows_progress_restarts_and_the_result() {
     assert!(!is_over(&next));
 
     subject.job.status = Some(next);
-    subject.pods = arcs(vec![ended(0, 137, ""), ended(1, 42, "")]);
+    subject.pods = watched(vec![ended(0, 137, ""), ended(1, 42, "")]);
     let next = status::next(&subject, &decide(&subject, at(62)), Ok(&Applied::assumed(false)), at(62));
     assert_eq!((next.restarts, next.preemptions, next.attempt), (1, 0, 1));
     assert_eq!(condition::get(&next.conditions, types::SUCCEEDED).unwrap().reason, "Restarting");
 
-    subject.pods = arcs(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
+    subject.pods = watched(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
     let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied::assumed(false)), at(90));
     assert!(is_over(&next));
     assert_eq!((next.completion_time, next.summary), (Some(Time(at(90))), Some(summary())));
     assert_eq!((next.progress.as_ref().unwrap().percent, next.progress.unwrap().step), (100, 80));
+}
+
+#[test]
+fn no_report_makes_a_status_too_large() {
+    let mut subject = observed(of_two_nodes(), vec![running(0), running(1)]);
+    let many = |from: usize| Report {
+        step: u64::MAX / 2,
+        total_steps: u64::MAX / 2,
+        timeline: (from..from + 32).map(|number| (format!("event{number}"), 1.0)).collect(),
+        ..Report::default()
+    };
+    for from in [0, 32, 64] {
+        subject.report = Some(many(from));
+        let applied = Applied::assumed(from == 64);
+        subject.job.status = Some(status::next(&subject, &decide(&subject, at(20)), Ok(&applied), at(20)));
+    }
+    assert_eq!(subject.job.status.as_ref().unwrap().progress.as_ref().unwrap().percent, 100);
+    subject.pods = watched(vec![ended(0, 0, &text(&TrainResult::Succeeded(summary()))), ended(1, 0, "")]);
+    let next = status::next(&subject, &decide(&subject, at(90)), Ok(&Applied::assumed(false)), at(90));
+    assert!(next.timeline.len() <= 32, "{} entries", next.timeline.len());
+    for name in ["admitted", "podsRunning", "processStart", "finished"] {
+        assert!(next.timeline.contains_key(name), "{name}");
+    }
 }
 
 #[test]

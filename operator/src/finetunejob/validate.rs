@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
 use super::{attempt::is_over, policy::queue};
-use crate::cluster;
+use crate::{cluster, images::gpus};
 
 /// A job whose children have valid names, or one that is over and has no further children.
 pub struct ValidatedJob {
@@ -84,18 +84,11 @@ fn check(job: &FineTuneJob) -> Result<(), InvalidJob> {
     if let Some(search) = &hyperparameters.search {
         Search::new(search, hyperparameters).map_err(InvalidJob::Search)?;
     }
-    let (processes, gpus) = (job.spec.train.distributed.processes_per_node, gpus(&job.spec));
+    let (processes, gpus) = (job.spec.train.distributed.processes_per_node, gpus(job.spec.pod_template.as_ref()));
     if gpus > processes && job.spec.train.distributed.backend != Backend::Gloo {
         return Err(InvalidJob::IdleGpus { processes, gpus });
     }
     Ok(())
-}
-
-/// GPUs that each pod reserves.
-pub fn gpus(spec: &FineTuneJobSpec) -> u32 {
-    let resources = spec.pod_template.as_ref().and_then(|template| template.resources.as_ref());
-    let limits = resources.and_then(|resources| resources.limits.as_ref());
-    limits.and_then(|limits| limits.get("nvidia.com/gpu")).and_then(|quantity| quantity.0.parse().ok()).unwrap_or(0)
 }
 
 /// Returns whether the name is a label of RFC 1035, as names of Services must be, with at most `longest` characters.

@@ -1,5 +1,6 @@
 //! Puts a decision about a ModelDeployment into the cluster.
 
+use athanor_crds::ModelDeployment;
 use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{ConfigMap, Service, ServiceAccount},
@@ -24,13 +25,26 @@ use crate::cluster::{Cluster, ClusterError};
 /// Proof that a decision is in the cluster. Only [`apply`] makes it, and the status after a decision cannot be made
 /// without it.
 #[derive(Debug)]
-pub struct Applied(());
+pub struct Applied {
+    image_warning: Option<String>,
+}
 
 impl Applied {
+    /// Returns why the servers are not expected to use the GPUs that they reserve.
+    pub fn image_warning(&self) -> Option<&str> {
+        self.image_warning.as_deref()
+    }
+
     /// The result of an `apply` that a test leaves out.
     #[cfg(test)]
     pub fn assumed() -> Self {
-        Self(())
+        Self::assumed_with(None)
+    }
+
+    /// The result of an `apply` that a test leaves out, with a warning about the servers' image.
+    #[cfg(test)]
+    pub fn assumed_with(image_warning: Option<String>) -> Self {
+        Self { image_warning }
     }
 }
 
@@ -47,11 +61,13 @@ pub async fn apply(
 ) -> Result<Applied, ClusterError> {
     let Children { revisions, router, monitor, retraining } = children;
     let owner = deployment.uid.as_str();
-    for RevisionChildren { config, deployment: workload, service, budget } in &revisions {
+    let mut image_warning = None;
+    for RevisionChildren { config, deployment: workload, service, budget, warning } in &revisions {
         cluster.apply(config, owner).await?;
         cluster.apply(service, owner).await?;
         cluster.apply(workload, owner).await?;
         cluster.apply(budget, owner).await?;
+        image_warning.clone_from(warning);
     }
     if let Some(RouterChildren { config, key, account, deployment: workload, service, budget }) = &router {
         cluster.apply(config, owner).await?;
@@ -72,6 +88,9 @@ pub async fn apply(
             delete(cluster, namespace, kind, &names::monitor(&deployment.name)).await?;
         }
     }
+    if decision.clear_monitor {
+        cluster.clear_status::<ModelDeployment>(namespace, &deployment.name, owner, "monitor").await?;
+    }
     for name in &decision.remove {
         for kind in revision::REMOVAL {
             delete(cluster, namespace, kind, name).await?;
@@ -80,7 +99,7 @@ pub async fn apply(
     if let Some(job) = &retraining {
         cluster.create(job, owner).await?;
     }
-    Ok(Applied(()))
+    Ok(Applied { image_warning })
 }
 
 async fn apply_account(cluster: &Cluster<'_>, account: &Account, owner: &str) -> Result<(), ClusterError> {

@@ -3,7 +3,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use athanor_crds::{ObservedSource, RETRY_ROLLOUT_ANNOTATION};
+use athanor_contract::serve::{MonitorStatus, Verdict};
+use athanor_crds::{ModelDeploymentStatus, ObservedSource, RETRY_ROLLOUT_ANNOTATION};
 use jiff::Timestamp;
 use kube::ResourceExt;
 
@@ -35,8 +36,12 @@ pub struct Decision {
     pub remove: Vec<String>,
     /// Whether the monitor's children are deleted.
     pub remove_monitor: bool,
+    /// Whether the monitor's part of the status is removed, which nothing writes any more.
+    pub clear_monitor: bool,
     /// The condition Ready.
     pub ready: Value,
+    /// The condition Drifted; absent without spec.monitor.
+    pub drifted: Option<Value>,
     pub requeue: Option<Duration>,
 }
 
@@ -46,12 +51,15 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
     let source = target::source(&status, &deployment.source, now);
     if source.since != status.source.as_ref().and_then(|source| source.since.clone()) {
         // Another spec.model: what failed before may be tried again.
-        status.failed_revisions.clear();
+        forget_failures(&mut status);
     }
     let retry = retry(observed);
     if retry.is_some() && retry != status.retried_rollout {
-        status.failed_revisions.clear();
+        forget_failures(&mut status);
     }
+    // Offsets and verdicts of another topic say nothing about this one. A monitor of an older version names none.
+    let topic = deployment.events.as_ref().map(|events| events.topic.as_str());
+    status.monitor = status.monitor.filter(|monitor| monitor.topic.is_empty() || Some(monitor.topic.as_str()) == topic);
     let status = &status;
     let source_job = observed.source_job.as_deref();
     let target =
@@ -86,11 +94,21 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         source,
         remove: unused(&rollout, &observed.revisions),
         remove_monitor: deployment.spec.monitor.is_none() && observed.has_monitor,
+        clear_monitor: deployment.spec.monitor.is_none()
+            && !observed.has_monitor
+            && observed.deployment.status.as_ref().is_some_and(|status| status.monitor.is_some()),
+        drifted: deployment.spec.monitor.is_some().then(|| drifted(&rollout, status.monitor.as_ref())),
         rollout,
         retraining,
         ready,
         requeue,
     }
+}
+
+/// Lets everything that was rolled back be tried again.
+fn forget_failures(status: &mut ModelDeploymentStatus) {
+    status.failed_revisions.clear();
+    status.settled_until = None;
 }
 
 /// Returns the value of the annotation by which the user asks to try again what was rolled back.
@@ -128,4 +146,24 @@ fn ready(rollout: &Rollout, observed: &Observed, missing: Option<Value>) -> Valu
         return Value::new(State::False, "WaitingForRouter", format!("no router is ready{}", why("")));
     }
     Value::new(State::True, "Available", format!("{} has {} available pods", current.name, workload.available))
+}
+
+/// Returns the condition Drifted: the monitor's verdict on the current revision.
+fn drifted(rollout: &Rollout, monitor: Option<&MonitorStatus>) -> Value {
+    let current = rollout.current.as_ref().map(|current| current.name.as_str()).unwrap_or_default();
+    match monitor.filter(|monitor| monitor.revision == current).map(|monitor| (monitor.verdict, monitor)) {
+        Some((Verdict::Drifted, monitor)) => Value::new(State::True, "Drifted", statistics(monitor)),
+        Some((Verdict::Stable, monitor)) => Value::new(State::False, "Stable", statistics(monitor)),
+        Some((Verdict::Unknown, _)) | None => {
+            Value::new(State::Unknown, "TooFewEvents", "there is no verdict on the current revision yet")
+        }
+    }
+}
+
+fn statistics(monitor: &MonitorStatus) -> String {
+    let texts = monitor
+        .statistics
+        .iter()
+        .map(|statistic| format!("{} {} (threshold {})", statistic.name, statistic.value, statistic.threshold));
+    texts.collect::<Vec<_>>().join(", ")
 }

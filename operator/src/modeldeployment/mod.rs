@@ -95,8 +95,17 @@ impl Kind for ModelDeployment {
         Ok(status::invalid(&observed.deployment, invalid, now))
     }
 
-    async fn write(cluster: &Cluster<'_>, observed: &Self::Observed, status: Self::Status) -> Result<(), ClusterError> {
-        status::write(cluster, &observed.deployment, status).await
+    async fn write(
+        cluster: &Cluster<'_>,
+        observed: &Self::Observed,
+        status: Self::Status,
+    ) -> Result<Option<Duration>, ClusterError> {
+        status::write(cluster, &observed.deployment, status).await.map(|()| None)
+    }
+
+    // A rollout goes on from what its own status says.
+    fn is_settled(_decision: &Self::Decision) -> bool {
+        false
     }
 
     fn requeue(decision: &Self::Decision) -> Option<Duration> {

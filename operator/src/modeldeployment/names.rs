@@ -1,7 +1,6 @@
 //! Names of a ModelDeployment's children.
 
-use athanor_contract::{artifact::sha256_hex, hexadecimal, train::OffsetRange};
-use athanor_crds::RetrainTemplate;
+use athanor_contract::{artifact::sha256_hex, hexadecimal};
 
 /// Names of components and of their containers.
 pub const SERVER: &str = "server";
@@ -15,11 +14,10 @@ pub fn revision(deployment: &str, digest: Option<&str>, uri: &str) -> String {
     format!("{deployment}-{}", &digits[..8])
 }
 
-/// Returns `{deployment}-{ten digits}`, a hash of the deployment, the template and the offsets: creating a retraining
-/// twice is creating it once.
-pub fn retraining(deployment: &str, uid: &str, template: &RetrainTemplate, ranges: &[OffsetRange]) -> String {
-    let text = serde_json::to_string(&(uid, template, ranges)).expect("a template has string keys only");
-    format!("{deployment}-{}", &sha256_hex(text.as_bytes())[..10])
+/// Returns `{deployment}-{ten digits}`, a hash of the deployment and the number of the retraining, from 1. The number is
+/// in the status, so creating a retraining twice is creating it once, whatever events or defaults there are by then.
+pub fn retraining(deployment: &str, uid: &str, number: u64) -> String {
+    format!("{deployment}-{}", &sha256_hex(format!("{uid}/{number}").as_bytes())[..10])
 }
 
 pub fn router(deployment: &str) -> String {

@@ -1,6 +1,5 @@
 //! The status of a ModelDeployment. `status.monitor` belongs to the monitor and is never written here.
 
-use athanor_contract::serve::{MonitorStatus, Verdict};
 use athanor_crds::{ModelDeployment, ModelDeploymentStatus, condition as types, label};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -9,7 +8,6 @@ use super::{
     apply::Applied,
     decide::{Decision, retry},
     dereference::Observed,
-    policy::rollout::Rollout,
     validate::InvalidDeployment,
 };
 use crate::{
@@ -52,11 +50,15 @@ pub fn next(
 ) -> ModelDeploymentStatus {
     let before = observed.deployment.status.clone().unwrap_or_default();
     let mut conditions = conditions(observed, decision, &before, now);
-    if let Err(error) = applied {
-        // The rest of the status stays: a weight that no router has must not count as a step.
-        let ready = Value::new(State::False, error.reason(), error.to_string());
-        set(&mut conditions, types::READY, &ready, observed.deployment.metadata.generation, now);
-        return ModelDeploymentStatus { conditions, ..before };
+    let generation = observed.deployment.metadata.generation;
+    match applied {
+        Ok(applied) => condition::warn_of_image(&mut conditions, applied.image_warning(), generation, now),
+        Err(error) => {
+            // The rest of the status stays: a weight that no router has must not count as a step.
+            let ready = Value::new(State::False, error.reason(), error.to_string());
+            set(&mut conditions, types::READY, &ready, generation, now);
+            return ModelDeploymentStatus { conditions, ..before };
+        }
     }
     let rollout = &decision.rollout;
     let workload = rollout.current.as_ref().and_then(|current| observed.revisions.get(&current.name));
@@ -66,8 +68,10 @@ pub fn next(
         candidate: rollout.candidate.clone(),
         previous_revision: rollout.previous.clone(),
         failed_revisions: rollout.failed.clone(),
+        settled_until: rollout.settled_until.clone(),
         retried_rollout: retry(observed).or(before.retried_rollout),
         monitor: before.monitor,
+        retrainings: decision.retraining.count,
         retraining: decision.retraining.running.clone(),
         last_retrained_at: decision.retraining.last_retrained_at.clone(),
         last_retraining: decision.retraining.last.clone(),
@@ -102,32 +106,11 @@ fn conditions(
     if rollout.progressing.reason != "Stable" || !ended {
         set(&mut conditions, types::PROGRESSING, &rollout.progressing, generation, now);
     }
-    let drifted = observed.deployment.spec.monitor.is_some().then(|| drifted(rollout, before.monitor.as_ref()));
-    for (type_, value) in [(types::DRIFTED, &drifted), (types::RETRAINING, &decision.retraining.condition)] {
+    for (type_, value) in [(types::DRIFTED, &decision.drifted), (types::RETRAINING, &decision.retraining.condition)] {
         match value {
             Some(value) => set(&mut conditions, type_, value, generation, now),
             None => conditions.retain(|condition| condition.type_ != type_),
         }
     }
     conditions
-}
-
-/// Returns the condition Drifted: the monitor's verdict on the current revision.
-fn drifted(rollout: &Rollout, monitor: Option<&MonitorStatus>) -> Value {
-    let current = rollout.current.as_ref().map(|current| current.name.as_str()).unwrap_or_default();
-    match monitor.filter(|monitor| monitor.revision == current).map(|monitor| (monitor.verdict, monitor)) {
-        Some((Verdict::Drifted, monitor)) => Value::new(State::True, "Drifted", statistics(monitor)),
-        Some((Verdict::Stable, monitor)) => Value::new(State::False, "Stable", statistics(monitor)),
-        Some((Verdict::Unknown, _)) | None => {
-            Value::new(State::Unknown, "TooFewEvents", "there is no verdict on the current revision yet")
-        }
-    }
-}
-
-fn statistics(monitor: &MonitorStatus) -> String {
-    let texts = monitor
-        .statistics
-        .iter()
-        .map(|statistic| format!("{} {} (threshold {})", statistic.name, statistic.value, statistic.threshold));
-    texts.collect::<Vec<_>>().join(", ")
 }

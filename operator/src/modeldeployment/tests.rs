@@ -412,6 +412,57 @@ fn another_model_in_the_specification_forgets_what_failed() {
     assert!(decision(&subject, 60).rollout.failed.is_empty());
 }
 
+#[test]
+fn what_failed_stays_failed_however_much_fails_after_it() {
+    let mut subject = canary(None);
+    let mut jobs = vec![];
+    let mut fail = |subject: &mut Observed, number: i64| {
+        jobs.push(job(&format!("r{number}"), Some(("True", "Succeeded")), 100 + number, &format!("{number:08x}")));
+        subject.retrainings = jobs.clone();
+        let decided = decision(subject, 5_000);
+        let candidate = decided.rollout.candidate.clone().expect("the newest is tried");
+        assert_eq!(candidate.revision.job, Some(format!("r{number}")));
+        subject.deployment.status = Some(status::next(subject, &decided, Ok(&Applied::assumed()), at(5_000)));
+        // Its pods crash.
+        let stuck = Workload { desired: 1, available: 0, replicas: 1, stuck: Some("crashed".into()) };
+        subject.revisions.insert(candidate.revision.name, stuck);
+        let over = decision(subject, 5_001);
+        assert_eq!(over.rollout.progressing.reason, "RolledBack");
+        subject.deployment.status = Some(status::next(subject, &over, Ok(&Applied::assumed()), at(5_001)));
+    };
+    for number in 0..40 {
+        fail(&mut subject, number);
+    }
+    let status = subject.deployment.status.as_ref().unwrap();
+    assert_eq!((status.failed_revisions.len(), &status.settled_until), (32, &Some(Time(at(139)))));
+    assert_eq!(shown(&decision(&subject, 6_000)).1, None, "none of the 40 is tried again");
+    // Unless the user asks for it: the newest.
+    subject.deployment.metadata.annotations =
+        Some([(athanor_crds::RETRY_ROLLOUT_ANNOTATION.to_owned(), "now".to_owned())].into());
+    let again = decision(&subject, 6_000).rollout;
+    assert_eq!(again.candidate.unwrap().revision.job.as_deref(), Some("r39"));
+    assert_eq!(again.settled_until, None);
+}
+
+#[test]
+fn the_part_of_a_monitor_that_is_gone_is_removed() {
+    let mut subject = drifted();
+    assert!(!decision(&subject, 200).clear_monitor);
+    monitor(&mut subject).topic = "another".into();
+    let value = decision(&subject, 200).drifted.unwrap();
+    assert_eq!((value.state, value.reason), (State::Unknown, "TooFewEvents"), "another topic's verdict");
+    (subject.deployment.spec.feedback, subject.deployment.spec.monitor) = (None, None);
+    subject.deployment.spec.retrain = None;
+    subject.has_monitor = true;
+    let removed = decision(&subject, 200);
+    assert_eq!((removed.remove_monitor, removed.clear_monitor), (true, false), "it may still write");
+    subject.has_monitor = false;
+    let removed = decision(&subject, 200);
+    assert_eq!((removed.remove_monitor, removed.clear_monitor, removed.drifted), (false, true, None));
+    subject.deployment.status.as_mut().unwrap().monitor = None;
+    assert!(!decision(&subject, 200).clear_monitor);
+}
+
 /// A deployment that has drifted.
 fn drifted() -> Observed {
     let mut subject = observed(deployment(retraining_spec()));
@@ -446,13 +497,17 @@ fn a_retraining_starts_when_all_conditions_are_met() {
         ("NoVerdict", |subject| monitor(subject).revision = "m-old".into()),
         ("TooFewSamples", |subject| monitor(subject).labelled = 99),
         ("NoEvents", |subject| monitor(subject).ranges.clear()),
+        ("NoVerdict", |subject| monitor(subject).topic = "another".into()),
         ("Cooldown", |subject| subject.deployment.status.as_mut().unwrap().last_retrained_at = Some(Time(at(100)))),
         ("WaitingForApproval", |subject| {
             subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
         }),
         ("NoNewEvents", |subject| {
-            let name = decision(subject, 200).retraining.create.unwrap().name;
-            subject.retrainings = vec![job(&name, Some(("False", "GateFailed")), 50, "")];
+            let new = decision(subject, 200).retraining.create.unwrap();
+            let mut before = Arc::unwrap_or_clone(job("m-before", Some(("False", "GateFailed")), 50, ""));
+            before.spec = retraining::build(&validate(&subject.deployment).unwrap(), &new).unwrap().spec;
+            before.spec.ttl_seconds_after_finished = Some(60);
+            subject.retrainings = vec![Arc::new(before)];
         }),
     ];
     for (reason, change) in table {
@@ -489,12 +544,14 @@ fn a_proposal_stays_the_same_until_it_is_approved_or_replaced() {
     let started = decision(&subject, 220).retraining;
     assert_eq!(started.create.map(|new| (new.name, new.ranges)), Some((first.job.clone(), first.ranges.clone())));
     assert_eq!(started.proposal, None);
-    // Another template, or another revision, is another proposal; without drift there is none.
+    // A template that an operator reads with another default keeps the name, and so does another revision, whose events
+    // are others; without drift there is no proposal.
     subject.deployment = unapproved;
     subject.deployment.spec.retrain.as_mut().unwrap().template.spec.train.hyperparameters.seed += 1;
+    assert_eq!(proposed(&mut subject, 230).unwrap(), first);
+    subject.deployment.status.as_mut().unwrap().retraining_proposal.as_mut().unwrap().revision = "m-old".into();
     let second = proposed(&mut subject, 230).unwrap();
-    assert_ne!(second.job, first.job);
-    assert_eq!(second.ranges[0].end, 500);
+    assert_eq!((&second.job, second.ranges[0].end), (&first.job, 500));
     monitor(&mut subject).verdict = Verdict::Stable;
     assert_eq!(proposed(&mut subject, 240), None);
 }
@@ -554,6 +611,21 @@ fn a_retraining_is_exact_idempotent_and_followed_to_its_end() {
         (None, Some((new.name.clone(), new.ranges.clone())))
     );
 
+    // As well if it was over by then: its end is recorded, and the next one has another name.
+    let mut killed = drifted();
+    killed.retrainings = vec![job(&new.name, Some(("False", "GateFailed")), 205, "")];
+    for count in [1, 1] {
+        let decided = decision(&killed, 210);
+        assert_eq!((&decided.retraining.create, decided.retraining.count), (&None, count));
+        killed.deployment.status = Some(status::next(&killed, &decided, Ok(&Applied::assumed()), at(210)));
+    }
+    let recorded = killed.deployment.status.as_ref().unwrap();
+    assert_eq!((&recorded.retraining, recorded.fruitless_retrainings), (&None, 1));
+    assert_eq!(recorded.last_retraining.as_ref().unwrap().job, new.name);
+    let later = decision(&killed, 100_000).retraining;
+    assert_ne!(later.create.unwrap().name, new.name);
+    assert_eq!(later.count, 2);
+
     // Gates failed: the champion stays, the cooldown begins.
     subject.deployment.status = Some(status::next(&subject, &first, Ok(&Applied::assumed()), at(200)));
     subject.retrainings = vec![job(&new.name, Some(("False", "GateFailed")), 400, "cccccccc")];
@@ -598,6 +670,7 @@ fn the_children_are_what_processes_read() {
     subject.deployment.spec.max_request_seconds = 600;
     let feedback = subject.deployment.spec.feedback.as_mut().unwrap();
     (feedback.sample_percent, feedback.redact) = (25, vec![r"\d{16}".into()]);
+    feedback.kafka.topic_config = [("min.insync.replicas".to_owned(), "2".to_owned())].into();
     let mut validated = validate(&subject.deployment).unwrap();
     validated.owner = vec![OwnerReference { uid: "d1".into(), controller: Some(true), ..OwnerReference::default() }];
     let decision = decision(&subject, 60);
@@ -631,6 +704,7 @@ fn the_children_are_what_processes_read() {
         (&*events.topic, events.sample_percent, &events.redact[..]),
         ("athanor.ns.m", 25, &[r"\d{16}".into()][..])
     );
+    assert_eq!(events.topic_config["min.insync.replicas"], "2");
     assert_eq!(router.service.metadata.name.as_deref(), Some("m"));
     let rules = serde_json::to_value(&router.account.role.rules).unwrap();
     assert_eq!(rules[0]["resourceNames"], json!(["m-router"]));
@@ -638,6 +712,7 @@ fn the_children_are_what_processes_read() {
     let config: MonitorConfig = serde_json::from_str(&monitor.config.data.unwrap()["monitor.json"]).unwrap();
     assert_eq!(config.revisions.iter().map(|revision| revision.name.as_str()).collect::<Vec<_>>(), [OLD, NEW]);
     assert!(config.events.redact.is_empty(), "another pattern does not restart the monitor");
+    assert!(config.events.topic_config.is_empty(), "it creates no topic");
 }
 
 #[test]
@@ -716,6 +791,9 @@ fn a_wrong_name_or_source_is_refused() {
     pattern["feedback"]["redact"] = json!(["a", "["]);
     let refused = validate(&deployment(pattern)).err().unwrap().to_string();
     assert!(refused.starts_with("spec.feedback.redact[1]: regex parse error"), "{refused}");
+    let mut topic = retraining_spec();
+    topic["feedback"]["kafka"]["topicConfig"] = json!({"min.insync.replicas": "2", "retention ms": "1"});
+    assert_eq!(validate(&deployment(topic)).err(), Some(InvalidDeployment::TopicConfig("retention ms".into())));
     assert_eq!(names::revision("m", Some("ABCDEF0123"), ""), "m-abcdef01");
     assert_ne!(names::revision("m", None, "s3://a"), names::revision("m", None, "s3://b"));
 }

@@ -50,6 +50,8 @@ pub enum InvalidDeployment {
     SourceName(String),
     #[error("spec.feedback.kafka.topic: {0:?} has more than {LONGEST_TOPIC} characters; set a shorter one")]
     Topic(String),
+    #[error("spec.feedback.kafka.topicConfig: {0:?} is not the name of a topic's configuration, such as retention.ms")]
+    TopicConfig(String),
     #[error("spec.feedback.{0}")]
     Redact(#[from] InvalidPattern),
     #[error("spec.engine.builtin.kvCacheMemory: {0:?} is not a quantity of bytes such as 512Mi")]
@@ -82,6 +84,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     let events = spec.feedback.as_ref().map(|feedback| EventsConfig {
         bootstrap_servers: feedback.kafka.bootstrap_servers.clone(),
         topic: feedback.kafka.topic.clone().unwrap_or_else(|| format!("athanor.{namespace}.{name}")),
+        topic_config: feedback.kafka.topic_config.clone(),
         sample_percent: feedback.sample_percent,
         redact: feedback.redact.clone(),
         maximum_caller_percent: feedback.maximum_caller_percent,
@@ -92,6 +95,10 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     }
     if let Some(events) = events.as_ref().filter(|events| events.topic.len() > LONGEST_TOPIC) {
         return Err(InvalidDeployment::Topic(events.topic.clone()));
+    }
+    let topic_config = events.iter().flat_map(|events| events.topic_config.keys());
+    if let Some(name) = topic_config.into_iter().find(|name| !is_config_name(name)) {
+        return Err(InvalidDeployment::TopicConfig(name.clone()));
     }
     let engine = spec.engine.builtin.config().map_err(InvalidDeployment::CacheMemory)?;
     Ok(ValidatedDeployment {
@@ -104,4 +111,12 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         source,
         events,
     })
+}
+
+/// Returns whether a name has the form of those of Kafka's topic configurations.
+fn is_config_name(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_lowercase())
+        && name
+            .chars()
+            .all(|character| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '.')
 }

@@ -206,6 +206,15 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let fed = deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}}));
     let made = create(client, &fed);
     let name = made.await.unwrap().metadata.name.unwrap();
+    for (name, value, fine) in
+        [("retention.ms", json!("604800000"), true), ("retention.ms", json!(1), false), (&*"a".repeat(129), json!("1"), false)]
+    {
+        let configured = deployment(|spec| {
+            spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topicConfig": {name: value}}});
+        });
+        let created = create(client, &configured).await.map(|_| ());
+        assert_eq!(created.is_ok(), fine, "{name}: {created:?}");
+    }
     let patch = json!({"spec": {"feedback": {"kafka": {"topic": "b"}}}});
     let error = deployments.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap_err();
     assert!(error.to_string().contains("topic is immutable"), "{error}");

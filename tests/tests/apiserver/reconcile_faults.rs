@@ -42,6 +42,7 @@ fn job(name: &str) -> Result<FineTuneJob> {
             "model": {"from": "s3://bucket/model", "task": "TextClassification"},
             "data": {"sources": [{"name": "reviews", "uri": "s3://bucket/reviews.csv"}]},
             "output": {"to": "s3://bucket/out"},
+            "distributed": {"numNodes": 2},
         },
     }))?)
 }

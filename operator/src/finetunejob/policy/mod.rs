@@ -2,6 +2,7 @@
 //! test.
 
 pub mod deadline;
+pub mod pace;
 pub mod queue;
 pub mod restart;
 pub mod search;

@@ -17,6 +17,7 @@ use k8s_openapi::{
 use crate::{
     modeldeployment::{names, validate::ValidatedDeployment},
     pods::{self, HttpProbe, Labels, Probes},
+    settings::Settings,
 };
 
 /// A kind of child that is deleted by name.
@@ -52,12 +53,14 @@ pub fn probes(port: &'static str, startup: HttpProbe) -> Probes {
     }
 }
 
-/// Seconds of a pod's grace beyond its drain: the time in which others stop sending, and that of the last events.
-const MARGIN_SECONDS: i64 = 15;
+/// Seconds of a pod's grace beyond its stop delay and its drain, for the last events.
+const MARGIN_SECONDS: i64 = 12;
 
-/// Returns the time that a pod has to end: its drain, in which the longest request may end as well.
-pub fn grace_seconds(drain_seconds: u64, max_request_seconds: u64) -> i64 {
-    i64::try_from(drain_seconds.max(max_request_seconds)).unwrap_or(i64::MAX - MARGIN_SECONDS) + MARGIN_SECONDS
+/// Returns the time that a pod has to end: the delay in which others stop sending, and its drain, in which the longest
+/// request may end as well.
+pub fn grace_seconds(settings: &Settings, drain_seconds: u64, max_request_seconds: u64) -> i64 {
+    let margin = MARGIN_SECONDS + i64::from(settings.stop_delay_seconds);
+    i64::try_from(drain_seconds.max(max_request_seconds)).unwrap_or(i64::MAX).saturating_add(margin)
 }
 
 /// Builds a Deployment whose updates never have fewer available pods than `replicas`.

@@ -14,6 +14,7 @@ use k8s_openapi::api::{
 
 use super::common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload};
 use crate::{
+    images::Choice,
     modeldeployment::{names::SERVER, validate::ValidatedDeployment},
     pods::{self, HttpProbe, Labels, PodPlan},
     settings::Settings,
@@ -25,6 +26,8 @@ pub struct RevisionChildren {
     pub deployment: Deployment,
     pub service: Service,
     pub budget: PodDisruptionBudget,
+    /// Why the servers are not expected to use their GPUs.
+    pub warning: Option<String>,
 }
 
 /// Kinds of a revision's children in the order of their deletion. The Deployment is last, because a revision that has
@@ -51,13 +54,17 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
+    env.push(pods::variable(variable::SHUTDOWN_GRACE_SECONDS, settings.stop_delay_seconds.to_string()));
+    let size_limit = deployment.spec.pod_template.as_ref().and_then(|pod| pod.scratch_size_limit.as_ref());
     let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
     labels.insert(label::REVISION.into(), name.clone());
+    let own = deployment.spec.image.as_deref();
+    let Choice { image, warning } = settings.server_images().choose(own, deployment.spec.pod_template.as_ref());
     // A model may take minutes to arrive.
     let startup = HttpProbe { path: "/readyz", port: "http", period_seconds: 1, failures: 600 };
     let template = pods::template(PodPlan {
         component: SERVER,
-        image: deployment.spec.image.as_deref().unwrap_or(&settings.server_image),
+        image,
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
@@ -69,12 +76,12 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         metrics_port: http,
         volumes: vec![
             (pods::config(name), path::CONFIG.into()),
-            (pods::scratch("cache", None), path::MODEL_CACHE.into()),
+            (pods::scratch("cache", size_limit), path::MODEL_CACHE.into()),
         ],
         probes: Some(probes("http", startup)),
         overrides: deployment.spec.pod_template.as_ref(),
         service_account: None,
-        grace_seconds: grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds),
+        grace_seconds: grace_seconds(settings, config.limits.drain_seconds, config.limits.max_request_seconds),
         spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
     });
     let metadata = |name: &str| metadata(deployment, name, labels.clone());
@@ -91,5 +98,6 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
             &[Port { name: "http", port: http, target: http }, Port { name: "grpc", port: grpc, target: grpc }],
         ),
         budget: budget(metadata(name), selector),
+        warning,
     }
 }

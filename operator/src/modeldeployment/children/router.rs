@@ -5,10 +5,13 @@ use athanor_contract::{
     serve::{AccessConfig, RouterConfig, RouterLimits, RouterRevision},
 };
 use athanor_crds::label;
-use k8s_openapi::api::{
-    apps::v1::Deployment,
-    core::v1::{ConfigMap, PodTemplateSpec, Secret, Service},
-    policy::v1::PodDisruptionBudget,
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{ConfigMap, PodTemplateSpec, Secret, Service},
+        policy::v1::PodDisruptionBudget,
+    },
+    apimachinery::pkg::api::resource::Quantity,
 };
 
 use super::common::{
@@ -28,6 +31,10 @@ use crate::{
 const HTTP_PORT: i32 = port::HTTP as i32;
 const GRPC_PORT: i32 = port::GRPC as i32;
 const ROUTER_OPS_PORT: i32 = port::ROUTER_OPS as i32;
+
+/// Size limit of the folder for events that Kafka has not taken yet. The spill has a limit of its own, 1 GiB; segments that
+/// cannot be read stay besides.
+const SPOOL: &str = "3Gi";
 
 /// Children of the router. They stay as long as the deployment does and are deleted with it.
 pub struct RouterChildren {
@@ -71,7 +78,7 @@ pub fn build(
             ..RouterLimits::default()
         },
     };
-    let mut grace = grace_seconds(config.limits.drain_seconds, config.limits.max_request_seconds);
+    let mut grace = grace_seconds(settings, config.limits.drain_seconds, config.limits.max_request_seconds);
     if config.events.is_some() {
         grace += HAND_OVER_SECONDS as i64;
     }
@@ -121,7 +128,9 @@ fn pod_template(
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::SPILL_DIR, path::SPOOL));
     env.push(pods::variable(variable::SIGNING_KEYS, path::SIGNING_KEYS));
-    let mut volumes = vec![(pods::scratch("spool", None), path::SPOOL.into()), signing_keys(deployment)];
+    env.push(pods::variable(variable::SHUTDOWN_GRACE_SECONDS, settings.stop_delay_seconds.to_string()));
+    let spool = pods::scratch("spool", Some(&Quantity(SPOOL.into())));
+    let mut volumes = vec![(spool, path::SPOOL.into()), signing_keys(deployment)];
     let access = deployment.spec.access.as_ref();
     if let Some(keys) = access.and_then(|access| access.api_keys.as_ref()) {
         let config = AccessConfig { callers: keys.callers.clone() };

@@ -7,7 +7,7 @@ use athanor_contract::{
     train::OffsetRange,
 };
 use athanor_crds::{
-    APPROVE_ANNOTATION, Approval, FineTuneJob, ModelDeploymentStatus, RetrainSpec, RetrainingOutcome,
+    APPROVE_ANNOTATION, Approval, FineTuneJob, FineTuneJobSpec, ModelDeploymentStatus, RetrainSpec, RetrainingOutcome,
     RetrainingProposal, RetrainingStatus, RevisionStatus,
 };
 use jiff::Timestamp;
@@ -42,6 +42,8 @@ pub struct NewRetraining {
 /// Retraining from now on.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Retraining {
+    /// Number of retrainings that were created, with the one to create now.
+    pub count: u64,
     pub create: Option<NewRetraining>,
     pub running: Option<RetrainingStatus>,
     pub last_retrained_at: Option<Time>,
@@ -89,6 +91,7 @@ pub fn retrain(spec: Option<&RetrainSpec>, status: &ModelDeploymentStatus, input
         Ok(new) => {
             let message = format!("FineTuneJob {} was created{}", new.name, gates_warning(spec));
             let ranges = new.ranges.clone();
+            next.count += 1;
             next.running = Some(RetrainingStatus { job: new.name.clone(), ranges, started_at: Time(inputs.now) });
             next.condition = Some(Value::new(State::True, "Training", message));
             next.create = Some(new);
@@ -117,6 +120,7 @@ fn gates_warning(spec: &RetrainSpec) -> String {
 /// Returns the retraining under way, or the outcome of one that is over.
 fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let mut next = Retraining {
+        count: status.retrainings,
         last_retrained_at: status.last_retrained_at.clone(),
         last: status.last_retraining.clone(),
         fruitless: status.fruitless_retrainings,
@@ -124,8 +128,14 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
         ..Retraining::default()
     };
     let Some(running) = &status.retraining else {
-        // One that is not over was created by an operator that was killed before it could write the status.
-        let unrecorded = inputs.jobs.iter().find(|job| target::outcome(job).is_none_or(|outcome| !outcome.is_over()));
+        // The next one exists if an operator was killed before it could write the status. Its end is recorded by the
+        // reconcile after this one.
+        let name = following(status, inputs);
+        let unrecorded = inputs.jobs.iter().find(|job| job.name_any() == name);
+        next.count += u64::from(unrecorded.is_some());
+        // An operator of an earlier version gave it another name.
+        let runs = |job: &&Arc<FineTuneJob>| target::outcome(job).is_none_or(|outcome| !outcome.is_over());
+        let unrecorded = unrecorded.or_else(|| inputs.jobs.iter().find(runs));
         next.running = unrecorded.map(|job| adopt(job, inputs.now));
         return next;
     };
@@ -166,6 +176,22 @@ fn adopt(job: &FineTuneJob, now: Timestamp) -> RetrainingStatus {
     }
 }
 
+/// Returns the name of the retraining after those that were created.
+fn following(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> String {
+    names::retraining(inputs.deployment, inputs.uid, status.retrainings.saturating_add(1))
+}
+
+/// Returns whether a job was made from this template with the events of these ranges.
+fn was_trained_on(job: &FineTuneJob, template: &FineTuneJobSpec, ranges: &[OffsetRange]) -> bool {
+    let mut spec = job.spec.clone();
+    let added = spec.train.data.sources.pop().and_then(|source| source.kafka);
+    // What the deployment fills in, and what a user may change in a job that exists.
+    spec.train.evaluate.baseline.clone_from(&template.train.evaluate.baseline);
+    spec.credentials_secret_name.clone_from(&template.credentials_secret_name);
+    (spec.suspend, spec.ttl_seconds_after_finished) = (template.suspend, template.ttl_seconds_after_finished);
+    added.is_some_and(|kafka| kafka.ranges == ranges) && spec == *template
+}
+
 /// Why no retraining starts now.
 struct Hold {
     reason: &'static str,
@@ -180,7 +206,7 @@ fn cooldown(spec: &RetrainSpec, fruitless: u32) -> Duration {
     own.saturating_mul(1 << fruitless.min(24)).min(LONGEST_COOLDOWN.max(own))
 }
 
-/// Returns the proposal that waits for the user's approval, unless the model or the template changed since.
+/// Returns the proposal that waits for the user's approval, unless the model changed since.
 fn waiting<'a>(
     spec: &RetrainSpec,
     status: &'a ModelDeploymentStatus,
@@ -188,8 +214,7 @@ fn waiting<'a>(
     current: &RevisionStatus,
 ) -> Option<&'a RetrainingProposal> {
     let proposal = status.retraining_proposal.as_ref()?;
-    let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &proposal.ranges);
-    let is_same = proposal.job == name && proposal.revision == current.name;
+    let is_same = proposal.job == following(status, inputs) && proposal.revision == current.name;
     (spec.approval == Approval::Manual && is_same).then_some(proposal)
 }
 
@@ -238,10 +263,10 @@ fn propose(
         Some(proposal) => proposal.ranges.clone(),
         None => ranges(monitor, &followed.used).map_err(|message| hold("NoEvents", message))?,
     };
-    let name = names::retraining(inputs.deployment, inputs.uid, &spec.template, &ranges);
-    if inputs.jobs.iter().any(|job| job.name_any() == name) {
-        return Err(hold("NoNewEvents", format!("{name} was already trained on these events{ended}")));
+    if let Some(job) = inputs.jobs.iter().find(|job| was_trained_on(job, &spec.template.spec, &ranges)) {
+        return Err(hold("NoNewEvents", format!("{} was already trained on these events{ended}", job.name_any())));
     }
+    let name = following(status, inputs);
     if spec.approval == Approval::Manual && inputs.approved != Some(&name) {
         let message = format!(
             "to start it: kubectl annotate modeldeployment {} --overwrite {APPROVE_ANNOTATION}={name}{}{ended}",

@@ -35,6 +35,8 @@ pub struct Rollout {
     pub candidate: Option<CandidateStatus>,
     pub previous: Option<RetiredRevision>,
     pub failed: Vec<String>,
+    /// Completion time of the newest job whose model was rolled back.
+    pub settled_until: Option<Time>,
     /// The condition Progressing.
     pub progressing: Value,
     pub wait: Option<Duration>,
@@ -150,11 +152,13 @@ fn within_deadline(spec: &CanarySpec, mut next: Rollout, now: Timestamp) -> Roll
     }
     let Some(candidate) = next.candidate.take() else { return next };
     let why = format!("no verdict within {seconds} s (deadlineSeconds): {}", candidate.message);
-    give_up(next, candidate.revision.name, &why, now)
+    give_up(next, candidate.revision, &why, now)
 }
 
 /// Takes the traffic from a revision for good.
-fn give_up(mut next: Rollout, name: String, why: &str, now: Timestamp) -> Rollout {
+fn give_up(mut next: Rollout, revision: RevisionStatus, why: &str, now: Timestamp) -> Rollout {
+    let RevisionStatus { name, completed_at, .. } = revision;
+    next.settled_until = [next.settled_until, completed_at].into_iter().flatten().max_by_key(|time| time.0);
     next.progressing = Value::new(State::False, "RolledBack", format!("{name} was rolled back: {why}"));
     next.failed.push(name.clone());
     let excess = next.failed.len().saturating_sub(MOST_FAILED);
@@ -181,6 +185,7 @@ fn carry_on(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Rollout {
         candidate: None,
         previous,
         failed: status.failed_revisions.clone(),
+        settled_until: status.settled_until.clone(),
         progressing: Value::new(State::False, "Stable", ""),
         wait,
     }
@@ -363,6 +368,6 @@ impl Canary<'_> {
     }
 
     fn roll_back(self, next: Rollout, why: &str) -> Rollout {
-        give_up(next, self.candidate.revision.name, why, self.inputs.now)
+        give_up(next, self.candidate.revision, why, self.inputs.now)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `spec.model` names a base. Retrainings of the deployment that ended after the user's last change of `spec.model`
 //! compete with it, and the newest wins. The current revision competes as well, so that it stays when its job is
-//! deleted.
+//! deleted. After a rollback the jobs that were over by the end of the failed one's do not compete any more.
 
 use std::sync::Arc;
 
@@ -51,10 +51,15 @@ pub fn target(
         (Some(_), None) => false,
     };
     let base_name = if let Source::Job(name) = base { Some(name.as_str()) } else { None };
+    let is_settled = |revision: &RevisionStatus| {
+        let (until, completed) = (status.settled_until.as_ref(), revision.completed_at.as_ref());
+        until.zip(completed).is_some_and(|(until, completed)| completed.0 <= until.0)
+    };
     let mut pool: Vec<RevisionStatus> = Vec::new();
     pool.extend(base_job.and_then(|job| revision(deployment, job)));
     let retrained = retrainings.iter().filter_map(|job| revision(deployment, job));
     pool.extend(retrained.filter(|revision| after_change(revision.completed_at.as_ref())));
+    pool.retain(|revision| !is_settled(revision));
     let current = status.current_revision.iter().filter(|current| match current.job.as_deref() {
         None => false,
         Some(job) => Some(job) == base_name || after_change(current.completed_at.as_ref()),
