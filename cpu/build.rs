@@ -2,7 +2,17 @@
 
 use std::env;
 
-const HEADERS: [&str; 5] = ["attention.hpp", "decoder.hpp", "product.hpp", "team.hpp", "vector.hpp"];
+const HEADERS: [&str; 9] = [
+    "abi.hpp",
+    "attention.hpp",
+    "decoder.hpp",
+    "encoder.hpp",
+    "isa.hpp",
+    "machine.hpp",
+    "product.hpp",
+    "team.hpp",
+    "vector.hpp",
+];
 
 fn main() {
     for header in HEADERS {

@@ -112,17 +112,7 @@ impl Decoder {
         }
         check(&config, &layers, &embeddings, head.as_ref())?;
         let mut tiles = Vec::new();
-        let mut matrix = |matrix: &Matrix| {
-            let table = matrix.tiles();
-            let found = ffi::Matrix {
-                outputs: matrix.outputs() as i64,
-                inputs: matrix.inputs() as i64,
-                tiles: table.as_ptr(),
-                bias: matrix.bias().map_or(ptr::null(), <[f32]>::as_ptr),
-            };
-            tiles.push(table);
-            found
-        };
+        let mut matrix = |matrix: &Matrix| ffi::Matrix::of(matrix, &mut tiles);
         let native_layers: Vec<ffi::Layer> = layers
             .iter()
             .map(|layer| ffi::Layer {
@@ -156,7 +146,7 @@ impl Decoder {
         // lives as long as `Self` and does not move: vectors keep their buffers when they are moved.
         let native = unsafe {
             ffi::athanor_cpu_decoder(
-                1 + i32::from(instruction_set == InstructionSet::Avx512),
+                instruction_set.number(),
                 &shape,
                 native_layers.as_ptr(),
                 &native_embeddings,

@@ -12,6 +12,13 @@ pub enum InstructionSet {
 }
 
 impl InstructionSet {
+    pub(crate) fn number(self) -> i32 {
+        match self {
+            Self::Avx2 => 1,
+            Self::Avx512 => 2,
+        }
+    }
+
     /// The best that this machine has; none if it lacks AVX2.
     pub fn best() -> Option<Self> {
         // SAFETY: the function takes nothing and reads the processor's features.
@@ -37,6 +44,21 @@ pub(crate) struct Matrix {
     pub inputs: i64,
     pub tiles: *const Tile,
     pub bias: *const f32,
+}
+
+impl Matrix {
+    /// The matrix as the kernels read it. The table of tiles is kept in `tables`; both point into `matrix`.
+    pub(crate) fn of(matrix: &crate::Matrix, tables: &mut Vec<Vec<Tile>>) -> Self {
+        let table = matrix.tiles();
+        let found = Self {
+            outputs: matrix.outputs() as i64,
+            inputs: matrix.inputs() as i64,
+            tiles: table.as_ptr(),
+            bias: matrix.bias().map_or(std::ptr::null(), <[f32]>::as_ptr),
+        };
+        tables.push(table);
+        found
+    }
 }
 
 #[repr(C)]
@@ -79,6 +101,60 @@ pub(crate) struct Row {
     pub wants_logits: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct EncoderLayer {
+    pub qkv: Matrix,
+    pub output: Matrix,
+    pub up: Matrix,
+    pub down: Matrix,
+    pub attention_weight: *const f32,
+    pub attention_shift: *const f32,
+    pub output_weight: *const f32,
+    pub output_shift: *const f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct EncoderEmbeddings {
+    pub words: Matrix,
+    pub positions: *const f32,
+    pub weight: *const f32,
+    pub shift: *const f32,
+    pub relative: *const f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Dense {
+    pub outputs: i64,
+    pub inputs: i64,
+    pub weight: *const f32,
+    pub bias: *const f32,
+    pub activation: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct EncoderShape {
+    pub layers: i64,
+    pub hidden: i64,
+    pub intermediate: i64,
+    pub heads: i64,
+    pub max_length: i64,
+    pub threads: i64,
+    pub eps: f32,
+    pub activation: i32,
+    pub first_token: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Text {
+    pub tokens: *const u32,
+    pub length: i64,
+}
+
 unsafe extern "C" {
     fn athanor_cpu_instruction_set() -> i32;
     fn athanor_cpu_advise(data: *mut u8, bytes: usize);
@@ -93,6 +169,16 @@ unsafe extern "C" {
     ) -> *mut c_void;
     pub(crate) fn athanor_cpu_step(decoder: *mut c_void, rows: *const Row, count: i64, logits: *mut f32) -> i32;
     pub(crate) fn athanor_cpu_free(decoder: *mut c_void);
+    pub(crate) fn athanor_cpu_encoder(
+        instruction_set: i32,
+        shape: *const EncoderShape,
+        layers: *const EncoderLayer,
+        embeddings: *const EncoderEmbeddings,
+        head: *const Dense,
+        heads: i64,
+    ) -> *mut c_void;
+    pub(crate) fn athanor_cpu_encode(encoder: *mut c_void, texts: *const Text, count: i64, outputs: *mut f32) -> i32;
+    pub(crate) fn athanor_cpu_encoder_free(encoder: *mut c_void);
 }
 
 /// Asks for huge pages; a kernel without them ignores it.

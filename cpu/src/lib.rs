@@ -1,5 +1,5 @@
-//! Decoders of the llama family on the CPU, for serving: weights of four or eight bits, attention over a paged cache, and
-//! a team of threads that computes a step together.
+//! Decoders of the llama family and encoders of BERT's kind on the CPU, for serving: weights of four or eight bits,
+//! attention over a paged cache, texts without padding, and a team of threads that computes a step together.
 //!
 //! Weights are packed in tiles of 16 outputs and groups of 32 inputs ([`Matrix`]). Inputs of every product are rounded to
 //! eight bits by groups of 32, and products are sums of whole numbers (VNNI where the machine has it). Keys and values are
@@ -8,12 +8,14 @@
 //! What this crate leaves out: files, names of tensors and tokenizers (crate `models`), and training (libtorch).
 
 mod decoder;
+mod encoder;
 mod ffi;
 mod memory;
 mod pack;
 
 pub use self::{
     decoder::{Config, Decoder, Layer, Row},
+    encoder::{Activation, Dense, Encoder, EncoderConfig, EncoderLayer, Norm},
     ffi::InstructionSet,
     pack::{Format, Group, Matrix},
 };

@@ -48,11 +48,56 @@ class Decoder {
   virtual void step(const Row* rows, int64_t count, float* logits) = 0;
 };
 
+enum Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4 };
+
+struct EncoderLayer {
+  Matrix qkv, output, up, down;
+  const float *attention_weight, *attention_shift, *output_weight, *output_shift;
+};
+
+struct EncoderEmbeddings {
+  Matrix words;
+  // [max_length, C].
+  const float* positions;
+  const float *weight, *shift;
+  // Added to scores by the distance of key and query, [H, 2 max_length - 1]; null: nothing.
+  const float* relative;
+};
+
+// A layer of a head in FP32: weight [outputs, inputs].
+struct Dense {
+  int64_t outputs, inputs;
+  const float *weight, *bias;
+  int32_t activation;
+};
+
+struct EncoderShape {
+  int64_t layers, hidden, intermediate, heads, max_length, threads;
+  float eps;
+  int32_t activation;
+  // Whether outputs are those of the first token alone.
+  int32_t first_token;
+};
+
+struct Text {
+  const uint32_t* tokens;
+  int64_t length;
+};
+
+class Encoder {
+ public:
+  virtual ~Encoder() = default;
+  // `outputs`: [count, outputs of the head], or [count, C] without a head.
+  virtual void encode(const Text* texts, int64_t count, float* outputs) = 0;
+};
+
 namespace avx2 {
 Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
-}
+Encoder* encoder(const EncoderShape&, const EncoderLayer*, const EncoderEmbeddings&, const Dense*, int64_t);
+}  // namespace avx2
 namespace avx512 {
 Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
-}
+Encoder* encoder(const EncoderShape&, const EncoderLayer*, const EncoderEmbeddings&, const Dense*, int64_t);
+}  // namespace avx512
 
 }  // namespace athanor

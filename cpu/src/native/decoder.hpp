@@ -1,6 +1,6 @@
 // A decoder of the llama family: one call computes a step of many sequences. Included once for each instruction set.
 //
-// N tokens of all rows, C hidden size, H query heads and K key and value heads of D numbers, I the inner size, V tokens.
+// N tokens of all rows, C hidden size, H query heads, K key and value heads of D numbers, I the inner size, V tokens.
 #pragma once
 
 static inline void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* y) {
@@ -17,57 +17,11 @@ static inline void rms_norm(const float* x, const float* weight, int64_t count, 
   for (; i < count; ++i) y[i] = x[i] * scale * weight[i];
 }
 
-// Memory that grows and is aligned to a cache line.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  // At least `count` items; their contents are unspecified.
-  T* of(int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = count;
-    }
-    return data_;
-  }
-  T* get() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-class RoundedBuffer {
- public:
-  // Room for rows of `columns` numbers.
-  Rounded& of(int64_t rows, int64_t columns) {
-    rounded_.groups = (columns + kGroup - 1) / kGroup;
-    rounded_.q = q_.of(rows * rounded_.groups * kGroup);
-    rounded_.scales = scales_.of(rows * rounded_.groups);
-    rounded_.sums = sums_.of(rows * rounded_.groups);
-    rounded_.starts = starts_.of(rows * rounded_.groups);
-    return rounded_;
-  }
-
- private:
-  Rounded rounded_;
-  Buffer<int8_t> q_;
-  Buffer<float> scales_, sums_;
-  Buffer<int32_t> starts_;
-};
-
-class Decoder final : public athanor::Decoder {
+class Decoder final : public athanor::Decoder, Machine {
  public:
   Decoder(const Shape& shape, const Layer* layers, const Matrix& embeddings,
           const Matrix& head, const float* norm, const float* frequencies)
-      : shape_(shape), team_(static_cast<int>(shape.threads)), embeddings_(embeddings), head_(head), norm_(norm),
+      : Machine(shape.threads), shape_(shape), embeddings_(embeddings), head_(head), norm_(norm),
         frequencies_(frequencies) {
     cache_.heads = shape.key_value_heads;
     cache_.head_dim = shape.head_dim;
@@ -113,72 +67,6 @@ class Decoder final : public athanor::Decoder {
   int64_t capacity() const { return (shape_.max_length + kBlock - 1) / kBlock * kBlock; }
   int64_t scratch_size() const { return (std::max(shape_.hidden, shape_.heads * shape_.head_dim) + 63) / 16 * 16; }
 
-  // Calls `each` with the pieces of 0..count that fall to this thread, then waits for the others.
-  template <typename Each>
-  void share(int64_t count, int64_t piece, Each each) {
-    for (;;) {
-      const int64_t begin = team_.take() * piece;
-      if (begin >= count) break;
-      each(begin, std::min(begin + piece, count));
-    }
-    team_.barrier();
-  }
-
-  // Products of all rows, a few tiles at a time: few enough that the threads end together.
-  template <typename Each>
-  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
-    const int64_t piece = std::max<int64_t>(1, m.count() / (team_.threads() * 4));
-    share(m.count(), piece, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        tile_of_rows(m, tile, x, 0, rows, [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
-      }
-    });
-  }
-
-  static void put(float* to, int64_t at, int64_t size, f32x16 y) {
-    if (at + kTile <= size) {
-      store(to + at, y);
-      return;
-    }
-    float whole[kTile];
-    store(whole, y);
-    for (int64_t i = at; i < size; ++i) to[i] = whole[i - at];
-  }
-
-  static void add(float* to, int64_t at, int64_t size, f32x16 y) {
-    if (at + kTile <= size) {
-      store(to + at, load<f32x16>(to + at) + y);
-      return;
-    }
-    float whole[kTile];
-    store(whole, y);
-    for (int64_t i = at; i < size; ++i) to[i] += whole[i - at];
-  }
-
-  // Row `token` of the table of embeddings.
-  void embed(uint32_t token, float* to) const {
-    const Matrix& m = embeddings_;
-    const bool four = m.tiles[token / kTile].format == kInt4;
-    const uint8_t* numbers = m.tiles[token / kTile].data;
-    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));
-    const int64_t lane = token % kTile;
-    for (int64_t group = 0; group < m.groups(); ++group) {
-      float scale[16], minimum[16];
-      store(scale, load_half(scales + group * (four ? kScales<kInt4> : kScales<kInt8>)));
-      if (four) store(minimum, load_half(scales + group * 32 + 16));
-      for (int64_t i = 0; i < kGroup && group * kGroup + i < m.inputs; ++i) {
-        float value;
-        if (four) {
-          const uint8_t byte = numbers[group * 256 + i / 4 % 4 * 64 + lane * 4 + i % 4];
-          value = static_cast<float>(i < 16 ? byte & 15 : byte >> 4) * scale[lane] + minimum[lane];
-        } else {
-          value = static_cast<float>(static_cast<int>(numbers[group * 512 + i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale[lane];
-        }
-        to[group * kGroup + i] = value;
-      }
-    }
-  }
-
   void compute(int thread) {
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t c = shape_.hidden, d = shape_.head_dim;
@@ -186,7 +74,7 @@ class Decoder final : public athanor::Decoder {
     float* scratch = scratch_.get() + thread * scratch_size();
     share(n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        embed(tokens_[t].id, x + t * c);
+        row(embeddings_, tokens_[t].id, x + t * c);
         for (int64_t i = 0; i < d / 2; ++i) {
           const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
           angles_.get()[t * d + i] = std::cos(angle);
@@ -324,7 +212,6 @@ class Decoder final : public athanor::Decoder {
   }
 
   const Shape shape_;
-  athanor::Team team_;
   const Matrix embeddings_, head_;
   const float* norm_;
   const float* frequencies_;

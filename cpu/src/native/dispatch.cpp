@@ -49,4 +49,27 @@ int32_t athanor_cpu_step(athanor::Decoder* decoder, const athanor::Row* rows, in
 
 void athanor_cpu_free(athanor::Decoder* decoder) { delete decoder; }
 
+// As `athanor_cpu_decoder`. `heads`: layers of the head; without one, outputs are means of length 1.
+athanor::Encoder* athanor_cpu_encoder(int32_t instruction_set, const athanor::EncoderShape* shape, const athanor::EncoderLayer* layers,
+                                      const athanor::EncoderEmbeddings* embeddings, const athanor::Dense* head, int64_t heads) {
+  try {
+    return instruction_set == 2 ? athanor::avx512::encoder(*shape, layers, *embeddings, head, heads)
+                                : athanor::avx2::encoder(*shape, layers, *embeddings, head, heads);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// 0, or 1 if there is no memory.
+int32_t athanor_cpu_encode(athanor::Encoder* encoder, const athanor::Text* texts, int64_t count, float* outputs) {
+  try {
+    encoder->encode(texts, count, outputs);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+void athanor_cpu_encoder_free(athanor::Encoder* encoder) { delete encoder; }
+
 }  // extern "C"

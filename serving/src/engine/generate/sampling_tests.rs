@@ -76,7 +76,7 @@ fn penalties_and_bias_follow_openai_and_hugging_face() {
     }
     let sampling = Sampling { repetition_penalty: 2.0, presence_penalty: 0.25, frequency_penalty: 0.5, ..greedy() };
     let context = Context { prompt: &[2], answer: &[0, 0], forbidden: &[3] };
-    assert_eq!(scores(&logits, &sampling, context), [1.0 - 0.25 - 1.0, 1.5, -2.0, f32::NEG_INFINITY]);
+    assert_eq!(*scores(&logits, &sampling, context), [1.0 - 0.25 - 1.0, 1.5, -2.0, f32::NEG_INFINITY]);
 }
 
 #[test]

@@ -1,0 +1,121 @@
+// What decoders and encoders share: a team, its memory, and products of all rows with a matrix. Included once for each
+// instruction set.
+#pragma once
+
+// Memory that grows and is aligned to a cache line.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  // At least `count` items; their contents are unspecified.
+  T* of(int64_t count) {
+    if (count > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_;
+  }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+class RoundedBuffer {
+ public:
+  // Room for rows of `columns` numbers.
+  Rounded& of(int64_t rows, int64_t columns) {
+    rounded_.groups = (columns + kGroup - 1) / kGroup;
+    rounded_.q = q_.of(rows * rounded_.groups * kGroup);
+    rounded_.scales = scales_.of(rows * rounded_.groups);
+    rounded_.sums = sums_.of(rows * rounded_.groups);
+    rounded_.starts = starts_.of(rows * rounded_.groups);
+    return rounded_;
+  }
+
+ private:
+  Rounded rounded_;
+  Buffer<int8_t> q_;
+  Buffer<float> scales_, sums_;
+  Buffer<int32_t> starts_;
+};
+
+class Machine {
+ protected:
+  explicit Machine(int64_t threads) : team_(static_cast<int>(threads)) {}
+
+  // Calls `each` with the pieces of 0..count that fall to this thread, then waits for the others.
+  template <typename Each>
+  void share(int64_t count, int64_t piece, Each each) {
+    for (;;) {
+      const int64_t begin = team_.take() * piece;
+      if (begin >= count) break;
+      each(begin, std::min(begin + piece, count));
+    }
+    team_.barrier();
+  }
+
+  // Products of all rows, a few tiles at a time: few enough that the threads end together.
+  template <typename Each>
+  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
+    const int64_t piece = std::max<int64_t>(1, m.count() / (team_.threads() * 4));
+    share(m.count(), piece, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        tile_of_rows(m, tile, x, 0, rows, [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
+      }
+    });
+  }
+
+  static void put(float* to, int64_t at, int64_t size, f32x16 y) {
+    if (at + kTile <= size) {
+      store(to + at, y);
+      return;
+    }
+    float whole[kTile];
+    store(whole, y);
+    for (int64_t i = at; i < size; ++i) to[i] = whole[i - at];
+  }
+
+  static void add(float* to, int64_t at, int64_t size, f32x16 y) {
+    if (at + kTile <= size) {
+      store(to + at, load<f32x16>(to + at) + y);
+      return;
+    }
+    float whole[kTile];
+    store(whole, y);
+    for (int64_t i = at; i < size; ++i) to[i] += whole[i - at];
+  }
+
+  // Row `token` of a table.
+  static void row(const Matrix& m, uint32_t token, float* to) {
+    const bool four = m.tiles[token / kTile].format == kInt4;
+    const uint8_t* numbers = m.tiles[token / kTile].data;
+    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));
+    const int64_t lane = token % kTile;
+    for (int64_t group = 0; group < m.groups(); ++group) {
+      float scale[16], minimum[16];
+      store(scale, load_half(scales + group * (four ? kScales<kInt4> : kScales<kInt8>)));
+      if (four) store(minimum, load_half(scales + group * 32 + 16));
+      for (int64_t i = 0; i < kGroup && group * kGroup + i < m.inputs; ++i) {
+        float value;
+        if (four) {
+          const uint8_t byte = numbers[group * 256 + i / 4 % 4 * 64 + lane * 4 + i % 4];
+          value = static_cast<float>(i < 16 ? byte & 15 : byte >> 4) * scale[lane] + minimum[lane];
+        } else {
+          value = static_cast<float>(static_cast<int>(numbers[group * 512 + i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale[lane];
+        }
+        to[group * kGroup + i] = value;
+      }
+    }
+  }
+
+  athanor::Team team_;
+};
