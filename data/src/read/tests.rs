@@ -1,4 +1,4 @@
-use athanor_contract::train::{CleanSpec, Columns, ConflictingLabels};
+use athanor_contract::train::{CleanSpec, Columns, ConflictingLabels, HeldOutPart};
 
 use super::*;
 
@@ -99,4 +99,27 @@ async fn texts_and_pairs_are_cleaned_and_near_duplicates_found() {
     let report = data.cleaning.unwrap();
     assert_eq!((report.rows, report.kept), (3, 3));
     assert!(report.steps.len() >= 3, "{report:?}");
+}
+
+#[tokio::test]
+async fn a_text_of_a_held_out_source_is_found_as_it_is_cleaned() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, rows: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, format!("text,label\n{rows}")).unwrap();
+        source(name.trim_end_matches(".csv"), format!("file://{}", path.display()))
+    };
+    let test = Source { part: Some(HeldOutPart::Test), ..file("test.csv", "one two,x\n") };
+    let validation = Source { part: Some(HeldOutPart::Validation), ..file("validation.csv", "four,y\n") };
+    let mut spec = spec_of(vec![file("own.csv", "one  two,x\nthree,y\n"), validation, test]);
+    let data = read_labelled(&spec).await.unwrap();
+    let parts = data.split(&spec.split).unwrap();
+    assert_eq!((parts.train, parts.overlap.unwrap().rows), (vec![0, 1], 0));
+    spec.clean = Some(CleanSpec { collapse_whitespace: true, ..CleanSpec::default() });
+    let cleaned = read_labelled(&spec).await.unwrap();
+    let parts = cleaned.split(&spec.split).unwrap();
+    assert_eq!((parts.train, parts.validation, parts.test), (vec![1], vec![2], vec![3]));
+    assert_eq!(parts.overlap.unwrap().rows, 1);
+    spec.sources[2].part = None;
+    assert_ne!(read_labelled(&spec).await.unwrap().digest, cleaned.digest, "the digest covers the parts");
 }
