@@ -22,26 +22,35 @@ impl Classifier {
     /// Reads an artifact or another Hugging Face folder of a trained classifier. Quantized weights are computed with as such.
     pub fn load(folder: &Path, device: Device) -> Result<Self, LoadError> {
         let config = EncoderConfig::load(folder)?;
-        let refused = |field: &str, message: &str| LoadError::Config {
-            file: PathBuf::from(folder).join("config.json"),
-            field: field.into(),
-            message: message.into(),
-        };
-        let Some(labels) = config.labels() else {
-            return Err(if config.is_regression() {
-                refused("problem_type", "regression, so this is no classifier")
-            } else if config.id2label.is_none() {
-                refused("id2label", "missing, so this is not a trained classifier")
-            } else {
-                refused("architectures", "not a model for sequence classification, so this model has no trained head")
-            });
-        };
+        let labels = Self::labels_of(folder)?;
         let how = quantize::packing(&config);
         let mut model = Model::load(folder, Task::Classification(labels.clone()), &Options::default(), device)?;
         if device == Device::Cpu {
             model.pack_for_good(how)?;
         }
         Ok(Self { model, labels, device })
+    }
+
+    /// Class names of a folder's classifier, in the order of the logits.
+    ///
+    /// # Errors
+    /// The folder's model is no classifier.
+    pub fn labels_of(folder: &Path) -> Result<Vec<String>, LoadError> {
+        let config = EncoderConfig::load(folder)?;
+        let refused = |field: &str, message: &str| LoadError::Config {
+            file: PathBuf::from(folder).join("config.json"),
+            field: field.into(),
+            message: message.into(),
+        };
+        config.labels().ok_or_else(|| {
+            if config.is_regression() {
+                refused("problem_type", "regression, so this is no classifier")
+            } else if config.id2label.is_none() {
+                refused("id2label", "missing, so this is not a trained classifier")
+            } else {
+                refused("architectures", "not a model for sequence classification, so this model has no trained head")
+            }
+        })
     }
 
     /// Class names in the order of the logits.

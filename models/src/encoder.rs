@@ -36,6 +36,10 @@ impl Encoder {
         self.0.word_embeddings()
     }
 
+    pub(crate) fn backbone(&self) -> &dyn EncoderBackbone {
+        self.0.as_ref()
+    }
+
     pub fn word_embeddings_mut(&mut self) -> &mut WordEmbeddings {
         self.0.word_embeddings_mut()
     }

@@ -59,6 +59,13 @@ impl SequenceHead {
         Ok(Self { pooler, hidden, output })
     }
 
+    /// The layers over the first token's hidden state, in order; `None`: no activation.
+    pub(crate) fn layers(&self) -> Vec<(&Linear, Option<HeadActivation>)> {
+        let pooler = self.pooler.iter().map(|pooler| (pooler, Some(HeadActivation::Tanh)));
+        let hidden = self.hidden.iter().map(|(hidden, activation)| (hidden, Some(*activation)));
+        pooler.chain(hidden).chain([(&self.output, None)]).collect()
+    }
+
     /// Hidden states [B, T, C] to [B, outputs], in FP32.
     pub fn forward(&self, hidden: &Tensor, dropout: f64) -> Tensor {
         let x = self.last_features(hidden, dropout);

@@ -203,6 +203,14 @@ impl Model {
         Ok(())
     }
 
+    /// The encoder, and the head over the first token; without one, texts have vectors (see [`Model::embedding`]).
+    pub(crate) fn parts(&self) -> (&Encoder, Option<&SequenceHead>) {
+        match &self.head {
+            Head::Sequence(head) => (&self.encoder, Some(head)),
+            Head::MaskedLanguageModel(_) | Head::Pooling => (&self.encoder, None),
+        }
+    }
+
     /// The encoder's matrices by name, sharing memory with the model.
     pub fn matrices(&self) -> Vec<(String, Tensor)> {
         self.encoder

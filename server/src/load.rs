@@ -16,6 +16,7 @@ use tch::Device;
 use crate::{
     generate::{TorchGenerator, engine_limits},
     packed::PackedGenerator,
+    packed_encoder::PackedEncoder,
     tokenizer::{ChatTokenizer, TextTokenizer},
     torch::{TorchClassifier, TorchEmbedder},
 };
@@ -45,14 +46,22 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
     let tokenizer = Arc::new(TextTokenizer(Tokenizer::load(&path)?));
     let engine = "starting the engine's thread";
     let model = if encoder.architectures.iter().any(|name| *name == format!("{}{PLAIN}", encoder.model_type.name)) {
-        let backend = TorchEmbedder::load(&path, device)?;
-        let engine = encode::Engine::start(backend, &limits).context(engine)?;
+        let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
+            Some(set) => encode::Engine::start(PackedEncoder::load(&path, None, set, threads)?, &limits),
+            None => encode::Engine::start(TorchEmbedder::load(&path, device)?, &limits),
+        }
+        .context(engine)?;
         let vocabulary = usize::try_from(encoder.vocab_size).context("vocab_size")?;
         service::Model::Embedder(service::Embedder::new(limits, vocabulary, tokenizer, engine))
     } else {
-        let classifier = Classifier::load(&path, device)?;
-        let labels = classifier.labels().to_vec();
-        let engine = encode::Engine::start(TorchClassifier::new(classifier, device), &limits).context(engine)?;
+        let labels = Classifier::labels_of(&path)?;
+        let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
+            Some(set) => encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), set, threads)?, &limits),
+            None => {
+                encode::Engine::start(TorchClassifier::new(Classifier::load(&path, device)?, device), &limits)
+            }
+        }
+        .context(engine)?;
         service::Model::Classifier(service::Classifier::new(limits, labels, tokenizer, engine))
     };
     tracing::info!(?device, threads, "model loaded");

@@ -3,6 +3,7 @@
 mod generate;
 mod load;
 mod packed;
+mod packed_encoder;
 mod tokenizer;
 mod torch;
 

@@ -53,10 +53,9 @@ impl Bert {
 
 impl EncoderBackbone for Bert {
     fn embed(&self, ids: &Tensor, mask: Option<&Tensor>, config: &EncoderConfig, dropout: f64) -> (Tensor, Bias) {
-        let t = ids.size()[1];
         let words = self.word_embeddings.forward(ids, config.pad_token_id);
         // One segment: every token has type 0.
-        let embedded = words + self.position_embeddings.narrow(0, 0, t) + self.token_type_embeddings.get(0);
+        let embedded = words + self.position_embeddings.narrow(0, 0, ids.size()[1]) + self.token_type_embeddings.get(0);
         let x = drop(&self.embeddings_norm.forward(&embedded), dropout);
         (x, Bias { mask: allowed(mask), relative: None })
     }
@@ -75,5 +74,17 @@ impl EncoderBackbone for Bert {
 
     fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
+    }
+
+    fn positions(&self, config: &EncoderConfig) -> Tensor {
+        self.position_embeddings.narrow(0, 0, config.max_position_embeddings) + self.token_type_embeddings.get(0)
+    }
+
+    fn embeddings_norm(&self) -> &LayerNorm {
+        &self.embeddings_norm
+    }
+
+    fn relative_bias(&self, _tokens: i64, _config: &EncoderConfig) -> Option<Tensor> {
+        None
     }
 }

@@ -16,6 +16,7 @@ use crate::{
         embeddings::WordEmbeddings,
         encoder_layer::{Bias, Layer},
         linear::Projection,
+        norm::LayerNorm,
     },
 };
 
@@ -31,6 +32,15 @@ pub trait EncoderBackbone: Send {
     fn layers(&self) -> &[Layer];
 
     fn layers_mut(&mut self) -> &mut [Layer];
+
+    /// What is added to the words' embeddings at each place, [T, C] for the T tokens of the longest text.
+    fn positions(&self, config: &EncoderConfig) -> Tensor;
+
+    /// Of the sum of embeddings.
+    fn embeddings_norm(&self) -> &LayerNorm;
+
+    /// What is added to the scores of attention between two of T tokens, [H, T, T]; absent: nothing.
+    fn relative_bias(&self, tokens: i64, config: &EncoderConfig) -> Option<Tensor>;
 }
 
 /// A decoder without its output head.

@@ -65,9 +65,7 @@ impl EncoderBackbone for MpNet {
         // Padding is at the end, where its position does not matter: nothing looks at it.
         let embedded = words + self.position_embeddings.narrow(0, config.first_position(), t);
         let x = drop(&self.embeddings_norm.forward(&embedded), dropout);
-        let buckets = Tensor::from_slice(&buckets(t, config.relative_buckets())).view([t, t]).to_device(ids.device());
-        let relative = Tensor::embedding(&self.relative_attention_bias, &buckets, -1, false, false);
-        (x, Bias { mask: allowed(mask), relative: Some(relative.permute([2, 0, 1]).unsqueeze(0)) })
+        (x, Bias { mask: allowed(mask), relative: self.relative_bias(t, config).map(|relative| relative.unsqueeze(0)) })
     }
 
     fn word_embeddings(&self) -> &WordEmbeddings {
@@ -84,6 +82,21 @@ impl EncoderBackbone for MpNet {
 
     fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
+    }
+
+    fn positions(&self, config: &EncoderConfig) -> Tensor {
+        self.position_embeddings.narrow(0, config.first_position(), config.max_length() as i64)
+    }
+
+    fn embeddings_norm(&self) -> &LayerNorm {
+        &self.embeddings_norm
+    }
+
+    fn relative_bias(&self, tokens: i64, config: &EncoderConfig) -> Option<Tensor> {
+        let buckets = Tensor::from_slice(&buckets(tokens, config.relative_buckets())).view([tokens, tokens]);
+        let buckets = buckets.to_device(self.relative_attention_bias.device());
+        let relative = Tensor::embedding(&self.relative_attention_bias, &buckets, -1, false, false);
+        Some(relative.permute([2, 0, 1]))
     }
 }
 

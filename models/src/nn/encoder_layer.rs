@@ -144,6 +144,11 @@ impl Layer {
         [&self.query, &self.key, &self.value, &self.attention_output, &self.intermediate, &self.output]
     }
 
+    /// The normalisations behind attention and behind the layer.
+    pub fn norms(&self) -> [&LayerNorm; 2] {
+        [&self.attention_norm, &self.output_norm]
+    }
+
     /// Undoes [`Layer::pack`].
     pub fn unpack(&mut self) {
         self.packed = None;

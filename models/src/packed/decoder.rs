@@ -1,4 +1,4 @@
-//! A decoder of the llama family with packed weights, for serving on a CPU ([`athanor_cpu`]).
+//! A decoder of the llama family with packed weights.
 
 use std::path::{Path, PathBuf};
 
