@@ -233,7 +233,8 @@ fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&M
         expect(&format!("inputs of {what}"), matrix.inputs(), inputs)
     };
     let Config { hidden, intermediate, heads, key_value_heads, head_dim, vocabulary, .. } = *config;
-    for (what, value) in [("hidden", hidden), ("heads", heads), ("keyValueHeads", key_value_heads), ("blocks", config.blocks)]
+    for (what, value) in
+        [("hidden", hidden), ("heads", heads), ("keyValueHeads", key_value_heads), ("blocks", config.blocks)]
     {
         if value == 0 {
             return Err(Error::Invalid(format!("{what} is 0")));

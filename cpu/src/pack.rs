@@ -205,8 +205,9 @@ impl Matrix {
 
     /// The table of tiles that the kernels read; it points into this matrix.
     pub(crate) fn tiles(&self) -> Vec<ffi::Tile> {
-        let tile = |(&offset, &format): (&usize, &Format)| {
-            ffi::Tile { data: self.data.as_ptr().wrapping_add(offset), format: i32::from(format == Format::Int4) }
+        let tile = |(&offset, &format): (&usize, &Format)| ffi::Tile {
+            data: self.data.as_ptr().wrapping_add(offset),
+            format: i32::from(format == Format::Int4),
         };
         self.offsets.iter().zip(&self.formats).map(tile).collect()
     }

@@ -15,7 +15,8 @@ fn unpacked(matrix: &Matrix, output: usize) -> Vec<f32> {
         .map(|input| {
             let (group, i) = (input / GROUP, input % GROUP);
             let scales = groups * format.numbers() + group * format.scales();
-            let byte = tile[group * format.numbers() + if format == Format::Int8 { i / 4 } else { i / 4 % 4 } * 64
+            let byte = tile[group * format.numbers()
+                + if format == Format::Int8 { i / 4 } else { i / 4 % 4 } * 64
                 + lane * 4
                 + i % 4];
             match format {

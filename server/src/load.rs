@@ -56,10 +56,10 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
     } else {
         let labels = Classifier::labels_of(&path)?;
         let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
-            Some(set) => encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), set, threads)?, &limits),
-            None => {
-                encode::Engine::start(TorchClassifier::new(Classifier::load(&path, device)?, device), &limits)
+            Some(set) => {
+                encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), set, threads)?, &limits)
             }
+            None => encode::Engine::start(TorchClassifier::new(Classifier::load(&path, device)?, device), &limits),
         }
         .context(engine)?;
         service::Model::Classifier(service::Classifier::new(limits, labels, tokenizer, engine))
@@ -80,16 +80,19 @@ fn is_language_model(path: &Path) -> anyhow::Result<bool> {
     Ok(config["model_type"].as_str().is_some_and(registry::is_decoder))
 }
 
-fn language_model(config: &ServeConfig, path: &Path, device: Device, threads: usize) -> anyhow::Result<service::Generator> {
+fn language_model(
+    config: &ServeConfig,
+    path: &Path,
+    device: Device,
+    threads: usize,
+) -> anyhow::Result<service::Generator> {
     let limits = engine_limits(&config.limits, device);
     let tokenizer = DecoderTokenizer::load(path)?;
     let stop_tokens = tokenizer.stop_tokens().to_vec();
     let (engine, sequences) = (&config.engine, limits.step.sequences);
     let packed = if device == Device::Cpu { PackedGenerator::bits(path, engine.weights)? } else { None };
     let engine = match packed {
-        Some(bits) => {
-            generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits)
-        }
+        Some(bits) => generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits),
         None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits),
     }
     .context("starting the engine's thread")?;

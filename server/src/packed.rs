@@ -54,7 +54,10 @@ impl PackedGenerator {
         let decoder = packed::load(model, &options)?;
         let (blocks, max_length) = (decoder.config().blocks, decoder.config().max_length);
         if config.max_model_length.is_some_and(|wanted| wanted > max_length) {
-            tracing::warn!(max_model_length = max_length, "engine.maxModelLength exceeds the model's own, which is in force");
+            tracing::warn!(
+                max_model_length = max_length,
+                "engine.maxModelLength exceeds the model's own, which is in force"
+            );
         }
         tracing::info!(?bits, ?instruction_set, threads, blocks, max_length, "language model packed");
         Ok(Self { decoder, logits: Vec::new() })

@@ -27,7 +27,12 @@ impl PackedEncoder {
     ///
     /// # Errors
     /// A file of the folder cannot be used, or there is no memory.
-    pub fn load(folder: &Path, labels: Option<Vec<String>>, set: InstructionSet, threads: usize) -> Result<Self, LoadError> {
+    pub fn load(
+        folder: &Path,
+        labels: Option<Vec<String>>,
+        set: InstructionSet,
+        threads: usize,
+    ) -> Result<Self, LoadError> {
         let task = labels.map_or(Task::Embedding, Task::Classification);
         let model = Model::load(folder, task, &Options::default(), Device::Cpu)?;
         packed::encoder::pack(&model, set, threads).map(Self)
@@ -54,7 +59,8 @@ mod tests {
     use super::*;
     use crate::torch::{TorchClassifier, TorchEmbedder};
 
-    const ROWS: [&[u32]; 4] = [&[2, 9, 8, 33, 3], &[2, 40, 3], &[2, 3], &[2, 7, 7, 7, 12, 19, 5, 33, 21, 9, 40, 11, 8, 15, 16, 31, 3]];
+    const ROWS: [&[u32]; 4] =
+        [&[2, 9, 8, 33, 3], &[2, 40, 3], &[2, 3], &[2, 7, 7, 7, 12, 19, 5, 33, 21, 9, 40, 11, 8, 15, 16, 31, 3]];
 
     fn golden(name: &str) -> PathBuf {
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden").join(name)
@@ -68,7 +74,8 @@ mod tests {
     /// Largest difference over the largest number.
     fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
         let largest = b.iter().flatten().fold(0.0_f32, |most, value| most.max(value.abs()));
-        std::iter::zip(a.iter().flatten(), b.iter().flatten()).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / largest
+        std::iter::zip(a.iter().flatten(), b.iter().flatten()).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()))
+            / largest
     }
 
     #[test]
@@ -99,8 +106,9 @@ mod tests {
             panic!("ATHANOR_MODELS is not set: run `make setup` and `. scripts/env`");
         };
         let folder = PathBuf::from(models).join("minilm-l6");
-        let rows: Vec<Vec<u32>> =
-            (1..40_u32).map(|text| (0..=text % 23).map(|place| 1000 + (text * 37 + place * 101) % 20_000).collect()).collect();
+        let rows: Vec<Vec<u32>> = (1..40_u32)
+            .map(|text| (0..=text % 23).map(|place| 1000 + (text * 37 + place * 101) % 20_000).collect())
+            .collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let exact = TorchEmbedder::load(&folder, Device::Cpu).unwrap().forward(&rows).unwrap();
         for set in instruction_sets() {

@@ -11,8 +11,9 @@ use std::{
 };
 
 /// Crates that are checked.
-const CRATES: [&str; 14] = [
+const CRATES: [&str; 15] = [
     "contract",
+    "cpu",
     "crds",
     "data",
     "feedback",

@@ -3,20 +3,21 @@
 use std::{collections::BTreeSet, process::Command};
 
 /// Crates that each crate of ours may use of ours, and other crates it must not reach, directly or through others.
-const TABLE: [(&str, &[&str], &[&str]); 15] = [
+const TABLE: [(&str, &[&str], &[&str]); 16] = [
     ("contract", &[], &["kube", "tch", "tokio"]),
     ("telemetry", &[], &["kube", "tch"]),
     ("store", &["contract"], &["kube", "tch"]),
+    ("cpu", &[], &["kube", "tch", "tokio"]),
     ("crds", &["contract"], &["kube-client", "tch"]),
     ("torch", &["contract"], &["kube", "axum", "tonic", "rdkafka"]),
-    ("models", &["contract", "torch"], &["kube", "axum", "tonic", "reqwest", "rdkafka"]),
+    ("models", &["contract", "cpu", "torch"], &["kube", "axum", "tonic", "reqwest", "rdkafka"]),
     ("feedback", &["contract", "store", "telemetry"], &["tch"]),
     ("data", &["contract", "feedback", "store", "telemetry"], &["kube", "tch"]),
     ("search", &["contract"], &["kube", "tch", "tokio"]),
     ("operator", &["contract", "crds", "search", "telemetry"], &["tch", "rdkafka"]),
-    ("trainer", &["contract", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &["kube"]),
+    ("trainer", &["contract", "cpu", "data", "feedback", "models", "search", "store", "telemetry", "torch"], &["kube"]),
     ("router", &["contract", "feedback", "serving", "store", "telemetry"], &["tch"]),
-    ("server", &["contract", "models", "serving", "store", "telemetry", "torch"], &["kube", "rdkafka"]),
+    ("server", &["contract", "cpu", "models", "serving", "store", "telemetry", "torch"], &["kube", "rdkafka"]),
     ("serving", &["contract", "telemetry"], &["kube", "rdkafka", "tch"]),
     ("tests", &["contract", "crds"], &["tch"]),
 ];

@@ -81,8 +81,8 @@ async fn ensure_topic(shared: &Shared, admin: &mut Option<AdminClient<LogContext
     let by_arrival = ("message.timestamp.type", "LogAppendTime");
     let own = (!settings.contains_key(by_arrival.0)).then_some(by_arrival);
     let all = settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).chain(own);
-    let new_topic =
-        all.fold(NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1)), |new, (name, value)| new.set(name, value));
+    let new_topic = all
+        .fold(NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(-1)), |new, (name, value)| new.set(name, value));
     let answer = admin.create_topics([&new_topic], &options).await;
     let reason = match answer {
         Ok(results) => match results.into_iter().next() {

@@ -88,7 +88,8 @@ struct Packer<'a> {
 
 impl Packer<'_> {
     fn pack(mut self, config: &Value, options: &PackOptions) -> Result<Decoder, LoadError> {
-        let wrong = |file: PathBuf, field: &str, message: String| LoadError::Config { file, field: field.into(), message };
+        let wrong =
+            |file: PathBuf, field: &str, message: String| LoadError::Config { file, field: field.into(), message };
         let file = self.source.config_file();
         let config: LlamaConfig =
             serde_json::from_value(config.clone()).map_err(|error| wrong(file.clone(), "(root)", error.to_string()))?;
@@ -149,7 +150,12 @@ impl Packer<'_> {
         Ok(Layer {
             qkv: self.matrix(&qkv, hidden, config.attention_has_bias())?,
             output: self.matrix(&output, queries, config.output_has_bias())?,
-            gate_up: self.gate_and_up(&part("mlp.gate_proj", inner), &part("mlp.up_proj", inner), hidden, config.mlp_bias)?,
+            gate_up: self.gate_and_up(
+                &part("mlp.gate_proj", inner),
+                &part("mlp.up_proj", inner),
+                hidden,
+                config.mlp_bias,
+            )?,
             down: self.matrix(&[part("mlp.down_proj", hidden)], inner, config.mlp_bias)?,
             input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
             post_attention_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,

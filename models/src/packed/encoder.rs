@@ -73,8 +73,7 @@ fn layer(layer: &Layer) -> Result<EncoderLayer, LoadError> {
 /// Matrices [outputs, inputs] one below the other, and their biases.
 fn matrix(weights: &[&Tensor], biases: &[&Tensor]) -> Result<Matrix, LoadError> {
     let inputs = weights[0].size()[1] as usize;
-    let parts: Vec<(usize, Format)> =
-        weights.iter().map(|weight| (weight.size()[0] as usize, Format::Int8)).collect();
+    let parts: Vec<(usize, Format)> = weights.iter().map(|weight| (weight.size()[0] as usize, Format::Int8)).collect();
     let mut matrix = Matrix::zeros(&parts, inputs)?;
     let mut output = 0;
     for weight in weights {

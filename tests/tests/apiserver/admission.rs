@@ -206,9 +206,11 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let fed = deployment(|spec| spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topic": "a"}}));
     let made = create(client, &fed);
     let name = made.await.unwrap().metadata.name.unwrap();
-    for (name, value, fine) in
-        [("retention.ms", json!("604800000"), true), ("retention.ms", json!(1), false), (&*"a".repeat(129), json!("1"), false)]
-    {
+    for (name, value, fine) in [
+        ("retention.ms", json!("604800000"), true),
+        ("retention.ms", json!(1), false),
+        (&*"a".repeat(129), json!("1"), false),
+    ] {
         let configured = deployment(|spec| {
             spec["feedback"] = json!({"kafka": {"bootstrapServers": "k:9092", "topicConfig": {name: value}}});
         });

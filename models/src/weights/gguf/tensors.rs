@@ -134,8 +134,7 @@ impl Gguf {
     /// # Errors
     /// It is missing or has another shape.
     pub fn weight(&self, name: &str, shape: &[i64]) -> Result<Weight<'_>, LoadError> {
-        let refused =
-            |message: String| LoadError::Tensor { file: self.path.clone(), tensor: name.to_owned(), message };
+        let refused = |message: String| LoadError::Tensor { file: self.path.clone(), tensor: name.to_owned(), message };
         for weight in self.weights() {
             let weight = weight?;
             if weight.name != name {

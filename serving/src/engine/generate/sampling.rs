@@ -152,7 +152,8 @@ pub fn sample(
         return Err(LogitsError::NotFinite { token });
     }
     let scores = scores(logits, sampling, context);
-    let highest = scores.iter().fold(f32::NEG_INFINITY, |highest, &score| if score > highest { score } else { highest });
+    let highest =
+        scores.iter().fold(f32::NEG_INFINITY, |highest, &score| if score > highest { score } else { highest });
     if highest == f32::NEG_INFINITY {
         return Err(LogitsError::NothingLeft);
     }
@@ -214,8 +215,7 @@ fn is_plain(sampling: &Sampling) -> bool {
 /// highest score.
 fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> usize {
     // Weights relative to the highest, which has weight 1: the sum cannot overflow, and `min_p` is a comparison.
-    let weights: Vec<f32> =
-        scores.iter().map(|&score| exponential((score - highest) / sampling.temperature)).collect();
+    let weights: Vec<f32> = scores.iter().map(|&score| exponential((score - highest) / sampling.temperature)).collect();
     let number = uniform(sampling.seed, position);
     if sampling.top_k == 0 && sampling.top_p == 1.0 && sampling.min_p == 0.0 {
         return pick(&weights, number);
