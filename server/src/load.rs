@@ -47,7 +47,8 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
         let backend = TorchEmbedder::load(&path, device)?;
         let engine = encode::Engine::start(backend, &limits).context(engine)?;
         let vocabulary = usize::try_from(encoder.vocab_size).context("vocab_size")?;
-        service::Model::Embedder(service::Embedder::new(limits, vocabulary, tokenizer, engine))
+        let size = usize::try_from(encoder.hidden_size).context("hidden_size")?;
+        service::Model::Embedder(service::Embedder::new(limits, vocabulary, size, tokenizer, engine))
     } else {
         let classifier = Classifier::load(&path, device)?;
         let labels = classifier.labels().to_vec();
@@ -75,7 +76,8 @@ fn language_model(config: &ServeConfig, path: &Path, device: Device) -> anyhow::
     let tokenizer = DecoderTokenizer::load(path)?;
     let stop_tokens = tokenizer.stop_tokens().to_vec();
     let backend = TorchGenerator::load(path, &config.engine, limits.step.sequences, device)?;
-    let engine = generate::Engine::start(backend, limits).context("starting the engine's thread")?;
+    let engine =
+        generate::Engine::start(backend, limits, &config.model_name).context("starting the engine's thread")?;
     Ok(service::Generator::new(config.limits, stop_tokens, Arc::new(ChatTokenizer(tokenizer)), engine))
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use athanor_contract::serve::ServeLimits;
 
-use super::error::ServiceError;
+use super::{error::ServiceError, tokenize::Vocabulary};
 
 /// Texts up to this many bytes together are tokenised where they arrive; more goes to a blocking thread.
 const INLINE_BYTES: usize = 4096;
@@ -14,7 +14,7 @@ const INLINE_BYTES: usize = 4096;
 const BYTES_PER_TOKEN: usize = 256;
 
 /// Turns texts into token ids, special tokens included, cut to `max_length`.
-pub trait Tokenize: Send + Sync + 'static {
+pub trait Tokenize: Vocabulary {
     fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String>;
 }
 
@@ -59,12 +59,18 @@ pub(super) async fn tokenize(
     for text in &mut texts {
         text.truncate(text.floor_char_boundary(length.saturating_mul(BYTES_PER_TOKEN)));
     }
-    if texts.iter().map(String::len).sum::<usize>() <= INLINE_BYTES {
-        return tokenizer.encode(&texts, length).map_err(ServiceError::Tokenizer);
-    }
+    let bytes = texts.iter().map(String::len).sum();
     let tokenizer = tokenizer.clone();
-    tokio::task::spawn_blocking(move || tokenizer.encode(&texts, length))
-        .await
-        .map_err(|error| ServiceError::Tokenizer(error.to_string()))?
-        .map_err(ServiceError::Tokenizer)
+    away_from_requests(bytes, move || tokenizer.encode(&texts, length).map_err(ServiceError::Tokenizer)).await
+}
+
+/// Tokenises `bytes` of text by `work`: where they are if they are few, else on a thread that serves no requests.
+pub(super) async fn away_from_requests<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> Result<T, ServiceError> + Send + 'static,
+) -> Result<T, ServiceError> {
+    if bytes <= INLINE_BYTES {
+        return work();
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|error| ServiceError::Tokenizer(error.to_string()))?
 }
