@@ -3,6 +3,7 @@
 mod access;
 mod generations;
 mod hand_over;
+mod paths;
 mod streams;
 
 use std::{
