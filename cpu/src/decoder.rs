@@ -66,7 +66,8 @@ pub struct Row<'a> {
     pub start: usize,
     /// Position `p` is stored in block `blocks[p / 16]`.
     pub blocks: &'a [u32],
-    pub wants_logits: bool,
+    /// Number of last tokens whose logits are wanted.
+    pub logits: usize,
 }
 
 /// A decoder, its cache and its threads.
@@ -164,8 +165,8 @@ impl Decoder {
         &self.config
     }
 
-    /// Computes the rows' tokens and stores their keys and values. `logits` receives [V] numbers for each row that
-    /// wants them, in the order of rows. A row's result does not depend on the other rows.
+    /// Computes the rows' tokens and stores their keys and values. `logits` receives [V] numbers for each
+    /// token that wants them, in the order of rows. A row's result does not depend on the other rows.
     ///
     /// # Errors
     /// A token, position or block that does not exist; two rows that write to the same block are the caller's error and
@@ -174,7 +175,7 @@ impl Decoder {
         let mut wanted = 0;
         for row in rows {
             self.check_row(row)?;
-            wanted += usize::from(row.wants_logits);
+            wanted += row.logits;
         }
         logits.resize(wanted * self.config.vocabulary, 0.0);
         if rows.is_empty() {
@@ -187,7 +188,7 @@ impl Decoder {
                 length: row.tokens.len() as i64,
                 start: row.start as i64,
                 blocks: row.blocks.as_ptr(),
-                wants_logits: row.wants_logits.into(),
+                logits: row.logits as i64,
             })
             .collect();
         // SAFETY: tokens, positions and blocks were checked; `logits` has room; the decoder is borrowed exclusively.
@@ -201,6 +202,9 @@ impl Decoder {
         let (config, end) = (&self.config, row.start + row.tokens.len());
         if row.tokens.is_empty() {
             return Err(Error::Invalid("a row has no token".into()));
+        }
+        if row.logits > row.tokens.len() {
+            return Err(Error::Invalid(format!("logits of {} tokens of {}", row.logits, row.tokens.len())));
         }
         if let Some(token) = row.tokens.iter().find(|&&token| token as usize >= config.vocabulary) {
             return Err(Error::Invalid(format!("token {token}; the vocabulary has {}", config.vocabulary)));

@@ -98,7 +98,7 @@ pub(crate) struct Row {
     pub length: i64,
     pub start: i64,
     pub blocks: *const u32,
-    pub wants_logits: i32,
+    pub logits: i64,
 }
 
 #[repr(C)]

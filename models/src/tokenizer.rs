@@ -177,20 +177,41 @@ impl Tokenizer {
         words
     }
 
+    /// Ids of a whole text, however long; with the special tokens around it if `with_special` is set.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot read.
+    pub fn encode(&self, text: &str, with_special: bool) -> Result<Vec<u32>, LoadError> {
+        let encoding = self.inner.encode_fast(text, with_special).map_err(unreadable)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of ids, special tokens included.
+    ///
+    /// # Errors
+    /// The tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, LoadError> {
+        self.inner.decode(ids, false).map_err(|error| LoadError::File {
+            file: "tokenizer.json".into(),
+            message: format!("ids cannot be decoded: {error}"),
+        })
+    }
+
+    /// Whether an id is one of the vocabulary.
+    pub fn has(&self, id: u32) -> bool {
+        self.inner.id_to_token(id).is_some()
+    }
+
     /// Ids of each text with the special tokens around them, at most `max_length` of them: longer texts lose their end.
     pub fn encode_batch<T: AsRef<str>>(&self, texts: &[T], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
-        let failed = |error: tokenizers::Error| LoadError::File {
-            file: "tokenizer.json".into(),
-            message: format!("a text cannot be tokenized: {error}"),
-        };
         let inputs: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
-        let encodings = self.inner.encode_batch_fast(inputs, false).map_err(failed)?;
+        let encodings = self.inner.encode_batch_fast(inputs, false).map_err(unreadable)?;
         let room = max_length.saturating_sub(self.specials);
         encodings
             .into_iter()
             .map(|mut encoding| {
                 encoding.truncate(room, 0, tokenizers::TruncationDirection::Right);
-                let encoding = self.inner.post_process(encoding, None, true).map_err(failed)?;
+                let encoding = self.inner.post_process(encoding, None, true).map_err(unreadable)?;
                 Ok(encoding.get_ids().to_vec())
             })
             .collect()
@@ -212,6 +233,10 @@ impl Tokenizer {
             self.encode_batch(&some, max_length)?.iter().for_each(|ids| rows.push(ids));
         }
     }
+}
+
+fn unreadable(error: tokenizers::Error) -> LoadError {
+    LoadError::File { file: "tokenizer.json".into(), message: format!("a text cannot be tokenized: {error}") }
 }
 
 /// Ids `[batch, longest]` (i64), filled up with `pad_id`, and the mask of real tokens (i64, 1 or 0).

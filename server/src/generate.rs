@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use athanor_contract::serve::{EngineConfig, ServeLimits, Weights};
 use athanor_models::{Batch, CachedRow, CausalLanguageModel, CausalOptions, KvCache, Packing};
 use athanor_serving::engine::{
-    backend::{BackendError, GenerateBackend, GenerateLimits, Row},
+    backend::{BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
     generate::{EngineLimits, scheduler::StepLimits},
 };
 use tch::{Device, Kind, Tensor};
@@ -27,6 +27,9 @@ const CPU_STEP_TOKENS: usize = 512;
 /// Steps of at most so many tokens run on one thread: waking another for each operation costs more than it computes
 /// (docs/serving.md has the measurement).
 const ONE_THREAD_TOKENS: usize = 2;
+
+/// Rows of logits that exist at once while a prompt's log-probabilities are computed.
+const SCORED_TOKENS: i64 = 64;
 
 /// A language model and the keys and values of its sequences.
 pub struct TorchGenerator {
@@ -100,7 +103,7 @@ impl TorchGenerator {
         Ok(Self { model, cache, limits, device, threads: athanor_torch::num_threads() })
     }
 
-    fn compute(&mut self, rows: &[Row<'_>]) -> Vec<Vec<f32>> {
+    fn compute(&mut self, rows: &[Row<'_>]) -> Vec<RowOutput> {
         let slot = |blocks: &[u32], place: usize| (blocks[place / BLOCK] as usize * BLOCK + place % BLOCK) as i64;
         let tokens: Vec<Vec<i64>> =
             rows.iter().map(|row| row.tokens.iter().map(|&token| i64::from(token)).collect()).collect();
@@ -114,14 +117,15 @@ impl TorchGenerator {
         let few = tokens.iter().map(Vec::len).sum::<usize>() <= ONE_THREAD_TOKENS;
         athanor_torch::set_num_threads(if few { 1 } else { self.threads });
         let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.wants_logits).map(|(index, _)| index).collect();
-        let logits = tch::no_grad(|| {
+        let (logits, mut scores) = tch::no_grad(|| {
             let hidden = self.model.forward(&batch, Some(&mut self.cache), false);
+            let scores = self.scores(&hidden, rows);
             if wanted.is_empty() {
-                return None;
+                return (None, scores);
             }
             let places = batch.last_rows().index_select(0, &Tensor::from_slice(&wanted).to_device(self.device));
             let logits = self.model.logits(&hidden.index_select(0, &places));
-            Some(logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous())
+            (Some(logits.to_kind(Kind::Float).to_device(Device::Cpu).contiguous()), scores)
         });
         let mut found = (0..wanted.len() as i64).filter_map(|index| {
             let row = logits.as_ref()?.get(index);
@@ -130,7 +134,31 @@ impl TorchGenerator {
             row.copy_data(&mut numbers, count);
             Some(numbers)
         });
-        rows.iter().map(|row| if row.wants_logits { found.next().unwrap_or_default() } else { Vec::new() }).collect()
+        std::iter::zip(rows, &mut scores)
+            .map(|(row, scores)| RowOutput {
+                logits: if row.wants_logits { found.next().unwrap_or_default() } else { Vec::new() },
+                targets: std::mem::take(scores),
+            })
+            .collect()
+    }
+
+    /// Log-probabilities of each row's targets, from the hidden states [N, C] of all rows. The logits of a few tokens
+    /// exist at a time, and only the results leave the device.
+    fn scores(&self, hidden: &Tensor, rows: &[Row<'_>]) -> Vec<Vec<Logprobs>> {
+        let mut first = 0;
+        let mut found = Vec::with_capacity(rows.len());
+        for row in rows {
+            let mut scores = Vec::with_capacity(row.targets.len());
+            for (targets, begin) in
+                row.targets.chunks(SCORED_TOKENS as usize).zip((first..).step_by(SCORED_TOKENS as usize))
+            {
+                let part = hidden.narrow(0, begin, targets.len() as i64);
+                scores.extend(score(&self.model.logits(&part), targets, row.top));
+            }
+            found.push(scores);
+            first += row.tokens.len() as i64;
+        }
+        found
     }
 }
 
@@ -144,6 +172,42 @@ impl GenerateBackend for TorchGenerator {
         // again before they are read.
         catch_unwind(AssertUnwindSafe(|| self.compute(rows))).map_err(|panic| BackendError(describe(&*panic)))
     }
+}
+
+/// Log-probabilities of one target for each row of logits [n, V], with the `top` most probable tokens.
+fn score(logits: &Tensor, targets: &[u32], top: usize) -> Vec<Logprobs> {
+    let logits = logits.to_kind(Kind::Float);
+    let sums = logits.logsumexp([-1_i64].as_slice(), true);
+    let targets: Vec<i64> = targets.iter().map(|&token| i64::from(token)).collect();
+    let targets = Tensor::from_slice(&targets).to_device(logits.device()).unsqueeze(1);
+    let chosen = numbers(&(logits.gather(1, &targets, false) - &sums));
+    let top = (top as i64).min(logits.size()[1]);
+    let (best, tokens) = logits.topk(top, 1, true, true);
+    let (best, tokens) = (numbers(&(best - &sums)), whole_numbers(&tokens));
+    let row = |(index, chosen): (usize, f32)| {
+        let places = index * top as usize..(index + 1) * top as usize;
+        let tokens = tokens[places.clone()].iter().map(|&token| token as u32);
+        Logprobs { chosen, top: tokens.zip(best[places].iter().copied()).collect() }
+    };
+    chosen.into_iter().enumerate().map(row).collect()
+}
+
+/// The elements of a tensor, row by row.
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    let tensor = tensor.to_device(Device::Cpu).contiguous();
+    let mut numbers = vec![0_f32; tensor.numel()];
+    let count = numbers.len();
+    tensor.copy_data(&mut numbers, count);
+    numbers
+}
+
+/// The elements of a tensor of integers, row by row.
+fn whole_numbers(tensor: &Tensor) -> Vec<i64> {
+    let tensor = tensor.to_device(Device::Cpu).contiguous();
+    let mut numbers = vec![0_i64; tensor.numel()];
+    let count = numbers.len();
+    tensor.copy_data(&mut numbers, count);
+    numbers
 }
 
 /// Bounds of the engine on a device.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use athanor_serving::engine::generate::{
     Engine, Event, GenerateRequest,
-    sampling::Sampling,
+    sampling::{Sampling, logprobs},
     sequence::{FinishReason, Stopping},
 };
 use serde::Deserialize;
@@ -52,7 +52,7 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
     let submit = |prompt: &Vec<u32>| {
         let stopping = Stopping { max_tokens: count, min_tokens: 0, stop_tokens: Vec::new() };
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        let request = GenerateRequest { prompt: prompt.clone(), choices: 1, sampling, stopping };
+        let request = GenerateRequest { prompt: prompt.clone(), choices: 1, sampling, stopping, prompt_logprobs: None };
         let mut places = engine.reserve(1).unwrap();
         engine.submit(&mut places, request).unwrap().remove(0)
     };
@@ -64,7 +64,7 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
             match event.unwrap() {
                 Event::Token(sampled) => tokens.push(sampled.token),
                 Event::Finished(finished) => assert_eq!(finished.reason, FinishReason::Length),
-                Event::Admitted { .. } => {}
+                Event::Admitted { .. } | Event::Prompt(_) => {}
             }
         }
         found.push(tokens);
@@ -74,7 +74,7 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
 
 /// Starts an engine for 8 sequences and few tokens a step, so that it computes prompts in parts next to answers.
 fn start(backend: TorchGenerator) -> Engine {
-    Engine::start(backend, EngineLimits { queue: 64, step: StepLimits { tokens: 20, sequences: 8 } }).unwrap()
+    Engine::start(backend, EngineLimits { queue: 64, step: StepLimits { tokens: 20, sequences: 8 } }, "tiny").unwrap()
 }
 
 #[tokio::test]
@@ -109,8 +109,32 @@ async fn a_cache_without_room_for_all_changes_no_answer() {
 /// Logits of a prompt's last token.
 fn logits(backend: &mut TorchGenerator, prompt: &[u32]) -> Vec<f32> {
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-    let row = Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true };
-    backend.step(&[row]).unwrap().remove(0)
+    let row = Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true, targets: &[], top: 0 };
+    backend.step(&[row]).unwrap().remove(0).logits
+}
+
+#[test]
+fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
+    let mut backend = load("llama", &config(Weights::FP32)).unwrap();
+    let vocabulary = backend.limits.vocabulary as u32;
+    // More than are computed at a time.
+    let prompt: Vec<u32> = (0..SCORED_TOKENS as u32 + 6).map(|index| index * 7 % vocabulary).collect();
+    let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
+    let row = Row { tokens: &prompt, start: 0, blocks: &blocks, wants_logits: false, targets: &prompt[1..], top: 3 };
+    let found = backend.step(&[row]).unwrap().remove(0);
+    assert!(found.logits.is_empty());
+    assert_eq!(found.targets.len(), prompt.len() - 1);
+    for (end, found) in (1..).zip(&found.targets) {
+        let expected = logprobs(&logits(&mut backend, &prompt[..end]), prompt[end] as usize, 3);
+        assert!((found.chosen - expected.chosen).abs() < 1e-4, "{end}: {found:?}, {expected:?}");
+        assert_eq!(found.top.len(), 3);
+        for ((_, found), (_, expected)) in found.top.iter().zip(&expected.top) {
+            assert!((found - expected).abs() < 1e-4, "{end}: {found}, {expected}");
+        }
+    }
+    let row = Row { tokens: &[1, 2], start: 0, blocks: &[0], wants_logits: true, targets: &[2], top: 0 };
+    let found = backend.step(&[row]).unwrap().remove(0);
+    assert_eq!((found.logits.len(), found.targets[0].top.len()), (vocabulary as usize, 0));
 }
 
 #[test]
@@ -132,7 +156,7 @@ fn a_failed_step_is_an_error_and_the_next_one_works() {
     let mut backend = load("llama", &config(Weights::FP32)).unwrap();
     let expected = logits(&mut backend, &[1, 2, 3]);
     let outside = [backend.limits.vocabulary as u32];
-    let row = Row { tokens: &outside, start: 0, blocks: &[0], wants_logits: true };
+    let row = Row { tokens: &outside, start: 0, blocks: &[0], wants_logits: true, targets: &[], top: 0 };
     let error = backend.step(&[row]).unwrap_err();
     assert!(!error.0.is_empty() && !error.0.contains('\n'), "{error}");
     assert_eq!(logits(&mut backend, &[1, 2, 3]), expected);

@@ -52,7 +52,8 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
         }
         .context(engine)?;
         let vocabulary = usize::try_from(encoder.vocab_size).context("vocab_size")?;
-        service::Model::Embedder(service::Embedder::new(limits, vocabulary, tokenizer, engine))
+        let size = usize::try_from(encoder.hidden_size).context("hidden_size")?;
+        service::Model::Embedder(service::Embedder::new(limits, vocabulary, size, tokenizer, engine))
     } else {
         let labels = Classifier::labels_of(&path)?;
         let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
@@ -89,11 +90,11 @@ fn language_model(
     let limits = engine_limits(&config.limits, device);
     let tokenizer = DecoderTokenizer::load(path)?;
     let stop_tokens = tokenizer.stop_tokens().to_vec();
-    let (engine, sequences) = (&config.engine, limits.step.sequences);
+    let (engine, sequences, name) = (&config.engine, limits.step.sequences, &config.model_name);
     let packed = if device == Device::Cpu { PackedGenerator::bits(path, engine.weights)? } else { None };
     let engine = match packed {
-        Some(bits) => generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits),
-        None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits),
+        Some(bits) => generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits, name),
+        None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits, name),
     }
     .context("starting the engine's thread")?;
     Ok(service::Generator::new(config.limits, stop_tokens, Arc::new(ChatTokenizer(tokenizer)), engine))

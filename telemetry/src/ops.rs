@@ -20,6 +20,9 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// Counts of things in a batch.
 const INPUTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
+/// Tokens of a request, as OpenTelemetry's conventions for generative AI advise.
+const TOKENS: &[f64] = &[1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262_144.0, 1_048_576.0];
+
 /// Renders what the `metrics` macros recorded.
 #[derive(Clone)]
 pub struct MetricsHandle(PrometheusHandle);
@@ -39,6 +42,7 @@ pub fn metrics() -> MetricsHandle {
         let handle = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_inputs".into()), INPUTS))
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_token_usage".into()), TOKENS))
             .expect("the buckets are not empty")
             .install_recorder()
             .expect("no other recorder is installed in this process");

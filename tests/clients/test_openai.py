@@ -124,6 +124,44 @@ def test_a_client_that_goes_away_ends_its_answer(client, language_model):
     assert metric(base, "athanor_server_kv_cache_used_blocks") == 0
 
 
+def test_responses_are_whole_or_typed_events(client):
+    parameters = {"model": "smol", "input": QUESTION[0]["content"], "temperature": 0, "max_output_tokens": 24}
+    whole = client.responses.create(**parameters)
+    assert "Paris" in whole.output_text and (whole.status, whole.store) == ("completed", False)
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    events = list(client.responses.create(**parameters, stream=True))
+    assert [event.type for event in events[:4]] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert (events[-1].type, events[-1].response.output_text) == ("response.completed", whole.output_text)
+    # An earlier response is sent back as input.
+    user = lambda text: {"role": "user", "content": text}
+    conversation = [user(parameters["input"]), *[item.to_dict() for item in whole.output], user("Thank you.")]
+    assert client.responses.create(**{**parameters, "input": conversation}).output_text
+    with client.responses.stream(**parameters) as stream:
+        stream.until_done()
+        assert stream.get_final_response().output_text == whole.output_text
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.responses.create(**parameters, previous_response_id="resp_1")
+    assert raised.value.param == "previous_response_id"
+
+
+def test_a_prompt_has_log_probabilities(client):
+    prompt = "The capital of France is"
+    parameters = {"model": "smol", "prompt": prompt, "temperature": 0, "logprobs": 1}
+    scored = client.completions.create(**parameters, echo=True, max_tokens=0).choices[0]
+    assert scored.text == prompt and scored.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in scored.logprobs.token_logprobs[1:])
+    offsets = [*scored.logprobs.text_offset, len(prompt)]
+    assert [prompt[begin:end] for begin, end in zip(offsets, offsets[1:])] == scored.logprobs.tokens
+    # The same token has the same log-probability as an answer and as a part of a prompt.
+    answer = client.completions.create(**parameters, max_tokens=1).choices[0]
+    longer = client.completions.create(**{**parameters, "prompt": prompt + answer.text}, echo=True, max_tokens=0).choices[0]
+    assert longer.logprobs.tokens[-1] == answer.logprobs.tokens[0]
+    assert longer.logprobs.token_logprobs[-1] == pytest.approx(answer.logprobs.token_logprobs[0], abs=0.05)
+
+
 def test_many_streams_answer_as_one_does(client):
     prompts = [f"Name the number after {number}." for number in range(8)]
     single = [ask(client, messages=[{"role": "user", "content": prompt}]).choices[0].message.content for prompt in prompts]
@@ -169,7 +207,12 @@ def test_embeddings_are_those_of_the_model(embedding_model):
     raw = requests.post(f"{embedding_model[0]}/v1/embeddings", json={"input": [101, 1037, 102], "encoding_format": "base64"}, timeout=10)
     encoded = base64.b64decode(raw.json()["data"][0]["embedding"])
     assert len(struct.unpack(f"<{len(encoded) // 4}f", encoded)) == 384
-    for param, parameters in [("dimensions", {"dimensions": 8}), ("input[1]", {"input": ["a", ""]}), ("input", {"input": []})]:
+    short = client.embeddings.create(model="mini", input=texts, dimensions=64).data[0].embedding
+    assert len(short) == 64 and math.fsum(value * value for value in short) == pytest.approx(1, abs=1e-5)
+    ranking = requests.post(f"{embedding_model[0]}/v1/rerank", json={"query": texts[0], "documents": texts[1:]}, timeout=10).json()
+    assert [result["index"] for result in ranking["results"]] == [0, 1]
+    assert ranking["results"][0]["relevance_score"] == pytest.approx(dot(vectors[0], vectors[1]), abs=1e-3)
+    for param, parameters in [("dimensions", {"dimensions": 100_000}), ("input[1]", {"input": ["a", ""]}), ("input", {"input": []})]:
         with pytest.raises(openai.BadRequestError) as raised:
             client.embeddings.create(**{"model": "mini", "input": "x", **parameters})
         assert raised.value.param == param

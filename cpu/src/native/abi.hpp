@@ -39,7 +39,8 @@ struct Row {
   const uint32_t* tokens;
   int64_t length, start;
   const uint32_t* blocks;
-  int32_t wants_logits;
+  // Last tokens whose logits are wanted.
+  int64_t logits;
 };
 
 class Decoder {

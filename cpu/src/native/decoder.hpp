@@ -38,8 +38,10 @@ class Decoder final : public athanor::Decoder, Machine {
     tokens_.clear();
     wanted_.clear();
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t i = 0; i < rows[r].length; ++i) tokens_.push_back(Token{rows[r].tokens[i], rows[r].start + i, rows[r].blocks});
-      if (rows[r].wants_logits) wanted_.push_back(static_cast<int64_t>(tokens_.size()) - 1);
+      for (int64_t i = 0; i < rows[r].length; ++i) {
+        if (i >= rows[r].length - rows[r].logits) wanted_.push_back(static_cast<int64_t>(tokens_.size()));
+        tokens_.push_back(Token{rows[r].tokens[i], rows[r].start + i, rows[r].blocks});
+      }
     }
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t c = shape_.hidden, d = shape_.head_dim;

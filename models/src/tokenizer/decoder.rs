@@ -164,7 +164,15 @@ impl DecoderTokenizer {
     /// # Errors
     /// [`ConversationError`].
     pub fn prompt(&self, chat: &Chat) -> Result<Vec<u32>, ConversationError> {
-        let text = self.template()?.render(chat, true)?;
+        self.rendered(chat, true)
+    }
+
+    /// The ids of a conversation. With `add_generation_prompt` they end where the assistant's next answer begins.
+    ///
+    /// # Errors
+    /// [`ConversationError`].
+    pub fn rendered(&self, chat: &Chat, add_generation_prompt: bool) -> Result<Vec<u32>, ConversationError> {
+        let text = self.template()?.render(chat, add_generation_prompt)?;
         Ok(self.encode(&text, false)?)
     }
 
@@ -195,6 +203,19 @@ impl DecoderTokenizer {
         let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
         text.push_str(&stream.finish());
         text
+    }
+
+    /// Text of ids, special tokens included.
+    pub fn decode_all(&self, ids: &[u32]) -> String {
+        let mut stream = TextStream::new(self.bytes.clone(), false);
+        let mut text: String = ids.iter().map(|&id| stream.push(id)).collect();
+        text.push_str(&stream.finish());
+        text
+    }
+
+    /// The token with an id, as the vocabulary has it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// Text of ids as they come, without special tokens.

@@ -1,9 +1,12 @@
-//! The routes of language models: passed on like a classification up to the head of the answer, whose body is then passed on as
-//! it arrives ([`super::stream`]).
+//! The routes of language and embedding models: passed on like a classification up to the head of the answer, whose body is then
+//! passed on as it arrives ([`super::stream`]).
 
 use std::{sync::Arc, time::Instant};
 
-use athanor_serving::api::{headers, openai::body};
+use athanor_serving::api::{
+    headers,
+    openai::{body, paths},
+};
 use axum::{
     extract::{Request, State},
     http::StatusCode,
@@ -21,10 +24,10 @@ use crate::{
     record::generation::{Answers, Recorder, choices},
 };
 
-/// Path of the route whose answers are not recorded: there is nothing to learn from an embedding.
-pub const EMBEDDINGS: &str = "/v1/embeddings";
+/// Routes whose answers are not recorded: there is nothing to learn from a vector or an order.
+const UNRECORDED: [&str; 2] = [paths::EMBEDDINGS, paths::RERANK];
 
-/// Passes a request to a language model on.
+/// Passes a request to a language or embedding model on.
 pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
     let running = gateway.running.begin();
     let (parts, body) = request.into_parts();
@@ -45,7 +48,7 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         Err(error) => return error.into_response(),
     };
     let status = forwarded.answer.status();
-    let is_recorded = status == StatusCode::OK && parts.uri.path() != EMBEDDINGS;
+    let is_recorded = status == StatusCode::OK && !UNRECORDED.contains(&parts.uri.path());
     let meter = Meter::of(pass::caller(&parts), body.len());
     let recorded = gateway.records().filter(|_| is_recorded).zip(choices(&body));
     let recorder = recorded.map(|(config, choices)| Recorder {

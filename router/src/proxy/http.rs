@@ -1,5 +1,6 @@
-//! The router's HTTP API: `/v1/classify`, `/v1/models` and the routes of language models ([`super::generation`]) passed on to a
-//! revision, `/v1/feedback` answered here; `/analysis` and the usual on the ops port.
+//! The router's HTTP API: the routes of classifiers, those of language and embedding models ([`super::generation`]) and those that
+//! run no model (`/v1/models`, `/v1/tokenize`, `/v1/detokenize`, `/openapi.json`) passed on to a revision; `/v1/feedback` answered
+//! here; `/analysis` and the usual on the ops port.
 
 use std::{sync::Arc, time::Instant};
 
@@ -7,7 +8,7 @@ use athanor_contract::{process::path, serve::Scope};
 use athanor_serving::api::{
     headers,
     openai::{
-        ApiError, body, method_not_allowed, not_found,
+        ApiError, body, method_not_allowed, not_found, paths,
         types::{ClassifyRequest, ClassifyResponse},
     },
 };
@@ -39,20 +40,22 @@ use crate::{
 /// The most that an answer of a server may hold.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-const CLASSIFY: &str = "/v1/classify";
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
 const FEEDBACK: &str = "/v1/feedback";
 
 /// The application on the HTTP port.
 pub fn app(gateway: Arc<Gateway>) -> Router {
     Router::new()
-        .route(CLASSIFY, post(classify))
-        .route(CHAT, post(generation::pass))
-        .route(COMPLETIONS, post(generation::pass))
-        .route(generation::EMBEDDINGS, post(generation::pass))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{model}", get(models))
+        .route(paths::CLASSIFY, post(classify))
+        .route(paths::CHAT, post(generation::pass))
+        .route(paths::COMPLETIONS, post(generation::pass))
+        .route(paths::RESPONSES, post(generation::pass))
+        .route(paths::EMBEDDINGS, post(generation::pass))
+        .route(paths::RERANK, post(generation::pass))
+        .route(paths::TOKENIZE, post(plain))
+        .route(paths::DETOKENIZE, post(plain))
+        .route(paths::MODELS, get(plain))
+        .route(paths::MODEL, get(plain))
+        .route(paths::OPENAPI, get(plain))
         .route(FEEDBACK, post(accept_feedback))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
@@ -170,11 +173,16 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     response
 }
 
-async fn models(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
-    let (parts, _) = request.into_parts();
-    let way = Way { policy: Policy::new(&gateway.limits()), is_counted: false };
-    let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
-    let answer = async { pass::pass_on(&gateway, &parts, &pass::id(&parts)?, &Bytes::new(), way, send).await };
+/// Passes on what runs no model, and so does not count in the analysis of a canary.
+async fn plain(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let answer = async {
+        let limits = gateway.limits();
+        let body = body::read(&parts.headers, body, limits.max_body_bytes).await?;
+        let way = Way { policy: Policy::new(&limits), is_counted: false };
+        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
+        pass::pass_on(&gateway, &parts, &pass::id(&parts)?, &body, way, send).await
+    };
     answer.await.map_or_else(IntoResponse::into_response, respond)
 }
 

@@ -30,7 +30,7 @@ use crate::{
     gateway::{Gateway, Running},
     record::{
         generation::Recorder,
-        sse::{self, Lines},
+        sse::{self, Lines, Meaning},
     },
 };
 
@@ -200,8 +200,11 @@ impl Carrier {
             return Ok(());
         }
         for data in sse::data(&piece) {
-            self.is_done |= data == b"[DONE]";
-            self.has_failed |= data.starts_with(br#"{"error""#);
+            match sse::meaning(data) {
+                Meaning::End => self.is_done = true,
+                Meaning::Failure => self.has_failed = true,
+                Meaning::Part => {}
+            }
             if let Some(recorder) = &mut self.recorder {
                 recorder.answers.event(data);
             }

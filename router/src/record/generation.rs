@@ -4,11 +4,15 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use athanor_contract::event::{Generation, GenerationInput, TokenUsage};
+use athanor_serving::api::openai::responses::input;
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
-use super::request_id::RequestId;
+use super::{
+    request_id::RequestId,
+    sse::{self, Meaning},
+};
 use crate::config::Configuration;
 
 /// Most bytes of text in an answer, all choices together.
@@ -61,6 +65,28 @@ struct Part {
     choices: Vec<ChoicePart>,
     #[serde(default)]
     usage: Option<Usage>,
+    /// The response at the beginning and at the end of a stream of `/v1/responses`.
+    #[serde(default)]
+    response: Option<Box<Part>>,
+    /// Status and items of a response.
+    #[serde(default)]
+    status: Option<String>,
+    #[serde(default)]
+    output: Vec<Item>,
+}
+
+/// An item of a response's output.
+#[derive(Deserialize)]
+struct Item {
+    r#type: String,
+    #[serde(default)]
+    content: Vec<ItemPart>,
+}
+
+#[derive(Deserialize)]
+struct ItemPart {
+    #[serde(default)]
+    text: String,
 }
 
 #[derive(Deserialize)]
@@ -87,8 +113,9 @@ struct Message {
 
 #[derive(Deserialize)]
 struct Usage {
+    #[serde(alias = "input_tokens")]
     prompt_tokens: u64,
-    #[serde(default)]
+    #[serde(default, alias = "output_tokens")]
     completion_tokens: u64,
 }
 
@@ -116,9 +143,8 @@ impl Answers {
     /// Takes the data of one event of a stream.
     pub fn event(&mut self, data: &[u8]) {
         self.is_stream = true;
-        if data == b"[DONE]" {
-            self.is_done = true;
-        } else if self.unrecorded.is_none() {
+        self.is_done |= sse::meaning(data) == Meaning::End;
+        if data != b"[DONE]" && self.unrecorded.is_none() {
             self.part(data);
         }
     }
@@ -141,7 +167,13 @@ impl Answers {
     }
 
     fn part(&mut self, json: &[u8]) {
-        let Ok(part) = serde_json::from_slice::<Part>(json) else { return self.give_up(Unrecorded::Unreadable) };
+        let Ok(mut part) = serde_json::from_slice::<Part>(json) else { return self.give_up(Unrecorded::Unreadable) };
+        if let Some(response) = part.response.take() {
+            part = *response;
+        }
+        if let Some(status) = part.status {
+            return self.response(&status, part.output, part.usage);
+        }
         if let Some(usage) = part.usage {
             let Usage { prompt_tokens, completion_tokens } = usage;
             self.usage = Some(TokenUsage { prompt_tokens, completion_tokens });
@@ -165,6 +197,27 @@ impl Answers {
     }
 }
 
+impl Answers {
+    /// Takes a response, unless it has only begun.
+    fn response(&mut self, status: &str, output: Vec<Item>, usage: Option<Usage>) {
+        let finish_reason = match status {
+            "completed" => "stop",
+            "incomplete" => "length",
+            _ => return,
+        };
+        if output.iter().any(|item| item.r#type != "message") {
+            return self.give_up(Unrecorded::NoText);
+        }
+        let text: String = output.into_iter().flat_map(|item| item.content).map(|part| part.text).collect();
+        if text.len() > MOST_TEXT {
+            return self.give_up(Unrecorded::TooLong);
+        }
+        self.usage = usage
+            .map(|usage| TokenUsage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens });
+        self.choices.insert(0, Choice { text, finish_reason: Some(finish_reason.into()) });
+    }
+}
+
 /// What is read of a request.
 #[derive(Deserialize)]
 struct Question {
@@ -174,6 +227,14 @@ struct Question {
     prompt: Option<Prompt>,
     #[serde(default)]
     n: Option<u32>,
+    /// Whether each answer begins with its prompt.
+    #[serde(default)]
+    echo: Option<bool>,
+    /// What a response answers.
+    #[serde(default)]
+    input: Option<Value>,
+    #[serde(default)]
+    instructions: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -198,7 +259,11 @@ impl Question {
                 Ok(GenerationInput::Prompt(prompt.clone()))
             }
             (None, Some(Prompt::Other(_))) => Err(Unrecorded::NoText),
-            (None, None) => Err(Unrecorded::Unreadable),
+            (None, None) => {
+                let input = self.input.clone().ok_or(Unrecorded::Unreadable)?;
+                let messages = input::messages(self.instructions.as_deref(), input);
+                messages.map(GenerationInput::Messages).map_err(|_| Unrecorded::NoText)
+            }
         }
     }
 }
@@ -206,9 +271,13 @@ impl Question {
 /// Number of choices that a request asks for; `None` if there is nothing to record of them.
 pub fn choices(request: &[u8]) -> Option<u32> {
     let question: Question = serde_json::from_slice(request).ok()?;
+    if question.echo == Some(true) {
+        return None;
+    }
     let prompts = match (&question.messages, &question.prompt) {
         (Some(_), _) | (None, Some(Prompt::One(_))) => 1,
         (None, Some(Prompt::Many(prompts))) => u32::try_from(prompts.len()).ok()?,
+        (None, None) if question.input.is_some() => 1,
         (None, Some(Prompt::Other(_)) | None) => return None,
     };
     prompts.checked_mul(question.n.unwrap_or(1).max(1))
@@ -263,6 +332,9 @@ mod tests {
             (r#"{"prompt": ["a", "b"], "n": 2}"#, Some(4)),
             (r#"{"prompt": "a", "n": 0}"#, Some(1)),
             (r#"{"prompt": [1, 2]}"#, None),
+            (r#"{"prompt": "a", "echo": true}"#, None),
+            (r#"{"prompt": "a", "echo": false}"#, Some(1)),
+            (r#"{"input": "a"}"#, Some(1)),
             ("{}", None),
             ("[", None),
         ] {
@@ -311,6 +383,37 @@ mod tests {
         let read = read(r#"{"prompt": ["a", "b"], "n": 2}"#, answers).unwrap();
         let inputs: Vec<_> = read.into_iter().map(|generation| generation.input).collect();
         assert_eq!(inputs, ["a", "a", "b", "b"].map(|prompt| GenerationInput::Prompt(prompt.into())));
+    }
+
+    #[test]
+    fn a_response_is_recorded_as_a_conversation() {
+        let request = r#"{"instructions": "Be brief.", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}"#;
+        let response = |status: &str| {
+            format!(
+                r#"{{"id": "resp_1", "status": "{status}", "output": [{{"type": "message", "content":
+                    [{{"type": "output_text", "text": "Yes", "annotations": []}}]}}],
+                    "usage": {{"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}}}}"#
+            )
+        };
+        let mut whole = Answers::default();
+        whole.piece(response("incomplete").as_bytes());
+        let streamed = stream(&[
+            r#"{"type":"response.created","response":{"status":"in_progress","output":[],"usage":null}}"#,
+            r#"{"type":"response.output_text.delta","delta":"Yes","logprobs":[]}"#,
+            r#"{"type":"response.output_item.done","item":{"type":"message","status":"completed","content":[]}}"#,
+            &format!(r#"{{"type":"response.completed","response":{}}}"#, response("completed")),
+        ]);
+        for (answers, reason) in [(whole, "length"), (streamed, "stop")] {
+            let read = read(request, answers).unwrap();
+            assert_eq!((read.len(), &*read[0].answer, &*read[0].finish_reason), (1, "Yes", reason));
+            assert_eq!(read[0].usage, Some(TokenUsage { prompt_tokens: 3, completion_tokens: 4 }));
+            let GenerationInput::Messages(messages) = &read[0].input else { panic!("{read:?}") };
+            let expected = [("system", "Be brief."), ("user", "hi")];
+            let expected = expected.map(|(role, content)| serde_json::json!({"role": role, "content": content}));
+            assert_eq!(messages, &expected);
+        }
+        let begun = stream(&[r#"{"type":"response.created","response":{"status":"in_progress","output":[]}}"#]);
+        assert_eq!(read(request, begun), Err(Unrecorded::Unfinished));
     }
 
     #[test]

@@ -64,6 +64,30 @@ pub fn data(lines: &[u8]) -> impl Iterator<Item = &[u8]> {
     split(lines).filter_map(|line| line.strip_prefix(b"data:")).map(<[u8]>::trim_ascii)
 }
 
+/// What an event says about the answer that it belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meaning {
+    /// A part of the answer.
+    Part,
+    /// The answer is whole.
+    End,
+    /// The model failed.
+    Failure,
+}
+
+/// Reads the data of an event: chats and completions end with `[DONE]`, responses with an event that has the type of
+/// their end. A text in the JSON cannot look like such a type, because its quotation marks are escaped.
+pub fn meaning(data: &[u8]) -> Meaning {
+    let has = |field: &[u8]| data.windows(field.len()).any(|window| window == field);
+    if data == b"[DONE]" || has(br#""type":"response.completed""#) || has(br#""type":"response.incomplete""#) {
+        Meaning::End
+    } else if data.starts_with(br#"{"error""#) || has(br#""type":"response.failed""#) {
+        Meaning::Failure
+    } else {
+        Meaning::Part
+    }
+}
+
 /// Lines without their ends.
 fn split(lines: &[u8]) -> impl Iterator<Item = &[u8]> {
     let lines = lines.split_inclusive(|&byte| byte == b'\n');
@@ -89,6 +113,22 @@ mod tests {
             assert_eq!(data(&passed).collect::<Vec<_>>(), [&b"{\"a\": 1}"[..], b"[DONE]"]);
             assert!(lines.rest().is_empty());
             assert_eq!(lines.last_event("x"), "data: x\n\n");
+        }
+    }
+
+    #[test]
+    fn the_end_of_an_answer_is_seen_in_both_kinds_of_streams() {
+        for (data, expected) in [
+            ("[DONE]", Meaning::End),
+            (r#"{"response":{"output":[]},"sequence_number":9,"type":"response.completed"}"#, Meaning::End),
+            (r#"{"type":"response.incomplete","response":{}}"#, Meaning::End),
+            (r#"{"error":{"message":"out of memory"}}"#, Meaning::Failure),
+            (r#"{"response":{"error":{"message":"x"}},"type":"response.failed"}"#, Meaning::Failure),
+            (r#"{"response":{"error":null},"type":"response.created"}"#, Meaning::Part),
+            (r#"{"delta":""type":"response.completed"","type":"response.output_text.delta"}"#, Meaning::Part),
+            (r#"{"choices":[{"delta":{"content":"[DONE]"}}]}"#, Meaning::Part),
+        ] {
+            assert_eq!(meaning(data.as_bytes()), expected, "{data}");
         }
     }
 

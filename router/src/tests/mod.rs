@@ -4,6 +4,7 @@ mod access;
 mod generations;
 mod hand_over;
 mod headers;
+mod paths;
 mod streams;
 
 use std::{

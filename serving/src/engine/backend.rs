@@ -24,11 +24,10 @@ pub trait GenerateBackend: Send + 'static {
     fn limits(&self) -> GenerateLimits;
 
     /// Runs one step over all rows. Keys and values of every row are written before any row reads them. Returns one
-    /// entry per row, in order: logits `[vocabulary]` of the row's last token where `wants_logits` is set, an empty
-    /// vector elsewhere.
+    /// entry per row, in order.
     ///
     /// An error fails every request of the step; the engine continues with the others.
-    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError>;
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError>;
 }
 
 /// Sizes of a generating model and of its cache.
@@ -54,4 +53,27 @@ pub struct Row<'a> {
     /// `start + tokens.len()` positions.
     pub blocks: &'a [u32],
     pub wants_logits: bool,
+    /// Tokens whose log-probabilities are wanted: `targets[i]` stands behind `tokens[i]`. Empty for most rows.
+    pub targets: &'a [u32],
+    /// Number of most probable tokens to report in the place of each target.
+    pub top: usize,
+}
+
+/// What a step returns for a row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowOutput {
+    /// Logits `[vocabulary]` of the row's last token where `wants_logits` is set, else empty.
+    pub logits: Vec<f32>,
+    /// Log-probabilities of the row's targets, in order. A long prompt has many targets, so a backend computes these
+    /// without the logits of all of them at once.
+    pub targets: Vec<Logprobs>,
+}
+
+/// Log-probabilities of the model's own distribution, before bias, penalties and temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// That of the token that stands there.
+    pub chosen: f32,
+    /// The most probable tokens, the most probable first.
+    pub top: Vec<(u32, f32)>,
 }

@@ -5,10 +5,15 @@ use std::{collections::VecDeque, sync::Arc};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
+    meter::Meter,
     stop::StopStrings,
     tokenize::{ChatTokenize, StreamDecode},
 };
-use crate::engine::generate::{Choice, Event, GenerateError, sampling::Sampled, sequence::FinishReason};
+use crate::engine::generate::{
+    Choice, Event, GenerateError,
+    sampling::{Logprobs, Sampled},
+    sequence::FinishReason,
+};
 
 /// An answer. Dropping it cancels it.
 pub struct Answer {
@@ -23,13 +28,30 @@ pub struct Answer {
     reports_logprobs: bool,
     /// Whether the cached tokens of the prompt are counted with this answer.
     counts_prompt: bool,
+    /// The prompt, if it is to be repeated before the answer and was not yet.
+    echo: Option<Echo>,
     /// Bytes of text that were decoded, and that were given out.
     decoded: usize,
     released: usize,
     /// Tokens whose text was not given out yet, with the places where it begins and ends.
     held: VecDeque<(usize, usize, TokenLogprob)>,
+    /// Characters of text that were decoded, an echoed prompt included.
+    characters: usize,
     completion_tokens: usize,
     cached_tokens: usize,
+    meter: Meter,
+    /// Sum of the tokens' log-probabilities, as far as the engine reports them.
+    logprobs: f64,
+}
+
+/// A prompt that is repeated before its answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Echo {
+    /// Absent: the text of the tokens.
+    pub(super) text: Option<String>,
+    pub(super) tokens: Vec<u32>,
+    /// Whether the engine sends log-probabilities of the tokens, and so the echo waits for them.
+    pub(super) has_logprobs: bool,
 }
 
 /// A part of an answer.
@@ -57,7 +79,10 @@ pub struct End {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     pub token: TokenText,
-    pub logprob: f32,
+    /// Number of characters before the token's text, an echoed prompt included.
+    pub offset: usize,
+    /// Absent for the first token of a prompt, which follows nothing.
+    pub logprob: Option<f32>,
     /// The most probable first.
     pub top: Vec<(TokenText, f32)>,
 }
@@ -76,6 +101,7 @@ impl Answer {
         stop_tokens: Arc<[u32]>,
         stop: StopStrings,
         deadline: (Instant, u64),
+        meter: Meter,
     ) -> Self {
         Self {
             choice: Some(choice),
@@ -86,11 +112,15 @@ impl Answer {
             deadline,
             reports_logprobs: false,
             counts_prompt: true,
+            echo: None,
             decoded: 0,
             released: 0,
             held: VecDeque::new(),
+            characters: 0,
             completion_tokens: 0,
             cached_tokens: 0,
+            meter,
+            logprobs: 0.0,
         }
     }
 
@@ -99,8 +129,21 @@ impl Answer {
         Self { reports_logprobs, counts_prompt, ..self }
     }
 
+    /// Repeats the prompt before the answer.
+    pub(super) fn echoing(self, echo: Option<Echo>) -> Self {
+        Self { echo, ..self }
+    }
+
+    /// Mean log-probability of the tokens so far, as far as the engine reports them.
+    pub(super) fn mean_logprob(&self) -> f64 {
+        self.logprobs / self.completion_tokens.max(1) as f64
+    }
+
     /// The next piece that is not empty; `None` after the end or an error.
     pub async fn next(&mut self) -> Option<Result<Piece, GenerateError>> {
+        if let Some(echo) = self.echo.take_if(|echo| !echo.has_logprobs) {
+            return Some(Ok(self.repeat(echo, None)));
+        }
         loop {
             let choice = self.choice.as_mut()?;
             let event = match timeout_at(self.deadline.0, choice.recv()).await {
@@ -119,6 +162,10 @@ impl Answer {
                     self.cached_tokens = cached_tokens;
                     continue;
                 }
+                Event::Prompt(logprobs) => match self.echo.take() {
+                    Some(echo) => self.repeat(echo, Some(logprobs)),
+                    None => continue,
+                },
                 Event::Token(sampled) => self.token(sampled),
                 Event::Finished(finished) => self.finish(finished.reason),
             };
@@ -128,13 +175,39 @@ impl Answer {
         }
     }
 
+    /// The prompt as a piece. `logprobs`: those of its tokens behind the first one.
+    fn repeat(&mut self, echo: Echo, logprobs: Option<Vec<Logprobs>>) -> Piece {
+        let mut decode = self.tokenizer.stream();
+        let (mut decoded, mut offsets, mut characters) = (String::new(), Vec::with_capacity(echo.tokens.len()), 0);
+        for &token in &echo.tokens {
+            offsets.push(characters);
+            let text = decode.push(token);
+            characters += text.chars().count();
+            decoded.push_str(&text);
+        }
+        decoded.push_str(&decode.finish());
+        let text = echo.text.unwrap_or(decoded);
+        self.characters = text.chars().count();
+        let Some(logprobs) = logprobs.filter(|_| self.reports_logprobs) else {
+            return Piece { text, ..Piece::default() };
+        };
+        let entry = |((&token, offset), logprobs): ((&u32, usize), Option<Logprobs>)| {
+            self.described(token, offset, logprobs.as_ref())
+        };
+        let logprobs = std::iter::once(None).chain(logprobs.into_iter().map(Some));
+        let logprobs = echo.tokens.iter().zip(offsets).zip(logprobs).map(entry).collect();
+        Piece { text, logprobs, end: None }
+    }
+
     fn token(&mut self, sampled: Sampled) -> Piece {
         self.completion_tokens += 1;
+        self.meter.token();
+        self.logprobs += sampled.logprobs.as_ref().map_or(0.0, |logprobs| f64::from(logprobs.chosen));
         if self.stop_tokens.contains(&sampled.token) {
             return Piece::default();
         }
         let text = self.decode.push(sampled.token);
-        self.hold(&sampled, text.len());
+        self.hold(&sampled, &text);
         let decided = self.stop.push(&text);
         self.released += decided.text.len();
         if decided.stops {
@@ -163,21 +236,28 @@ impl Answer {
     }
 
     fn end(&self, reason: FinishReason) -> End {
+        self.meter.finished(self.completion_tokens);
         let cached_tokens = if self.counts_prompt { self.cached_tokens } else { 0 };
         End { reason, completion_tokens: self.completion_tokens, cached_tokens }
     }
 
-    fn hold(&mut self, sampled: &Sampled, bytes: usize) {
-        let begin = self.decoded;
-        self.decoded += bytes;
+    fn hold(&mut self, sampled: &Sampled, text: &str) {
+        let (begin, offset) = (self.decoded, self.characters);
+        self.decoded += text.len();
+        self.characters += text.chars().count();
         let Some(logprobs) = sampled.logprobs.as_ref().filter(|_| self.reports_logprobs) else { return };
+        let entry = self.described(sampled.token, offset, Some(logprobs));
+        self.held.push_back((begin, self.decoded, entry));
+    }
+
+    fn described(&self, token: u32, offset: usize, logprobs: Option<&Logprobs>) -> TokenLogprob {
         let text = |token: u32| {
             let bytes = self.tokenizer.token_bytes(token);
             TokenText { text: String::from_utf8_lossy(&bytes).into_owned(), bytes }
         };
-        let top = logprobs.top.iter().map(|&(token, logprob)| (text(token), logprob)).collect();
-        let entry = TokenLogprob { token: text(sampled.token), logprob: logprobs.chosen, top };
-        self.held.push_back((begin, self.decoded, entry));
+        let top = logprobs.map(|logprobs| logprobs.top.as_slice()).unwrap_or_default();
+        let top = top.iter().map(|&(token, logprob)| (text(token), logprob)).collect();
+        TokenLogprob { token: text(token), offset, logprob: logprobs.map(|logprobs| logprobs.chosen), top }
     }
 
     /// Takes tokens from the front as long as `goes(begin, end, released)` holds for their text.

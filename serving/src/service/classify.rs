@@ -7,6 +7,7 @@ use athanor_contract::serve::ServeLimits;
 use super::{
     error::ServiceError,
     inputs::{Tokenize, check_count, tokenize},
+    tokenize::Vocabulary,
     tokenizing::Tokenizing,
 };
 use crate::engine::encode::Engine;
@@ -49,6 +50,10 @@ impl Classifier {
 
     pub(super) fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    pub(super) fn vocabulary(&self) -> Arc<dyn Vocabulary> {
+        self.tokenizer.clone()
     }
 
     /// Classifies the texts of one request.

@@ -7,6 +7,7 @@ use athanor_contract::serve::ServeLimits;
 use super::{
     error::ServiceError,
     inputs::{Inputs, Tokenize, tokenize},
+    tokenize::Vocabulary,
     tokenizing::Tokenizing,
 };
 use crate::engine::encode::Engine;
@@ -16,6 +17,8 @@ pub struct Embedder {
     limits: ServeLimits,
     /// Number of tokens in the vocabulary.
     vocabulary: usize,
+    /// Number of numbers in a vector.
+    size: usize,
     tokenizer: Arc<dyn Tokenize>,
     tokenizing: Tokenizing,
     engine: Engine,
@@ -30,13 +33,56 @@ pub struct Embedded {
     pub tokens: u64,
 }
 
+impl Embedded {
+    /// Cuts the vectors to their first `dimensions` numbers and scales them to length 1 again.
+    pub fn shorten(&mut self, dimensions: usize) {
+        for vector in &mut self.vectors {
+            vector.truncate(dimensions);
+            let length = length(vector);
+            if length > 0.0 {
+                vector.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
+            }
+        }
+    }
+
+    /// Cosine of the first vector with each of the others; 0 for a vector without a direction.
+    pub fn cosines(&self) -> Vec<f32> {
+        let Some((first, others)) = self.vectors.split_first() else { return Vec::new() };
+        let cosine = |other: &Vec<f32>| {
+            let product: f64 = first.iter().zip(other).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let lengths = length(first) * length(other);
+            if lengths > 0.0 { (product / lengths) as f32 } else { 0.0 }
+        };
+        others.iter().map(cosine).collect()
+    }
+}
+
+fn length(vector: &[f32]) -> f64 {
+    vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt()
+}
+
 impl Embedder {
-    pub fn new(limits: ServeLimits, vocabulary: usize, tokenizer: Arc<dyn Tokenize>, engine: Engine) -> Self {
-        Self { limits, vocabulary, tokenizer, tokenizing: Tokenizing::default(), engine }
+    pub fn new(
+        limits: ServeLimits,
+        vocabulary: usize,
+        size: usize,
+        tokenizer: Arc<dyn Tokenize>,
+        engine: Engine,
+    ) -> Self {
+        Self { limits, vocabulary, size, tokenizer, tokenizing: Tokenizing::default(), engine }
+    }
+
+    /// Number of numbers in a vector.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     pub(super) fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    pub(super) fn vocabulary(&self) -> Arc<dyn Vocabulary> {
+        self.tokenizer.clone()
     }
 
     /// The vectors of the inputs of one request. A text is cut to the longest sequence, as in training; token ids that

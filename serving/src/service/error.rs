@@ -23,6 +23,8 @@ pub enum ServiceError {
     LongText { input: Option<usize>, bytes: usize, limit: usize },
     #[error("input {index} has the token {token}; the vocabulary has {vocabulary} tokens")]
     UnknownToken { index: usize, token: u32, vocabulary: usize },
+    #[error("token {index} is {token}, which the vocabulary does not have")]
+    NoToken { index: usize, token: u32 },
     #[error("the model failed: the numbers of input {index} are not finite")]
     NotFinite { index: usize },
     #[error("the conversation cannot be rendered: {0}")]

@@ -8,11 +8,12 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
-    answer::{Answer, TokenLogprob},
+    answer::{Answer, Echo, TokenLogprob},
     error::ServiceError,
     inputs::Inputs,
+    meter::Meter,
     stop::StopStrings,
-    tokenize::ChatTokenize,
+    tokenize::{ChatTokenize, Vocabulary},
     tokenizing::{Tokenizing, most_bytes},
 };
 use crate::engine::generate::{
@@ -53,6 +54,17 @@ pub struct Generation {
     pub max_tokens: Option<usize>,
 }
 
+/// What only a completion of texts asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TextOptions {
+    /// Whether each answer begins with its prompt. If log-probabilities are reported, the prompt's are as well, and
+    /// `max_tokens` may be 0.
+    pub echo: bool,
+    /// Number of answers to generate for each prompt, of which [`best`] keeps the most probable. Absent: as many as are
+    /// kept.
+    pub best_of: Option<usize>,
+}
+
 /// Answers in progress. Dropping one cancels it.
 pub struct Answers {
     /// Those of the first prompt, then those of the second one, and so on.
@@ -70,6 +82,24 @@ impl Generator {
         &self.engine
     }
 
+    pub(super) fn vocabulary(&self) -> Arc<dyn Vocabulary> {
+        self.tokenizer.clone()
+    }
+
+    /// Token ids of a conversation; with `add_generation_prompt` up to the place where an answer begins.
+    pub async fn tokenize_chat(
+        &self,
+        messages: Vec<Value>,
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>, ServiceError> {
+        if add_generation_prompt {
+            return self.tokenize(Prompt::Chat(messages)).await.map(|rows| rows.concat());
+        }
+        let bytes = messages.iter().map(text_bytes).sum();
+        let tokenizer = self.tokenizer.clone();
+        self.tokenizing.run(bytes, move || tokenizer.render_whole(&messages)).await
+    }
+
     /// Largest number of tokens of prompt and answer together.
     pub fn max_length(&self) -> usize {
         self.engine.max_length()
@@ -82,11 +112,17 @@ impl Generator {
 
     /// Starts the answers of one request.
     pub async fn generate(&self, request: Generation) -> Result<Answers, ServiceError> {
+        self.generate_text(request, TextOptions::default()).await
+    }
+
+    /// Starts the answers of one request with the options of text completions.
+    pub async fn generate_text(&self, request: Generation, options: TextOptions) -> Result<Answers, ServiceError> {
         let prompts = match &request.prompt {
             Prompt::Chat(_) => 1,
             Prompt::Inputs(inputs) => inputs.check(&self.limits)?,
         };
-        let count = prompts.saturating_mul(request.choices);
+        let choices = options.best_of.unwrap_or(request.choices);
+        let count = prompts.saturating_mul(choices);
         if count > self.limits.max_inputs {
             return Err(ServiceError::TooManyAnswers { count, limit: self.limits.max_inputs });
         }
@@ -94,21 +130,53 @@ impl Generator {
         let mut places = self.engine.reserve(count)?;
         let seconds = self.limits.max_request_seconds;
         let deadline = (Instant::now() + Duration::from_secs(seconds), seconds);
+        let operation = match &request.prompt {
+            Prompt::Chat(_) => "chat",
+            Prompt::Inputs(_) => "text_completion",
+        };
+        let texts = match &request.prompt {
+            Prompt::Inputs(Inputs::Texts(texts)) if options.echo => texts.clone(),
+            _ => Vec::new(),
+        };
         let prompts = self.tokenize(request.prompt).await?;
         let mut answers = Vec::with_capacity(count);
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
-        let logprobs = request.sampling.logprobs.is_some();
+        let logprobs = request.sampling.logprobs;
+        let mut sampling = request.sampling;
+        if options.best_of.is_some() {
+            // Without alternatives: to compare the answers.
+            sampling.logprobs = Some(logprobs.unwrap_or(0));
+        }
+        let mut texts = texts.into_iter();
         for prompt in prompts {
-            let left = self.max_length().saturating_sub(prompt.len());
+            let echo = options.echo.then(|| Echo {
+                text: texts.next(),
+                tokens: prompt.clone(),
+                has_logprobs: logprobs.is_some(),
+            });
+            let prompt_logprobs = match request.max_tokens {
+                Some(0) => Some(logprobs.unwrap_or(0)),
+                _ => logprobs,
+            };
+            let tokens = prompt.len();
+            let left = self.max_length().saturating_sub(tokens);
             let max_tokens = request.max_tokens.unwrap_or(left.max(1));
             let stopping = Stopping { max_tokens, min_tokens: 0, stop_tokens: self.stop_tokens.to_vec() };
-            let (choices, sampling) = (request.choices, request.sampling.clone());
-            let sequences = GenerateRequest { prompt, choices, sampling, stopping };
+            let sequences = GenerateRequest {
+                prompt,
+                choices,
+                sampling: sampling.clone(),
+                stopping,
+                prompt_logprobs: prompt_logprobs.filter(|_| options.echo),
+            };
             let submitted = self.engine.submit(&mut places, sequences)?;
             for (index, choice) in submitted.into_iter().enumerate() {
                 let stop = StopStrings::new(request.stop.clone());
-                let answer = Answer::new(choice, self.tokenizer.clone(), self.stop_tokens.clone(), stop, deadline);
-                answers.push(answer.reporting(logprobs, index == 0));
+                let counted = if index == 0 { tokens } else { 0 };
+                let meter = Meter::new(operation, self.engine.model().clone(), counted);
+                let (tokenizer, stop_tokens) = (self.tokenizer.clone(), self.stop_tokens.clone());
+                let answer = Answer::new(choice, tokenizer, stop_tokens, stop, deadline, meter);
+                answers.push(answer.reporting(logprobs.is_some(), index == 0).echoing(echo.clone()));
             }
         }
         Ok(Answers { answers, prompt_tokens })
@@ -189,6 +257,23 @@ pub struct Completed {
     pub reason: FinishReason,
     pub completion_tokens: usize,
     pub cached_tokens: usize,
+    /// Mean log-probability of the generated tokens; 0 unless the engine reports them.
+    pub mean_logprob: f64,
+}
+
+/// The `choices` answers with the highest mean log-probability of each `generated` answers to a prompt, the highest
+/// first.
+pub fn best(completed: Vec<Completed>, choices: usize, generated: usize) -> Vec<Completed> {
+    let mut completed = completed.into_iter();
+    let mut kept = Vec::new();
+    loop {
+        let mut group: Vec<Completed> = completed.by_ref().take(generated.max(1)).collect();
+        if group.is_empty() {
+            return kept;
+        }
+        group.sort_by(|a, b| b.mean_logprob.total_cmp(&a.mean_logprob));
+        kept.extend(group.into_iter().take(choices));
+    }
 }
 
 impl Answers {
@@ -206,7 +291,15 @@ async fn complete(mut answer: Answer) -> Result<Completed, GenerateError> {
         logprobs.extend(piece.logprobs);
         if let Some(end) = piece.end {
             let (completion_tokens, cached_tokens) = (end.completion_tokens, end.cached_tokens);
-            return Ok(Completed { text, logprobs, reason: end.reason, completion_tokens, cached_tokens });
+            let mean_logprob = answer.mean_logprob();
+            return Ok(Completed {
+                text,
+                logprobs,
+                reason: end.reason,
+                completion_tokens,
+                cached_tokens,
+                mean_logprob,
+            });
         }
     }
     Err(GenerateError::Stopped)

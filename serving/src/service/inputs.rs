@@ -6,11 +6,12 @@ use athanor_contract::serve::ServeLimits;
 
 use super::{
     error::ServiceError,
+    tokenize::Vocabulary,
     tokenizing::{Tokenizing, most_bytes},
 };
 
 /// Turns texts into token ids, special tokens included, cut to `max_length`.
-pub trait Tokenize: Send + Sync + 'static {
+pub trait Tokenize: Vocabulary {
     fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String>;
 }
 
@@ -67,6 +68,20 @@ mod tests {
 
     /// A token for each text: its bytes.
     struct Bytes;
+
+    impl Vocabulary for Bytes {
+        fn tokens(&self, text: &str, _: bool) -> Result<Vec<u32>, String> {
+            Ok(vec![text.len() as u32])
+        }
+
+        fn text(&self, _: &[u32]) -> Result<String, String> {
+            Err("a number of bytes is no text".into())
+        }
+
+        fn name(&self, _: u32) -> Option<String> {
+            None
+        }
+    }
 
     impl Tokenize for Bytes {
         fn encode(&self, texts: &[String], _: usize) -> Result<Vec<Vec<u32>>, String> {

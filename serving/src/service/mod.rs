@@ -12,11 +12,15 @@ pub mod embed;
 pub mod error;
 pub mod generate;
 mod inputs;
+mod meter;
 pub mod stop;
 pub mod tokenize;
 mod tokenizing;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
@@ -26,7 +30,7 @@ pub use self::{
     error::ServiceError,
     generate::Generator,
     inputs::{Inputs, Tokenize},
-    tokenize::{ChatTokenize, StreamDecode},
+    tokenize::{ChatTokenize, StreamDecode, Vocabulary},
 };
 
 /// One revision of one model, ready to answer.
@@ -37,6 +41,7 @@ pub struct Service {
     /// Seconds since the epoch at which this process loaded the model.
     pub created: i64,
     model: Model,
+    tokenizing: Tokenizing,
     draining: AtomicBool,
 }
 
@@ -47,6 +52,14 @@ pub enum Model {
     Generator(Generator),
 }
 
+/// What a model does, without the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Classifier,
+    Embedder,
+    Generator,
+}
+
 impl Service {
     pub fn new(config: &ServeConfig, model: Model) -> Self {
         Self {
@@ -55,6 +68,7 @@ impl Service {
             limits: config.limits,
             created: jiff::Timestamp::now().as_second(),
             model,
+            tokenizing: Tokenizing::default(),
             draining: AtomicBool::new(false),
         }
     }
@@ -93,13 +107,56 @@ impl Service {
         }
     }
 
+    pub fn kind(&self) -> Kind {
+        match &self.model {
+            Model::Classifier(_) => Kind::Classifier,
+            Model::Embedder(_) => Kind::Embedder,
+            Model::Generator(_) => Kind::Generator,
+        }
+    }
+
     fn wrong_kind(&self) -> ServiceError {
         let (kind, routes) = match &self.model {
             Model::Classifier(_) => ("a classifier", "/v1/classify"),
-            Model::Embedder(_) => ("an embedding model", "/v1/embeddings"),
-            Model::Generator(_) => ("a language model", "/v1/chat/completions or /v1/completions"),
+            Model::Embedder(_) => ("an embedding model", "/v1/embeddings or /v1/rerank"),
+            Model::Generator(_) => ("a language model", "/v1/chat/completions, /v1/completions or /v1/responses"),
         };
         ServiceError::WrongKind { kind, routes }
+    }
+
+    /// The tokenizer of the model, of whatever kind.
+    fn vocabulary(&self) -> Arc<dyn Vocabulary> {
+        match &self.model {
+            Model::Classifier(classifier) => classifier.vocabulary(),
+            Model::Embedder(embedder) => embedder.vocabulary(),
+            Model::Generator(generator) => generator.vocabulary(),
+        }
+    }
+
+    /// Token ids of a whole text; with the special tokens that the model wants around it if `with_special` is set.
+    pub async fn tokens(&self, text: String, with_special: bool) -> Result<Vec<u32>, ServiceError> {
+        let vocabulary = self.vocabulary();
+        let bytes = text.len();
+        let work = move || vocabulary.tokens(&text, with_special).map_err(ServiceError::Tokenizer);
+        self.tokenizing.run(bytes, work).await
+    }
+
+    /// Text of token ids, special tokens included.
+    ///
+    /// # Errors
+    /// [`ServiceError::NoToken`] for an id without a token.
+    pub fn text(&self, tokens: &[u32]) -> Result<String, ServiceError> {
+        let vocabulary = self.vocabulary();
+        if let Some(index) = tokens.iter().position(|&token| vocabulary.name(token).is_none()) {
+            return Err(ServiceError::NoToken { index, token: tokens[index] });
+        }
+        vocabulary.text(tokens).map_err(ServiceError::Tokenizer)
+    }
+
+    /// Tokens as the vocabulary has them.
+    pub fn token_names(&self, tokens: &[u32]) -> Vec<String> {
+        let vocabulary = self.vocabulary();
+        tokens.iter().map(|&token| vocabulary.name(token).unwrap_or_default()).collect()
     }
 
     /// Labels of a classifier in the order of its probabilities; none of another model.

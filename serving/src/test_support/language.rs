@@ -10,10 +10,10 @@ use serde_json::Value;
 use super::gate::Gate;
 use crate::{
     engine::{
-        backend::{BackendError, GenerateBackend, GenerateLimits, Row},
-        generate::{Engine, EngineLimits, scheduler::StepLimits},
+        backend::{BackendError, GenerateBackend, GenerateLimits, Row, RowOutput},
+        generate::{Engine, EngineLimits, sampling::logprobs, scheduler::StepLimits},
     },
-    service::{ChatTokenize, Generator, Model, Service, ServiceError, StreamDecode},
+    service::{ChatTokenize, Generator, Model, Service, ServiceError, StreamDecode, Vocabulary},
 };
 
 /// The last token of a prompt.
@@ -26,7 +26,28 @@ pub const LONGEST: usize = 256;
 
 struct Bytes(Arc<Gate>);
 
+impl Vocabulary for Bytes {
+    fn tokens(&self, text: &str, with_special: bool) -> Result<Vec<u32>, String> {
+        Ok(if with_special { tokens(text) } else { text.bytes().map(u32::from).collect() })
+    }
+
+    fn text(&self, tokens: &[u32]) -> Result<String, String> {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&token| self.token_bytes(token)).collect();
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    fn name(&self, token: u32) -> Option<String> {
+        ((token as usize) < VOCABULARY).then(|| String::from_utf8_lossy(&self.token_bytes(token)).into_owned())
+    }
+}
+
 impl ChatTokenize for Bytes {
+    fn render_whole(&self, messages: &[Value]) -> Result<Vec<u32>, ServiceError> {
+        let mut tokens = self.render_chat(messages, None)?;
+        tokens.pop();
+        Ok(tokens)
+    }
+
     fn render_chat(&self, messages: &[Value], _tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
         self.0.tokenised.fetch_add(1, Ordering::SeqCst);
         if messages[0]["role"] == "tool" {
@@ -103,7 +124,7 @@ impl GenerateBackend for Rule {
         self.limits
     }
 
-    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         self.gate.batches.fetch_add(1, Ordering::SeqCst);
         let _gate = self.gate.lock.lock().map_err(|error| BackendError(error.to_string()))?;
         let size = self.limits.block_size;
@@ -113,21 +134,27 @@ impl GenerateBackend for Rule {
                 self.slots[slot(row, row.start + index)] = token;
             }
         }
+        let behind = |row: &Row<'_>, end: usize| {
+            let prefix: Vec<u32> = (0..end).map(|place| self.slots[slot(row, place)]).collect();
+            let next = Self::next(&prefix);
+            let mut logits = vec![0.0; VOCABULARY];
+            logits[next as usize] = if next == u32::from(b'?') { f32::NAN } else { 10.0 };
+            logits[next as usize + 1] = 5.0;
+            (next, logits)
+        };
         rows.iter()
             .map(|row| {
-                if !row.wants_logits {
-                    return Ok(Vec::new());
+                let targets = (row.start + 1..).zip(row.targets);
+                let targets = targets.map(|(end, &token)| logprobs(&behind(row, end).1, token as usize, row.top));
+                let mut output = RowOutput { logits: Vec::new(), targets: targets.collect() };
+                if row.wants_logits {
+                    let (next, logits) = behind(row, row.start + row.tokens.len());
+                    if next == u32::from(b'!') {
+                        return Err(BackendError("out of memory".into()));
+                    }
+                    output.logits = logits;
                 }
-                let prefix: Vec<u32> =
-                    (0..row.start + row.tokens.len()).map(|place| self.slots[slot(row, place)]).collect();
-                let next = Self::next(&prefix);
-                if next == u32::from(b'!') {
-                    return Err(BackendError("out of memory".into()));
-                }
-                let mut logits = vec![0.0; VOCABULARY];
-                logits[next as usize] = if next == u32::from(b'?') { f32::NAN } else { 10.0 };
-                logits[next as usize + 1] = 5.0;
-                Ok(logits)
+                Ok(output)
             })
             .collect()
     }
@@ -148,7 +175,8 @@ pub fn language_model(limits: ServeLimits) -> (Arc<Service>, Arc<Gate>) {
     let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };
     let backend = Rule { limits: sizes, slots: vec![0; sizes.blocks * sizes.block_size], gate: gate.clone() };
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
-    let engine = Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }).expect("a thread starts");
+    let engine =
+        Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }, "writer").expect("a thread starts");
     let generator = Generator::new(limits, vec![END], Arc::new(Bytes(gate.clone())), engine);
     (Arc::new(Service::new(&config, Model::Generator(generator))), gate)
 }

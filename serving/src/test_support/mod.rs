@@ -15,7 +15,7 @@ use crate::{
         backend::{BackendError, EncodeBackend},
         encode::Engine,
     },
-    service::{Classifier, Embedder, Model, Service, Tokenize},
+    service::{Classifier, Embedder, Model, Service, Tokenize, Vocabulary},
 };
 
 /// One token a word: its length.
@@ -25,6 +25,21 @@ impl Tokenize for Words {
     fn encode(&self, texts: &[String], max_length: usize) -> Result<Vec<Vec<u32>>, String> {
         self.0.tokenised.fetch_add(texts.len(), Ordering::SeqCst);
         Ok(texts.iter().map(|text| text.split(' ').map(|word| word.len() as u32).take(max_length).collect()).collect())
+    }
+}
+
+impl Vocabulary for Words {
+    fn tokens(&self, text: &str, with_special: bool) -> Result<Vec<u32>, String> {
+        let begin = with_special.then_some(0);
+        Ok(begin.into_iter().chain(text.split(' ').map(|word| word.len() as u32)).collect())
+    }
+
+    fn text(&self, tokens: &[u32]) -> Result<String, String> {
+        Ok(tokens.iter().map(|&token| "x".repeat(token as usize)).collect::<Vec<_>>().join(" "))
+    }
+
+    fn name(&self, token: u32) -> Option<String> {
+        (token < 20).then(|| token.to_string())
     }
 }
 
@@ -80,5 +95,5 @@ pub fn embedding_model() -> Arc<Service> {
         engine: Default::default(),
     };
     let engine = Engine::start(Lengths, &limits).expect("a thread starts");
-    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, Arc::new(Words(Arc::default())), engine))))
+    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, 2, Arc::new(Words(Arc::default())), engine))))
 }

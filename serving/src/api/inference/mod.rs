@@ -82,6 +82,7 @@ fn status(error: ServiceError) -> Status {
         | ServiceError::LongInput { .. }
         | ServiceError::LongText { .. }
         | ServiceError::UnknownToken { .. }
+        | ServiceError::NoToken { .. }
         | ServiceError::Conversation(_) => Status::invalid_argument(message),
         ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),
         ServiceError::Engine(EngineError::Stopped) | ServiceError::Draining => Status::unavailable(message),

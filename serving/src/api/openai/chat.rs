@@ -11,16 +11,17 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::{
-    body,
+    body, content,
     error::ApiError,
-    fields::{Fields, invalid, typed, unsupported},
+    fields::{Fields, invalid, typed},
+    logprobs,
     options::{Options, refuse_unsupported},
     sse::{self, Format},
     usage::{Usage, finish_reason},
 };
 use crate::service::{
     Service,
-    answer::{Piece, TokenLogprob, TokenText},
+    answer::{Piece, TokenLogprob},
     generate::{Completed, Generation, Prompt},
 };
 
@@ -62,7 +63,7 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
 }
 
 /// Messages as templates read them: roles and texts.
-fn messages(value: Value) -> Result<Vec<Value>, ApiError> {
+pub(super) fn messages(value: Value) -> Result<Vec<Value>, ApiError> {
     let list: Vec<serde_json::Map<String, Value>> = typed("messages", value)?;
     if list.is_empty() {
         let message = "messages: the list is empty";
@@ -89,7 +90,7 @@ fn message(path: &str, mut fields: serde_json::Map<String, Value>) -> Result<Val
     let mut message = json!({"role": role});
     let calls = fields.remove("tool_calls").filter(|calls| !calls.is_null());
     match fields.remove("content").filter(|content| !content.is_null()) {
-        Some(content) => message["content"] = text(&param("content"), content)?.into(),
+        Some(content) => message["content"] = content::text(&param("content"), content, &["text"])?.into(),
         None if role == "assistant" && calls.is_some() => message["content"] = "".into(),
         None => return Err(invalid(param("content"), "missing")),
     }
@@ -102,24 +103,6 @@ fn message(path: &str, mut fields: serde_json::Map<String, Value>) -> Result<Val
         }
     }
     Ok(message)
-}
-
-/// A text, or the texts of a list of parts, a line each.
-fn text(path: &str, content: Value) -> Result<String, ApiError> {
-    let parts = match content {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        _ => return Err(invalid(path, "a string or a list of text parts is expected")),
-    };
-    let part = |(index, mut part): (usize, Value)| match part["type"].as_str() {
-        Some("text") => typed::<String>(&format!("{path}[{index}].text"), part["text"].take()),
-        Some(other) => {
-            Err(unsupported(format!("{path}[{index}].type"), format!("{other:?} is not supported, \"text\" is")))
-        }
-        None => Err(invalid(format!("{path}[{index}].type"), "a string is expected")),
-    };
-    let texts: Vec<String> = parts.into_iter().enumerate().map(part).collect::<Result<_, _>>()?;
-    Ok(texts.join("\n"))
 }
 
 /// Calls of functions in an earlier answer. Templates read their arguments as an object, clients send them as JSON in
@@ -210,11 +193,5 @@ fn logprobs_json(logprobs: &[TokenLogprob]) -> Value {
     if logprobs.is_empty() {
         return Value::Null;
     }
-    let one = |token: &TokenText, logprob: f32| json!({"token": token.text, "bytes": token.bytes, "logprob": logprob});
-    let content = logprobs.iter().map(|entry| {
-        let mut shown = one(&entry.token, entry.logprob);
-        shown["top_logprobs"] = entry.top.iter().map(|(token, logprob)| one(token, *logprob)).collect();
-        shown
-    });
-    json!({"content": content.collect::<Vec<_>>(), "refusal": null})
+    json!({"content": logprobs::tokens(logprobs), "refusal": null})
 }

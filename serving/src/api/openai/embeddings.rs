@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{
     body,
     error::ApiError,
-    fields::{Fields, inputs, unsupported},
+    fields::{Fields, inputs, invalid},
 };
 use crate::service::Service;
 
@@ -33,13 +33,17 @@ pub async fn embeddings(State(service): State<Arc<Service>>, request: Request) -
     let mut fields = Fields::parse(&bytes)?;
     service.check_model(fields.take::<String>("model")?.as_deref())?;
     let encoding: Encoding = fields.take("encoding_format")?.unwrap_or_default();
-    if fields.take_value("dimensions").is_some() {
-        return Err(unsupported("dimensions", "the vectors of this model are not shortened"));
+    let dimensions = fields.take::<usize>("dimensions")?;
+    if let Some(dimensions) = dimensions.filter(|dimensions| !(1..=embedder.size()).contains(dimensions)) {
+        return Err(invalid("dimensions", format!("{dimensions} is not between 1 and {}", embedder.size())));
     }
     fields.ignore(&["user"]);
     let inputs = inputs("input", fields.require("input")?)?;
     fields.finish()?;
-    let embedded = embedder.embed(inputs).await.map_err(|error| ApiError::of_field(error, "input"))?;
+    let mut embedded = embedder.embed(inputs).await.map_err(|error| ApiError::of_field(error, "input"))?;
+    if let Some(dimensions) = dimensions {
+        embedded.shorten(dimensions);
+    }
     let data: Vec<Value> = embedded
         .vectors
         .iter()

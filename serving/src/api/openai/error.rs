@@ -5,6 +5,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -24,12 +25,12 @@ pub struct ApiError {
 }
 
 /// The body of an error.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     pub error: ErrorDetail,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorDetail {
     pub message: String,
     pub r#type: String,
@@ -119,6 +120,9 @@ impl From<ServiceError> for ApiError {
             }
             ServiceError::UnknownToken { index, .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(format!("input[{index}]"))
+            }
+            ServiceError::NoToken { index, .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(format!("tokens[{index}]"))
             }
             ServiceError::Conversation(_) => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_conversation", message).param("messages")

@@ -40,6 +40,20 @@ impl Fields {
         self.take_value(name).map(|value| typed(name, value)).transpose()
     }
 
+    /// The field without taking it.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name)
+    }
+
+    /// Takes the field if its value is the wanted one, and returns whether it is.
+    pub fn take_if(&mut self, name: &str, is_wanted: impl Fn(&Value) -> bool) -> bool {
+        let found = self.0.get(name).is_some_and(is_wanted);
+        if found {
+            self.0.remove(name);
+        }
+        found
+    }
+
     pub fn require(&mut self, name: &str) -> Result<Value, ApiError> {
         self.take_value(name).ok_or_else(|| invalid(name, "missing"))
     }

@@ -15,11 +15,11 @@ use tower::ServiceExt;
 use super::*;
 use crate::test_support::{self, Gate, LONGEST};
 
-fn limits() -> ServeLimits {
+pub(super) fn limits() -> ServeLimits {
     ServeLimits { max_inputs: 4, queue_inputs: 8, max_batch_inputs: 8, ..ServeLimits::default() }
 }
 
-fn application(limits: ServeLimits) -> (Router, Arc<Service>, Arc<Gate>) {
+pub(super) fn application(limits: ServeLimits) -> (Router, Arc<Service>, Arc<Gate>) {
     let (service, gate) = test_support::language_model(limits);
     (app(service.clone(), Router::new()), service, gate)
 }
@@ -29,13 +29,13 @@ fn request(path: &str, body: impl Into<Body>) -> Request {
     request.body(body.into()).unwrap()
 }
 
-async fn send(app: &Router, path: &str, body: impl ToString) -> (Parts, String) {
+pub(super) async fn send(app: &Router, path: &str, body: impl ToString) -> (Parts, String) {
     let response = app.clone().oneshot(request(path, body.to_string())).await.unwrap();
     let (parts, body) = response.into_parts();
     (parts, String::from_utf8(to_bytes(body, 1 << 20).await.unwrap().to_vec()).unwrap())
 }
 
-async fn ask(app: &Router, path: &str, body: Value) -> Value {
+pub(super) async fn ask(app: &Router, path: &str, body: Value) -> Value {
     let (parts, text) = send(app, path, body).await;
     assert_eq!(parts.status, 200, "{text}");
     serde_json::from_str(&text).unwrap()
@@ -53,7 +53,7 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 /// The events of a stream: JSON, or `[DONE]` as a string.
-fn events(text: &str) -> Vec<Value> {
+pub(super) fn events(text: &str) -> Vec<Value> {
     text.split("\n\n")
         .filter_map(|event| event.strip_prefix("data: "))
         .map(|data| serde_json::from_str(data).unwrap_or_else(|_| data.into()))
@@ -260,9 +260,9 @@ async fn each_mistake_names_its_parameter() {
         (json!({"prompt": ["a", "b", "c", "d", "e"]}), 400, json!("prompt"), "too_many_inputs"),
         (json!({"prompt": ["a", "b", "c"], "n": 2}), 400, json!("n"), "too_many_answers"),
         (json!({"prompt": "x".repeat(300)}), 400, json!("max_tokens"), "context_length_exceeded"),
-        (json!({"prompt": "x", "echo": true}), 400, json!("echo"), "unsupported_parameter"),
+        (json!({"prompt": "x", "echo": 1}), 400, json!("echo"), "invalid_field"),
         (json!({"prompt": "x", "suffix": "y"}), 400, json!("suffix"), "unsupported_parameter"),
-        (json!({"prompt": "x", "best_of": 3}), 400, json!("best_of"), "unsupported_parameter"),
+        (json!({"prompt": "x", "n": 2, "best_of": 1}), 400, json!("best_of"), "invalid_field"),
     ];
     let with = |base: &Value, more: &Value| {
         let mut body = base.clone();
@@ -440,7 +440,11 @@ async fn routes_of_other_models_say_which_ones_there_are() {
     let classifier = app(test_support::service().0, Router::new());
     let vectors = app(test_support::embedding_model(), Router::new());
     for (app, path, part) in [
-        (&writer, "/v1/classify", "this model is a language model; use /v1/chat/completions or /v1/completions"),
+        (
+            &writer,
+            "/v1/classify",
+            "this model is a language model; use /v1/chat/completions, /v1/completions or /v1/responses",
+        ),
         (&writer, "/v1/embeddings", "a language model"),
         (&classifier, CHAT, "this model is a classifier; use /v1/classify"),
         (&classifier, TEXT, "a classifier"),
@@ -482,7 +486,7 @@ async fn embeddings_are_numbers_or_base64() {
         (json!({"input": [[1], [20]]}), "input[1]", "invalid_field"),
         (json!({"input": [[1, 1, 1, 1, 1, 1, 1, 1, 1]]}), "input[0]", "context_length_exceeded"),
         (json!({"input": {"a": 1}}), "input", "invalid_field"),
-        (json!({"input": "a", "dimensions": 3}), "dimensions", "unsupported_parameter"),
+        (json!({"input": "a", "dimensions": 3}), "dimensions", "invalid_field"),
         (json!({"input": "a", "encoding_format": "int8"}), "encoding_format", "invalid_field"),
         (json!({"input": "a", "inputs": "b"}), "inputs", "unknown_field"),
     ] {

@@ -1,4 +1,5 @@
-//! The JSON API of `athanor-server` in OpenAI's shapes: classification, embeddings, chat and text completions.
+//! The JSON API of `athanor-server` in OpenAI's shapes: classification, embeddings, reranking, chat and text completions, responses,
+//! tokenization.
 //!
 //! Each error has OpenAI's body and names the field; every answer, errors and unknown paths included, carries the request's id and
 //! the revision. No authentication: that is the gateway's.
@@ -7,16 +8,31 @@ pub mod body;
 mod chat;
 mod classify;
 mod completions;
+#[cfg(test)]
+mod completions_tests;
+mod content;
 mod embeddings;
 mod error;
 mod fields;
 #[cfg(test)]
 mod generate_tests;
+mod logprobs;
 mod models;
+pub mod openapi;
+#[cfg(test)]
+mod openapi_tests;
 mod options;
+pub mod paths;
+mod rerank;
+pub mod responses;
+#[cfg(test)]
+mod responses_tests;
 mod sse;
 #[cfg(test)]
 mod tests;
+mod tokenize;
+#[cfg(test)]
+mod tokenize_tests;
 pub mod types;
 mod usage;
 
@@ -28,7 +44,7 @@ use axum::{
     http::StatusCode,
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{MethodRouter, get, post},
 };
 use opentelemetry::trace::Status as SpanStatus;
 use tracing::Instrument;
@@ -44,18 +60,30 @@ use crate::{
 /// The application: the API, and `ops` (`/metrics`, `/healthz`, `/readyz`) on the same port. The routes of models of
 /// another kind answer which ones this model has.
 pub fn app(service: Arc<Service>, ops: Router) -> Router {
-    Router::new()
-        .route("/v1/classify", post(classify::classify))
-        .route("/v1/embeddings", post(embeddings::embeddings))
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/models", get(models::models))
-        .route("/v1/models/{model}", get(models::model))
+    let routes = routes().into_iter().fold(Router::new(), |router, (path, handler)| router.route(path, handler));
+    routes
         .with_state(service.clone())
         .merge(ops)
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(service, around))
+}
+
+/// Paths and handlers of the API. `openapi` describes the same paths.
+fn routes() -> Vec<(&'static str, MethodRouter<Arc<Service>>)> {
+    vec![
+        (paths::CLASSIFY, post(classify::classify)),
+        (paths::EMBEDDINGS, post(embeddings::embeddings)),
+        (paths::RERANK, post(rerank::rerank)),
+        (paths::CHAT, post(chat::chat)),
+        (paths::COMPLETIONS, post(completions::completions)),
+        (paths::RESPONSES, post(responses::responses)),
+        (paths::TOKENIZE, post(tokenize::tokenize)),
+        (paths::DETOKENIZE, post(tokenize::detokenize)),
+        (paths::MODELS, get(models::models)),
+        (paths::MODEL, get(models::model)),
+        (paths::OPENAPI, get(openapi::openapi)),
+    ]
 }
 
 /// Ids, metrics and the trace around every request.
@@ -66,8 +94,8 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
     request.headers_mut().insert(headers::REQUEST_ID, id.clone());
     let (text, revision) = (id.to_str().unwrap_or_default(), &service.revision);
     let span = match route.as_str() {
-        "/v1/classify" => Some(observe::classification(text, revision, request.headers())),
-        "/v1/embeddings" | "/v1/chat/completions" | "/v1/completions" => {
+        paths::CLASSIFY => Some(observe::classification(text, revision, request.headers())),
+        paths::EMBEDDINGS | paths::RERANK | paths::CHAT | paths::COMPLETIONS | paths::RESPONSES => {
             Some(observe::generation(&route, text, revision, request.headers()))
         }
         _ => None,

@@ -48,8 +48,13 @@ struct State<F> {
 
 /// The response that streams these answers.
 pub fn stream(answers: Answers, format: impl Format, includes_usage: bool) -> Response {
+    respond(events(answers, format, includes_usage))
+}
+
+/// The response that sends these events, and comments while there is none.
+pub fn respond(events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static) -> Response {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive");
-    Sse::new(events(answers, format, includes_usage)).keep_alive(keep_alive).into_response()
+    Sse::new(events).keep_alive(keep_alive).into_response()
 }
 
 fn events(

@@ -12,6 +12,7 @@
 //! step and frees its blocks.
 
 pub mod blocks;
+mod meters;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
@@ -29,8 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::request::{Choice, Event, Finished, GenerateError, GenerateRequest};
 use self::{
+    meters::Meters,
     request::{Item, Place, Progress},
-    sampling::Invalid,
+    sampling::{Invalid, MOST_ALTERNATIVES},
     scheduler::StepLimits,
 };
 use super::backend::{GenerateBackend, GenerateLimits};
@@ -65,25 +67,34 @@ pub struct Engine {
     limits: GenerateLimits,
     progress: Arc<Progress>,
     stopped: CancellationToken,
+    model: Arc<str>,
 }
 
 impl Engine {
     /// Starts the thread.
-    pub fn start(backend: impl GenerateBackend, limits: EngineLimits) -> std::io::Result<Self> {
+    ///
+    /// `model`: the name that its metrics have.
+    pub fn start(backend: impl GenerateBackend, limits: EngineLimits, model: &str) -> std::io::Result<Self> {
         let capacity = limits.queue.clamp(1, Semaphore::MAX_PERMITS);
         let (sender, receiver) = mpsc::unbounded_channel();
         let stopped = CancellationToken::new();
         let progress = Arc::<Progress>::default();
         let mut sizes = backend.limits();
         sizes.block_size = sizes.block_size.max(1);
-        let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone());
+        let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone(), Meters::new(model));
         // Dropped with the thread, also when it panics.
         let alive = stopped.clone().drop_guard();
         thread::Builder::new().name("generate".into()).spawn(move || {
             let _alive = alive;
             worker.run();
         })?;
-        Ok(Self { sender, places: Arc::new(Semaphore::new(capacity)), capacity, limits: sizes, progress, stopped })
+        let places = Arc::new(Semaphore::new(capacity));
+        Ok(Self { sender, places, capacity, limits: sizes, progress, stopped, model: model.into() })
+    }
+
+    /// Name of the model.
+    pub fn model(&self) -> &Arc<str> {
+        &self.model
     }
 
     /// Largest number of tokens of prompt and answer together.
@@ -114,7 +125,7 @@ impl Engine {
         let mut choices = Vec::with_capacity(request.choices);
         let mut replies = Vec::with_capacity(request.choices);
         for place in places.0.drain(first..) {
-            let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 2);
+            let (sender, receiver) = mpsc::channel(request.stopping.max_tokens + 3);
             choices.push(receiver);
             replies.push((sender, place));
         }
@@ -136,10 +147,13 @@ impl Engine {
             return Err(Invalid::new("n", "0 is less than 1").into());
         }
         let (prompt, max_tokens) = (request.prompt.len(), request.stopping.max_tokens);
-        if max_tokens == 0 {
+        if max_tokens == 0 && request.prompt_logprobs.is_none() {
             return Err(Invalid::new("max_tokens", "0 is less than 1").into());
         }
         request.sampling.check(vocabulary)?;
+        if request.prompt_logprobs.is_some_and(|count| count > MOST_ALTERNATIVES) {
+            return Err(Invalid::new("logprobs", format!("more than {MOST_ALTERNATIVES}")).into());
+        }
         let limit = self.max_length();
         if prompt.saturating_add(max_tokens) > limit {
             return Err(GenerateError::TooLong { prompt, max_tokens, limit });

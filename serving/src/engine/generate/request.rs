@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::{
-    sampling::{Invalid, LogitsError, Sampled, Sampling},
+    sampling::{Invalid, LogitsError, Logprobs, Sampled, Sampling},
     sequence::{FinishReason, Stopping},
 };
 use crate::engine::backend::BackendError;
@@ -21,6 +21,9 @@ pub struct GenerateRequest {
     pub choices: usize,
     pub sampling: Sampling,
     pub stopping: Stopping,
+    /// Number of most probable tokens to report with the log-probability of each prompt token; absent: none is reported.
+    /// Such a prompt is computed for each choice, without the prefix cache. Only with it may `max_tokens` be 0.
+    pub prompt_logprobs: Option<usize>,
 }
 
 /// The events of one answer. The last one is `Event::Finished` or an error; a channel that closes without either means
@@ -33,6 +36,8 @@ pub enum Event {
     Admitted {
         cached_tokens: usize,
     },
+    /// Log-probabilities of the prompt's tokens behind the first one, once, before the first token.
+    Prompt(Vec<Logprobs>),
     Token(Sampled),
     Finished(Finished),
 }

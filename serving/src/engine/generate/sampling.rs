@@ -8,6 +8,11 @@ use std::{borrow::Cow, collections::HashMap};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+pub use crate::engine::backend::Logprobs;
+
+/// Largest number of most probable tokens that are reported with a token.
+pub const MOST_ALTERNATIVES: usize = 20;
+
 /// How tokens are chosen. The field names are those of the OpenAI API.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
@@ -94,7 +99,7 @@ impl Sampling {
                 ));
             }
         }
-        if self.logprobs.is_some_and(|count| count > 20) {
+        if self.logprobs.is_some_and(|count| count > MOST_ALTERNATIVES) {
             return Err(Invalid::new("top_logprobs", "more than 20"));
         }
         Ok(())
@@ -106,14 +111,6 @@ impl Sampling {
 pub struct Sampled {
     pub token: u32,
     pub logprobs: Option<Logprobs>,
-}
-
-/// Log-probabilities of the model's own distribution, before bias, penalties and temperature.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Logprobs {
-    pub chosen: f32,
-    /// The most probable tokens, the most probable first.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// What the next token depends on besides the logits.
@@ -320,7 +317,8 @@ fn uniform(seed: u64, position: usize) -> f64 {
     generator.random()
 }
 
-fn logprobs(logits: &[f32], token: usize, count: usize) -> Logprobs {
+/// Log-probability of a token and of the `count` most probable ones by `logits` `[vocabulary]`.
+pub fn logprobs(logits: &[f32], token: usize, count: usize) -> Logprobs {
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
     let logprob = |index: usize| (f64::from(logits[index] - highest) - sum.ln()) as f32;

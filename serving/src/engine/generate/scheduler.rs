@@ -150,7 +150,8 @@ impl Scheduler {
                 continue;
             }
             let tokens = &self.waiting[next].tokens;
-            let shared = self.blocks.find(tokens);
+            let mut shared = self.blocks.find(tokens);
+            shared.truncate(self.waiting[next].reusable() / self.blocks.size());
             let Some(table) = self.blocks.allocate(&shared, tokens.len()) else { break };
             let Some(mut sequence) = self.waiting.remove(next) else { break };
             sequence.table = table;
@@ -174,6 +175,10 @@ impl Scheduler {
     /// Records that the work was computed: full blocks become available to other sequences.
     pub fn advance(&mut self, work: &Work) {
         let sequence = &mut self.running[work.index];
+        let targets = sequence.targets(work.start, work.length).len();
+        if targets > 0 {
+            sequence.scored = sequence.scored.max(work.start + targets);
+        }
         sequence.computed = work.start + work.length;
         let size = self.blocks.size();
         while (sequence.sealed + 1) * size <= sequence.computed {

@@ -94,6 +94,22 @@ fn the_answers_of_one_request_share_the_blocks_of_its_prompt() {
 }
 
 #[test]
+fn a_prompt_with_log_probabilities_is_computed_although_the_cache_has_it() {
+    let mut scheduler = scheduler(100, 4, 100, 8);
+    scheduler.add(sequence(1, 1, &[5; 9], 1));
+    assert_eq!(step(&mut scheduler), [(1, 0, 9, true)]);
+    scheduler.add(sequence(2, 2, &[5; 9], 1));
+    assert_eq!(step(&mut scheduler), [(2, 8, 1, true)]);
+    let mut scored = sequence(3, 3, &[5; 9], 2);
+    scored.prompt_logprobs = Some(0);
+    assert_eq!(scored.targets(0, 5), [5; 5]);
+    assert_eq!(scored.targets(5, 4), [5; 3], "the last token has no successor");
+    scheduler.add(scored);
+    assert_eq!(step(&mut scheduler), [(3, 0, 9, true)]);
+    assert_eq!(scheduler.running()[0].targets(0, 9), [0_u32; 0], "all are there");
+}
+
+#[test]
 fn a_removed_sequence_frees_its_blocks_waiting_or_running() {
     let mut scheduler = scheduler(8, 2, 100, 1);
     scheduler.add(sequence(1, 1, &[1, 2, 3], 4));

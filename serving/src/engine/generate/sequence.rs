@@ -35,6 +35,10 @@ pub struct Sequence {
     pub prompt_length: usize,
     pub sampling: Sampling,
     pub stopping: Stopping,
+    /// Number of most probable tokens to report with the log-probability of each prompt token; absent: none is reported.
+    pub prompt_logprobs: Option<usize>,
+    /// Number of prompt tokens behind the first one whose log-probabilities were computed.
+    pub(super) scored: usize,
     /// Number of tokens whose keys and values are in the cache.
     pub(super) computed: usize,
     pub(super) table: Vec<u32>,
@@ -54,6 +58,8 @@ impl Sequence {
             tokens: prompt,
             sampling,
             stopping,
+            prompt_logprobs: None,
+            scored: 0,
             computed: 0,
             table: Vec::new(),
             sealed: 0,
@@ -73,6 +79,27 @@ impl Sequence {
     /// Number of prompt tokens that were not computed because the cache had them.
     pub fn cached(&self) -> usize {
         self.cached.unwrap_or_default()
+    }
+
+    /// The prompt tokens whose log-probabilities come with computing `length` tokens from `start` on: each token's own
+    /// come from the token before it. None once all are there.
+    pub fn targets(&self, start: usize, length: usize) -> &[u32] {
+        if !self.scores_prompt() {
+            return &[];
+        }
+        let end = (start + length + 1).min(self.prompt_length);
+        &self.tokens[(start + 1).min(end)..end]
+    }
+
+    /// Number of leading tokens that may come from the prefix cache. A token's successor has a log-probability only if
+    /// the token is computed.
+    pub(super) fn reusable(&self) -> usize {
+        if self.scores_prompt() { self.scored } else { self.tokens.len() }
+    }
+
+    /// Whether log-probabilities of the prompt are still to be computed.
+    fn scores_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some() && self.scored + 1 < self.prompt_length
     }
 
     /// Number of tokens that are not in the cache yet.

@@ -1,3 +1,6 @@
+mod metrics;
+mod prompt;
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, atomic::AtomicU64},
@@ -8,7 +11,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::engine::{
-    backend::{BackendError, Row},
+    backend::{BackendError, Row, RowOutput},
     generate::{
         sampling::{Context, LogitsError, Sampling},
         sequence::{FinishReason, Stopping},
@@ -59,7 +62,7 @@ impl GenerateBackend for Fake {
         self.limits
     }
 
-    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         let _gate = self.seen.gate.lock();
         let size = self.limits.block_size;
         let slot = |blocks: &[u32], position: usize| blocks[position / size] as usize * size + position % size;
@@ -73,16 +76,20 @@ impl GenerateBackend for Fake {
                 self.slots[slot(row.blocks, position)] = Some((position, *token));
             }
         }
-        let answer = |row: &Row<'_>| {
-            if !row.wants_logits {
-                return Vec::new();
-            }
+        // The logits behind the first `end` tokens.
+        let behind = |row: &Row<'_>, end: usize| {
             if row.tokens.contains(&NOT_FINITE) {
                 return vec![f32::NAN; VOCABULARY];
             }
-            let end = row.start + row.tokens.len();
             // A slot that was never written reads as something that no prefix has.
             logits((0..end).map(|position| self.slots[slot(row.blocks, position)].unwrap_or((usize::MAX, 0))))
+        };
+        let answer = |row: &Row<'_>| RowOutput {
+            logits: if row.wants_logits { behind(row, row.start + row.tokens.len()) } else { Vec::new() },
+            targets: (row.start + 1..)
+                .zip(row.targets)
+                .map(|(end, &token)| sampling::logprobs(&behind(row, end), token as usize, row.top))
+                .collect(),
         };
         Ok(rows.iter().map(answer).collect())
     }
@@ -92,7 +99,7 @@ fn engine(blocks: usize, limits: EngineLimits) -> (Engine, Arc<Seen>) {
     let seen = Arc::<Seen>::default();
     let limits_of_model = GenerateLimits { blocks, block_size: 4, max_length: 64, vocabulary: VOCABULARY };
     let backend = Fake { limits: limits_of_model, slots: vec![None; blocks * 4], seen: seen.clone() };
-    (Engine::start(backend, limits).unwrap(), seen)
+    (Engine::start(backend, limits, "fake").unwrap(), seen)
 }
 
 fn limits(tokens: usize, sequences: usize) -> EngineLimits {
@@ -105,6 +112,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         choices: 1,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stopping: Stopping { max_tokens, min_tokens: 0, stop_tokens: vec![] },
+        prompt_logprobs: None,
     }
 }
 
@@ -132,7 +140,7 @@ async fn read(mut choice: Choice) -> Result<(Vec<u32>, Finished), GenerateError>
     let mut tokens = Vec::new();
     loop {
         match choice.recv().await.unwrap_or(Err(GenerateError::Stopped))? {
-            Event::Admitted { .. } => {}
+            Event::Admitted { .. } | Event::Prompt(_) => {}
             Event::Token(sampled) => tokens.push(sampled.token),
             Event::Finished(finished) => {
                 assert!(choice.recv().await.is_none(), "nothing follows the end");
@@ -185,6 +193,7 @@ fn random_request(random: &mut StdRng) -> GenerateRequest {
             ..Sampling::default()
         },
         stopping: Stopping { max_tokens, min_tokens: random.random_range(0..4), stop_tokens: vec![0, 1] },
+        prompt_logprobs: None,
     }
 }
 

@@ -10,17 +10,20 @@ use tokio::sync::mpsc;
 
 use super::{
     blocks::Blocks,
+    meters::Meters,
     request::{Event, Finished, GenerateError, Item, Place, Progress},
-    sampling::{self, Context, Sampled},
+    sampling::{self, Context, LogitsError, Logprobs, Sampled},
     scheduler::{Plan, Scheduler, StepLimits, Work},
-    sequence::{Sequence, SequenceId},
+    sequence::{FinishReason, Sequence, SequenceId},
 };
-use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row};
+use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row, RowOutput};
 
 /// The request behind a sequence.
 struct Client {
     reply: mpsc::Sender<Result<Event, GenerateError>>,
     place: Option<Place>,
+    /// Log-probabilities of the prompt so far, if they are wanted and were not sent yet.
+    prompt: Option<Vec<Logprobs>>,
     since: Instant,
     admitted: Option<Instant>,
     last_token: Option<Instant>,
@@ -33,15 +36,17 @@ impl Client {
         let _ = self.reply.try_send(event);
     }
 
-    fn record_token(&mut self, now: Instant) {
+    fn record_token(&mut self, now: Instant, meters: &Meters) {
         match self.last_token.replace(now) {
             Some(last) => {
                 let seconds = now.saturating_duration_since(last).as_secs_f64();
                 metrics::histogram!("athanor_server_inter_token_seconds").record(seconds);
+                meters.token(false, seconds);
             }
             None => {
                 let seconds = now.saturating_duration_since(self.since).as_secs_f64();
                 metrics::histogram!("athanor_server_time_to_first_token_seconds").record(seconds);
+                meters.token(true, seconds);
             }
         }
     }
@@ -54,6 +59,7 @@ pub(super) struct Worker<B> {
     scheduler: Scheduler,
     clients: HashMap<SequenceId, Client>,
     progress: Arc<Progress>,
+    meters: Meters,
     sequences: SequenceId,
     requests: u64,
 }
@@ -65,10 +71,11 @@ impl<B: GenerateBackend> Worker<B> {
         limits: GenerateLimits,
         step: StepLimits,
         progress: Arc<Progress>,
+        meters: Meters,
     ) -> Self {
         let scheduler = Scheduler::new(Blocks::new(limits.blocks, limits.block_size), step);
         let clients = HashMap::new();
-        Self { backend, receiver, limits, scheduler, clients, progress, sequences: 0, requests: 0 }
+        Self { backend, receiver, limits, scheduler, clients, progress, meters, sequences: 0, requests: 0 }
     }
 
     /// Runs until all handles are gone and all answers are complete.
@@ -98,8 +105,17 @@ impl<B: GenerateBackend> Worker<B> {
             sampling.seed = sampling.seed.wrapping_add(index);
             self.sequences += 1;
             let (prompt, stopping) = (item.request.prompt.clone(), item.request.stopping.clone());
-            self.scheduler.add(Sequence::new(self.sequences, self.requests, prompt, sampling, stopping));
-            let client = Client { reply, place: Some(place), since: item.since, admitted: None, last_token: None };
+            let mut sequence = Sequence::new(self.sequences, self.requests, prompt, sampling, stopping);
+            sequence.prompt_logprobs = item.request.prompt_logprobs;
+            self.scheduler.add(sequence);
+            let client = Client {
+                reply,
+                place: Some(place),
+                prompt: item.request.prompt_logprobs.map(|_| Vec::new()),
+                since: item.since,
+                admitted: None,
+                last_token: None,
+            };
             self.clients.insert(self.sequences, client);
         }
     }
@@ -132,10 +148,16 @@ impl<B: GenerateBackend> Worker<B> {
         match answers {
             Ok(answers) => {
                 let now = Instant::now();
-                for (work, logits) in plan.work.iter().zip(answers) {
+                for (work, output) in plan.work.iter().zip(answers) {
+                    let scored = self.score(work, output.targets);
                     self.scheduler.advance(work);
-                    if work.wants_logits {
-                        self.choose(work.index, &logits, now);
+                    match scored {
+                        Ok(()) if work.wants_logits => self.choose(work.index, &output.logits, now),
+                        Ok(()) => {}
+                        Err(error) => {
+                            tracing::error!(%error, "a sequence failed");
+                            self.fail(self.scheduler.running()[work.index].id, error);
+                        }
                     }
                 }
             }
@@ -151,6 +173,7 @@ impl<B: GenerateBackend> Worker<B> {
 
     fn record_admissions(&mut self, plan: &Plan, now: Instant) {
         metrics::counter!("athanor_server_preemptions_total").increment(plan.preempted as u64);
+        self.meters.preempted(plan.preempted);
         for sequence in self.scheduler.running().iter().filter(|sequence| plan.admitted.contains(&sequence.id)) {
             let cached_tokens = sequence.cached();
             tokens("cached").increment(cached_tokens as u64);
@@ -159,13 +182,14 @@ impl<B: GenerateBackend> Worker<B> {
                 client.place.take();
                 client.admitted = Some(now);
                 client.send(Ok(Event::Admitted { cached_tokens }));
-                let queued = now.saturating_duration_since(client.since);
-                metrics::histogram!("athanor_server_queue_seconds").record(queued.as_secs_f64());
+                let queued = now.saturating_duration_since(client.since).as_secs_f64();
+                metrics::histogram!("athanor_server_queue_seconds").record(queued);
+                self.meters.admitted(sequence.prompt_length, queued);
             }
         }
     }
 
-    fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>, BackendError> {
+    fn compute(&mut self, work: &[Work]) -> Result<Vec<RowOutput>, BackendError> {
         let running = self.scheduler.running();
         let rows: Vec<Row<'_>> = work
             .iter()
@@ -174,6 +198,8 @@ impl<B: GenerateBackend> Worker<B> {
                 start: work.start,
                 blocks: &running[work.index].table,
                 wants_logits: work.wants_logits,
+                targets: running[work.index].targets(work.start, work.length),
+                top: running[work.index].prompt_logprobs.unwrap_or_default(),
             })
             .collect();
         metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
@@ -184,10 +210,38 @@ impl<B: GenerateBackend> Worker<B> {
         Ok(answers)
     }
 
+    /// Keeps the log-probabilities of prompt tokens that a step computed. Those that were computed before a preemption are
+    /// there already.
+    fn score(&mut self, work: &Work, computed: Vec<Logprobs>) -> Result<(), GenerateError> {
+        let sequence = &self.scheduler.running()[work.index];
+        let targets = sequence.targets(work.start, work.length);
+        if computed.len() != targets.len() {
+            let message = format!("{} log-probabilities for {} tokens", computed.len(), targets.len());
+            return Err(GenerateError::Backend(message));
+        }
+        if let Some(index) = computed.iter().position(|one| !one.chosen.is_finite()) {
+            return Err(LogitsError::NotFinite { token: targets[index] as usize }.into());
+        }
+        let known = sequence.scored.saturating_sub(work.start);
+        if let Some(prompt) = self.clients.get_mut(&sequence.id).and_then(|client| client.prompt.as_mut()) {
+            prompt.extend(computed.into_iter().skip(known));
+        }
+        Ok(())
+    }
+
     /// Chooses the next token of a sequence, sends it, and ends the sequence if it is complete.
     fn choose(&mut self, index: usize, logits: &[f32], now: Instant) {
         let sequence = &self.scheduler.running()[index];
         let id = sequence.id;
+        if let Some(client) = self.clients.get_mut(&id)
+            && let Some(prompt) = client.prompt.take()
+        {
+            client.send(Ok(Event::Prompt(prompt)));
+        }
+        if sequence.stopping.max_tokens == 0 {
+            self.end(index, FinishReason::Length, now);
+            return;
+        }
         let context = Context { prompt: sequence.prompt(), answer: sequence.answer(), forbidden: sequence.forbidden() };
         let sampled: Sampled = match sampling::sample(logits, self.limits.vocabulary, &sequence.sampling, context) {
             Ok(sampled) => sampled,
@@ -201,18 +255,25 @@ impl<B: GenerateBackend> Worker<B> {
         tokens("completion").increment(1);
         let sequence = &self.scheduler.running()[index];
         let Some(client) = self.clients.get_mut(&id) else { return };
-        client.record_token(now);
+        client.record_token(now, &self.meters);
         client.send(Ok(Event::Token(sampled)));
         if let Some(reason) = sequence.finished() {
-            let admitted = client.admitted.unwrap_or(client.since);
-            client.send(Ok(Event::Finished(Finished {
-                reason,
-                cached_tokens: sequence.cached(),
-                queued: admitted.saturating_duration_since(client.since),
-                computed: now.saturating_duration_since(admitted),
-            })));
-            self.clients.remove(&id);
+            self.end(index, reason, now);
         }
+    }
+
+    /// Reports the end of a complete sequence.
+    fn end(&mut self, index: usize, reason: FinishReason, now: Instant) {
+        let sequence = &self.scheduler.running()[index];
+        let Some(client) = self.clients.remove(&sequence.id) else { return };
+        self.meters.finished(reason, now.saturating_duration_since(client.since).as_secs_f64());
+        let admitted = client.admitted.unwrap_or(client.since);
+        client.send(Ok(Event::Finished(Finished {
+            reason,
+            cached_tokens: sequence.cached(),
+            queued: admitted.saturating_duration_since(client.since),
+            computed: now.saturating_duration_since(admitted),
+        })));
     }
 
     fn fail(&mut self, id: SequenceId, error: GenerateError) {
@@ -225,10 +286,12 @@ impl<B: GenerateBackend> Worker<B> {
         let (running, blocks) = (self.scheduler.running().len(), self.scheduler.blocks());
         self.progress.running.store(running, Ordering::Relaxed);
         self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
+        let usage = blocks.used() as f64 / blocks.count().max(1) as f64;
+        self.meters.state(running, self.scheduler.waiting(), usage);
         metrics::gauge!("athanor_server_running_sequences").set(running as f64);
         metrics::gauge!("athanor_server_waiting_sequences").set(self.scheduler.waiting() as f64);
         metrics::gauge!("athanor_server_kv_cache_used_blocks").set(blocks.used() as f64);
-        metrics::gauge!("athanor_server_kv_cache_usage_ratio").set(blocks.used() as f64 / blocks.count().max(1) as f64);
+        metrics::gauge!("athanor_server_kv_cache_usage_ratio").set(usage);
     }
 }
 

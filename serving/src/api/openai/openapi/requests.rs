@@ -1,0 +1,271 @@
+//! Bodies of requests as the OpenAPI document describes them. The routes read their fields one by one, for errors that
+//! name a field; a test sends each field of these types to its route.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+
+/// One text or several.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum Texts {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// Texts, or token ids with the special tokens around them.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum Prompt {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<u32>),
+    SeveralTokens(Vec<Vec<u32>>),
+}
+
+/// A text, or parts that are texts.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum Content<P> {
+    Text(String),
+    Parts(Vec<P>),
+}
+
+/// A part of a chat message.
+#[derive(JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum TextPart {
+    Text { text: String },
+}
+
+/// A part of a response's input.
+#[derive(JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum InputPart {
+    InputText { text: String },
+    OutputText { text: String },
+    Text { text: String },
+}
+
+/// Who says a message.
+#[derive(JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    System,
+    /// Read as `system`.
+    Developer,
+    User,
+    Assistant,
+    Tool,
+}
+
+/// A message of a conversation.
+#[derive(JsonSchema)]
+pub struct Message {
+    pub role: Role,
+    /// Required, except of an assistant that called tools.
+    pub content: Option<Content<TextPart>>,
+    pub name: Option<String>,
+    pub tool_call_id: Option<String>,
+    /// Calls of functions in an earlier answer.
+    pub tool_calls: Option<Vec<BTreeMap<String, serde_json::Value>>>,
+    pub reasoning_content: Option<String>,
+}
+
+/// How tokens are chosen.
+#[derive(JsonSchema)]
+pub struct Sampling {
+    /// 0 chooses the most probable token.
+    #[schemars(range(min = 0.0, max = 2.0))]
+    pub temperature: Option<f32>,
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub top_p: Option<f32>,
+    /// 0 and -1: all tokens.
+    #[schemars(range(min = -1))]
+    pub top_k: Option<i64>,
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub min_p: Option<f32>,
+    #[schemars(range(min = 0.0, max = 100.0))]
+    pub repetition_penalty: Option<f32>,
+    #[schemars(range(min = -2.0, max = 2.0))]
+    pub presence_penalty: Option<f32>,
+    #[schemars(range(min = -2.0, max = 2.0))]
+    pub frequency_penalty: Option<f32>,
+    /// Added to the logits, by token id.
+    pub logit_bias: Option<BTreeMap<String, f32>>,
+    /// Absent: random.
+    pub seed: Option<i64>,
+    /// At most four strings, which end an answer and are not part of it.
+    pub stop: Option<Texts>,
+    /// Whether the answer is sent as server-sent events.
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    /// Has no effect.
+    pub user: Option<String>,
+    pub metadata: Option<BTreeMap<String, String>>,
+    /// Has no effect: nothing is stored.
+    pub store: Option<bool>,
+}
+
+/// What a stream has besides the answers.
+#[derive(JsonSchema)]
+pub struct StreamOptions {
+    /// Whether a stream of a chat or a completion ends with the usage.
+    pub include_usage: Option<bool>,
+    /// Has no effect.
+    pub include_obfuscation: Option<bool>,
+}
+
+/// Messages of a conversation to answer.
+#[derive(JsonSchema)]
+pub struct ChatRequest {
+    /// Absent: the model that is served.
+    pub model: Option<String>,
+    #[schemars(length(min = 1))]
+    pub messages: Vec<Message>,
+    /// Absent: what the prompt leaves of the context.
+    #[schemars(range(min = 1))]
+    pub max_completion_tokens: Option<u32>,
+    /// The older name of `max_completion_tokens`.
+    #[schemars(range(min = 1))]
+    pub max_tokens: Option<u32>,
+    /// Number of answers.
+    #[schemars(range(min = 1))]
+    pub n: Option<u32>,
+    pub logprobs: Option<bool>,
+    #[schemars(range(max = 20))]
+    pub top_logprobs: Option<u32>,
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// Texts to continue.
+#[derive(JsonSchema)]
+pub struct CompletionRequest {
+    /// Absent: the model that is served.
+    pub model: Option<String>,
+    pub prompt: Prompt,
+    /// Absent: what the prompt leaves of the context. 0 requires `echo`.
+    pub max_tokens: Option<u32>,
+    /// Number of answers to each prompt.
+    #[schemars(range(min = 1))]
+    pub n: Option<u32>,
+    /// Number of answers to generate for each prompt, of which the `n` with the highest mean log-probability are
+    /// returned. Without streams.
+    #[schemars(range(min = 1))]
+    pub best_of: Option<u32>,
+    /// Whether an answer begins with its prompt; with `logprobs` the prompt's log-probabilities are reported as well.
+    pub echo: Option<bool>,
+    /// Number of most probable tokens to report with each token.
+    #[schemars(range(max = 20))]
+    pub logprobs: Option<u32>,
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// A text of the user, or items of a conversation.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum ResponseInput {
+    Text(String),
+    Items(Vec<InputItem>),
+}
+
+/// A message, as a request or an earlier response has it.
+#[derive(JsonSchema)]
+pub struct InputItem {
+    /// `message`
+    pub r#type: Option<String>,
+    /// `system`, `developer`, `user` or `assistant`
+    pub role: String,
+    pub content: Content<InputPart>,
+    pub id: Option<String>,
+    pub status: Option<String>,
+}
+
+/// A text or a conversation to answer. The response is not stored.
+#[derive(JsonSchema)]
+pub struct ResponseRequest {
+    /// Absent: the model that is served.
+    pub model: Option<String>,
+    pub input: ResponseInput,
+    /// The system's message, before the input.
+    pub instructions: Option<String>,
+    /// Absent: what the prompt leaves of the context.
+    #[schemars(range(min = 1))]
+    pub max_output_tokens: Option<u32>,
+    /// `message.output_text.logprobs` reports log-probabilities.
+    pub include: Option<Vec<String>>,
+    #[schemars(range(max = 20))]
+    pub top_logprobs: Option<u32>,
+    /// `disabled`
+    pub truncation: Option<String>,
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// Texts to embed.
+#[derive(JsonSchema)]
+pub struct EmbeddingRequest {
+    pub model: Option<String>,
+    pub input: Prompt,
+    pub encoding_format: Option<EncodingFormat>,
+    /// The vectors are cut to so many numbers and scaled to length 1 again.
+    #[schemars(range(min = 1))]
+    pub dimensions: Option<u32>,
+    /// Has no effect.
+    pub user: Option<String>,
+}
+
+/// How a vector is written.
+#[derive(JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EncodingFormat {
+    Float,
+    /// FP32, little-endian.
+    Base64,
+}
+
+/// A document, as a text or an object with one.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum Document {
+    Text(String),
+    Object { text: String },
+}
+
+/// Documents to order by their similarity with a query.
+#[derive(JsonSchema)]
+pub struct RerankRequest {
+    pub model: Option<String>,
+    pub query: String,
+    #[schemars(length(min = 1))]
+    pub documents: Vec<Document>,
+    /// Number of results; absent: all.
+    #[schemars(range(min = 1))]
+    pub top_n: Option<u32>,
+    /// Whether results have their documents; absent: false.
+    pub return_documents: Option<bool>,
+}
+
+/// One of `prompt` and `messages` is required.
+#[derive(JsonSchema)]
+pub struct TokenizeRequest {
+    pub model: Option<String>,
+    pub prompt: Option<String>,
+    /// Whether special tokens are added around a prompt; absent: true.
+    pub add_special_tokens: Option<bool>,
+    /// Whether the tokens are returned as texts as well.
+    pub return_token_strs: Option<bool>,
+    /// Of a language model.
+    pub messages: Option<Vec<Message>>,
+    /// Whether a conversation ends where the assistant's answer begins; absent: true.
+    pub add_generation_prompt: Option<bool>,
+}
+
+/// Tokens to turn into a text.
+#[derive(JsonSchema)]
+pub struct DetokenizeRequest {
+    pub model: Option<String>,
+    pub tokens: Vec<u32>,
+}

@@ -1,0 +1,144 @@
+//! `POST /v1/responses`: one answer in text to a text or a list of messages. Nothing is stored.
+//!
+//! Function tools belong to three places: [`refuse_what_is_missing`] (`tools`, `tool_choice`), [`input`] (items of calls
+//! and of their results) and [`shape`] (items of calls in the output).
+
+pub mod input;
+mod shape;
+mod stream;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use axum::{
+    Json,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value, json};
+
+use self::shape::Shape;
+use super::{
+    body,
+    error::ApiError,
+    fields::{Fields, asks, invalid, unsupported},
+    options::Options,
+    usage::Usage,
+};
+use crate::service::{
+    Service,
+    generate::{Generation, Prompt},
+};
+
+/// Value of `include` by which log-probabilities are reported.
+const LOGPROBS: &str = "message.output_text.logprobs";
+/// Value of `include` that concerns models with a hidden chain of thought only, and that clients send to all.
+const REASONING: &str = "reasoning.encrypted_content";
+
+pub async fn responses(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
+    let generator = service.generator()?;
+    let bytes = body::json(request, service.limits.max_body_bytes).await?;
+    let mut fields = Fields::parse(&bytes)?;
+    refuse_what_is_missing(&mut fields)?;
+    let metadata: Option<BTreeMap<String, String>> = fields.take("metadata")?;
+    let instructions: Option<String> = fields.take("instructions")?;
+    let input = fields.require("input")?;
+    let number = |name: &str| json!(fields.get(name).and_then(Value::as_f64).unwrap_or(1.0));
+    let (temperature, top_p) = (number("temperature"), number("top_p"));
+    let mut options = Options::take(&mut fields, &["max_output_tokens"])?;
+    service.check_model(options.model.as_deref())?;
+    let logprobs = logprobs(&mut fields)?;
+    options.sampling.logprobs = logprobs;
+    fields.finish()?;
+    let messages = input::messages(instructions.as_deref(), input)?;
+    let parameters = Map::from_iter([
+        ("instructions".to_owned(), json!(instructions)),
+        ("max_output_tokens".to_owned(), json!(options.max_tokens)),
+        ("metadata".to_owned(), json!(metadata.unwrap_or_default())),
+        ("temperature".to_owned(), temperature),
+        ("top_logprobs".to_owned(), json!(logprobs.unwrap_or(0))),
+        ("top_p".to_owned(), top_p),
+    ]);
+    let generation = Generation {
+        prompt: Prompt::Chat(messages),
+        choices: 1,
+        sampling: options.sampling,
+        stop: options.stop,
+        max_tokens: options.max_tokens,
+    };
+    let answers = generator.generate(generation).await.map_err(|error| renamed(error.into()))?;
+    let shape = Shape::new(&service.model_name, parameters);
+    if options.stream {
+        return Ok(stream::stream(answers, shape));
+    }
+    let prompt_tokens = answers.prompt_tokens;
+    let completed = answers.complete().await?;
+    let usage = Usage::of(prompt_tokens, &completed);
+    let [one] = <[_; 1]>::try_from(completed).map_err(|_| crate::engine::generate::GenerateError::Stopped)?;
+    Ok(Json(shape.complete(&one, &usage)).into_response())
+}
+
+/// The error with the names that its fields have here.
+fn renamed(error: ApiError) -> ApiError {
+    let param = error.param.map(|param| match param.as_str() {
+        "max_tokens" => "max_output_tokens".into(),
+        "messages" | "prompt" => "input".into(),
+        _ => param,
+    });
+    ApiError { param, ..error }
+}
+
+/// Number of alternatives to report with each token.
+fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
+    let include: Vec<String> = fields.take("include")?.unwrap_or_default();
+    if let Some(index) = include.iter().position(|name| name != LOGPROBS && name != REASONING) {
+        let message = format!("{:?} is not supported, {LOGPROBS:?} is", include[index]);
+        return Err(unsupported(format!("include[{index}]"), message));
+    }
+    let wanted = include.iter().any(|name| name == LOGPROBS);
+    match fields.take::<usize>("top_logprobs")? {
+        Some(count) if !wanted && count > 0 => {
+            Err(invalid("top_logprobs", format!("requires {LOGPROBS:?} in include")))
+        }
+        count => Ok(wanted.then(|| count.unwrap_or(0))),
+    }
+}
+
+/// Refuses what there is at OpenAI and not here: stored responses, tools, structured output and reasoning.
+fn refuse_what_is_missing(fields: &mut Fields) -> Result<(), ApiError> {
+    for (name, why) in [
+        ("previous_response_id", "responses are not stored; send the whole conversation in input"),
+        ("conversation", "conversations are not stored; send the whole conversation in input"),
+        ("background", "responses are not stored, so none runs in the background"),
+        ("prompt", "prompts are not stored; send instructions and input"),
+        ("tools", "tools are not supported by this route"),
+        ("tool_choice", "tools are not supported by this route"),
+        ("max_tool_calls", "tools are not supported by this route"),
+        ("context_management", "a conversation is not shortened"),
+    ] {
+        if fields.take_value(name).is_some_and(|value| asks(&value)) {
+            return Err(unsupported(name, why));
+        }
+    }
+    if fields.take::<String>("truncation")?.is_some_and(|truncation| truncation != "disabled") {
+        return Err(unsupported("truncation", "a conversation is not shortened; \"disabled\" alone is supported"));
+    }
+    if fields.take::<usize>("n")?.is_some_and(|n| n != 1) {
+        return Err(unsupported("n", "a response has one answer; /v1/chat/completions has several"));
+    }
+    let reasoning: Option<Map<String, Value>> = fields.take("reasoning")?;
+    if reasoning.is_some_and(|reasoning| reasoning.values().any(asks)) {
+        return Err(unsupported("reasoning", "this model has no reasoning to configure"));
+    }
+    let text: Map<String, Value> = fields.take("text")?.unwrap_or_default();
+    for (name, value) in text {
+        let is_default = match name.as_str() {
+            "format" => value.is_null() || value["type"] == "text",
+            "verbosity" => value.is_null() || value == "medium",
+            _ => return Err(invalid(format!("text.{name}"), "there is no such parameter")),
+        };
+        if !is_default {
+            return Err(unsupported(format!("text.{name}"), "plain text of medium verbosity is supported"));
+        }
+    }
+    Ok(())
+}
