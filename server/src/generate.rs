@@ -29,7 +29,7 @@ const CPU_STEP_TOKENS: usize = 512;
 const ONE_THREAD_TOKENS: usize = 2;
 
 /// Rows of logits that exist at once while a prompt's log-probabilities are computed.
-const SCORED_TOKENS: i64 = 64;
+pub const SCORED_TOKENS: usize = 64;
 
 /// A language model and the keys and values of its sequences.
 pub struct TorchGenerator {
@@ -149,9 +149,7 @@ impl TorchGenerator {
         let mut found = Vec::with_capacity(rows.len());
         for row in rows {
             let mut scores = Vec::with_capacity(row.targets.len());
-            for (targets, begin) in
-                row.targets.chunks(SCORED_TOKENS as usize).zip((first..).step_by(SCORED_TOKENS as usize))
-            {
+            for (targets, begin) in row.targets.chunks(SCORED_TOKENS).zip((first..).step_by(SCORED_TOKENS)) {
                 let part = hidden.narrow(0, begin, targets.len() as i64);
                 scores.extend(score(&self.model.logits(&part), targets, row.top));
             }

@@ -93,7 +93,9 @@ fn language_model(
     let (engine, sequences, name) = (&config.engine, limits.step.sequences, &config.model_name);
     let packed = if device == Device::Cpu { PackedGenerator::bits(path, engine.weights)? } else { None };
     let engine = match packed {
-        Some(bits) => generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits, name),
+        Some(bits) => {
+            generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits, name)
+        }
         None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits, name),
     }
     .context("starting the engine's thread")?;

@@ -5,9 +5,12 @@ use std::path::Path;
 use athanor_contract::serve::{EngineConfig, Weights};
 use athanor_cpu::{Decoder, InstructionSet};
 use athanor_models::packed::{self, Bits, PackOptions};
-use athanor_serving::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row};
+use athanor_serving::engine::{
+    backend::{BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
+    generate::sampling,
+};
 
-use crate::generate::CACHE_MEMORY;
+use crate::generate::{CACHE_MEMORY, SCORED_TOKENS};
 
 /// A packed decoder and the logits of its last step.
 pub struct PackedGenerator {
@@ -75,20 +78,58 @@ impl GenerateBackend for PackedGenerator {
         }
     }
 
-    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
-        let native: Vec<athanor_cpu::Row<'_>> = rows
-            .iter()
-            .map(|row| athanor_cpu::Row {
-                tokens: row.tokens,
-                start: row.start,
-                blocks: row.blocks,
-                wants_logits: row.wants_logits,
-            })
-            .collect();
-        self.decoder.step(&native, &mut self.logits).map_err(|error| BackendError(error.to_string()))?;
-        let mut found = self.logits.chunks_exact(self.decoder.config().vocabulary);
-        let mut logits = |row: &Row<'_>| row.wants_logits.then(|| found.next().map(<[f32]>::to_vec)).flatten();
-        Ok(rows.iter().map(|row| logits(row).unwrap_or_default()).collect())
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
+        // A row's results do not depend on the other rows, so rows with targets are computed by themselves first.
+        let mut outputs = rows.iter().map(|row| self.scored(row)).collect::<Result<Vec<_>, _>>()?;
+        let others: Vec<athanor_cpu::Row<'_>> = rows.iter().filter(|row| row.targets.is_empty()).map(native).collect();
+        self.compute(&others)?;
+        let vocabulary = self.decoder.config().vocabulary;
+        let mut logits = self.logits.chunks_exact(vocabulary).map(<[f32]>::to_vec);
+        for (row, output) in rows.iter().zip(&mut outputs) {
+            if row.targets.is_empty() && row.wants_logits {
+                output.logits = logits.next().unwrap_or_default();
+            }
+        }
+        Ok(outputs)
+    }
+}
+
+impl PackedGenerator {
+    /// Computes a row with targets, some tokens at a time, since each has logits. Nothing for another row.
+    fn scored(&mut self, row: &Row<'_>) -> Result<RowOutput, BackendError> {
+        let mut output = RowOutput::default();
+        if row.targets.is_empty() {
+            return Ok(output);
+        }
+        let vocabulary = self.decoder.config().vocabulary;
+        let mut targets = row.targets.chunks(SCORED_TOKENS);
+        for (index, tokens) in row.tokens.chunks(SCORED_TOKENS).enumerate() {
+            let start = row.start + index * SCORED_TOKENS;
+            self.compute(&[athanor_cpu::Row { tokens, start, blocks: row.blocks, logits: tokens.len() }])?;
+            let scores = std::iter::zip(targets.next().unwrap_or_default(), self.logits.chunks_exact(vocabulary));
+            output.targets.extend(scores.map(|(&target, logits)| score(logits, target, row.top)));
+        }
+        if row.wants_logits {
+            output.logits = self.logits.chunks_exact(vocabulary).next_back().unwrap_or_default().to_vec();
+        }
+        Ok(output)
+    }
+
+    fn compute(&mut self, rows: &[athanor_cpu::Row<'_>]) -> Result<(), BackendError> {
+        self.decoder.step(rows, &mut self.logits).map_err(|error| BackendError(error.to_string()))
+    }
+}
+
+fn native<'a>(row: &Row<'a>) -> athanor_cpu::Row<'a> {
+    let Row { tokens, start, blocks, wants_logits, .. } = *row;
+    athanor_cpu::Row { tokens, start, blocks, logits: wants_logits.into() }
+}
+
+/// NaN where a logit is not finite, which the engine finds.
+fn score(logits: &[f32], target: u32, top: usize) -> Logprobs {
+    match logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
+        true => sampling::logprobs(logits, target as usize, top),
+        false => Logprobs { chosen: f32::NAN, top: Vec::new() },
     }
 }
 

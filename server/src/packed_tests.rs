@@ -26,13 +26,17 @@ fn instruction_sets() -> Vec<InstructionSet> {
     [InstructionSet::Avx2, InstructionSet::Avx512].into_iter().filter(|set| *set <= best).collect()
 }
 
+fn row<'a>(tokens: &'a [u32], start: usize, blocks: &'a [u32]) -> Row<'a> {
+    Row { tokens, start, blocks, wants_logits: true, targets: &[], top: 0 }
+}
+
 /// Logits behind `tokens`, computed `chunk` tokens a step, stored in the blocks from `block` on.
 fn logits(backend: &mut impl GenerateBackend, tokens: &[u32], chunk: usize, block: u32) -> Vec<f32> {
     let blocks: Vec<u32> = (block..block + tokens.len().div_ceil(16) as u32).collect();
     let mut last = Vec::new();
     for (index, part) in tokens.chunks(chunk).enumerate() {
-        let row = Row { tokens: part, start: index * chunk, blocks: &blocks, wants_logits: true };
-        last = backend.step(&[row]).unwrap().remove(0);
+        let row = row(part, index * chunk, &blocks);
+        last = backend.step(&[row]).unwrap().remove(0).logits;
     }
     last
 }
@@ -80,12 +84,30 @@ fn a_result_does_not_depend_on_its_batch() {
             assert_eq!(logits(&mut one_thread, &tokens, 64, 0), alone, "{set:?} {bits:?} on one thread");
             let tables: Vec<Vec<u32>> = (0..5).map(|row| (row * 3..row * 3 + 3).collect()).collect();
             let others: Vec<Vec<u32>> = (0..5).map(|row| tokens[row * 4..].to_vec()).collect();
-            let rows: Vec<Row<'_>> = std::iter::zip(&others, &tables)
-                .map(|(tokens, blocks)| Row { tokens, start: 0, blocks, wants_logits: true })
-                .collect();
-            assert_eq!(backend.step(&rows).unwrap()[0], alone, "{set:?} {bits:?} with other rows");
+            let rows: Vec<Row<'_>> =
+                std::iter::zip(&others, &tables).map(|(tokens, blocks)| row(tokens, 0, blocks)).collect();
+            assert_eq!(backend.step(&rows).unwrap()[0].logits, alone, "{set:?} {bits:?} with other rows");
         }
     }
+}
+
+/// Those of a prompt are the ones that its tokens would have as answers, whatever they are computed with.
+#[test]
+fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
+    let mut backend = packed(&folder("llama"), Bits::Four, InstructionSet::Avx2, 2);
+    let tokens = tokens(100, backend.limits().vocabulary);
+    let blocks: Vec<u32> = (0..7).collect();
+    let targets = &tokens[1..];
+    let scored = Row { targets, top: 2, ..row(&tokens[..99], 0, &blocks) };
+    let found = backend.step(&[scored, row(&tokens[..5], 0, &[7])]).unwrap();
+    assert_eq!(found[0].targets.len(), 99);
+    for place in [0, 63, 64, 98] {
+        let logits = logits(&mut backend, &tokens[..=place], 16, 8);
+        let expected = sampling::logprobs(&logits, tokens[place + 1] as usize, 2);
+        assert_eq!(found[0].targets[place], expected, "token {place}");
+    }
+    assert_eq!(found[0].logits, logits(&mut backend, &tokens[..99], 16, 8));
+    assert_eq!(found[1].logits, logits(&mut backend, &tokens[..5], 16, 8));
 }
 
 #[test]
@@ -98,7 +120,7 @@ fn rows_that_cannot_be_computed_are_errors() {
         (vec![1], 0, vec![1 << 30], "block"),
         (vec![], 0, vec![0], "no token"),
     ] {
-        let error = backend.step(&[Row { tokens: &tokens, start, blocks: &blocks, wants_logits: true }]).unwrap_err();
+        let error = backend.step(&[row(&tokens, start, &blocks)]).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
     }
 }

@@ -95,5 +95,8 @@ pub fn embedding_model() -> Arc<Service> {
         engine: Default::default(),
     };
     let engine = Engine::start(Lengths, &limits).expect("a thread starts");
-    Arc::new(Service::new(&config, Model::Embedder(Embedder::new(limits, 20, 2, Arc::new(Words(Arc::default())), engine))))
+    Arc::new(Service::new(
+        &config,
+        Model::Embedder(Embedder::new(limits, 20, 2, Arc::new(Words(Arc::default())), engine)),
+    ))
 }
