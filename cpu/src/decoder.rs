@@ -113,7 +113,7 @@ impl Decoder {
         }
         check(&config, &layers, &embeddings, head.as_ref())?;
         let mut tiles = Vec::new();
-        let mut matrix = |matrix: &Matrix| ffi::Matrix::of(matrix, &mut tiles);
+        let mut matrix = |matrix: &Matrix| matrix.native(&mut tiles);
         let native_layers: Vec<ffi::Layer> = layers
             .iter()
             .map(|layer| ffi::Layer {

@@ -128,10 +128,10 @@ impl Encoder {
         let native_layers: Vec<ffi::EncoderLayer> = layers
             .iter()
             .map(|layer| ffi::EncoderLayer {
-                qkv: ffi::Matrix::of(&layer.qkv, &mut tiles),
-                output: ffi::Matrix::of(&layer.output, &mut tiles),
-                up: ffi::Matrix::of(&layer.up, &mut tiles),
-                down: ffi::Matrix::of(&layer.down, &mut tiles),
+                qkv: layer.qkv.native(&mut tiles),
+                output: layer.output.native(&mut tiles),
+                up: layer.up.native(&mut tiles),
+                down: layer.down.native(&mut tiles),
                 attention_weight: layer.attention_norm.weight.as_ptr(),
                 attention_shift: layer.attention_norm.shift.as_ptr(),
                 output_weight: layer.output_norm.weight.as_ptr(),
@@ -139,7 +139,7 @@ impl Encoder {
             })
             .collect();
         let embeddings = ffi::EncoderEmbeddings {
-            words: ffi::Matrix::of(&words, &mut tiles),
+            words: words.native(&mut tiles),
             positions: config.positions.as_ptr(),
             weight: config.norm.weight.as_ptr(),
             shift: config.norm.shift.as_ptr(),

@@ -46,21 +46,6 @@ pub(crate) struct Matrix {
     pub bias: *const f32,
 }
 
-impl Matrix {
-    /// The matrix as the kernels read it. The table of tiles is kept in `tables`; both point into `matrix`.
-    pub(crate) fn of(matrix: &crate::Matrix, tables: &mut Vec<Vec<Tile>>) -> Self {
-        let table = matrix.tiles();
-        let found = Self {
-            outputs: matrix.outputs() as i64,
-            inputs: matrix.inputs() as i64,
-            tiles: table.as_ptr(),
-            bias: matrix.bias().map_or(std::ptr::null(), <[f32]>::as_ptr),
-        };
-        tables.push(table);
-        found
-    }
-}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Layer {

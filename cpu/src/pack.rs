@@ -203,17 +203,21 @@ impl Matrix {
         }
     }
 
-    /// The table of tiles that the kernels read; it points into this matrix.
-    pub(crate) fn tiles(&self) -> Vec<ffi::Tile> {
+    /// The matrix as the kernels read it. The table of tiles is kept in `tables`; both point into this matrix.
+    pub(crate) fn native(&self, tables: &mut Vec<Vec<ffi::Tile>>) -> ffi::Matrix {
         let tile = |(&offset, &format): (&usize, &Format)| ffi::Tile {
             data: self.data.as_ptr().wrapping_add(offset),
             format: i32::from(format == Format::Int4),
         };
-        self.offsets.iter().zip(&self.formats).map(tile).collect()
-    }
-
-    pub(crate) fn bias(&self) -> Option<&[f32]> {
-        self.bias.as_deref()
+        let table: Vec<ffi::Tile> = self.offsets.iter().zip(&self.formats).map(tile).collect();
+        let found = ffi::Matrix {
+            outputs: self.outputs as i64,
+            inputs: self.inputs as i64,
+            tiles: table.as_ptr(),
+            bias: self.bias.as_ref().map_or(std::ptr::null(), |bias| bias.as_ptr()),
+        };
+        tables.push(table);
+        found
     }
 }
 

@@ -165,7 +165,7 @@ impl GenerateBackend for TorchGenerator {
         self.limits
     }
 
-    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<Vec<f32>>, BackendError> {
+    fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         // libtorch's errors are panics here. Weights are only read, and the cache's slots of these rows are written
         // again before they are read.
         catch_unwind(AssertUnwindSafe(|| self.compute(rows))).map_err(|panic| BackendError(describe(&*panic)))

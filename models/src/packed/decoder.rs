@@ -10,7 +10,7 @@ use crate::{
     families::llama::LlamaConfig,
     load::LoadError,
     nn::rotary,
-    weights::{Source, StoredRow, gguf::Gguf, sharded},
+    weights::{Source, gguf::Gguf, sharded, stored::StoredRow},
 };
 
 /// Bits of packed weights.

@@ -3,24 +3,14 @@
 pub mod builder;
 pub mod gguf;
 pub mod sharded;
+pub mod stored;
 
 use std::path::{Path, PathBuf};
 
-use athanor_cpu::Group;
 use tch::{Device, Kind, Tensor};
 
+use self::stored::{EachRow, StoredRow};
 use crate::load::{LoadError, Weights};
-
-/// A row of a matrix as the source stores it.
-#[derive(Clone, Copy, Debug)]
-pub enum StoredRow<'a> {
-    Numbers(&'a [f32]),
-    /// Four bits a number, in groups of 32.
-    Groups(&'a [Group]),
-}
-
-/// Called with the index of a row and the row.
-pub type EachRow<'a> = &'a mut dyn FnMut(usize, StoredRow<'_>) -> Result<(), LoadError>;
 
 /// Rows that are converted to FP32 at a time.
 const ROWS: i64 = 256;

@@ -24,6 +24,8 @@ use std::sync::{
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 
+use self::tokenizing::Tokenizing;
+
 pub use self::{
     classify::{Classification, Classified, Classifier},
     embed::Embedder,

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     LoadError,
-    weights::{EachRow, StoredRow},
+    weights::stored::{EachRow, StoredRow},
 };
 
 /// Numbers that are converted at a time.
