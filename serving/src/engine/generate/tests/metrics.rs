@@ -11,7 +11,7 @@ async fn vllms_metrics_have_the_models_name() {
         seen: Arc::default(),
     };
     let engine = Engine::start(backend, limits(9, 6), "measured").unwrap();
-    assert_eq!(engine.model(), "measured");
+    assert_eq!(&**engine.model(), "measured");
     run(&engine, request(&[1, 2, 3], 5)).await.unwrap();
     until(&engine, "the end", |load| load == IDLE).await;
     let text = metrics.render();

@@ -33,7 +33,7 @@ async fn log_probabilities_of_prompts_do_not_depend_on_chunks_preemptions_or_the
     let mut random = StdRng::seed_from_u64(5);
     let request = |index: usize| {
         let mut request = random_request(&mut random);
-        request.prompt_logprobs = (index % 3 > 0).then_some(index % 4);
+        request.prompt_logprobs = (!index.is_multiple_of(3)).then_some(index % 4);
         if index.is_multiple_of(5) && request.prompt_logprobs.is_some() {
             request.stopping.max_tokens = 0;
         }
@@ -44,7 +44,7 @@ async fn log_probabilities_of_prompts_do_not_depend_on_chunks_preemptions_or_the
     let (engine, _) = engine(13, limits(9, 6));
     let mut readers = Vec::new();
     for request in &requests {
-        for (choice, receiver) in (0..).zip(engine.submit(request.clone()).unwrap()) {
+        for (choice, receiver) in (0..).zip(submit(&engine, request.clone()).unwrap()) {
             readers.push((request, choice, tokio::spawn(read_all(receiver))));
         }
     }
@@ -69,10 +69,10 @@ async fn a_prompt_of_one_token_has_no_log_probability_and_wrong_ones_fail_the_re
     let (engine, _) = engine(8, limits(9, 2));
     let scored =
         |prompt: &[u32], max_tokens| GenerateRequest { prompt_logprobs: Some(0), ..request(prompt, max_tokens) };
-    let (prompt, tokens, _) = read_all(engine.submit(scored(&[3], 0)).unwrap().remove(0)).await;
+    let (prompt, tokens, _) = read_all(submit(&engine, scored(&[3], 0)).unwrap().remove(0)).await;
     assert_eq!((prompt, tokens), (Some(vec![]), vec![]));
     let error = run(&engine, scored(&[3, NOT_FINITE, 4], 1)).await.unwrap_err();
     assert_eq!(error, GenerateError::Logits(LogitsError::NotFinite { token: NOT_FINITE as usize }));
-    let error = engine.submit(GenerateRequest { prompt_logprobs: Some(21), ..request(&[3], 1) }).unwrap_err();
+    let error = submit(&engine, GenerateRequest { prompt_logprobs: Some(21), ..request(&[3], 1) }).unwrap_err();
     assert!(matches!(&error, GenerateError::Invalid(invalid) if invalid.field == "logprobs"), "{error:?}");
 }
