@@ -125,7 +125,7 @@ mod tests {
             (r#"{"error":{"message":"out of memory"}}"#, Meaning::Failure),
             (r#"{"response":{"error":{"message":"x"}},"type":"response.failed"}"#, Meaning::Failure),
             (r#"{"response":{"error":null},"type":"response.created"}"#, Meaning::Part),
-            (r#"{"delta":""type":"response.completed"","type":"response.output_text.delta"}"#, Meaning::Part),
+            (r#"{"delta":"\"type\":\"response.completed\"","type":"response.output_text.delta"}"#, Meaning::Part),
             (r#"{"choices":[{"delta":{"content":"[DONE]"}}]}"#, Meaning::Part),
         ] {
             assert_eq!(meaning(data.as_bytes()), expected, "{data}");
