@@ -7,6 +7,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 use anyhow::Context;
 use athanor_contract::process::variable;
 use athanor_telemetry::Readiness;
+use axum::{
+    http::{HeaderValue, header::CONNECTION},
+    middleware::map_response,
+    response::Response,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -40,12 +45,14 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 /// The servers of a process.
 pub struct Servers {
     tasks: JoinSet<anyhow::Result<()>>,
+    /// Cancelled when the process is no longer ready.
+    leaving: CancellationToken,
     stop: CancellationToken,
 }
 
 impl Default for Servers {
     fn default() -> Self {
-        Self { tasks: JoinSet::new(), stop: CancellationToken::new() }
+        Self { tasks: JoinSet::new(), leaving: CancellationToken::new(), stop: CancellationToken::new() }
     }
 }
 
@@ -57,6 +64,7 @@ pub async fn listen(address: &str, port: u16) -> anyhow::Result<TcpListener> {
 impl Servers {
     /// Serves HTTP/1.1 until [`Servers::run`] drains, with a certificate if there is one.
     pub fn http(&mut self, listener: TcpListener, app: axum::Router, tls: Option<Tls>) {
+        let app = parting(app, self.leaving.clone());
         self.listen(listener, app, Bounds::new(Protocol::Http1), tls);
     }
 
@@ -93,6 +101,7 @@ impl Servers {
             fault = fault => anyhow::bail!(fault),
         }
         ready.set(false);
+        self.leaving.cancel();
         tracing::info!(grace_seconds = grace.as_secs_f64(), "no longer ready");
         tokio::time::sleep(grace).await;
         self.stop.cancel();
@@ -110,6 +119,17 @@ impl Servers {
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// After `leaving`, answers of HTTP/1.1 end their connections: a client opens its next one to another process, instead of
+/// sending a request on this one just when it is closed.
+fn parting(app: axum::Router, leaving: CancellationToken) -> axum::Router {
+    app.layer(map_response(move |mut response: Response| {
+        if leaving.is_cancelled() {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        std::future::ready(response)
+    }))
 }
 
 /// What one listener takes.
@@ -303,6 +323,23 @@ mod tests {
         assert!(format!("{:#}", tls.read_again().unwrap_err()).contains("tls.key"));
         stop.cancel();
         tokio::time::timeout(Duration::from_secs(5), task).await.expect("the listener ends").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_process_that_leaves_answers_once_more_on_each_connection() {
+        let leaving = CancellationToken::new();
+        let app = parting(Router::new().route("/", get(async || "yes")), leaving.clone());
+        let (address, _stop, _task) = listening(Bounds::new(Protocol::Http1), app).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        let mut answer = [0; 1024];
+        let count = stream.read(&mut answer).await.unwrap();
+        assert!(!String::from_utf8_lossy(&answer[..count]).contains("connection"), "it is kept");
+        leaving.cancel();
+        stream.write_all(request).await.unwrap();
+        let last = received(&mut stream).await;
+        assert!(last.contains("connection: close") && last.ends_with("yes"), "{last}");
     }
 
     #[tokio::test]
