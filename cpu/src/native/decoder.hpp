@@ -21,18 +21,10 @@ class Decoder final : public athanor::Decoder, Machine {
  public:
   Decoder(const Shape& shape, const Layer* layers, const Matrix& embeddings,
           const Matrix& head, const float* norm, const float* frequencies)
-      : Machine(shape.threads), shape_(shape), embeddings_(embeddings), head_(head), norm_(norm),
-        frequencies_(frequencies) {
-    cache_.heads = shape.key_value_heads;
-    cache_.head_dim = shape.head_dim;
-    cache_.value_width = (shape.head_dim + 15) / 16 * 16;
-    for (int64_t i = 0; i < shape.layers; ++i) layers_.push_back(layers[i]);
-    const size_t bytes = static_cast<size_t>(shape.layers * shape.blocks) * 2;
-    keys_.of(static_cast<int64_t>(bytes / 2) * cache_.key_block());
-    values_.of(static_cast<int64_t>(bytes / 2) * cache_.value_block());
-    // A product of a weight 0 with what was never written has to be 0.
-    std::memset(values_.get(), 0, bytes * static_cast<size_t>(cache_.value_block()));
-  }
+      : Machine(shape.threads), shape_(shape), embeddings_(embeddings), head_(head), norm_(norm), frequencies_(frequencies),
+        layers_(layers, layers + shape.layers), cache_(cache_shape(shape)), keys_(blocks_bytes(cache_.key_block())),
+        // Zeros, because a product of a weight 0 with what was never written has to be 0.
+        values_(blocks_bytes(cache_.value_block())) {}
 
   void step(const Row* rows, int64_t count, float* logits) override {
     tokens_.clear();
@@ -65,6 +57,13 @@ class Decoder final : public athanor::Decoder, Machine {
     int64_t position;
     const uint32_t* blocks;
   };
+
+  static CacheShape cache_shape(const Shape& shape) {
+    return CacheShape{shape.key_value_heads, shape.head_dim, (shape.head_dim + 15) / 16 * 16};
+  }
+
+  // Of all layers' blocks of so many numbers.
+  size_t blocks_bytes(int64_t numbers) const { return static_cast<size_t>(shape_.layers * shape_.blocks * numbers) * sizeof(uint16_t); }
 
   int64_t capacity() const { return (shape_.max_length + kBlock - 1) / kBlock * kBlock; }
   int64_t scratch_size() const { return (std::max(shape_.hidden, shape_.heads * shape_.head_dim) + 63) / 16 * 16; }
@@ -102,8 +101,8 @@ class Decoder final : public athanor::Decoder, Machine {
     const int64_t h = shape_.heads, k = shape_.key_value_heads, width = (h + 2 * k) * d;
     float* x = x_.get();
     float* qkv = qkv_.get();
-    uint16_t* keys = keys_.get() + index * shape_.blocks * cache_.key_block();
-    uint16_t* values = values_.get() + index * shape_.blocks * cache_.value_block();
+    uint16_t* keys = keys_.of<uint16_t>() + index * shape_.blocks * cache_.key_block();
+    uint16_t* values = values_.of<uint16_t>() + index * shape_.blocks * cache_.value_block();
 
     const auto normalise = [&](const float* weight) {
       share(n, 1, [&](int64_t begin, int64_t end) {
@@ -217,9 +216,9 @@ class Decoder final : public athanor::Decoder, Machine {
   const Matrix embeddings_, head_;
   const float* norm_;
   const float* frequencies_;
-  std::vector<Layer> layers_;
-  CacheShape cache_;
-  Buffer<uint16_t> keys_, values_;
+  const std::vector<Layer> layers_;
+  const CacheShape cache_;
+  Zeros keys_, values_;
   std::vector<Token> tokens_;
   std::vector<int64_t> wanted_;
   Buffer<float> x_, angles_, qkv_, context_, inner_, scratch_, scores_;

@@ -1,5 +1,6 @@
 // The whole of the kernels, once for each file that includes this with a namespace of its own.
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>

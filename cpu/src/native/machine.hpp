@@ -29,6 +29,27 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+// Memory of zeros, which is taken from the machine page by page as it is written.
+class Zeros {
+ public:
+  explicit Zeros(size_t bytes) : bytes_(bytes) {
+    data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  ~Zeros() { munmap(data_, bytes_); }
+  Zeros(const Zeros&) = delete;
+  Zeros& operator=(const Zeros&) = delete;
+
+  template <typename T>
+  T* of() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
 class RoundedBuffer {
  public:
   // Room for rows of `columns` numbers.
