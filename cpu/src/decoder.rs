@@ -108,9 +108,7 @@ impl Decoder {
         embeddings: Matrix,
         head: Option<Matrix>,
     ) -> Result<Self, Error> {
-        if InstructionSet::best().is_none_or(|best| best < instruction_set) {
-            return Err(Error::Invalid(format!("this machine lacks {instruction_set:?}")));
-        }
+        instruction_set.check()?;
         check(&config, &layers, &embeddings, head.as_ref())?;
         let mut tiles = Vec::new();
         let mut matrix = |matrix: &Matrix| matrix.native(&mut tiles);

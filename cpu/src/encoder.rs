@@ -11,9 +11,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     Identity,
-    /// With the error function.
+    /// GELU with the error function.
     Gelu,
-    /// The approximation with tanh.
+    /// GELU approximated with tanh.
     GeluTanh,
     Relu,
     Tanh,
@@ -48,7 +48,7 @@ pub struct EncoderConfig {
     pub activation: Activation,
     /// Added to the words' embeddings, [max_length, C].
     pub positions: Vec<f32>,
-    /// Of the sum of embeddings.
+    /// Normalises the sum of embeddings.
     pub norm: Norm,
     /// Added to attention's scores by the distance of key and query, from `1 - max_length` on, [H, 2 max_length - 1].
     /// Absent: nothing.
@@ -120,9 +120,7 @@ impl Encoder {
         layers: Vec<EncoderLayer>,
         head: Vec<Dense>,
     ) -> Result<Self, Error> {
-        if InstructionSet::best().is_none_or(|best| best < instruction_set) {
-            return Err(Error::Invalid(format!("this machine lacks {instruction_set:?}")));
-        }
+        instruction_set.check()?;
         check(&config, &words, &layers, &head)?;
         let mut tiles = Vec::new();
         let native_layers: Vec<ffi::EncoderLayer> = layers

@@ -2,6 +2,8 @@
 
 use std::ffi::c_void;
 
+use crate::Error;
+
 /// Which kernels compute. The order is that of speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum InstructionSet {
@@ -12,6 +14,15 @@ pub enum InstructionSet {
 }
 
 impl InstructionSet {
+    /// # Errors
+    /// This machine lacks it.
+    pub(crate) fn check(self) -> Result<(), Error> {
+        match Self::best() {
+            Some(best) if self <= best => Ok(()),
+            _ => Err(Error::Invalid(format!("this machine lacks {self:?}"))),
+        }
+    }
+
     pub(crate) fn number(self) -> i32 {
         match self {
             Self::Avx2 => 1,

@@ -62,7 +62,6 @@ pub struct Matrix {
     offsets: Vec<usize>,
     data: Memory,
     bias: Option<Vec<f32>>,
-    bytes: usize,
 }
 
 impl Matrix {
@@ -91,7 +90,7 @@ impl Matrix {
                 data.bytes_mut()[offset..offset + groups * format.numbers()].fill(128);
             }
         }
-        Ok(Self { outputs: each.len(), inputs, formats, offsets, data, bias: None, bytes })
+        Ok(Self { outputs: each.len(), inputs, formats, offsets, data, bias: None })
     }
 
     pub fn outputs(&self) -> usize {
@@ -100,11 +99,6 @@ impl Matrix {
 
     pub fn inputs(&self) -> usize {
         self.inputs
-    }
-
-    /// Bytes of the weights.
-    pub fn bytes(&self) -> usize {
-        self.bytes
     }
 
     /// The format of an output's tile.

@@ -121,7 +121,7 @@ class Encoder final : public athanor::Encoder, Machine {
     });
     for (int64_t l = 0; l < shape_.layers; ++l) {
       const bool narrow = shape_.first_token && l + 1 == shape_.layers;
-      layer(layers_[l], thread, scratch, narrow);
+      layer(layers_[l], scratch, narrow);
     }
     const auto texts = static_cast<int64_t>(texts_.size());
     share(texts, 1, [&](int64_t begin, int64_t end) {
@@ -130,8 +130,7 @@ class Encoder final : public athanor::Encoder, Machine {
   }
 
   // `narrow`: of each text only the first token's output is computed, and stored in its row of `x`.
-  void layer(const EncoderLayer& layer, int thread, float* scratch, bool narrow) {
-    (void)thread;
+  void layer(const EncoderLayer& layer, float* scratch, bool narrow) {
     const int64_t c = shape_.hidden, inner = shape_.intermediate;
     const auto texts = static_cast<int64_t>(texts_.size());
     const int64_t rows = narrow ? texts : static_cast<int64_t>(tokens_.size());
