@@ -22,7 +22,7 @@ impl Classifier {
     /// Reads an artifact or another Hugging Face folder of a trained classifier. Quantized weights are computed with as such.
     pub fn load(folder: &Path, device: Device) -> Result<Self, LoadError> {
         let config = EncoderConfig::load(folder)?;
-        let labels = Self::labels_of(folder)?;
+        let labels = Self::labels_of(folder, &config)?;
         let how = quantize::packing(&config);
         let mut model = Model::load(folder, Task::Classification(labels.clone()), &Options::default(), device)?;
         if device == Device::Cpu {
@@ -31,12 +31,11 @@ impl Classifier {
         Ok(Self { model, labels, device })
     }
 
-    /// Class names of a folder's classifier, in the order of the logits.
+    /// Class names of a folder's classifier with this configuration, in the order of the logits.
     ///
     /// # Errors
     /// The folder's model is no classifier.
-    pub fn labels_of(folder: &Path) -> Result<Vec<String>, LoadError> {
-        let config = EncoderConfig::load(folder)?;
+    pub fn labels_of(folder: &Path, config: &EncoderConfig) -> Result<Vec<String>, LoadError> {
         let refused = |field: &str, message: &str| LoadError::Config {
             file: PathBuf::from(folder).join("config.json"),
             field: field.into(),

@@ -30,8 +30,10 @@ pub struct Loaded {
 
 type Load = fn(&mut Builder<'_>, &Value) -> Result<Loaded, LoadError>;
 
-const FAMILIES: [(&str, Load); 5] =
-    [("gpt2", gpt2), ("llama", llama), ("mistral", llama), ("qwen2", llama), ("qwen3", llama)];
+/// Model types that `families/llama.rs` loads.
+const LLAMA: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
+const FAMILIES: [(&[&str], Load); 2] = [(&["gpt2"], gpt2), (&LLAMA, llama)];
 
 type LoadEncoder = fn(&mut builder::Builder<'_>, &EncoderConfig) -> Result<Box<dyn EncoderBackbone>, LoadError>;
 
@@ -61,11 +63,12 @@ pub fn encoder(
 /// # Errors
 /// The family is unknown, a field of the configuration is wrong, or a tensor is missing or has another shape.
 pub fn load(builder: &mut Builder<'_>, config: &Value) -> Result<Loaded, LoadError> {
-    let known = || FAMILIES.map(|(name, _)| format!("{name:?}")).join(", ");
+    let names = || FAMILIES.iter().flat_map(|(names, _)| *names);
+    let known = || names().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
     let Some(model_type) = config["model_type"].as_str() else {
         return Err(builder.config_error("model_type", format!("missing; decoders are {}", known())));
     };
-    match FAMILIES.iter().find(|(name, _)| *name == model_type) {
+    match FAMILIES.iter().find(|(names, _)| names.contains(&model_type)) {
         Some((_, load)) => load(builder, config),
         None => {
             let message = format!("{model_type:?} is not a supported decoder; {} are", known());
@@ -74,9 +77,14 @@ pub fn load(builder: &mut Builder<'_>, config: &Value) -> Result<Loaded, LoadErr
     }
 }
 
+/// Whether `model_type` names a decoder that `families/llama.rs` loads.
+pub fn is_llama(model_type: &str) -> bool {
+    LLAMA.contains(&model_type)
+}
+
 /// Whether `model_type` names a decoder.
 pub fn is_decoder(model_type: &str) -> bool {
-    FAMILIES.iter().any(|(name, _)| *name == model_type)
+    FAMILIES.iter().any(|(names, _)| names.contains(&model_type))
 }
 
 fn typed<T: DeserializeOwned>(builder: &Builder<'_>, config: &Value) -> Result<T, LoadError> {

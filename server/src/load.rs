@@ -55,7 +55,7 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
         let size = usize::try_from(encoder.hidden_size).context("hidden_size")?;
         service::Model::Embedder(service::Embedder::new(limits, vocabulary, size, tokenizer, engine))
     } else {
-        let labels = Classifier::labels_of(&path)?;
+        let labels = Classifier::labels_of(&path, &encoder)?;
         let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
             Some(set) => {
                 encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), set, threads)?, &limits)

@@ -36,7 +36,7 @@ pub trait EncoderBackbone: Send {
     /// What is added to the words' embeddings at each place, [T, C] for the T tokens of the longest text.
     fn positions(&self, config: &EncoderConfig) -> Tensor;
 
-    /// Of the sum of embeddings.
+    /// The normalisation of the sum of embeddings.
     fn embeddings_norm(&self) -> &LayerNorm;
 
     /// What is added to the scores of attention between two of T tokens, [H, T, T]; absent: nothing.

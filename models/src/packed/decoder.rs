@@ -10,6 +10,7 @@ use crate::{
     families::llama::LlamaConfig,
     load::LoadError,
     nn::rotary,
+    registry,
     weights::{Source, gguf::Gguf, sharded, stored::StoredRow},
 };
 
@@ -43,7 +44,7 @@ pub struct PackOptions {
 /// The configuration cannot be read.
 pub fn is_packable(path: &Path) -> Result<bool, LoadError> {
     let config = if is_gguf(path) { Gguf::open(path)?.config()? } else { read_config(path)? };
-    Ok(config["model_type"].as_str().is_some_and(|name| ["llama", "mistral", "qwen2", "qwen3"].contains(&name)))
+    Ok(config["model_type"].as_str().is_some_and(registry::is_llama))
 }
 
 /// Reads a GGUF file or a model folder, and packs it.
@@ -75,7 +76,7 @@ fn read_config(folder: &Path) -> Result<Value, LoadError> {
     })
 }
 
-/// A tensor of a matrix: its name, its first output in the matrix, and its outputs.
+/// A module whose weight is a part of a matrix, and its number of outputs.
 struct Part {
     name: String,
     outputs: usize,
@@ -245,9 +246,7 @@ impl Packer<'_> {
     /// A vector in FP32.
     fn vector(&mut self, name: &str, length: usize) -> Result<Vec<f32>, LoadError> {
         let tensor = self.source.take(&self.stored(name), &[length as i64], Some(Kind::Float))?;
-        let mut numbers = vec![0.0; length];
-        tensor.f_contiguous()?.f_copy_data(&mut numbers, length)?;
-        Ok(numbers)
+        Ok(Vec::try_from(tensor)?)
     }
 
     /// Checkpoints of a bare backbone lack the first part of names.

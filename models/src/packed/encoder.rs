@@ -108,9 +108,5 @@ fn norm(norm: &LayerNorm) -> Result<Norm, LoadError> {
 
 /// A tensor's numbers in FP32.
 fn numbers(tensor: &Tensor) -> Result<Vec<f32>, LoadError> {
-    let flat = tensor.detach().f_to_kind(Kind::Float)?.f_contiguous()?;
-    let mut numbers = vec![0.0; flat.numel()];
-    let count = numbers.len();
-    flat.f_copy_data(&mut numbers, count)?;
-    Ok(numbers)
+    Ok(Vec::try_from(tensor.f_to_kind(Kind::Float)?.f_reshape([-1])?)?)
 }
