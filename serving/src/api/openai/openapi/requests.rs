@@ -257,7 +257,7 @@ pub struct TokenizeRequest {
     pub add_special_tokens: Option<bool>,
     /// Whether the tokens are returned as texts as well.
     pub return_token_strs: Option<bool>,
-    /// Of a language model.
+    /// A conversation, for a language model.
     pub messages: Option<Vec<Message>>,
     /// Whether a conversation ends where the assistant's answer begins; absent: true.
     pub add_generation_prompt: Option<bool>,
