@@ -218,9 +218,10 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
         return pick(&weights, number);
     }
     let sum: f64 = weights.iter().copied().map(f64::from).sum();
-    // All lighter tokens together weigh less than what `top_p` leaves out.
-    let light = if sampling.top_k == 0 { (1.0 - f64::from(sampling.top_p)) * sum / scores.len() as f64 } else { 0.0 };
-    let least = f64::from(sampling.min_p).max(light);
+    // With `top_p` alone, all tokens that are lighter than this together weigh less than what it leaves out.
+    let is_alone = sampling.top_k == 0 && sampling.min_p == 0.0;
+    let light = (1.0 - f64::from(sampling.top_p)) * sum / scores.len() as f64;
+    let least = if is_alone { light } else { f64::from(sampling.min_p) };
     let kept = weights.into_iter().map(f64::from).enumerate();
     let mut kept: Vec<(usize, f64)> = kept.filter(|(_, weight)| *weight > 0.0 && *weight >= least).collect();
     let order = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -230,7 +231,7 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
     }
     if sampling.top_p < 1.0 {
         kept.sort_unstable_by(order);
-        let whole = match sampling.top_k == 0 && sampling.min_p == 0.0 {
+        let whole = match is_alone {
             true => sum,
             false => kept.iter().map(|(_, weight)| weight).sum::<f64>(),
         };

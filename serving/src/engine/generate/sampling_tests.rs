@@ -116,6 +116,45 @@ fn the_exponential_is_that_of_the_standard_library() {
     assert_eq!([exponential(-88.0), exponential(f32::NEG_INFINITY)], [0.0, 0.0]);
 }
 
+/// The draw by its definition, in FP64.
+fn drawn(scores: &[f32], sampling: &Sampling, position: usize) -> usize {
+    let highest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |score: f32| (f64::from(score - highest) / f64::from(sampling.temperature)).exp();
+    let mut kept: Vec<(usize, f64)> = scores.iter().map(|&score| weight(score)).enumerate().collect();
+    kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    kept.retain(|(_, weight)| *weight >= f64::from(sampling.min_p));
+    kept.truncate(if sampling.top_k == 0 { kept.len() } else { sampling.top_k });
+    let enough = f64::from(sampling.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let mut sum = 0.0;
+    let reached = kept.iter().position(|(_, weight)| {
+        sum += weight;
+        sum >= enough
+    });
+    kept.truncate(reached.map_or(kept.len(), |index| index + 1));
+    kept.sort_by_key(|(index, _)| *index);
+    let mut left = uniform(sampling.seed, position) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let chosen = kept.iter().find(|(_, weight)| {
+        left -= weight;
+        left < 0.0
+    });
+    chosen.or(kept.last()).unwrap().0
+}
+
+#[test]
+fn cuts_alone_and_together_draw_by_their_definition() {
+    let scores: Vec<f32> = (0..500).map(|index| ((index * 7919) % 500) as f32 / 60.0).collect();
+    for (top_k, top_p, min_p) in
+        [(0, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.5, 0.0), (40, 0.9, 0.0), (0, 0.6, 1e-3), (0, 0.9, 0.1)]
+    {
+        let sampling = Sampling { top_k, top_p, min_p, temperature: 0.8, seed: 3, ..Sampling::default() };
+        for position in 0..400 {
+            let (found, expected) =
+                (draw(&scores, 499.0 / 60.0, &sampling, position), drawn(&scores, &sampling, position));
+            assert_eq!(found, expected, "{top_k} {top_p} {min_p}, position {position}");
+        }
+    }
+}
+
 /// 0.3 of the weight is spread over many light tokens, so that the running sum crosses many parts.
 #[test]
 fn a_draw_over_many_tokens_follows_their_weights() {
