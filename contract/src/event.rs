@@ -96,8 +96,11 @@ pub struct Generation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
     pub input: GenerationInput,
-    /// The generated text.
+    /// The generated text, without calls of functions.
     pub answer: String,
+    /// Calls of functions in the answer, in OpenAI's shape.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<serde_json::Value>,
     /// OpenAI's word for why generation ended, such as `stop` or `length`.
     pub finish_reason: String,
     /// Absent: the server reported none, as in a stream without `stream_options.include_usage`.

@@ -52,6 +52,8 @@ fn strict(definition: CustomResourceDefinition, longest: usize, change: fn(&mut 
                 "metadata.name names Services and pods: at most {longest} lower-case letters, digits and '-', beginning with a letter"),
         }]);
     }
+    // Defaults are objects, whose fields would otherwise be in the order of the structs.
+    value.sort_all_objects();
     serde_json::from_value(value).expect("the changes keep it a definition")
 }
 

@@ -19,8 +19,9 @@ impl Conversation {
     /// # Errors
     /// What is wrong, by the number of the message from 0.
     pub fn parse(json: &str) -> Result<Self, String> {
-        let messages: Vec<Value> =
+        let mut messages: Vec<Value> =
             serde_json::from_str(json).map_err(|error| format!("not a JSON list of messages: {error}"))?;
+        messages.iter_mut().for_each(Value::sort_all_objects);
         for (index, message) in messages.iter().enumerate() {
             check(message).map_err(|error| format!("message {index}: {error}"))?;
         }
@@ -40,7 +41,11 @@ impl Conversation {
         let mut answer = Map::new();
         answer.insert("role".into(), "assistant".into());
         answer.insert("content".into(), expected.into());
-        Self { before: Value::from(messages.to_vec()).to_string(), answer: Value::from(answer).to_string() }
+        let sorted = |mut value: Value| {
+            value.sort_all_objects();
+            value.to_string()
+        };
+        Self { before: sorted(messages.to_vec().into()), answer: sorted(answer.into()) }
     }
 }
 
@@ -84,6 +89,8 @@ mod tests {
         assert_eq!(conversation.answer, r#"{"content":"b","role":"assistant"}"#);
         let messages: Vec<Value> = serde_json::from_str(&conversation.before).unwrap();
         assert_eq!(Conversation::corrected(&messages, "b"), conversation);
+        let unsorted: Vec<Value> = serde_json::from_str(r#"[{"role": "user", "content": "a"}]"#).unwrap();
+        assert_eq!(Conversation::corrected(&unsorted, "b"), conversation);
     }
 
     #[test]

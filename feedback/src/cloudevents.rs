@@ -215,6 +215,9 @@ mod tests {
                 answer: "[Bank - ORGANIZATION]".into(),
                 finish_reason: "stop".into(),
                 usage: Some(TokenUsage { prompt_tokens: 40, completion_tokens: 7 }),
+                tool_calls: vec![
+                    serde_json::json!({"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}),
+                ],
                 mean_log_probability: Some(-0.25),
                 latency_ms: 310.5,
             }))

@@ -187,6 +187,9 @@ impl Gateway {
             self.recent.insert((id.uuid, generation.index), answer);
             let Some(sink) = &sink else { continue };
             config.redaction.apply(&mut generation.answer);
+            for call in &mut generation.tool_calls {
+                redact_value(&config.redaction, &mut call["function"]["arguments"]);
+            }
             match &mut generation.input {
                 GenerationInput::Messages(messages) => {
                     messages.iter_mut().for_each(|message| redact_value(&config.redaction, message));

@@ -52,7 +52,14 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
     let submit = |prompt: &Vec<u32>| {
         let stopping = Stopping { max_tokens: count, min_tokens: 0, stop_tokens: Vec::new() };
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        let request = GenerateRequest { prompt: prompt.clone(), choices: 1, sampling, stopping, prompt_logprobs: None };
+        let request = GenerateRequest {
+            prompt: prompt.clone(),
+            choices: 1,
+            sampling,
+            stopping,
+            constraint: None,
+            prompt_logprobs: None,
+        };
         let mut places = engine.reserve(1).unwrap();
         engine.submit(&mut places, request).unwrap().remove(0)
     };

@@ -74,6 +74,18 @@ impl ChatTokenize for ChatTokenizer {
     fn token_bytes(&self, token: u32) -> Vec<u8> {
         self.0.bytes().bytes(token).to_vec()
     }
+
+    fn is_special(&self, token: u32) -> bool {
+        self.0.bytes().is_special(token)
+    }
+
+    fn has_token(&self, text: &str) -> bool {
+        self.0.has_token(text)
+    }
+
+    fn template(&self) -> String {
+        self.0.template_source()
+    }
 }
 
 fn unrendered(error: ConversationError) -> ServiceError {

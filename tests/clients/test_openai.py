@@ -74,6 +74,44 @@ def test_texts_are_continued(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
 
 
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_follows_a_schema(client):
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}}
+    answer = ask(client, response_format=schema, n=2, temperature=1, seed=7, max_tokens=128)
+    for choice in answer.choices:
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop"
+        assert list(found) == ["city", "unit"] and len(found["city"]) <= 12 and found["unit"] in ("C", "F")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_required_call_is_made(client, choice):
+    tools = [
+        {"type": "function", "function": {"name": "weather", "description": "Weather of a city.", "parameters": PLACE}},
+        {"type": "function", "function": {"name": "stop"}},
+    ]
+    asked = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 160}
+    answer = ask(client, **asked).choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls" and answer.message.content is None
+    assert call.function.name in ("weather", "stop")
+    assert set(json.loads(call.function.arguments)) == ({"city", "unit"} if call.function.name == "weather" else set())
+    chunks = [chunk.choices[0].delta.tool_calls for chunk in ask(client, stream=True, **asked)]
+    parts = [part[0] for part in chunks if part]
+    assert parts[0].id and parts[0].function.name == call.function.name
+    assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    # The answer to the call is part of the next request.
+    messages = [*QUESTION, answer.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "20"}]
+    assert ask(client, messages=messages, tools=tools).choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
 @pytest.mark.parametrize(
     ("error", "param", "parameters"),
     [
@@ -86,8 +124,9 @@ def test_texts_are_continued(client):
         (openai.BadRequestError, "messages[0].role", {"messages": [{"role": "robot", "content": "x"}]}),
         (openai.BadRequestError, "max_tokens", {"max_tokens": 100_000}),
         (openai.BadRequestError, "max_tokens", {"messages": [{"role": "user", "content": "word " * 2000}]}),
-        (openai.BadRequestError, "tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        (openai.BadRequestError, "response_format", {"response_format": {"type": "json_object"}}),
+        (openai.BadRequestError, "tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "f g"}}]}),
+        (openai.BadRequestError, "response_format.type", {"response_format": {"type": "xml"}}),
+        (openai.BadRequestError, "functions", {"functions": [{"name": "f"}]}),
         (openai.BadRequestError, "colour", {"extra_body": {"colour": "red"}}),
     ],
 )

@@ -118,8 +118,9 @@ impl<'de> Visitor<'de> for Object<'_> {
     }
 }
 
-/// A list as JSON; text may be such a list already.
-fn list_as_text(value: Value) -> String {
+/// A list as JSON with sorted keys; text may be such a list already.
+fn list_as_text(mut value: Value) -> String {
+    value.sort_all_objects();
     match value {
         Value::String(text) => text,
         value => value.to_string(),

@@ -239,7 +239,11 @@ fn digest(rows: &[LabelledRow], corrections: &[CorrectedAnswer]) -> String {
     rows.iter().flat_map(|row| [&row.id, &row.text, &row.label]).for_each(|field| add(field));
     for CorrectedAnswer { id, input, expected } in corrections {
         let (kind, text) = match input {
-            GenerationInput::Messages(messages) => ("messages", serde_json::Value::from(messages.clone()).to_string()),
+            GenerationInput::Messages(messages) => {
+                let mut messages = serde_json::Value::from(messages.clone());
+                messages.sort_all_objects();
+                ("messages", messages.to_string())
+            }
             GenerationInput::Prompt(prompt) => ("prompt", prompt.clone()),
         };
         [id, kind, &text, expected].into_iter().for_each(&mut add);
@@ -291,6 +295,7 @@ mod tests {
             answer: "an answer".into(),
             finish_reason: "stop".into(),
             usage: Some(TokenUsage::default()),
+            tool_calls: Vec::new(),
             mean_log_probability: None,
             latency_ms: 1.0,
         });

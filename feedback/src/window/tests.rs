@@ -72,6 +72,7 @@ fn generation(at: i64) -> Event {
         answer: "[Bank - ORGANIZATION]".into(),
         finish_reason: "stop".into(),
         usage: None,
+        tool_calls: Vec::new(),
         mean_log_probability: None,
         latency_ms: 1.0,
     });

@@ -115,6 +115,11 @@ impl ChatTemplate {
         template.map(Some).map_err(|error| failed(&file, error.to_string()))
     }
 
+    /// The template's text.
+    pub fn source(&self) -> String {
+        self.environment.get_template(NAME).map(|template| template.source().to_owned()).unwrap_or_default()
+    }
+
     /// The conversation as text. With `add_generation_prompt` it ends where the assistant's next answer begins.
     pub fn render(&self, chat: &Chat, add_generation_prompt: bool) -> Result<String, ChatError> {
         self.render_first(chat, chat.messages.len(), add_generation_prompt)

@@ -193,6 +193,16 @@ impl DecoderTokenizer {
         Ok(Conversation { ids: encoding.get_ids().to_vec(), assistant })
     }
 
+    /// Source of the chat template. Empty if the model has none.
+    pub fn template_source(&self) -> String {
+        self.template.as_ref().map(ChatTemplate::source).unwrap_or_default()
+    }
+
+    /// Whether the vocabulary has this token.
+    pub fn has_token(&self, text: &str) -> bool {
+        self.inner.token_to_id(text).is_some()
+    }
+
     fn template(&self) -> Result<&ChatTemplate, ConversationError> {
         self.template.as_ref().ok_or(ConversationError::NoTemplate)
     }

@@ -7,7 +7,7 @@ use athanor_contract::event::{Generation, GenerationInput, TokenUsage};
 use athanor_serving::api::openai::responses::input;
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, de::IgnoredAny};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     request_id::RequestId,
@@ -22,6 +22,9 @@ const MOST_COPY: usize = 8 << 20;
 /// Most choices of an answer.
 const MOST_CHOICES: usize = 1024;
 
+/// Most calls of functions in a choice.
+const MOST_CALLS: usize = 1024;
+
 /// Why an answer is not recorded, as the label of a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unrecorded {
@@ -31,7 +34,7 @@ pub enum Unrecorded {
     Unfinished,
     /// Not an answer of OpenAI's shape.
     Unreadable,
-    /// Token ids instead of a prompt's text, or calls of tools instead of an answer's.
+    /// Token ids instead of a prompt's text.
     NoText,
 }
 
@@ -108,7 +111,27 @@ struct Message {
     #[serde(default)]
     content: Option<String>,
     #[serde(default)]
-    tool_calls: Option<Vec<IgnoredAny>>,
+    tool_calls: Option<Vec<CallPart>>,
+}
+
+/// A call of a function, or a part of one in a stream.
+#[derive(Deserialize)]
+struct CallPart {
+    /// Number of the call; absent in a whole answer.
+    #[serde(default)]
+    index: Option<usize>,
+    #[serde(default)]
+    id: Option<String>,
+    #[serde(default)]
+    function: Option<FunctionPart>,
+}
+
+#[derive(Default, Deserialize)]
+struct FunctionPart {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    arguments: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -119,9 +142,32 @@ struct Usage {
     completion_tokens: u64,
 }
 
+/// A call of a function so far.
+#[derive(Default)]
+struct Call {
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Call {
+    fn add(&mut self, part: CallPart) {
+        let FunctionPart { name, arguments } = part.function.unwrap_or_default();
+        self.id.push_str(&part.id.unwrap_or_default());
+        self.name.push_str(&name.unwrap_or_default());
+        self.arguments.push_str(&arguments.unwrap_or_default());
+    }
+
+    fn json(self) -> Value {
+        let function = json!({"name": self.name, "arguments": self.arguments});
+        json!({"id": self.id, "type": "function", "function": function})
+    }
+}
+
 #[derive(Default)]
 struct Choice {
     text: String,
+    calls: Vec<Call>,
     finish_reason: Option<String>,
 }
 
@@ -180,11 +226,14 @@ impl Answers {
         }
         for choice in part.choices {
             let message = choice.message.unwrap_or(Message { content: None, tool_calls: None });
-            if message.tool_calls.is_some_and(|calls| !calls.is_empty()) {
-                return self.give_up(Unrecorded::NoText);
-            }
+            let calls = message.tool_calls.unwrap_or_default();
             let text = message.content.or(choice.text).unwrap_or_default();
-            self.bytes += text.len();
+            let size = |call: &CallPart| {
+                let function = call.function.as_ref();
+                let texts = [function.and_then(|f| f.name.as_ref()), function.and_then(|f| f.arguments.as_ref())];
+                texts.into_iter().chain([call.id.as_ref()]).flatten().map(String::len).sum::<usize>()
+            };
+            self.bytes += text.len() + calls.iter().map(size).sum::<usize>();
             if self.bytes > MOST_TEXT
                 || (self.choices.len() == MOST_CHOICES && !self.choices.contains_key(&choice.index))
             {
@@ -193,6 +242,16 @@ impl Answers {
             let known = self.choices.entry(choice.index).or_default();
             known.text.push_str(&text);
             known.finish_reason = choice.finish_reason.or(known.finish_reason.take());
+            for (position, part) in calls.into_iter().enumerate() {
+                let index = part.index.unwrap_or(position);
+                if index >= MOST_CALLS {
+                    return self.give_up(Unrecorded::TooLong);
+                }
+                if known.calls.len() <= index {
+                    known.calls.resize_with(index + 1, Call::default);
+                }
+                known.calls[index].add(part);
+            }
         }
     }
 }
@@ -214,7 +273,7 @@ impl Answers {
         }
         self.usage = usage
             .map(|usage| TokenUsage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens });
-        self.choices.insert(0, Choice { text, finish_reason: Some(finish_reason.into()) });
+        self.choices.insert(0, Choice { text, calls: Vec::new(), finish_reason: Some(finish_reason.into()) });
     }
 }
 
@@ -311,6 +370,7 @@ pub fn generations(
             adapter: None,
             input: question.input(index)?,
             answer: choice.text,
+            tool_calls: choice.calls.into_iter().map(Call::json).collect(),
             finish_reason: choice.finish_reason.ok_or(Unrecorded::Unfinished)?,
             usage,
             mean_log_probability: None,
@@ -373,6 +433,30 @@ mod tests {
     }
 
     #[test]
+    fn calls_are_recorded_whole_or_from_a_stream() {
+        let answers = stream(&[
+            r#"{"choices": [{"delta": {"role": "assistant", "content": "Wait."}}]}"#,
+            r#"{"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "c0", "function": {"name": "f", "arguments": ""}}]}}]}"#,
+            r#"{"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{\"a\":"}}]}}]}"#,
+            r#"{"choices": [{"delta": {"tool_calls": [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": "{}"}}]}}]}"#,
+            r#"{"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]}}]}"#,
+            r#"{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}"#,
+            "[DONE]",
+        ]);
+        let call = |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+        let calls = vec![call("c0", "f", r#"{"a":1}"#), call("c1", "g", "{}")];
+        let read_stream = read(CHAT, answers).unwrap().remove(0);
+        assert_eq!((&*read_stream.answer, &*read_stream.finish_reason), ("Wait.", "tool_calls"));
+        assert_eq!(read_stream.tool_calls, calls);
+        let mut answers = Answers::default();
+        let message = json!({"role": "assistant", "content": null, "tool_calls": calls});
+        let whole = json!({"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]});
+        answers.piece(whole.to_string().as_bytes());
+        let read_whole = read(CHAT, answers).unwrap().remove(0);
+        assert_eq!((&*read_whole.answer, read_whole.tool_calls), ("", calls));
+    }
+
+    #[test]
     fn each_choice_of_a_completion_has_its_prompt() {
         let mut answers = Answers::default();
         let choice = |index| format!(r#"{{"index": {index}, "text": "t{index}", "finish_reason": "stop"}}"#);
@@ -420,14 +504,14 @@ mod tests {
     fn what_is_not_recorded_has_a_reason() {
         let end = r#"{"choices": [{"delta": {}, "finish_reason": "stop"}]}"#;
         let long = format!(r#"{{"choices": [{{"delta": {{"content": "{}"}}}}]}}"#, "x".repeat(MOST_TEXT / 2 + 1));
-        let tools = r#"{"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]}"#;
+        let calls = r#"{"choices": [{"delta": {"tool_calls": [{"index": 1024}]}}]}"#;
         for (request, events, expected) in [
             (CHAT, &[end][..], Unrecorded::Unfinished),
             (CHAT, &["[DONE]"], Unrecorded::Unfinished),
             (CHAT, &[r#"{"choices": [{"delta": {"content": "a"}}]}"#, "[DONE]"], Unrecorded::Unfinished),
             (CHAT, &["{", end, "[DONE]"], Unrecorded::Unreadable),
             (CHAT, &[&long, &long, end, "[DONE]"], Unrecorded::TooLong),
-            (CHAT, &[tools, end, "[DONE]"], Unrecorded::NoText),
+            (CHAT, &[calls, end, "[DONE]"], Unrecorded::TooLong),
             (r#"{"prompt": [1, 2]}"#, &[end, "[DONE]"], Unrecorded::NoText),
             ("{}", &[end, "[DONE]"], Unrecorded::Unreadable),
         ] {

@@ -29,6 +29,8 @@ pub enum ServiceError {
     NotFinite { index: usize },
     #[error("the conversation cannot be rendered: {0}")]
     Conversation(String),
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     #[error("the tokenizer failed: {0}")]
     Tokenizer(String),
     #[error("the server is shutting down")]
@@ -37,4 +39,16 @@ pub enum ServiceError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Generate(#[from] GenerateError),
+}
+
+/// Why an answer cannot follow a grammar.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrammarError {
+    #[error("{bytes} bytes; at most {limit}")]
+    TooLarge { bytes: usize, limit: usize },
+    #[error("it was not compiled within {seconds} s")]
+    TooSlow { seconds: u64 },
+    /// The compiler's message.
+    #[error("{0}")]
+    Invalid(String),
 }

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 
 use super::{
     answer::{Answer, Echo, TokenLogprob},
+    calls::{CallFormat, prompt, shows_functions},
     error::ServiceError,
+    grammar::{Grammar, Grammars},
     inputs::Inputs,
     meter::Meter,
     stop::StopStrings,
@@ -29,6 +31,10 @@ pub struct Generator {
     tokenizing: Tokenizing,
     /// Tokens that end an answer.
     stop_tokens: Arc<[u32]>,
+    grammars: Grammars,
+    call_format: CallFormat,
+    /// Whether the chat template shows functions; otherwise they are written into the messages.
+    shows_functions: bool,
     engine: Engine,
 }
 
@@ -54,6 +60,15 @@ pub struct Generation {
     pub max_tokens: Option<usize>,
 }
 
+/// What a conversation's answer may be besides text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Structure {
+    /// Functions that may be called, in OpenAI's shape, as the client sent them.
+    pub functions: Option<Vec<Value>>,
+    /// What the answer must be.
+    pub grammar: Option<Grammar>,
+}
+
 /// What only a completion of texts asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TextOptions {
@@ -75,7 +90,13 @@ pub struct Answers {
 
 impl Generator {
     pub fn new(limits: ServeLimits, stop_tokens: Vec<u32>, tokenizer: Arc<dyn ChatTokenize>, engine: Engine) -> Self {
-        Self { limits, tokenizer, tokenizing: Tokenizing::default(), stop_tokens: stop_tokens.into(), engine }
+        let stop_tokens: Arc<[u32]> = stop_tokens.into();
+        let template = tokenizer.template();
+        let call_format = CallFormat::of(&template, |text| tokenizer.has_token(text));
+        let shows_functions = shows_functions(&template);
+        let grammars = Grammars::new(tokenizer.clone(), engine.vocabulary(), stop_tokens.clone());
+        let tokenizing = Tokenizing::default();
+        Self { limits, tokenizer, tokenizing, stop_tokens, grammars, call_format, shows_functions, engine }
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -93,16 +114,34 @@ impl Generator {
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>, ServiceError> {
         if add_generation_prompt {
-            return self.tokenize(Prompt::Chat(messages)).await.map(|rows| rows.concat());
+            return self.tokenize(Prompt::Chat(messages), None).await.map(|rows| rows.concat());
         }
         let bytes = messages.iter().map(text_bytes).sum();
-        let tokenizer = self.tokenizer.clone();
-        self.tokenizing.run(bytes, move || tokenizer.render_whole(&messages)).await
+        let (tokenizer, shows_functions) = (self.tokenizer.clone(), self.shows_functions);
+        let encode = move || match shows_functions {
+            true => tokenizer.render_whole(&messages),
+            false => tokenizer.render_whole(&prompt::plain(&messages, None)),
+        };
+        self.tokenizing.run(bytes, encode).await
     }
 
     /// Largest number of tokens of prompt and answer together.
     pub fn max_length(&self) -> usize {
         self.engine.max_length()
+    }
+
+    /// How this model writes calls of functions.
+    pub fn call_format(&self) -> CallFormat {
+        self.call_format
+    }
+
+    /// Compiles a grammar and forgets it.
+    ///
+    /// # Errors
+    /// [`ServiceError::Grammar`].
+    pub async fn check_grammar(&self, grammar: &Grammar) -> Result<(), ServiceError> {
+        self.grammars.compile(grammar).await?;
+        Ok(())
     }
 
     /// What the engine does at the moment.
@@ -112,11 +151,29 @@ impl Generator {
 
     /// Starts the answers of one request.
     pub async fn generate(&self, request: Generation) -> Result<Answers, ServiceError> {
-        self.generate_text(request, TextOptions::default()).await
+        self.start(request, TextOptions::default(), Structure::default()).await
     }
 
     /// Starts the answers of one request with the options of text completions.
     pub async fn generate_text(&self, request: Generation, options: TextOptions) -> Result<Answers, ServiceError> {
+        self.start(request, options, Structure::default()).await
+    }
+
+    /// Starts the answers of one request that may call functions or must follow a grammar.
+    pub async fn generate_structured(
+        &self,
+        request: Generation,
+        structure: Structure,
+    ) -> Result<Answers, ServiceError> {
+        self.start(request, TextOptions::default(), structure).await
+    }
+
+    async fn start(
+        &self,
+        request: Generation,
+        options: TextOptions,
+        structure: Structure,
+    ) -> Result<Answers, ServiceError> {
         let prompts = match &request.prompt {
             Prompt::Chat(_) => 1,
             Prompt::Inputs(inputs) => inputs.check(&self.limits)?,
@@ -126,10 +183,14 @@ impl Generator {
         if count > self.limits.max_inputs {
             return Err(ServiceError::TooManyAnswers { count, limit: self.limits.max_inputs });
         }
-        self.check_bytes(&request.prompt)?;
+        self.check_bytes(&request.prompt, structure.functions.as_deref())?;
         let mut places = self.engine.reserve(count)?;
         let seconds = self.limits.max_request_seconds;
         let deadline = (Instant::now() + Duration::from_secs(seconds), seconds);
+        let constraint = match &structure.grammar {
+            Some(grammar) => Some(self.grammars.compile(grammar).await?),
+            None => None,
+        };
         let operation = match &request.prompt {
             Prompt::Chat(_) => "chat",
             Prompt::Inputs(_) => "text_completion",
@@ -138,7 +199,7 @@ impl Generator {
             Prompt::Inputs(Inputs::Texts(texts)) if options.echo => texts.clone(),
             _ => Vec::new(),
         };
-        let prompts = self.tokenize(request.prompt).await?;
+        let prompts = self.tokenize(request.prompt, structure.functions).await?;
         let mut answers = Vec::with_capacity(count);
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let logprobs = request.sampling.logprobs;
@@ -167,6 +228,7 @@ impl Generator {
                 choices,
                 sampling: sampling.clone(),
                 stopping,
+                constraint: constraint.clone(),
                 prompt_logprobs: prompt_logprobs.filter(|_| options.echo),
             };
             let submitted = self.engine.submit(&mut places, sequences)?;
@@ -183,14 +245,17 @@ impl Generator {
     }
 
     /// Refuses texts that cannot fit, however they are tokenised.
-    fn check_bytes(&self, prompt: &Prompt) -> Result<(), ServiceError> {
+    fn check_bytes(&self, prompt: &Prompt, functions: Option<&[Value]>) -> Result<(), ServiceError> {
         let limit = self.max_length();
         let check = |input: Option<usize>, bytes: usize| match bytes > most_bytes(limit) {
             true => Err(ServiceError::LongText { input, bytes, limit }),
             false => Ok(()),
         };
         match prompt {
-            Prompt::Chat(messages) => check(None, messages.iter().map(|message| content(message).len()).sum()),
+            Prompt::Chat(messages) => {
+                let functions = functions.into_iter().flatten().map(text_bytes).sum::<usize>();
+                check(None, functions + messages.iter().map(|message| content(message).len()).sum::<usize>())
+            }
             Prompt::Inputs(Inputs::Texts(texts)) => {
                 texts.iter().enumerate().try_for_each(|(index, text)| check(Some(index), text.len()))
             }
@@ -198,15 +263,20 @@ impl Generator {
         }
     }
 
-    async fn tokenize(&self, prompt: Prompt) -> Result<Vec<Vec<u32>>, ServiceError> {
+    async fn tokenize(&self, prompt: Prompt, functions: Option<Vec<Value>>) -> Result<Vec<Vec<u32>>, ServiceError> {
         let bytes = match &prompt {
             Prompt::Inputs(Inputs::Tokens(_)) => 0,
             Prompt::Inputs(Inputs::Texts(texts)) => texts.iter().map(String::len).sum(),
-            Prompt::Chat(messages) => messages.iter().map(text_bytes).sum(),
+            Prompt::Chat(messages) => messages.iter().chain(functions.iter().flatten()).map(text_bytes).sum(),
         };
-        let tokenizer = self.tokenizer.clone();
+        let (tokenizer, shows_functions) = (self.tokenizer.clone(), self.shows_functions);
         let encode = move || match prompt {
-            Prompt::Chat(messages) => Ok(vec![tokenizer.render_chat(&messages, None)?]),
+            Prompt::Chat(messages) if shows_functions => {
+                Ok(vec![tokenizer.render_chat(&messages, functions.as_deref())?])
+            }
+            Prompt::Chat(messages) => {
+                Ok(vec![tokenizer.render_chat(&prompt::plain(&messages, functions.as_deref()), None)?])
+            }
             Prompt::Inputs(Inputs::Tokens(rows)) => Ok(rows),
             Prompt::Inputs(Inputs::Texts(texts)) => {
                 texts.iter().map(|text| tokenizer.encode(text).map_err(ServiceError::Tokenizer)).collect()
@@ -215,8 +285,11 @@ impl Generator {
         self.tokenizing.run(bytes, encode).await
     }
 
-    /// Generates a few tokens after a short and after a longer prompt.
+    /// Generates a few tokens after a short and after a longer prompt, and prepares the vocabulary for grammars.
     pub async fn warm_up(&self) -> Result<(), ServiceError> {
+        if let Err(error) = self.grammars.prepare().await {
+            tracing::warn!(%error, "no answer of this model can follow a grammar");
+        }
         for words in [1, self.max_length().min(256) / 2] {
             let tokens = self.tokenizer.encode("warm up").map_err(ServiceError::Tokenizer)?;
             let row: Vec<u32> = tokens.iter().copied().cycle().take(words.max(1)).collect();
@@ -239,12 +312,12 @@ fn content(message: &Value) -> &str {
     message["content"].as_str().unwrap_or_default()
 }
 
-/// Bytes of all texts of a message, calls of tools included.
+/// Bytes of all texts of a message or a function, names of fields included.
 fn text_bytes(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len(),
         Value::Array(values) => values.iter().map(text_bytes).sum(),
-        Value::Object(fields) => fields.values().map(text_bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + text_bytes(value)).sum(),
         Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }

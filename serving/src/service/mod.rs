@@ -2,15 +2,19 @@
 //!
 //! - [`classify`]: texts in, labels and probabilities out;
 //! - [`embed`]: texts or token ids in, vectors out;
-//! - [`generate`]: a conversation or a prompt in, text out, piece by piece ([`answer`], [`stop`], [`mod@tokenize`]).
+//! - [`generate`]: a conversation or a prompt in, text out, piece by piece ([`answer`], [`stop`], [`mod@tokenize`]);
+//! - [`grammar`]: JSON of a schema and other formats that an answer must have;
+//! - [`calls`]: calls of functions in an answer.
 //!
 //! Each holds the limits of one request and the order of the steps; wire formats belong to [`crate::api`].
 
 pub mod answer;
+pub mod calls;
 pub mod classify;
 pub mod embed;
 pub mod error;
 pub mod generate;
+pub mod grammar;
 mod inputs;
 mod meter;
 pub mod stop;
@@ -29,7 +33,7 @@ use self::tokenizing::Tokenizing;
 pub use self::{
     classify::{Classification, Classified, Classifier},
     embed::Embedder,
-    error::ServiceError,
+    error::{GrammarError, ServiceError},
     generate::Generator,
     inputs::{Inputs, Tokenize},
     tokenize::{ChatTokenize, StreamDecode, Vocabulary},

@@ -19,7 +19,7 @@ pub trait Vocabulary: Send + Sync + 'static {
 /// A language model's tokenizer and chat template.
 pub trait ChatTokenize: Vocabulary {
     /// Token ids of a conversation, up to the place where the assistant's answer begins. Each message is an object with
-    /// `role` and `content`.
+    /// `role` and `content`. `tools` are the functions that may be called, as JSON schemas in OpenAI's shape.
     ///
     /// # Errors
     /// [`ServiceError::Conversation`] if the model has no template or its template refuses the conversation.
@@ -37,8 +37,17 @@ pub trait ChatTokenize: Vocabulary {
     /// Token ids to text as they come, without special tokens.
     fn stream(&self) -> Box<dyn StreamDecode>;
 
-    /// The bytes of a token, which may be a part of a character.
+    /// The bytes of a token, which may be a part of a character. Empty for an id without a token.
     fn token_bytes(&self, token: u32) -> Vec<u8>;
+
+    /// Whether a token stands for no text, such as `<|im_end|>`.
+    fn is_special(&self, token: u32) -> bool;
+
+    /// Whether the vocabulary has this token.
+    fn has_token(&self, text: &str) -> bool;
+
+    /// Source of the chat template. Empty if the model has none.
+    fn template(&self) -> String;
 }
 
 /// Text of one sequence of token ids.

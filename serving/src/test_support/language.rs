@@ -24,7 +24,11 @@ const VOCABULARY: usize = 258;
 /// Tokens of prompt and answer together.
 pub const LONGEST: usize = 256;
 
-struct Bytes(Arc<Gate>);
+/// With the source of a template, of which only the format of calls is read.
+struct Bytes {
+    gate: Arc<Gate>,
+    template: &'static str,
+}
 
 impl Vocabulary for Bytes {
     fn tokens(&self, text: &str, with_special: bool) -> Result<Vec<u32>, String> {
@@ -48,24 +52,26 @@ impl ChatTokenize for Bytes {
         Ok(tokens)
     }
 
-    fn render_chat(&self, messages: &[Value], _tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
-        self.0.tokenised.fetch_add(1, Ordering::SeqCst);
+    fn render_chat(&self, messages: &[Value], tools: Option<&[Value]>) -> Result<Vec<u32>, ServiceError> {
+        self.gate.tokenised.fetch_add(1, Ordering::SeqCst);
         if messages[0]["role"] == "tool" {
             return Err(ServiceError::Conversation("a conversation begins with no tool".into()));
         }
         let line = |message: &Value| {
+            let calls = message.get("tool_calls").map(Value::to_string).unwrap_or_default();
             format!(
-                "{}: {}\n",
+                "{}: {}{calls}\n",
                 message["role"].as_str().unwrap_or_default(),
                 message["content"].as_str().unwrap_or_default()
             )
         };
-        let text: String = messages.iter().map(line).collect();
+        let tools = tools.map(|tools| format!("tools: {}\n", tools.len()));
+        let text: String = tools.into_iter().chain(messages.iter().map(line)).collect();
         Ok(tokens(&text))
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        self.0.tokenised.fetch_add(1, Ordering::SeqCst);
+        self.gate.tokenised.fetch_add(1, Ordering::SeqCst);
         Ok(tokens(text))
     }
 
@@ -75,6 +81,18 @@ impl ChatTokenize for Bytes {
 
     fn token_bytes(&self, token: u32) -> Vec<u8> {
         u8::try_from(token).map_or_else(|_| b"<end>".to_vec(), |byte| vec![byte])
+    }
+
+    fn is_special(&self, token: u32) -> bool {
+        token >= END
+    }
+
+    fn has_token(&self, _: &str) -> bool {
+        false
+    }
+
+    fn template(&self) -> String {
+        self.template.to_owned()
     }
 }
 
@@ -160,8 +178,14 @@ impl GenerateBackend for Rule {
     }
 }
 
-/// Model `writer`, revision `writer-1`, of [`LONGEST`] tokens, and the gate that holds it.
+/// Model `writer`, revision `writer-1`, of [`LONGEST`] tokens, and the gate that holds it. Its calls have the format of
+/// Hermes.
 pub fn language_model(limits: ServeLimits) -> (Arc<Service>, Arc<Gate>) {
+    language_model_with_template(limits, "{{ tools }}<tool_call>")
+}
+
+/// The same with another source of its chat template, from which the format of calls follows.
+pub fn language_model_with_template(limits: ServeLimits, template: &'static str) -> (Arc<Service>, Arc<Gate>) {
     let config = ServeConfig {
         model_name: "writer".into(),
         revision: "writer-1".into(),
@@ -177,6 +201,7 @@ pub fn language_model(limits: ServeLimits) -> (Arc<Service>, Arc<Gate>) {
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
     let engine =
         Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }, "writer").expect("a thread starts");
-    let generator = Generator::new(limits, vec![END], Arc::new(Bytes(gate.clone())), engine);
+    let tokenizer = Bytes { gate: gate.clone(), template };
+    let generator = Generator::new(limits, vec![END], Arc::new(tokenizer), engine);
     (Arc::new(Service::new(&config, Model::Generator(generator))), gate)
 }

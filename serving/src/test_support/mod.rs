@@ -6,7 +6,7 @@ mod language;
 use std::sync::{Arc, atomic::Ordering};
 
 pub use gate::Gate;
-pub use language::{BEGIN, END, LONGEST, language_model};
+pub use language::{BEGIN, END, LONGEST, language_model, language_model_with_template};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 

@@ -108,7 +108,8 @@ pub struct Term {
 impl Term {
     pub fn new(term: &WeightedTerm) -> Self {
         let name = term.name();
-        let whole = serde_json::to_value(&term.term).unwrap_or_default();
+        let mut whole = serde_json::to_value(&term.term).unwrap_or_default();
+        whole.sort_all_objects();
         let settings = match &whole[name] {
             serde_json::Value::Object(settings) => {
                 let word = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

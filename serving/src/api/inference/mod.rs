@@ -83,7 +83,8 @@ fn status(error: ServiceError) -> Status {
         | ServiceError::LongText { .. }
         | ServiceError::UnknownToken { .. }
         | ServiceError::NoToken { .. }
-        | ServiceError::Conversation(_) => Status::invalid_argument(message),
+        | ServiceError::Conversation(_)
+        | ServiceError::Grammar(_) => Status::invalid_argument(message),
         ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),
         ServiceError::Engine(EngineError::Stopped) | ServiceError::Draining => Status::unavailable(message),
         // The protocol has no route to a language model's engine.

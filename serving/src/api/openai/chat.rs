@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     Json,
@@ -17,34 +17,45 @@ use super::{
     logprobs,
     options::{Options, refuse_unsupported},
     sse::{self, Format},
+    structure::{self, Asked},
     usage::{Usage, finish_reason},
 };
-use crate::service::{
-    Service,
-    answer::{Piece, TokenLogprob},
-    generate::{Completed, Generation, Prompt},
+use crate::{
+    engine::generate::sequence::FinishReason,
+    service::{
+        Service,
+        answer::{Piece, TokenLogprob},
+        calls::parse::{CallParser, Part, Reading},
+        generate::{Completed, Generation, Prompt},
+    },
 };
 
 pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
     let generator = service.generator()?;
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
+    let Asked { structure, reading } = structure::take(&mut fields, generator.call_format())?;
     let mut options = Options::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
     service.check_model(options.model.as_deref())?;
     options.sampling.logprobs = logprobs(&mut fields)?;
     refuse_unsupported(&mut fields)?;
     let messages = messages(fields.require("messages")?)?;
     fields.finish()?;
-    let answers = generator
-        .generate(Generation {
-            prompt: Prompt::Chat(messages),
-            choices: options.choices,
-            sampling: options.sampling,
-            stop: options.stop,
-            max_tokens: options.max_tokens,
-        })
-        .await?;
-    let format = Chat::new(&service);
+    let generation = Generation {
+        prompt: Prompt::Chat(messages),
+        choices: options.choices,
+        sampling: options.sampling,
+        stop: options.stop,
+        max_tokens: options.max_tokens,
+    };
+    let answers = match generator.generate_structured(generation, structure).await {
+        Ok(answers) => answers,
+        Err(error) => {
+            let functions = reading.as_ref().map(|reading| &*reading.functions);
+            return Err(structure::refused(error, functions, generator).await);
+        }
+    };
+    let format = Chat::new(&service, reading);
     if options.stream {
         return Ok(sse::stream(answers, format, options.includes_usage));
     }
@@ -126,15 +137,69 @@ struct Chat {
     created: i64,
     model: String,
     revision: String,
+    /// How calls of functions are found; absent: there are none.
+    reading: Option<Reading>,
+    /// The choices of a stream so far.
+    readers: HashMap<usize, Reader>,
+}
+
+/// Reads one choice for content and calls of functions.
+struct Reader {
+    parser: CallParser,
+    calls: Vec<Call>,
+}
+
+struct Call {
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Reader {
+    fn new(reading: Reading) -> Self {
+        Self { parser: CallParser::new(reading), calls: Vec::new() }
+    }
+
+    /// Takes parts and returns their deltas.
+    fn take(&mut self, parts: Vec<Part>) -> Vec<Value> {
+        parts.into_iter().filter_map(|part| self.part(part)).collect()
+    }
+
+    fn part(&mut self, part: Part) -> Option<Value> {
+        let delta = match part {
+            Part::Content(text) => return Some(json!({"content": text})),
+            Part::Call { name } => {
+                let id = format!("call_{}", uuid::Uuid::now_v7().simple());
+                self.calls.push(Call { id: id.clone(), name: name.clone(), arguments: String::new() });
+                let function = json!({"name": name, "arguments": ""});
+                json!({"index": self.calls.len() - 1, "id": id, "type": "function", "function": function})
+            }
+            Part::Arguments(text) => {
+                let index = self.calls.len().checked_sub(1)?;
+                self.calls[index].arguments.push_str(&text);
+                json!({"index": index, "function": {"arguments": text}})
+            }
+        };
+        Some(json!({"tool_calls": [delta]}))
+    }
+
+    fn finish_reason(&self, reason: FinishReason) -> &'static str {
+        match reason {
+            FinishReason::Stop if self.parser.calls() > 0 && !self.parser.is_within_call() => "tool_calls",
+            reason => finish_reason(reason),
+        }
+    }
 }
 
 impl Chat {
-    fn new(service: &Service) -> Self {
+    fn new(service: &Service, reading: Option<Reading>) -> Self {
         Self {
             id: format!("chatcmpl-{}", uuid::Uuid::now_v7().simple()),
             created: jiff::Timestamp::now().as_second(),
             model: service.model_name.clone(),
             revision: service.revision.clone(),
+            reading,
+            readers: HashMap::new(),
         }
     }
 
@@ -148,11 +213,12 @@ impl Chat {
     fn whole(&self, prompt_tokens: usize, completed: Vec<Completed>) -> Value {
         let usage = Usage::of(prompt_tokens, &completed);
         let choice = |(index, one): (usize, Completed)| {
+            let (message, reason) = self.message(&one);
             json!({
                 "index": index,
-                "message": {"role": "assistant", "content": one.text, "refusal": null},
+                "message": message,
                 "logprobs": logprobs_json(&one.logprobs),
-                "finish_reason": finish_reason(one.reason),
+                "finish_reason": reason,
             })
         };
         let mut whole = self.object("chat.completion", completed.into_iter().enumerate().map(choice).collect());
@@ -160,9 +226,48 @@ impl Chat {
         whole
     }
 
+    /// The message of a whole answer, and why it ended.
+    fn message(&self, one: &Completed) -> (Value, &'static str) {
+        let mut message = json!({"role": "assistant", "content": one.text, "refusal": null});
+        let Some(reading) = &self.reading else { return (message, finish_reason(one.reason)) };
+        let mut reader = Reader::new(reading.clone());
+        let mut parts = reader.parser.push(&one.text);
+        parts.extend(reader.parser.finish());
+        let deltas = reader.take(parts);
+        let content: String = deltas.iter().filter_map(|delta| delta["content"].as_str()).collect();
+        let reason = reader.finish_reason(one.reason);
+        message["content"] = content.into();
+        if !reader.calls.is_empty() {
+            if message["content"] == "" {
+                message["content"] = Value::Null;
+            }
+            let call = |Call { id, name, arguments }| {
+                let function = json!({"name": name, "arguments": arguments});
+                json!({"id": id, "type": "function", "function": function})
+            };
+            message["tool_calls"] = reader.calls.into_iter().map(call).collect();
+        }
+        (message, reason)
+    }
+
     fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish_reason: Option<&str>) -> Value {
         let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason});
         self.object("chat.completion.chunk", vec![choice])
+    }
+
+    /// The deltas of a piece, and why the answer ended if it did.
+    fn deltas(&mut self, index: usize, piece: &Piece) -> (Vec<Value>, Option<&'static str>) {
+        let Some(reading) = &self.reading else {
+            let delta = (!piece.text.is_empty()).then(|| json!({"content": piece.text}));
+            return (delta.into_iter().collect(), piece.end.map(|end| finish_reason(end.reason)));
+        };
+        let reader = self.readers.entry(index).or_insert_with(|| Reader::new(reading.clone()));
+        let mut parts = reader.parser.push(&piece.text);
+        if piece.end.is_some() {
+            parts.extend(reader.parser.finish());
+        }
+        let deltas = reader.take(parts);
+        (deltas, piece.end.map(|end| reader.finish_reason(end.reason)))
     }
 }
 
@@ -172,12 +277,18 @@ impl Format for Chat {
     }
 
     fn piece(&mut self, index: usize, piece: &Piece) -> Vec<Value> {
-        let mut chunks = Vec::new();
-        if !piece.text.is_empty() || !piece.logprobs.is_empty() {
-            chunks.push(self.chunk(index, json!({"content": piece.text}), logprobs_json(&piece.logprobs), None));
+        let (mut deltas, reason) = self.deltas(index, piece);
+        // The log-probabilities of a text come with its first delta, and by themselves while the text is held back.
+        let mut logprobs = logprobs_json(&piece.logprobs);
+        if deltas.is_empty() && !logprobs.is_null() {
+            deltas.push(if self.reading.is_some() { json!({}) } else { json!({"content": ""}) });
         }
-        if let Some(end) = &piece.end {
-            chunks.push(self.chunk(index, json!({}), Value::Null, Some(finish_reason(end.reason))));
+        let mut chunks = Vec::new();
+        for delta in deltas {
+            chunks.push(self.chunk(index, delta, logprobs.take(), None));
+        }
+        if reason.is_some() {
+            chunks.push(self.chunk(index, json!({}), Value::Null, reason));
         }
         chunks
     }

@@ -127,6 +127,7 @@ impl From<ServiceError> for ApiError {
             ServiceError::Conversation(_) => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_conversation", message).param("messages")
             }
+            ServiceError::Grammar(_) => Self::new(StatusCode::BAD_REQUEST, "invalid_schema", message),
             ServiceError::Draining => Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message),
             ServiceError::Engine(EngineError::QueueFull { .. }) => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message)
@@ -154,6 +155,8 @@ impl From<GenerateError> for ApiError {
             GenerateError::Invalid(invalid) => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_field", message).param(invalid.field)
             }
+            // The grammar is the client's.
+            GenerateError::Constraint(_) => Self::new(StatusCode::BAD_REQUEST, "constraint_failed", message),
             GenerateError::Logits(_) | GenerateError::Backend(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
             }

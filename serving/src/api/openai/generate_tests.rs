@@ -242,13 +242,13 @@ async fn each_mistake_names_its_parameter() {
             json!("stream_options.include_usage"),
             "invalid_field",
         ),
-        (json!({"response_format": {"type": "json_object"}}), 400, json!("response_format"), "unsupported_parameter"),
         (json!({"response_format": {}}), 400, json!("response_format.type"), "invalid_field"),
-        (json!({"tools": [{"type": "function"}]}), 400, json!("tools"), "unsupported_parameter"),
-        (json!({"tool_choice": "required"}), 400, json!("tool_choice"), "unsupported_parameter"),
         (json!({"temprature": 1}), 400, json!("temprature"), "unknown_field"),
     ];
     let texts = [
+        (json!({"response_format": {"type": "json_object"}}), 400, json!("response_format"), "unsupported_parameter"),
+        (json!({"tools": [{"type": "function"}]}), 400, json!("tools"), "unsupported_parameter"),
+        (json!({"tool_choice": "required"}), 400, json!("tool_choice"), "unsupported_parameter"),
         (json!({}), 400, json!("prompt"), "invalid_field"),
         (json!({"prompt": {}}), 400, json!("prompt"), "invalid_field"),
         (json!({"prompt": []}), 400, json!("prompt"), "input_empty"),

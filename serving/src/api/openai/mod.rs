@@ -28,6 +28,9 @@ pub mod responses;
 #[cfg(test)]
 mod responses_tests;
 mod sse;
+mod structure;
+#[cfg(test)]
+mod structure_tests;
 #[cfg(test)]
 mod tests;
 mod tokenize;

@@ -170,6 +170,11 @@ async fn answers_and_errors_have_the_documented_shape() {
     let [classifier, vectors, writer] = services();
     let user = json!([{"role": "user", "content": "[ab]"}]);
     let include = json!(["message.output_text.logprobs"]);
+    let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    let calling = json!([{"role": "user", "content": format!("[{call}]")}]);
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]);
+    let named = json!({"type": "function", "function": {"name": "f"}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": {"enum": ["ab"]}}});
     for (service, cases) in [
         (classifier, vec![(paths::CLASSIFY, json!({"input": "a"}))]),
         (
@@ -186,6 +191,9 @@ async fn answers_and_errors_have_the_documented_shape() {
             vec![
                 (paths::CHAT, json!({"messages": user, "logprobs": true, "top_logprobs": 2})),
                 (paths::CHAT, json!({"messages": user})),
+                (paths::CHAT, json!({"messages": user, "response_format": format})),
+                (paths::CHAT, json!({"messages": calling, "tools": tools, "tool_choice": "auto", "temperature": 0})),
+                (paths::CHAT, json!({"messages": calling, "tools": tools, "tool_choice": named, "temperature": 0})),
                 (paths::COMPLETIONS, json!({"prompt": "[ab]", "echo": true, "logprobs": 2})),
                 (paths::RESPONSES, json!({"input": user, "include": include, "top_logprobs": 1})),
                 (paths::RESPONSES, json!({"input": "[ab]", "max_output_tokens": 1, "metadata": {"a": "b"}})),

@@ -3,6 +3,7 @@
 //! - [`blocks`] and [`scheduler`] decide, without clock, thread or model, which tokens a step computes and where they
 //!   are stored;
 //! - [`sampling`] chooses tokens from logits; [`sequence`] holds one answer in progress;
+//! - [`constraint`] restricts the tokens of an answer, such as to JSON of a schema;
 //! - [`request`] is what a client and the thread exchange; `worker` is the thread.
 //!
 //! An answer does not depend on the other requests in its batch, as far as the backend's logits do not.
@@ -12,6 +13,7 @@
 //! step and frees its blocks.
 
 pub mod blocks;
+pub mod constraint;
 mod meters;
 pub mod request;
 pub mod sampling;

@@ -8,19 +8,22 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::{
+    constraint::{Constraint, ConstraintError},
     sampling::{Invalid, LogitsError, Logprobs, Sampled, Sampling},
     sequence::{FinishReason, Stopping},
 };
 use crate::engine::backend::BackendError;
 
 /// One prompt with one or more answers.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct GenerateRequest {
     pub prompt: Vec<u32>,
     /// Number of answers. Answer `i` is drawn with the seed plus `i`.
     pub choices: usize,
     pub sampling: Sampling,
     pub stopping: Stopping,
+    /// What the answers must follow; each has its own copy. Absent: anything.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// Number of most probable tokens to report with the log-probability of each prompt token; absent: none is reported.
     /// Such a prompt is computed for each choice, without the prefix cache. Only with it may `max_tokens` be 0.
     pub prompt_logprobs: Option<usize>,
@@ -67,6 +70,8 @@ pub enum GenerateError {
     Invalid(#[from] Invalid),
     #[error(transparent)]
     Logits(#[from] LogitsError),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     #[error("the model failed: {0}")]
     Backend(String),
     #[error("the answer was not complete after {seconds} s")]

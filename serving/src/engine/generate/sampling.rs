@@ -1,13 +1,15 @@
 //! From logits to a token.
 //!
-//! The order is: bias, penalties, temperature, `min_p`, `top_k`, `top_p`, draw. The draw depends on the seed and on the
-//! token's position alone, so a request with a seed gives the same text alone, in a batch and after a preemption.
+//! The order is: bias, penalties, constraint, temperature, `min_p`, `top_k`, `top_p`, draw. The draw depends on the seed
+//! and on the token's position alone, so a request with a seed gives the same text alone, in a batch and after a
+//! preemption.
 
 use std::{borrow::Cow, collections::HashMap};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::constraint::TokenSet;
 pub use crate::engine::backend::Logprobs;
 
 /// Largest number of most probable tokens that are reported with a token.
@@ -120,6 +122,8 @@ pub struct Context<'a> {
     pub answer: &'a [u32],
     /// Tokens that must not come next: end tokens before the minimum length.
     pub forbidden: &'a [u32],
+    /// Tokens that may come next; absent: all.
+    pub allowed: Option<&'a TokenSet>,
 }
 
 /// The logits cannot be sampled from.
@@ -162,9 +166,9 @@ pub fn sample(
     Ok(Sampled { token: token as u32, logprobs })
 }
 
-/// Logits after bias and penalties; forbidden tokens are minus infinity.
+/// Logits after bias and penalties; tokens that must not come next are minus infinity.
 fn scores<'a>(logits: &'a [f32], sampling: &Sampling, context: Context<'_>) -> Cow<'a, [f32]> {
-    if is_plain(sampling) && context.forbidden.is_empty() {
+    if is_plain(sampling) && context.forbidden.is_empty() && context.allowed.is_none() {
         return logits.into();
     }
     let mut scores = logits.to_vec();
@@ -198,6 +202,10 @@ fn scores<'a>(logits: &'a [f32], sampling: &Sampling, context: Context<'_>) -> C
     }
     for index in context.forbidden.iter().copied().filter_map(position) {
         scores[index] = f32::NEG_INFINITY;
+    }
+    if let Some(allowed) = context.allowed {
+        let others = scores.iter_mut().enumerate().filter(|(index, _)| !allowed.contains(*index));
+        others.for_each(|(_, score)| *score = f32::NEG_INFINITY);
     }
     scores.into()
 }

@@ -5,7 +5,7 @@ fn greedy() -> Sampling {
 }
 
 fn choose(logits: &[f32], sampling: &Sampling, prompt: &[u32], answer: &[u32]) -> u32 {
-    let context = Context { prompt, answer, forbidden: &[] };
+    let context = Context { prompt, answer, forbidden: &[], allowed: None };
     sample(logits, logits.len(), sampling, context).unwrap().token
 }
 
@@ -75,7 +75,7 @@ fn penalties_and_bias_follow_openai_and_hugging_face() {
         assert_eq!(choose(&logits, &sampling, prompt, answer), token, "{case}");
     }
     let sampling = Sampling { repetition_penalty: 2.0, presence_penalty: 0.25, frequency_penalty: 0.5, ..greedy() };
-    let context = Context { prompt: &[2], answer: &[0, 0], forbidden: &[3] };
+    let context = Context { prompt: &[2], answer: &[0, 0], forbidden: &[3], allowed: None };
     assert_eq!(*scores(&logits, &sampling, context), [1.0 - 0.25 - 1.0, 1.5, -2.0, f32::NEG_INFINITY]);
 }
 
@@ -83,14 +83,16 @@ fn penalties_and_bias_follow_openai_and_hugging_face() {
 fn log_probabilities_are_those_of_the_unmodified_logits() {
     let logits = [0.5f32, 0.2, 0.2, 0.1].map(f32::ln);
     let sampling = Sampling { logit_bias: vec![(3, 50.0)], logprobs: Some(2), ..greedy() };
-    let sampled = sample(&logits, 4, &sampling, Context { prompt: &[], answer: &[], forbidden: &[] }).unwrap();
+    let sampled =
+        sample(&logits, 4, &sampling, Context { prompt: &[], answer: &[], forbidden: &[], allowed: None }).unwrap();
     let found = sampled.logprobs.unwrap();
     assert_eq!(sampled.token, 3);
     assert!((found.chosen - 0.1f32.ln()).abs() < 1e-6);
     assert_eq!(found.top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [0, 1]);
     assert!((found.top[1].1 - 0.2f32.ln()).abs() < 1e-6);
     let none = Sampling { logprobs: Some(0), ..greedy() };
-    let sampled = sample(&logits, 4, &none, Context { prompt: &[], answer: &[], forbidden: &[] }).unwrap();
+    let sampled =
+        sample(&logits, 4, &none, Context { prompt: &[], answer: &[], forbidden: &[], allowed: None }).unwrap();
     assert_eq!(sampled.logprobs.unwrap().top, []);
 }
 
@@ -168,7 +170,7 @@ fn a_draw_over_many_tokens_follows_their_weights() {
 
 #[test]
 fn logits_that_cannot_be_sampled_are_errors() {
-    let context = Context { prompt: &[], answer: &[], forbidden: &[0, 1] };
+    let context = Context { prompt: &[], answer: &[], forbidden: &[0, 1], allowed: None };
     for (logits, error) in [
         (vec![0.0], LogitsError::Length { found: 1, wanted: 2 }),
         (vec![0.0, f32::NAN], LogitsError::NotFinite { token: 1 }),
@@ -199,4 +201,27 @@ fn values_out_of_range_are_refused_with_their_field() {
         assert_eq!(sampling.check(4).unwrap_err().field, field, "{sampling:?}");
     }
     assert_eq!(base.check(4), Ok(()));
+}
+
+#[test]
+fn only_tokens_of_the_constraint_are_chosen_and_log_probabilities_are_the_models_own() {
+    let logits = [5.0, 4.0, 3.0, 2.0];
+    let allowed = TokenSet::from_words(vec![0b1100]);
+    let context = Context { prompt: &[], answer: &[], forbidden: &[], allowed: Some(&allowed) };
+    let sampling = Sampling { logprobs: Some(1), ..greedy() };
+    let sampled = sample(&logits, 4, &sampling, context).unwrap();
+    assert_eq!(sampled.token, 2);
+    let logprobs = sampled.logprobs.unwrap();
+    assert_eq!(logprobs.top[0].0, 0, "the most probable token of the model");
+    assert!((logprobs.top[0].1 - logprobs.chosen - 2.0).abs() < 1e-5);
+    for seed in 0..100 {
+        let hot = Sampling { temperature: 2.0, top_k: 2, seed, ..Sampling::default() };
+        assert!([2, 3].contains(&sample(&logits, 4, &hot, context).unwrap().token));
+    }
+    // Not even a bias brings back the others, and an empty set leaves nothing.
+    let biased = Sampling { logit_bias: vec![(0, 100.0)], ..greedy() };
+    assert_eq!(sample(&logits, 4, &biased, context).unwrap().token, 2);
+    let nothing = TokenSet::from_words(Vec::new());
+    let context = Context { allowed: Some(&nothing), ..context };
+    assert_eq!(sample(&logits, 4, &greedy(), context), Err(LogitsError::NothingLeft));
 }

@@ -16,7 +16,7 @@ pub struct Stopping {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was chosen.
+    /// A stop token was chosen, or nothing can follow by the answer's constraint.
     Stop,
     /// The answer has `max_tokens` tokens.
     Length,

@@ -112,6 +112,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         choices: 1,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stopping: Stopping { max_tokens, min_tokens: 0, stop_tokens: vec![] },
+        constraint: None,
         prompt_logprobs: None,
     }
 }
@@ -126,7 +127,7 @@ fn alone(request: &GenerateRequest, choice: u64) -> Vec<u32> {
             true => request.stopping.stop_tokens.clone(),
             false => vec![],
         };
-        let context = Context { prompt: &request.prompt, answer: &answer, forbidden: &forbidden };
+        let context = Context { prompt: &request.prompt, answer: &answer, forbidden: &forbidden, allowed: None };
         let token = sampling::sample(&logits, VOCABULARY, &sampling, context).unwrap().token;
         answer.push(token);
         if request.stopping.stop_tokens.contains(&token) {
@@ -193,6 +194,7 @@ fn random_request(random: &mut StdRng) -> GenerateRequest {
             ..Sampling::default()
         },
         stopping: Stopping { max_tokens, min_tokens: random.random_range(0..4), stop_tokens: vec![0, 1] },
+        constraint: None,
         prompt_logprobs: None,
     }
 }
@@ -367,3 +369,6 @@ async fn a_prompt_that_was_seen_is_not_computed_again() {
     }
     assert_eq!(counts, HashMap::from([(0, (13, 0)), (1, (1, 12))]));
 }
+
+#[path = "constraint_tests.rs"]
+mod constrained;

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::{
     blocks::Blocks,
+    constraint::{self, ConstraintError, Guide, Pool, TokenSet},
     meters::Meters,
     request::{Event, Finished, GenerateError, Item, Place, Progress},
     sampling::{self, Context, LogitsError, Logprobs, Sampled},
@@ -17,6 +18,9 @@ use super::{
     sequence::{FinishReason, Sequence, SequenceId},
 };
 use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row, RowOutput};
+
+/// Threads that compute masks. A mask takes far less than a step, so that few are busy at a time.
+const MASK_THREADS: usize = 2;
 
 /// The request behind a sequence.
 struct Client {
@@ -27,6 +31,8 @@ struct Client {
     since: Instant,
     admitted: Option<Instant>,
     last_token: Option<Instant>,
+    /// What restricts the next token. Like the tokens so far, it outlives a preemption.
+    guide: Option<Guide>,
 }
 
 impl Client {
@@ -60,6 +66,8 @@ pub(super) struct Worker<B> {
     clients: HashMap<SequenceId, Client>,
     progress: Arc<Progress>,
     meters: Meters,
+    /// Started with the first request that has a constraint.
+    pool: Option<Pool>,
     sequences: SequenceId,
     requests: u64,
 }
@@ -75,7 +83,7 @@ impl<B: GenerateBackend> Worker<B> {
     ) -> Self {
         let scheduler = Scheduler::new(Blocks::new(limits.blocks, limits.block_size), step);
         let clients = HashMap::new();
-        Self { backend, receiver, limits, scheduler, clients, progress, meters, sequences: 0, requests: 0 }
+        Self { backend, receiver, limits, scheduler, clients, progress, meters, pool: None, sequences: 0, requests: 0 }
     }
 
     /// Runs until all handles are gone and all answers are complete.
@@ -100,6 +108,12 @@ impl<B: GenerateBackend> Worker<B> {
 
     fn accept(&mut self, item: Item) {
         self.requests += 1;
+        let constraint = item.request.constraint;
+        if constraint.is_some() && self.pool.is_none() {
+            self.pool = Pool::start(MASK_THREADS)
+                .inspect_err(|error| tracing::error!(%error, "no thread for masks could be started"))
+                .ok();
+        }
         for (index, (reply, place)) in (0u64..).zip(item.replies) {
             let mut sampling = item.request.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(index);
@@ -107,7 +121,15 @@ impl<B: GenerateBackend> Worker<B> {
             let (prompt, stopping) = (item.request.prompt.clone(), item.request.stopping.clone());
             let mut sequence = Sequence::new(self.sequences, self.requests, prompt, sampling, stopping);
             sequence.prompt_logprobs = item.request.prompt_logprobs;
-            self.scheduler.add(sequence);
+            let mut guide = None;
+            if let Some(constraint) = &constraint {
+                let Some(pool) = &self.pool else {
+                    let _ = reply.try_send(Err(ConstraintError("no thread could be started".into()).into()));
+                    continue;
+                };
+                // The first mask is computed while the model reads the prompt.
+                guide = Some(pool.guide(constraint.clone()));
+            }
             let client = Client {
                 reply,
                 place: Some(place),
@@ -115,8 +137,10 @@ impl<B: GenerateBackend> Worker<B> {
                 since: item.since,
                 admitted: None,
                 last_token: None,
+                guide,
             };
             self.clients.insert(self.sequences, client);
+            self.scheduler.add(sequence);
         }
     }
 
@@ -242,22 +266,50 @@ impl<B: GenerateBackend> Worker<B> {
             self.end(index, FinishReason::Length, now);
             return;
         }
-        let context = Context { prompt: sequence.prompt(), answer: sequence.answer(), forbidden: sequence.forbidden() };
-        let sampled: Sampled = match sampling::sample(logits, self.limits.vocabulary, &sequence.sampling, context) {
-            Ok(sampled) => sampled,
+        match self.chosen(index, logits) {
+            Ok((sampled, completes)) => self.push(index, sampled, completes, now),
             Err(error) => {
                 tracing::error!(%error, "a sequence failed");
-                self.fail(id, error.into());
-                return;
+                self.fail(id, error);
             }
+        }
+    }
+
+    /// The next token, and whether the constraint ends the answer with it.
+    fn chosen(&mut self, index: usize, logits: &[f32]) -> Result<(Sampled, bool), GenerateError> {
+        let sequence = &self.scheduler.running()[index];
+        let mut client = self.clients.get_mut(&sequence.id);
+        let guide = client.as_mut().and_then(|client| client.guide.take());
+        let guide = guide.map(Guide::mask).transpose()?;
+        let context = Context {
+            prompt: sequence.prompt(),
+            answer: sequence.answer(),
+            forbidden: sequence.forbidden(),
+            allowed: guide.as_ref().map(|(_, allowed): &(_, TokenSet)| allowed),
         };
+        let sampled = sampling::sample(logits, self.limits.vocabulary, &sequence.sampling, context)?;
+        let Some((mut constraint, _)) = guide.filter(|_| !sequence.stopping.stop_tokens.contains(&sampled.token))
+        else {
+            return Ok((sampled, false));
+        };
+        let completes = constraint.accept(sampled.token)? == constraint::Progress::Complete;
+        let is_last = completes || sequence.answer().len() + 1 >= sequence.stopping.max_tokens;
+        if let (Some(client), Some(pool), false) = (client, &self.pool, is_last) {
+            client.guide = Some(pool.guide(constraint));
+        }
+        Ok((sampled, completes))
+    }
+
+    /// Appends a token to a sequence and sends it, with the end if it is the last one.
+    fn push(&mut self, index: usize, sampled: Sampled, completes: bool, now: Instant) {
         self.scheduler.push(index, sampled.token);
         tokens("completion").increment(1);
         let sequence = &self.scheduler.running()[index];
+        let id = sequence.id;
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.record_token(now, &self.meters);
         client.send(Ok(Event::Token(sampled)));
-        if let Some(reason) = sequence.finished() {
+        if let Some(reason) = completes.then_some(FinishReason::Stop).or_else(|| sequence.finished()) {
             self.end(index, reason, now);
         }
     }

@@ -45,8 +45,27 @@ pub struct ChatLogprobs {
 pub struct ChatMessage {
     /// `assistant`
     pub role: String,
-    pub content: String,
+    /// Null if there are calls and no text.
+    pub content: Option<String>,
     pub refusal: Option<String>,
+    /// Absent if there are none.
+    pub tool_calls: Option<Vec<ToolCall>>,
+}
+
+/// A call of a function.
+#[derive(JsonSchema)]
+pub struct ToolCall {
+    pub id: String,
+    /// `function`
+    pub r#type: String,
+    pub function: CalledFunction,
+}
+
+#[derive(JsonSchema)]
+pub struct CalledFunction {
+    pub name: String,
+    /// JSON.
+    pub arguments: String,
 }
 
 #[derive(JsonSchema)]
@@ -54,7 +73,7 @@ pub struct ChatChoice {
     pub index: u32,
     pub message: ChatMessage,
     pub logprobs: Option<ChatLogprobs>,
-    /// `stop` or `length`
+    /// `stop`, `length` or `tool_calls`
     pub finish_reason: String,
 }
 

@@ -116,6 +116,70 @@ pub struct StreamOptions {
     pub include_obfuscation: Option<bool>,
 }
 
+/// What an answer must be.
+#[derive(JsonSchema)]
+pub struct ResponseFormat {
+    /// `text`, `json_object` or `json_schema`
+    pub r#type: String,
+    /// Required by the type `json_schema`.
+    pub json_schema: Option<NamedSchema>,
+}
+
+/// JSON that an answer must be.
+#[derive(JsonSchema)]
+pub struct NamedSchema {
+    /// Has no effect.
+    pub name: String,
+    /// Has no effect.
+    pub description: Option<String>,
+    /// A JSON schema.
+    pub schema: BTreeMap<String, serde_json::Value>,
+    /// Has no effect: the schema is always followed.
+    pub strict: Option<bool>,
+}
+
+/// What the model may call.
+#[derive(JsonSchema)]
+pub struct Tool {
+    /// `function`
+    pub r#type: String,
+    pub function: Function,
+}
+
+/// A function of the client.
+#[derive(JsonSchema)]
+pub struct Function {
+    #[schemars(length(min = 1, max = 64))]
+    pub name: String,
+    pub description: Option<String>,
+    /// A JSON schema of an object; absent: no parameters.
+    pub parameters: Option<BTreeMap<String, serde_json::Value>>,
+    /// Has no effect: the schema is followed whenever a call is required.
+    pub strict: Option<bool>,
+}
+
+/// Whether functions are called.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum ToolChoice {
+    /// `auto`, `none` or `required`
+    Mode(String),
+    Function(NamedTool),
+}
+
+/// The function that is called.
+#[derive(JsonSchema)]
+pub struct NamedTool {
+    /// `function`
+    pub r#type: String,
+    pub function: FunctionName,
+}
+
+#[derive(JsonSchema)]
+pub struct FunctionName {
+    pub name: String,
+}
+
 /// Messages of a conversation to answer.
 #[derive(JsonSchema)]
 pub struct ChatRequest {
@@ -135,6 +199,14 @@ pub struct ChatRequest {
     pub logprobs: Option<bool>,
     #[schemars(range(max = 20))]
     pub top_logprobs: Option<u32>,
+    /// Absent: text.
+    pub response_format: Option<ResponseFormat>,
+    #[schemars(length(max = 128))]
+    pub tools: Option<Vec<Tool>>,
+    /// Absent: `auto`.
+    pub tool_choice: Option<ToolChoice>,
+    /// Whether an answer may have several calls; absent: true.
+    pub parallel_tool_calls: Option<bool>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
