@@ -2,7 +2,11 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use athanor_contract::{
     serve::EventsConfig,
@@ -99,26 +103,41 @@ async fn ranges_that_cannot_be_read_are_the_users_error() {
     assert_eq!((rest.deleted, rest.predictions), (1, end as u64 - 1));
 }
 
+/// Set in a process that keeps events in this folder until it is killed.
+const CHILD_FOLDER: &str = "ATHANOR_TEST_CHILD_FOLDER";
+
+/// Starts this program again as a process that keeps 50 predictions in `folder` and confirms them; kills it with SIGKILL then.
+fn kill_after_confirming(test: &str, folder: &std::path::Path) {
+    let mut child = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--ignored", "--exact", "--nocapture", test])
+        .env(CHILD_FOLDER, folder)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let confirmed = lines.map_while(Result::ok).any(|line| line.contains("confirmed"));
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+    assert!(confirmed, "the process ended before it had confirmed the events");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the demo's Kafka: make test"]
-async fn events_spilled_by_a_process_that_died_are_replayed_by_the_next() {
+async fn events_confirmed_by_a_process_that_was_killed_are_sent_by_the_next() {
+    if let Ok(folder) = std::env::var(CHILD_FOLDER) {
+        let unreachable = EventsConfig::new("127.0.0.1:1", "events");
+        let producer = Producer::start(unreachable, None, folder.into(), CancellationToken::new()).expect("starts");
+        producer.publish_durable((0..50).map(|at| prediction(&format!("p{at}"), 0)).collect()).await.expect("kept");
+        println!("confirmed");
+        return std::future::pending().await;
+    }
     let (config, dir) = (config(), tempfile::tempdir().expect("a folder"));
-    let unreachable = EventsConfig { bootstrap_servers: "127.0.0.1:1".into(), ..config.clone() };
-    let (producer, shutdown) = start(&unreachable, &dir);
-    producer.publish_durable((0..50).map(|at| prediction(&format!("p{at}"), 0)).collect()).await.expect("kept");
-    shutdown.cancel();
-    assert!(producer.flush(Duration::from_secs(10)).await);
-    drop(producer);
+    let folder = dir.path().to_owned();
+    let test = "events_confirmed_by_a_process_that_was_killed_are_sent_by_the_next";
+    tokio::task::spawn_blocking(move || kill_after_confirming(test, &folder)).await.expect("a killed process");
     assert!(segments(dir.path()) > 0);
 
-    // The old tasks give the folder's lock back when they end.
-    let mut next = None;
-    eventually("the folder is free", || {
-        next = Producer::start(config.clone(), None, dir.path().into(), CancellationToken::new()).ok();
-        next.is_some()
-    })
-    .await;
-    let producer = next.expect("started");
+    let (producer, _shutdown) = start(&config, &dir);
     let labels = (0..50).map(|at| feedback(&format!("f{at}"), &format!("p{at}"), 0, "positive"));
     producer.publish_durable(labels.collect()).await.expect("kept");
     eventually("all segments replayed", || segments(dir.path()) == 0).await;
