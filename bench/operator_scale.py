@@ -277,7 +277,8 @@ def finished(plane, system, count):
     items = plane.api("GET", system.path)["items"]
     done = sum(is_done(item, system.done) for item in items)
     if done < count:
-        note(f"  {done} of {count} are reported as {system.done}")
+        missing = [item["metadata"]["name"] for item in items if not is_done(item, system.done)]
+        note(f"  {done} of {count} are reported as {system.done}, not {', '.join(missing[:3])}")
     return done == count
 
 

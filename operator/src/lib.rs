@@ -12,6 +12,7 @@ pub mod context;
 pub mod controllers;
 pub mod finetunejob;
 pub mod images;
+pub mod index;
 pub mod lease;
 pub mod memory;
 pub mod modeldeployment;

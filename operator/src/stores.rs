@@ -8,12 +8,12 @@
 use std::{
     collections::HashSet,
     fmt::Debug,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::Instant,
 };
 
 use athanor_contract::process::api;
-use athanor_crds::{FineTuneJob, ModelDeployment};
+use athanor_crds::{FineTuneJob, ModelDeployment, label};
 use k8s_openapi::api::{
     apps::v1::Deployment,
     batch::v1::Job,
@@ -29,6 +29,8 @@ use kube::{
     },
 };
 use tokio::sync::watch;
+
+use crate::index::Index;
 
 /// A resource without a dynamic type that a watch can keep.
 pub trait Cached: Resource<DynamicType = ()> + Clone + Debug + Send + Sync + 'static {}
@@ -78,6 +80,7 @@ struct Seen {
 #[derive(Debug)]
 pub struct Cache<K: Cached> {
     store: Store<K>,
+    index: Arc<RwLock<Index>>,
     seen: Arc<Mutex<Seen>>,
     /// Whether the first list is complete. [`Store::wait_until_ready`] wakes only the last of several waiting tasks, and a
     /// controller waits for its store as well.
@@ -86,7 +89,8 @@ pub struct Cache<K: Cached> {
 
 impl<K: Cached> Clone for Cache<K> {
     fn clone(&self) -> Self {
-        Self { store: self.store.clone(), seen: self.seen.clone(), ready: self.ready.clone() }
+        let Self { store, index, seen, ready } = self;
+        Self { store: store.clone(), index: index.clone(), seen: seen.clone(), ready: ready.clone() }
     }
 }
 
@@ -95,12 +99,14 @@ impl<K: Cached> Cache<K> {
         self.store.get(&ObjectRef::new(name).within(namespace))
     }
 
-    /// Returns the objects of a namespace whose label has the value.
+    /// Returns the objects of a namespace whose label has the value, by name.
+    ///
+    /// # Panics
+    /// The cache was made without this label.
     pub fn select(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<K>> {
-        self.store.state_filter(|object| {
-            object.meta().namespace.as_deref() == Some(namespace)
-                && object.labels().get(label).map(String::as_str) == Some(value)
-        })
+        let names = self.index.read().unwrap_or_else(PoisonError::into_inner).names(namespace, label, value);
+        // An object that went away in between is in the index only.
+        names.iter().filter_map(|name| self.get(namespace, name)).collect()
     }
 
     /// Returns all objects.
@@ -138,8 +144,15 @@ impl<K: Cached> Feed<K> {
     /// A watch that starts again lists everything: all objects count as changed then, those that the list no longer has
     /// included.
     pub fn take(&mut self, event: &Event<K>, now: Instant) -> Vec<Arc<K>> {
-        let before = if matches!(event, Event::InitDone) { self.cache.state() } else { Vec::new() };
+        let before = match event {
+            Event::InitDone => self.cache.state(),
+            Event::Apply(object) | Event::Delete(object) => {
+                self.cache.store.get(&ObjectRef::from_obj(object)).into_iter().collect()
+            }
+            Event::Init | Event::InitApply(_) => Vec::new(),
+        };
         self.writer.apply_watcher_event(event);
+        self.update_index(event, &before);
         let changed = match event {
             Event::Apply(object) | Event::Delete(object) => vec![Arc::new(object.clone())],
             Event::Init | Event::InitApply(_) => Vec::new(),
@@ -164,13 +177,30 @@ impl<K: Cached> Feed<K> {
         seen.version = seen.version.max(newest);
         changed
     }
+
+    /// Brings the index to the state of the store. `before`: the objects of the event as they were.
+    fn update_index(&self, event: &Event<K>, before: &[Arc<K>]) {
+        let mut index = self.cache.index.write().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::Init | Event::InitApply(_) => {}
+            Event::Apply(object) => {
+                before.iter().for_each(|before| index.remove(&**before));
+                index.add(object);
+            }
+            Event::Delete(_) => before.iter().for_each(|before| index.remove(&**before)),
+            Event::InitDone => {
+                index.clear();
+                self.cache.state().iter().for_each(|object| index.add(&**object));
+            }
+        }
+    }
 }
 
-/// Makes an empty cache.
-pub fn cache<K: Cached>() -> (Cache<K>, Feed<K>) {
+/// Makes an empty cache whose objects can be selected by these labels.
+pub fn cache<K: Cached>(labels: &'static [&'static str]) -> (Cache<K>, Feed<K>) {
     let (store, writer) = reflector::store();
     let (sender, ready) = watch::channel(false);
-    let cache = Cache { store, seen: Arc::default(), ready };
+    let cache = Cache { store, index: Arc::new(RwLock::new(Index::new(labels))), seen: Arc::default(), ready };
     (cache.clone(), Feed { writer, cache, ready: sender })
 }
 
@@ -201,13 +231,13 @@ pub struct Feeds {
 
 impl Stores {
     pub fn new() -> (Self, Feeds) {
-        let (fine_tune_jobs, fine_tune_jobs_feed) = cache();
-        let (model_deployments, model_deployments_feed) = cache();
-        let (batch_jobs, batch_jobs_feed) = cache();
-        let (pods, pods_feed) = cache();
-        let (workloads, workloads_feed) = cache();
-        let (services, services_feed) = cache();
-        let (config_maps, config_maps_feed) = cache();
+        let (fine_tune_jobs, fine_tune_jobs_feed) = cache(&[label::SEARCH, label::DEPLOYMENT]);
+        let (model_deployments, model_deployments_feed) = cache(&[]);
+        let (batch_jobs, batch_jobs_feed) = cache(&[label::FINE_TUNE_JOB]);
+        let (pods, pods_feed) = cache(&[label::FINE_TUNE_JOB, label::DEPLOYMENT]);
+        let (workloads, workloads_feed) = cache(&[label::DEPLOYMENT]);
+        let (services, services_feed) = cache(&[]);
+        let (config_maps, config_maps_feed) = cache(&[]);
         let stores = Self { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps };
         let feeds = Feeds {
             fine_tune_jobs: fine_tune_jobs_feed,
@@ -292,7 +322,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_task_that_waits_for_a_cache_goes_on_once_it_is_filled() {
-        let (cache, mut feed) = cache::<Pod>();
+        let (cache, mut feed) = cache::<Pod>(&["app"]);
         let wait = |cache: Cache<Pod>| tokio::spawn(async move { cache.wait_until_ready().await });
         let waiting = [wait(cache.clone()), wait(cache.clone()), wait(cache)];
         tokio::task::yield_now().await;
@@ -306,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_write_is_seen_once_the_watch_has_shown_its_version() {
-        let (cache, mut feed) = cache::<Pod>();
+        let (cache, mut feed) = cache::<Pod>(&["app"]);
         let now = Instant::now();
         let written = Written { version: 7, at: now };
         assert!(!cache.has_seen(&written));
@@ -319,7 +349,7 @@ mod tests {
 
     #[test]
     fn a_list_that_began_after_a_write_has_it() {
-        let (cache, mut feed) = cache::<Pod>();
+        let (cache, mut feed) = cache::<Pod>(&["app"]);
         let start = Instant::now();
         let list = |feed: &mut Feed<Pod>, at| {
             feed.take(&Event::Init, at);
@@ -335,8 +365,38 @@ mod tests {
     }
 
     #[test]
+    fn objects_are_selected_by_the_labels_that_they_have_now() {
+        let (cache, mut feed) = cache::<Pod>(&["app"]);
+        let now = Instant::now();
+        let labelled = |name: &str, value: Option<&str>| {
+            let mut pod = pod(name, 1);
+            pod.metadata.labels = value.map(|value| [("app".to_owned(), value.to_owned())].into());
+            pod
+        };
+        let selected = |value: &str| names(&cache.select("ns", "app", value));
+        for (name, value) in [("b", Some("x")), ("a", Some("x")), ("c", Some("y")), ("d", None)] {
+            feed.take(&Event::Apply(labelled(name, value)), now);
+        }
+        assert_eq!(
+            (selected("x"), selected("y"), selected("z")),
+            (vec!["a".into(), "b".into()], vec!["c".into()], vec![])
+        );
+        feed.take(&Event::Apply(labelled("a", Some("y"))), now);
+        feed.take(&Event::Apply(labelled("d", Some("x"))), now);
+        feed.take(&Event::Apply(labelled("b", None)), now);
+        assert_eq!((selected("x"), selected("y")), (vec!["d".into()], vec!["a".into(), "c".into()]));
+        // A deletion may show labels that the cache never had.
+        feed.take(&Event::Delete(labelled("c", Some("x"))), now);
+        assert_eq!((selected("x"), selected("y")), (vec!["d".into()], vec!["a".into()]));
+        for event in [Event::Init, Event::InitApply(labelled("e", Some("x"))), Event::InitDone] {
+            feed.take(&event, now);
+        }
+        assert_eq!((selected("x"), selected("y")), (vec!["e".into()], vec![]));
+    }
+
+    #[test]
     fn a_watch_that_starts_again_names_what_is_gone() {
-        let (cache, mut feed) = cache::<Pod>();
+        let (cache, mut feed) = cache::<Pod>(&["app"]);
         let now = Instant::now();
         for event in [Event::Apply(pod("a", 1)), Event::Apply(pod("b", 2))] {
             assert_eq!(feed.take(&event, now).len(), 1);
