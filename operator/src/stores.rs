@@ -20,7 +20,7 @@ use k8s_openapi::api::{
     core::v1::{ConfigMap, Pod, Service},
 };
 use kube::{
-    Resource, ResourceExt,
+    Resource,
     api::ObjectMeta,
     core::PartialObjectMeta,
     runtime::{
@@ -300,6 +300,8 @@ pub enum Present {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use kube::ResourceExt;
 
     use super::*;
 
