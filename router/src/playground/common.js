@@ -155,8 +155,8 @@ function token(entry) {
   return shown;
 }
 
-function showAlternatives(event) {
-  const entry = details.get(event.target);
+function showAlternatives(element) {
+  const entry = details.get(element);
   const box = $("alternatives");
   box.hidden = !entry;
   if (!entry) return;
@@ -166,8 +166,8 @@ function showAlternatives(event) {
     if (one.token === entry.token) shown.style.fontWeight = "bold";
     return shown;
   }));
-  event.target.setAttribute("aria-describedby", "alternatives");
-  const place = event.target.getBoundingClientRect();
+  element.setAttribute("aria-describedby", "alternatives");
+  const place = element.getBoundingClientRect();
   const below = place.bottom + 6;
   const top = below + box.offsetHeight < innerHeight ? below : place.top - box.offsetHeight - 6;
   box.style.top = `${Math.max(top, 0)}px`;
@@ -175,9 +175,9 @@ function showAlternatives(event) {
 }
 
 const hideAlternatives = () => { $("alternatives").hidden = true; };
-for (const name of ["mouseover", "focusin"]) $("turns").addEventListener(name, showAlternatives);
+for (const name of ["mouseover", "focusin"]) $("turns").addEventListener(name, (event) => showAlternatives(event.target));
 for (const name of ["mouseleave", "focusout"]) $("turns").addEventListener(name, hideAlternatives);
-addEventListener("scroll", hideAlternatives);
+addEventListener("scroll", () => showAlternatives(document.activeElement));
 // One stop of the tab key for all tokens of an answer.
 $("turns").addEventListener("keydown", (event) => {
   const sibling = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];

@@ -36,7 +36,7 @@ async function read(answer, article, conversation) {
       answer.first ??= answer.last;
     }
     answer.text += content;
-    text.append(content);
+    if (content) text.append(content);
     tokens.append(...entries.map(token));
     if (entries.length) article.classList.add("has-tokens");
     answer.reason = choice.finish_reason ?? answer.reason;
@@ -93,7 +93,8 @@ $("question").addEventListener("keydown", (event) => {
   event.preventDefault();
   $("ask").requestSubmit();
 });
-$("probabilities").addEventListener("change", () => document.body.classList.toggle("probabilities", $("probabilities").checked));
+const showProbabilities = () => document.body.classList.toggle("probabilities", $("probabilities").checked);
+$("probabilities").addEventListener("change", showProbabilities);
 $("clear").addEventListener("click", () => {
   running?.abort();
   messages = [];
@@ -166,6 +167,8 @@ document.addEventListener("keydown", (event) => {
 
 async function start() {
   $("forget").hidden = !key;
+  // A browser keeps what was checked over a reload.
+  showProbabilities();
   $("status").textContent = "Loading …";
   try {
     const { data: [model] } = await (await request("v1/models")).response.json();
