@@ -61,7 +61,7 @@ pub async fn page(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     }
     let headers: [(HeaderName, &str); 6] = [
         (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (CONTENT_SECURITY_POLICY, &POLICY),
+        (CONTENT_SECURITY_POLICY, POLICY.as_str()),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
         (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
