@@ -30,9 +30,8 @@ const SCRIPT: &str = concat!(include_str!("playground/common.js"), "\n", include
 /// The page with its style and script.
 static PAGE: LazyLock<String> = LazyLock::new(|| {
     let (style, script) = ("<style>", "<script type=\"module\">");
-    include_str!("playground/page.html")
-        .replacen(style, &format!("{style}{STYLE}"), 1)
-        .replacen(script, &format!("{script}{SCRIPT}"), 1)
+    let page = include_str!("playground/page.html").replacen(style, &format!("{style}{STYLE}"), 1);
+    page.replacen(script, &format!("{script}{SCRIPT}"), 1)
 });
 
 /// Value of the Content-Security-Policy: nothing but the style, the script, requests to this router and the icon in the page.

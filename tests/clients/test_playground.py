@@ -19,6 +19,9 @@ from conftest import OURS, TARGET, free_port
 from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
+# In milliseconds. Answers of a busy machine take their time.
+LONGEST = 60_000
+expect.set_options(timeout=LONGEST)
 PICTURES = pathlib.Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / "playground"
 
 
@@ -71,7 +74,7 @@ def browser():
 def page(browser):
     """A page on which no script fails and nothing breaks the Content-Security-Policy."""
     page = browser.new_page(viewport={"width": 1100, "height": 800})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(LONGEST)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     # Answers with an error status are the tests' own.

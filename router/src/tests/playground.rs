@@ -41,7 +41,10 @@ async fn the_page_is_there_only_while_the_deployment_has_a_playground() {
     }
     gateway.registry.set_config(crate::config::check(with_playground()).unwrap());
     let (parts, page) = ask(&gateway, Method::GET, "/").await;
-    assert_eq!((parts.status, &parts.headers["content-type"]), (StatusCode::OK, &"text/html; charset=utf-8".parse().unwrap()));
+    assert_eq!(
+        (parts.status, &parts.headers["content-type"]),
+        (StatusCode::OK, &"text/html; charset=utf-8".parse().unwrap())
+    );
     assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
     let (parts, body) = ask(&gateway, Method::HEAD, "/").await;
     assert_eq!((parts.status, &*body), (StatusCode::OK, ""));
@@ -74,7 +77,9 @@ async fn a_browser_runs_the_script_of_the_page_and_nothing_else() {
         assert!(!page.contains(name), "{name} is in the page");
     }
     // A model's answer could become elements by them.
-    for name in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "setHTML", "srcdoc", "DOMParser", "eval("] {
+    for name in
+        ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "setHTML", "srcdoc", "DOMParser", "eval("]
+    {
         assert!(!script.contains(name), "{name} is in the script");
     }
 }
