@@ -177,7 +177,7 @@ function showAlternatives(element) {
 const hideAlternatives = () => { $("alternatives").hidden = true; };
 for (const name of ["mouseover", "focusin"]) $("turns").addEventListener(name, (event) => showAlternatives(event.target));
 for (const name of ["mouseleave", "focusout"]) $("turns").addEventListener(name, hideAlternatives);
-addEventListener("scroll", () => showAlternatives(document.activeElement));
+for (const name of ["scroll", "resize"]) addEventListener(name, () => showAlternatives(document.activeElement));
 // One stop of the tab key for all tokens of an answer.
 $("turns").addEventListener("keydown", (event) => {
   const sibling = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
