@@ -143,8 +143,6 @@ function showCosine({ data }) {
   const [one, two] = data.toSorted((a, b) => a.index - b.index).map(({ embedding }) => embedding);
   const dot = (a, b) => a.reduce((sum, value, index) => sum + value * b[index], 0);
   const cosine = dot(one, two) / Math.sqrt(dot(one, one) * dot(two, two));
-  const track = make("div", "track");
-  track.style.setProperty("--p", Math.max(cosine, 0));
   const quoted = [$("one").value, $("two").value].map((text) => make("p", "quoted", text));
   return [...quoted, make("p", "cosine", `Cosine ${cosine.toFixed(4)}`), make("p", "note", `${one.length} dimensions`)];
 }
