@@ -118,6 +118,9 @@ pub struct RouterConfig {
     pub events: Option<EventsConfig>,
     #[serde(default)]
     pub limits: RouterLimits,
+    /// Whether `GET /` answers with a page for trying the model. Absent if false: a router of an earlier version does not read it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub playground: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

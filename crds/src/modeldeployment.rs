@@ -94,6 +94,10 @@ pub struct ModelDeploymentSpec {
     /// Who may use the deployment. Absent: whoever reaches the Service, over connections that are not encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access: Option<AccessSpec>,
+    /// Whether `GET /` of the Service answers with a page on which people try the model in a browser. The page requires no
+    /// API key; its requests to the model and its feedback do, if access.apiKeys is set.
+    #[serde(default, skip_serializing_if = "crate::is_default")]
+    pub playground: bool,
     /// How a new model replaces the current one.
     #[serde(default)]
     pub rollout: RolloutSpec,

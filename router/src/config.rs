@@ -82,7 +82,8 @@ mod tests {
     fn a_bad_configuration_is_refused_by_field() {
         let with = |revisions: &str| format!(r#"{{"namespace": "n", "deployment": "d", "revisions": [{revisions}]}}"#);
         let a = r#"{"name": "a", "service": "a", "weight": 100}"#;
-        assert_eq!(parse(&with(a)).unwrap().revisions[0].weight, 100);
+        let parsed = parse(&with(a)).unwrap();
+        assert_eq!((parsed.revisions[0].weight, parsed.playground), (100, false));
         let events = |rest: &str| {
             let events = format!(r#""events": {{"bootstrapServers": "b", "topic": "t", {rest}}}, "revisions""#);
             with(a).replace(r#""revisions""#, &events)

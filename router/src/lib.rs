@@ -4,6 +4,7 @@
 //! - [`proxy`]: the HTTP and gRPC servers that forward requests;
 //! - [`record`]: signs request ids, publishes predictions and feedback as events;
 //! - [`access`]: API keys of callers, their scopes and limits;
+//! - [`playground`]: a page for trying the model in a browser;
 //! - [`analysis`]: counts per revision what a canary analysis needs;
 //! - [`source`]: where configuration and endpoints come from. Only [`source::kubernetes`] talks to Kubernetes: one ConfigMap and
 //!   EndpointSlices.
@@ -15,6 +16,7 @@ pub mod analysis;
 pub mod balance;
 pub mod config;
 pub mod gateway;
+pub mod playground;
 pub mod proxy;
 pub mod record;
 pub mod source;

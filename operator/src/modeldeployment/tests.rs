@@ -745,6 +745,24 @@ fn routers_and_monitors_have_requests_or_what_the_user_set() {
 }
 
 #[test]
+fn the_playground_is_the_routers_and_off_by_default() {
+    let settings = Settings::parse_from(["athanor-operator"]);
+    let mut subject = canary(None);
+    let router = |subject: &Observed| {
+        let validated = validate(&subject.deployment).unwrap();
+        let router = build::build(&validated, &settings, &decision(subject, 60), "00ff".into()).router.unwrap();
+        (router.config.data.unwrap()["router.json"].clone(), router.deployment)
+    };
+    let (before, deployment) = router(&subject);
+    // A router of an earlier version, during an upgrade, refuses a field that it does not have.
+    assert!(!before.contains("playground"), "{before}");
+    subject.deployment.spec.playground = true;
+    let (after, same) = router(&subject);
+    assert!(serde_json::from_str::<RouterConfig>(&after).unwrap().playground);
+    assert_eq!(same, deployment, "no router restarts");
+}
+
+#[test]
 fn a_changed_engine_restarts_the_servers_with_it() {
     let settings = Settings::parse_from(["athanor-operator"]);
     let mut subject = canary(None);

@@ -1,6 +1,6 @@
 //! The router's HTTP API: the routes of classifiers, those of language and embedding models ([`super::generation`]) and those that
-//! run no model (`/v1/models`, `/v1/tokenize`, `/v1/detokenize`, `/openapi.json`) passed on to a revision; `/v1/feedback` answered
-//! here; `/analysis` and the usual on the ops port.
+//! run no model (`/v1/models`, `/v1/tokenize`, `/v1/detokenize`, `/openapi.json`) passed on to a revision; `/v1/feedback` and the
+//! playground answered here; `/analysis` and the usual on the ops port.
 
 use std::{sync::Arc, time::Instant};
 
@@ -19,7 +19,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header::CONTENT_LENGTH},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{any, get, post},
 };
 use bytes::Bytes;
 use opentelemetry::trace::Status as SpanStatus;
@@ -34,6 +34,7 @@ use crate::{
     access::Meter,
     balance::forward::{Forwarded, Policy},
     gateway::{Answered, Gateway},
+    playground,
     record::feedback::{self, Accepted, Items},
 };
 
@@ -57,6 +58,7 @@ pub fn app(gateway: Arc<Gateway>) -> Router {
         .route(paths::MODEL, get(plain))
         .route(paths::OPENAPI, get(plain))
         .route(FEEDBACK, post(accept_feedback))
+        .route(playground::PATH, any(playground::page))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(gateway.clone())
@@ -91,7 +93,10 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
     let _ = span.set_parent(athanor_telemetry::propagation::extract(request.headers()));
     request.extensions_mut().insert(id);
     let scope = if route == FEEDBACK { Scope::Feedback } else { Scope::Infer };
-    let admitted = gateway.access.as_ref().map(|access| access.admit(request.headers(), scope)).transpose();
+    // The page is the same for everyone. Its requests have a key.
+    let is_open = route == playground::PATH && playground::is_on(&gateway);
+    let access = gateway.access.as_ref().filter(|_| !is_open);
+    let admitted = access.map(|access| access.admit(request.headers(), scope)).transpose();
     let mut response = match admitted {
         Ok(caller) => {
             span.record("caller", caller.as_ref().map(|caller| &*caller.name));

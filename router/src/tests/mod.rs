@@ -5,6 +5,7 @@ mod generations;
 mod hand_over;
 mod headers;
 mod paths;
+mod playground;
 mod streams;
 
 use std::{
@@ -118,7 +119,7 @@ fn config(weights: &[(&str, u32)]) -> RouterConfig {
         .map(|(name, weight)| RouterRevision { name: (*name).into(), service: (*name).into(), weight: *weight })
         .collect();
     let limits = RouterLimits { request_timeout_seconds: 8, ..RouterLimits::default() };
-    RouterConfig { namespace: "n".into(), deployment: "d".into(), revisions, events: None, limits }
+    RouterConfig { namespace: "n".into(), deployment: "d".into(), revisions, events: None, limits, playground: false }
 }
 
 fn gateway(config: RouterConfig, endpoints: &[(&str, &[SocketAddr])]) -> Arc<Gateway> {

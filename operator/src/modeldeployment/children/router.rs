@@ -77,6 +77,7 @@ pub fn build(
             max_request_seconds: deployment.spec.max_request_seconds.into(),
             ..RouterLimits::default()
         },
+        playground: deployment.spec.playground,
     };
     let mut grace = grace_seconds(settings, config.limits.drain_seconds, config.limits.max_request_seconds);
     if config.events.is_some() {
