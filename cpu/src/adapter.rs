@@ -274,3 +274,7 @@ fn check(part: &Part<'_>, low: &LowRank, inputs: usize) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "adapter_tests.rs"]
+mod tests;
