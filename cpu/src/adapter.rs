@@ -218,13 +218,7 @@ impl Packing {
     }
 
     /// Adds the tiles of B.
-    fn outputs(
-        &mut self,
-        parts: &[Part<'_>],
-        starts: &[usize],
-        tiles: usize,
-        place: impl Fn(usize, usize) -> usize,
-    ) {
+    fn outputs(&mut self, parts: &[Part<'_>], starts: &[usize], tiles: usize, place: impl Fn(usize, usize) -> usize) {
         // Part and row of each output.
         let mut rows = vec![None; tiles * TILE];
         for (index, part) in parts.iter().enumerate() {

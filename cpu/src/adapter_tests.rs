@@ -175,7 +175,9 @@ fn a_row_does_not_depend_on_the_others() {
             }
             let mut one_thread = self::decoder(set, 1, &embeddings);
             let mut again = Vec::new();
-            one_thread.step(&[Row { tokens: &tokens, start: 0, blocks: &[0, 1], logits: 1, adapter }], &mut again).unwrap();
+            one_thread
+                .step(&[Row { tokens: &tokens, start: 0, blocks: &[0, 1], logits: 1, adapter }], &mut again)
+                .unwrap();
             assert_eq!(again, logits, "{set:?} on one thread");
             alone.push(logits);
         }

@@ -238,8 +238,12 @@ impl CausalLanguageModel {
     /// A module that the model does not have, or whose shape is another one; nothing is added then.
     pub fn add_adapter(&mut self, id: u64, adapter: &[LowRank]) -> Result<(), String> {
         let (kind, device) = (self.backbone.embeddings().kind(), self.backbone.embeddings().device());
-        let mut projections: BTreeMap<String, &mut Projection> =
-            self.backbone.projections_mut().into_iter().map(|projection| (projection.name.clone(), projection)).collect();
+        let mut projections: BTreeMap<String, &mut Projection> = self
+            .backbone
+            .projections_mut()
+            .into_iter()
+            .map(|projection| (projection.name.clone(), projection))
+            .collect();
         for LowRank { module, a, b, .. } in adapter {
             let Some(projection) = projections.get(module) else {
                 return Err(format!("{module}: the model has no such linear layer"));
@@ -248,7 +252,10 @@ impl CausalLanguageModel {
             let expected = (vec![rank, projection.inputs()], vec![projection.outputs(), rank]);
             if (vec![rank, inputs], b.size()) != expected {
                 let (found, (a, b)) = ((a.size(), b.size()), expected);
-                return Err(format!("{module}: A and B are {:?} and {:?}; the model's are {a:?} and {b:?}", found.0, found.1));
+                return Err(format!(
+                    "{module}: A and B are {:?} and {:?}; the model's are {a:?} and {b:?}",
+                    found.0, found.1
+                ));
             }
         }
         for LowRank { module, a, b, scale } in adapter {

@@ -248,7 +248,8 @@ pub fn read(folder: &Path) -> Result<Vec<LowRank>, LoadError> {
     }
     let mut take = |name: &str, shape: [Option<i64>; 2]| {
         let Some(found) = weights.shape(name) else { return Err(wrong(name, "missing".into())) };
-        let fits = found.len() == 2 && std::iter::zip(&found, shape).all(|(&size, wanted)| wanted.unwrap_or(size) == size);
+        let fits =
+            found.len() == 2 && std::iter::zip(&found, shape).all(|(&size, wanted)| wanted.unwrap_or(size) == size);
         if !fits {
             return Err(wrong(name, format!("its shape is {found:?}, the rank in {CONFIG} is {}", config.r)));
         }

@@ -81,7 +81,9 @@ async fn adapters_follow_the_file() {
     assert_eq!(names(&service), ["b", "c", "fixed"]);
     adapters.sync(start + FIRST_RETRY).await;
     assert_eq!(names(&service), ["b", "c", "fixed", "wrong"]);
-    assert!(!adapters.failed.contains_key(&mended) && adapters.failed.values().all(|retry| retry.pause == FIRST_RETRY * 2));
+    assert!(
+        !adapters.failed.contains_key(&mended) && adapters.failed.values().all(|retry| retry.pause == FIRST_RETRY * 2)
+    );
     // Another folder under the same name.
     let moved = adapter("shout");
     write(&file, &[config("b", &moved)]);

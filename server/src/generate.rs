@@ -176,7 +176,8 @@ impl GenerateBackend for TorchGenerator {
         let modules = adapter::tensors(&weights).map_err(BackendError)?;
         // Memory of a GPU may be short.
         let added = catch_unwind(AssertUnwindSafe(|| self.model.add_adapter(id.0, &modules)));
-        let added = added.map_err(|panic| BackendError(describe(&*panic))).and_then(|added| added.map_err(BackendError));
+        let added =
+            added.map_err(|panic| BackendError(describe(&*panic))).and_then(|added| added.map_err(BackendError));
         added.inspect_err(|_| self.model.remove_adapter(id.0))
     }
 

@@ -117,7 +117,8 @@ async fn a_cache_without_room_for_all_changes_no_answer() {
 /// Logits of a prompt's last token.
 fn logits(backend: &mut TorchGenerator, prompt: &[u32]) -> Vec<f32> {
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-    let row = Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true, targets: &[], top: 0, adapter: None };
+    let row =
+        Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true, targets: &[], top: 0, adapter: None };
     backend.step(&[row]).unwrap().remove(0).logits
 }
 
@@ -128,7 +129,15 @@ fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
     // More than are computed at a time.
     let prompt: Vec<u32> = (0..SCORED_TOKENS as u32 + 6).map(|index| index * 7 % vocabulary).collect();
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-    let row = Row { tokens: &prompt, start: 0, blocks: &blocks, wants_logits: false, targets: &prompt[1..], top: 3, adapter: None };
+    let row = Row {
+        tokens: &prompt,
+        start: 0,
+        blocks: &blocks,
+        wants_logits: false,
+        targets: &prompt[1..],
+        top: 3,
+        adapter: None,
+    };
     let found = backend.step(&[row]).unwrap().remove(0);
     assert!(found.logits.is_empty());
     assert_eq!(found.targets.len(), prompt.len() - 1);

@@ -124,7 +124,10 @@ mod tests {
             (vec![(CONFIG, "c"), ("adapter_model.bin", "w")], "pickled weights are refused"),
             (vec![inside[0], inside[1], (REFERENCE, "{}")], "its upload was cut off"),
             (vec![("config.json", "{}"), (MANIFEST, &none)], "its job trained no adapter"),
-            (vec![inside[0], ("adapter/adapter_model.safetensors", "x"), (MANIFEST, &own)], "adapter_model.safetensors"),
+            (
+                vec![inside[0], ("adapter/adapter_model.safetensors", "x"), (MANIFEST, &own)],
+                "adapter_model.safetensors",
+            ),
         ] {
             let error = fetched(&files).await.unwrap_err();
             assert!(error.to_string().contains(part), "{error}");

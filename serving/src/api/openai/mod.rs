@@ -139,12 +139,7 @@ fn chosen_adapter(service: &Service, request: &Request, route: &str) -> Result<O
 }
 
 /// Measures an answer and adds the headers that each has.
-fn answered(
-    mut response: Response,
-    (route, started): (&str, Instant),
-    id: HeaderValue,
-    revision: &str,
-) -> Response {
+fn answered(mut response: Response, (route, started): (&str, Instant), id: HeaderValue, revision: &str) -> Response {
     let code = response.status().as_str().to_owned();
     if route.starts_with("/v1/") || route == "other" {
         observe::timed(route, started);

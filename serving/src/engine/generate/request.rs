@@ -119,7 +119,11 @@ impl Drop for Place {
 pub(super) enum Message {
     Request(Item),
     /// Loads an adapter and reports whether the model took it.
-    Load { id: AdapterId, weights: AdapterWeights, reply: oneshot::Sender<Result<(), BackendError>> },
+    Load {
+        id: AdapterId,
+        weights: AdapterWeights,
+        reply: oneshot::Sender<Result<(), BackendError>>,
+    },
     Unload(AdapterId),
 }
 

@@ -367,13 +367,14 @@ impl<B: GenerateBackend> Worker<B> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let (running, blocks) = (self.scheduler.running().len(), self.scheduler.blocks());
         self.progress.running.store(running, Ordering::Relaxed);
         self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
         let usage = blocks.used() as f64 / blocks.count().max(1) as f64;
         self.meters.state(running, self.scheduler.waiting(), usage);
-        let adapters = self.clients.values().filter_map(|client| Some((client.admitted.is_some(), client.adapter.as_ref()?)));
+        let adapters =
+            self.clients.values().filter_map(|client| Some((client.admitted.is_some(), client.adapter.as_ref()?)));
         self.usage.record(adapters);
         metrics::gauge!("athanor_server_running_sequences").set(running as f64);
         metrics::gauge!("athanor_server_waiting_sequences").set(self.scheduler.waiting() as f64);

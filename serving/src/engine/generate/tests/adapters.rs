@@ -90,8 +90,8 @@ async fn an_adapter_that_does_not_fit_is_an_error() {
 #[test]
 fn vllms_metric_names_the_adapters_in_use() {
     let metrics = athanor_telemetry::metrics();
-    let [a, b, c] = [(0, "metric-a"), (1, "metric-b"), (2, "metric-c")]
-        .map(|(id, name)| Adapter::new(AdapterId(id), name, |_| ()));
+    let [a, b, c] =
+        [(0, "metric-a"), (1, "metric-b"), (2, "metric-c")].map(|(id, name)| Adapter::new(AdapterId(id), name, |_| ()));
     let mut usage = Usage::new("usage", 78);
     let has = |running: &str, waiting: &str| {
         let labels = format!(r#"max_lora="78",running_lora_adapters="{running}",waiting_lora_adapters="{waiting}""#);
