@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -92,9 +92,6 @@ struct PeftConfig {
     /// The scale is `lora_alpha / sqrt(r)`.
     #[serde(default, skip_serializing)]
     use_rslora: bool,
-    /// What adapters of other kinds have, which is refused.
-    #[serde(flatten, skip_serializing)]
-    others: Map<String, Value>,
 }
 
 /// PEFT writes a list of names, or a regular expression.
@@ -159,7 +156,6 @@ pub fn save(
         inference_mode: true,
         base_model_name_or_path: None,
         use_rslora: false,
-        others: Map::new(),
     };
     let path = folder.join(CONFIG);
     let text = serde_json::to_vec_pretty(&config)
@@ -199,7 +195,11 @@ fn settings(path: &Path) -> Result<PeftConfig, LoadError> {
     let bytes = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
     let field =
         |field: &str, message: String| LoadError::Config { file: path.to_owned(), field: field.into(), message };
-    let config: PeftConfig = serde_json::from_slice(&bytes).map_err(|error| field("(root)", error.to_string()))?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|error| field("(root)", error.to_string()))?;
+    if let Some(name) = UNSUPPORTED.into_iter().find(|name| asks(&value[*name])) {
+        return Err(field(name, "not supported".into()));
+    }
+    let config: PeftConfig = serde_json::from_value(value).map_err(|error| field("(root)", error.to_string()))?;
     if config.peft_type != "LORA" {
         return Err(field("peft_type", format!("{:?} is not supported, \"LORA\" is", config.peft_type)));
     }
@@ -208,10 +208,6 @@ fn settings(path: &Path) -> Result<PeftConfig, LoadError> {
     }
     if !matches!(config.bias.as_str(), "" | "none") {
         return Err(field("bias", format!("{:?} is not supported, \"none\" is", config.bias)));
-    }
-    let asked = |name: &&&str| config.others.get(**name).is_some_and(asks);
-    if let Some(name) = UNSUPPORTED.iter().find(asked) {
-        return Err(field(name, "not supported".into()));
     }
     Ok(config)
 }

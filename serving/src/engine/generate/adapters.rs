@@ -102,11 +102,11 @@ impl Usage {
 
     fn publish(&mut self, names: Names) {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let most = self.most.to_string();
+        let (most, running, waiting) = (self.most.to_string(), joined(&names.0), joined(&names.1));
         let labels = [
             ("max_lora", most.as_str()),
-            ("running_lora_adapters", &joined(&names.0)),
-            ("waiting_lora_adapters", &joined(&names.1)),
+            ("running_lora_adapters", running.as_str()),
+            ("waiting_lora_adapters", waiting.as_str()),
         ];
         athanor_telemetry::publish_info(&self.model, "vllm:lora_requests_info", &labels, seconds);
         self.published = Some(names);
