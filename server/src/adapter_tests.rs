@@ -177,7 +177,7 @@ fn packed_decoders_with_adapters_are_near_libtorch() {
                 backend.load_adapter(AdapterId(0), weights.clone()).unwrap();
                 let far = distance(&logits(&mut backend, &tokens, Some(0), (64, 0)), &expected);
                 let changed = distance(&own, &expected);
-                assert!(far < 0.15 && far < changed / 2.0, "{family} {set:?} rank {rank}: {far}, changed {changed}");
+                assert!(far < 0.2 && far < changed / 3.0, "{family} {set:?} rank {rank}: {far}, changed {changed}");
             }
         }
     }
