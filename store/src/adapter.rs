@@ -111,7 +111,7 @@ mod tests {
         let inside = [("adapter/adapter_config.json", "c"), ("adapter/adapter_model.safetensors", "w")];
         assert_eq!(fetched(&inside).await.unwrap(), expected);
         let manifest = manifest(&inside);
-        let artifact = [inside[0], inside[1], (REFERENCE, "{}"), (MANIFEST, &manifest)];
+        let artifact = [inside[0], inside[1], (REFERENCE, "{}"), (MANIFEST, manifest.as_str())];
         assert_eq!(fetched(&artifact).await.unwrap(), expected);
     }
 
@@ -123,9 +123,9 @@ mod tests {
             (vec![("config.json", "{}")], "adapter_config.json"),
             (vec![(CONFIG, "c"), ("adapter_model.bin", "w")], "pickled weights are refused"),
             (vec![inside[0], inside[1], (REFERENCE, "{}")], "its upload was cut off"),
-            (vec![("config.json", "{}"), (MANIFEST, &none)], "its job trained no adapter"),
+            (vec![("config.json", "{}"), (MANIFEST, none.as_str())], "its job trained no adapter"),
             (
-                vec![inside[0], ("adapter/adapter_model.safetensors", "x"), (MANIFEST, &own)],
+                vec![inside[0], ("adapter/adapter_model.safetensors", "x"), (MANIFEST, own.as_str())],
                 "adapter_model.safetensors",
             ),
         ] {

@@ -100,7 +100,7 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
     request.headers_mut().insert(headers::REQUEST_ID, id.clone());
     let adapter = match chosen_adapter(&service, &request, &route) {
         Ok(adapter) => adapter,
-        Err(error) => return answered(error.into_response(), (&route, started), id, &service.revision),
+        Err(error) => return answered(error.into_response(), (route.as_str(), started), id, &service.revision),
     };
     let revision = adapter.as_ref().map_or(service.revision.clone(), |adapter| adapter.name().to_string());
     if let Some(adapter) = adapter {
@@ -124,7 +124,7 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
         }
         None => next.run(request).await,
     };
-    answered(response, (&route, started), id, &revision)
+    answered(response, (route.as_str(), started), id, &revision)
 }
 
 /// The adapter that a request's header names.
