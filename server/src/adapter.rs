@@ -29,7 +29,7 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>, tch::TchError> {
 /// # Errors
 /// A module whose numbers make no matrices of its rank.
 pub fn tensors(weights: &AdapterWeights) -> Result<Vec<lora::LowRank>, String> {
-    let module = |module: &LowRank| {
+    let module = |module: &LowRank| -> Result<lora::LowRank, String> {
         let rank = i64::try_from(module.rank).unwrap_or_default();
         let matrix = |numbers: &[f32], shape: [i64; 2]| {
             let matrix = Tensor::f_from_slice(numbers).and_then(|numbers| numbers.f_view(shape));

@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -62,15 +62,16 @@ impl Adapters {
 
     /// Follows the file until `shutdown`.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
-        let follow = async {
-            loop {
-                tokio::time::sleep(PAUSE).await;
-                self.sync(Instant::now()).await;
-            }
-        };
         tokio::select! {
             () = shutdown => {}
-            () = follow => {}
+            () = self.follow() => {}
+        }
+    }
+
+    async fn follow(&mut self) {
+        loop {
+            tokio::time::sleep(PAUSE).await;
+            self.sync(Instant::now()).await;
         }
     }
 
@@ -136,7 +137,7 @@ fn failures() -> metrics::Counter {
 }
 
 /// The adapters of the file; none without it.
-async fn read(file: &PathBuf) -> anyhow::Result<Vec<AdapterConfig>> {
+async fn read(file: &Path) -> anyhow::Result<Vec<AdapterConfig>> {
     let text = match tokio::fs::read_to_string(file).await {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

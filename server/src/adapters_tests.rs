@@ -1,7 +1,5 @@
 //! Which adapters a server has while its file changes, with a model by a rule that takes adapters of one module, `shout`.
 
-use std::path::Path;
-
 use athanor_contract::serve::ServeLimits;
 use athanor_models::{load, lora};
 use athanor_serving::test_support;

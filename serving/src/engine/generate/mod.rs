@@ -165,7 +165,7 @@ impl Engine {
             replies.push((sender, place));
         }
         let item = Item { request, since: Instant::now(), replies };
-        self.sender.send(Message::Request(item)).map_err(|_| GenerateError::Stopped)?;
+        self.sender.send(Message::Request(Box::new(item))).map_err(|_| GenerateError::Stopped)?;
         Ok(choices)
     }
 

@@ -117,7 +117,7 @@ impl Drop for Place {
 
 /// What the thread is sent.
 pub(super) enum Message {
-    Request(Item),
+    Request(Box<Item>),
     /// Loads an adapter and reports whether the model took it.
     Load {
         id: AdapterId,

@@ -123,7 +123,7 @@ impl<B: GenerateBackend> Worker<B> {
 
     fn receive(&mut self, message: Message) {
         match message {
-            Message::Request(item) => self.accept(item),
+            Message::Request(item) => self.accept(*item),
             Message::Load { id, weights, reply } => {
                 let loaded = self.backend.load_adapter(id, weights);
                 if loaded.is_ok() {
