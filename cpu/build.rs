@@ -2,8 +2,9 @@
 
 use std::env;
 
-const HEADERS: [&str; 9] = [
+const HEADERS: [&str; 10] = [
     "abi.hpp",
+    "adapter.hpp",
     "attention.hpp",
     "decoder.hpp",
     "encoder.hpp",

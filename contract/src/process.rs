@@ -121,6 +121,8 @@ pub mod file {
     pub const TRAIN: &str = "train.json";
     /// [`ServeConfig`](crate::serve::ServeConfig).
     pub const SERVE: &str = "serve.json";
+    /// [`AdaptersFile`](crate::serve::AdaptersFile).
+    pub const ADAPTERS: &str = "adapters.json";
     /// [`RouterConfig`](crate::serve::RouterConfig).
     pub const ROUTER: &str = "router.json";
     /// [`MonitorConfig`](crate::serve::MonitorConfig).
@@ -168,6 +170,8 @@ pub mod header {
     pub const REQUEST_ID: &str = "x-request-id";
     /// Revision that answered; in a request the revision that shall answer.
     pub const REVISION: &str = "x-athanor-revision";
+    /// In a request to a server: the adapter that shall answer. It takes precedence over `model`.
+    pub const ADAPTER: &str = "x-athanor-adapter";
 }
 
 /// The API group and its kinds.

@@ -27,6 +27,28 @@ pub struct ServeConfig {
     /// Engine of a language model; other models do not read it.
     #[serde(default)]
     pub engine: EngineConfig,
+    /// Adapters of a language model that are loaded at the start, which fails if one of them cannot be used.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterConfig>,
+}
+
+/// A low-rank adapter of a served language model.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Name that clients use in `model`: letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// Folder in PEFT's format, or an artifact of a job that trained an adapter: s3://, gs://, az://, file://.
+    pub uri: String,
+}
+
+/// Content of `adapters.json`, a file next to `serve.json` that a server reads every two seconds: adapters in addition to
+/// [`ServeConfig::adapters`]. Without the file there are none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdaptersFile {
+    #[serde(default)]
+    pub adapters: Vec<AdapterConfig>,
 }
 
 /// How the built-in engine runs a language model.

@@ -4,6 +4,7 @@ use std::{ffi::c_void, ptr};
 
 use crate::{
     Error, InstructionSet, Matrix,
+    adapter::{Adapter, AdapterLayer, Sizes},
     ffi::{self, Tile},
 };
 
@@ -68,12 +69,15 @@ pub struct Row<'a> {
     pub blocks: &'a [u32],
     /// Number of last tokens whose logits are wanted.
     pub logits: usize,
+    /// Absent: the decoder's own weights.
+    pub adapter: Option<&'a Adapter>,
 }
 
 /// A decoder, its cache and its threads.
 pub struct Decoder {
     native: ptr::NonNull<c_void>,
     config: Config,
+    sizes: Sizes,
     /// What the native decoder points into.
     _weights: Weights,
 }
@@ -155,12 +159,32 @@ impl Decoder {
             )
         };
         let native = ptr::NonNull::new(native).ok_or(Error::Memory("the cache of keys and values"))?;
+        let sizes = Sizes {
+            layers: layers.len(),
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            queries: config.heads * config.head_dim,
+            keys: config.key_value_heads * config.head_dim,
+        };
         let weights = Weights { _layers: layers, _embeddings: embeddings, _head: head, _tiles: tiles };
-        Ok(Self { native, config, _weights: weights })
+        Ok(Self { native, config, sizes, _weights: weights })
     }
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Lays out an adapter for rows of this decoder; `layers` has one entry for each of its layers.
+    ///
+    /// # Errors
+    /// A matrix of another shape, a number that is not finite, or there is no memory.
+    pub fn adapter(&self, layers: &[AdapterLayer]) -> Result<Adapter, Error> {
+        Adapter::new(self.sizes, layers)
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.sizes.layers
     }
 
     /// Computes the rows' tokens and stores their keys and values. `logits` receives [V] numbers for each
@@ -187,9 +211,11 @@ impl Decoder {
                 start: row.start as i64,
                 blocks: row.blocks.as_ptr(),
                 logits: row.logits as i64,
+                adapter: row.adapter.map_or(ptr::null(), Adapter::native),
+                rank: row.adapter.map_or(0, Adapter::rank) as i64,
             })
             .collect();
-        // SAFETY: tokens, positions and blocks were checked; `logits` has room; the decoder is borrowed exclusively.
+        // SAFETY: tokens, positions, blocks and adapters were checked, and live while the call lasts; `logits` has room; the decoder is borrowed exclusively.
         let code = unsafe {
             ffi::athanor_cpu_step(self.native.as_ptr(), native.as_ptr(), native.len() as i64, logits.as_mut_ptr())
         };
@@ -210,6 +236,9 @@ impl Decoder {
         if end > config.max_length || end > row.blocks.len() * BLOCK {
             let (most, blocks) = (config.max_length, row.blocks.len());
             return Err(Error::Invalid(format!("{end} positions; at most {most}, and {blocks} blocks of {BLOCK}")));
+        }
+        if row.adapter.is_some_and(|adapter| !adapter.fits(self.sizes)) {
+            return Err(Error::Invalid("the adapter is that of another decoder".into()));
         }
         if let Some(block) = row.blocks.iter().find(|&&block| block as usize >= config.blocks) {
             return Err(Error::Invalid(format!("block {block}; the cache has {}", config.blocks)));

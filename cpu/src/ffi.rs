@@ -73,6 +73,32 @@ pub(crate) struct Layer {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+pub(crate) struct LowRankTile {
+    pub b: *const u16,
+    pub first: i32,
+    pub count: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct LowRank {
+    pub rank: i64,
+    pub a: *const u16,
+    pub scales: *const f32,
+    pub tiles: *const LowRankTile,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct AdapterLayer {
+    pub qkv: LowRank,
+    pub output: LowRank,
+    pub gate_up: LowRank,
+    pub down: LowRank,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub(crate) struct Shape {
     pub layers: i64,
     pub hidden: i64,
@@ -95,6 +121,8 @@ pub(crate) struct Row {
     pub start: i64,
     pub blocks: *const u32,
     pub logits: i64,
+    pub adapter: *const AdapterLayer,
+    pub rank: i64,
 }
 
 #[repr(C)]

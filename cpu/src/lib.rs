@@ -3,10 +3,11 @@
 //!
 //! Weights are packed in tiles of 16 outputs and groups of 32 inputs ([`Matrix`]). Inputs of every product are rounded to
 //! eight bits by groups of 32, and products are sums of whole numbers (VNNI where the machine has it). Keys and values are
-//! BF16. A token's result does not depend on the other tokens of its step, to the last bit.
+//! BF16, and so are low-rank adapters, of which each row of a step may have another one. A token's result does not depend on the other tokens of its step, to the last bit.
 //!
 //! What this crate leaves out: files, names of tensors and tokenizers (crate `models`), and training (libtorch).
 
+mod adapter;
 mod decoder;
 mod encoder;
 mod ffi;
@@ -14,6 +15,7 @@ mod memory;
 mod pack;
 
 pub use self::{
+    adapter::{Adapter, AdapterLayer, LowRank},
     decoder::{Config, Decoder, Layer, Row},
     encoder::{Activation, Dense, Encoder, EncoderConfig, EncoderLayer, Norm},
     ffi::InstructionSet,

@@ -1,5 +1,7 @@
 //! Input of a decoder: token sequences that follow each other without padding.
 
+use std::collections::BTreeMap;
+
 use tch::{Device, Tensor};
 
 /// Sequences of token ids for one forward pass. With a cache, each holds the tokens that come after those already stored.
@@ -11,6 +13,8 @@ pub struct Batch {
     lengths: Vec<i64>,
     /// Cache slots of all tokens of each sequence so far, the new ones last, [t]; none without a cache.
     slots: Vec<Tensor>,
+    /// Adapters, and the tokens that have each, [n].
+    adapted: Vec<(u64, Tensor)>,
 }
 
 impl Batch {
@@ -23,6 +27,7 @@ impl Batch {
             positions: Tensor::from_slice(&positions).to_device(device),
             lengths: sequences.iter().map(|sequence| sequence.len() as i64).collect(),
             slots: Vec::new(),
+            adapted: Vec::new(),
         }
     }
 
@@ -46,7 +51,30 @@ impl Batch {
             positions: Tensor::from_slice(&positions).to_device(device),
             lengths: rows.iter().map(|row| row.new.len() as i64).collect(),
             slots: rows.iter().map(|row| Tensor::from_slice(row.slots).to_device(device)).collect(),
+            adapted: Vec::new(),
         }
+    }
+
+    /// Gives sequences the adapters of these numbers; see `CausalLanguageModel::add_adapter`. `adapters` has an entry for
+    /// each sequence, absent for one without an adapter.
+    pub fn with_adapters(mut self, adapters: &[Option<u64>]) -> Self {
+        let mut tokens = BTreeMap::<u64, Vec<i64>>::new();
+        let mut first = 0;
+        for (adapter, &length) in std::iter::zip(adapters, &self.lengths) {
+            if let Some(id) = adapter {
+                tokens.entry(*id).or_default().extend(first..first + length);
+            }
+            first += length;
+        }
+        let device = self.ids.device();
+        let adapted = |(id, tokens): (u64, Vec<i64>)| (id, Tensor::from_slice(&tokens).to_device(device));
+        self.adapted = tokens.into_iter().map(adapted).collect();
+        self
+    }
+
+    /// Adapters, and the tokens that have each, [n].
+    pub(crate) fn adapted(&self) -> &[(u64, Tensor)] {
+        &self.adapted
     }
 
     /// New tokens of each sequence.

@@ -2,7 +2,7 @@
 //!
 //! Shapes: N tokens of all sequences of a batch, C = hidden size, V tokens of the vocabulary.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -13,8 +13,11 @@ use crate::{
     heads::causal::{self, NextTokenLoss},
     kv_cache::{CacheShape, KvCache},
     load::{self, LoadError},
-    lora::{self, LoraOptions},
-    nn::packed::{Packed, Packing},
+    lora::{self, LoraOptions, LowRank},
+    nn::{
+        linear::Projection,
+        packed::{Packed, Packing},
+    },
     registry,
     weights::{Source, builder::Builder, gguf::Gguf, sharded},
 };
@@ -227,6 +230,46 @@ impl CausalLanguageModel {
         };
         let transposed = self.backbone.projections().iter().any(|projection| projection.transposed);
         lora::save(folder, options, &self.adapters, transposed)
+    }
+
+    /// Adds an adapter for inference, which rows of a batch have by its number ([`Batch::with_adapters`]).
+    ///
+    /// # Errors
+    /// A module that the model does not have, or whose shape is another one; nothing is added then.
+    pub fn add_adapter(&mut self, id: u64, adapter: &[LowRank]) -> Result<(), String> {
+        let (kind, device) = (self.backbone.embeddings().kind(), self.backbone.embeddings().device());
+        let mut projections: BTreeMap<String, &mut Projection> = self
+            .backbone
+            .projections_mut()
+            .into_iter()
+            .map(|projection| (projection.name.clone(), projection))
+            .collect();
+        for LowRank { module, a, b, .. } in adapter {
+            let Some(projection) = projections.get(module) else {
+                return Err(format!("{module}: the model has no such linear layer"));
+            };
+            let (rank, inputs) = a.size2().map_err(|error| format!("{module}: {error}"))?;
+            let expected = (vec![rank, projection.inputs()], vec![projection.outputs(), rank]);
+            if (vec![rank, inputs], b.size()) != expected {
+                let (found, (a, b)) = ((a.size(), b.size()), expected);
+                return Err(format!(
+                    "{module}: A and B are {:?} and {:?}; the model's are {a:?} and {b:?}",
+                    found.0, found.1
+                ));
+            }
+        }
+        for LowRank { module, a, b, scale } in adapter {
+            if let Some(projection) = projections.get_mut(module) {
+                let placed = |tensor: &Tensor| tensor.to_kind(kind).to_device(device);
+                projection.add_row_adapter(id, placed(a), placed(&(b * *scale)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an adapter that [`Self::add_adapter`] added; an unknown one is ignored.
+    pub fn remove_adapter(&mut self, id: u64) {
+        self.backbone.projections_mut().into_iter().for_each(|projection| projection.remove_row_adapter(id));
     }
 
     /// Overwrites the adapters with those of a folder that PEFT or [`Self::save_adapter`] wrote.

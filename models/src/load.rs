@@ -80,6 +80,16 @@ impl Weights {
         &self.file
     }
 
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Shape of a tensor; absent if there is none of this name.
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        self.tensors.get(name).map(Tensor::size)
+    }
+
     /// Takes a tensor out as f32, checked for its shape.
     pub fn take(&mut self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
         let refused = |message: String| LoadError::Tensor { file: self.file.clone(), tensor: name.to_owned(), message };

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -14,6 +15,9 @@ use crate::{
 /// Files of an adapter, as PEFT names them.
 pub const CONFIG: &str = "adapter_config.json";
 pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// Endings of the tensors' names.
+const A: &str = ".lora_A.weight";
+const B: &str = ".lora_B.weight";
 
 /// What an adapter adds, and where.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,12 +73,14 @@ pub fn attach(projections: Vec<&mut Projection>, options: &LoraOptions) -> Resul
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct PeftConfig {
     peft_type: String,
-    task_type: String,
+    #[serde(default)]
+    task_type: Option<String>,
     r: i64,
     lora_alpha: f64,
     #[serde(default)]
     lora_dropout: f64,
-    target_modules: Vec<String>,
+    #[serde(default)]
+    target_modules: Targets,
     #[serde(default)]
     bias: String,
     #[serde(default)]
@@ -83,6 +89,45 @@ struct PeftConfig {
     inference_mode: bool,
     #[serde(default)]
     base_model_name_or_path: Option<String>,
+    /// The scale is `lora_alpha / sqrt(r)`.
+    #[serde(default, skip_serializing)]
+    use_rslora: bool,
+}
+
+/// PEFT writes a list of names, or a regular expression.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Targets {
+    Names(Vec<String>),
+    Pattern(String),
+}
+
+impl Default for Targets {
+    fn default() -> Self {
+        Self::Names(Vec::new())
+    }
+}
+
+/// Fields that change what an adapter computes, and that are not supported unless they ask for nothing.
+const UNSUPPORTED: [&str; 7] = [
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "trainable_token_indices",
+];
+
+/// Whether a field of the configuration asks for something.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(value) => *value,
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Number(_) | Value::String(_) => true,
+    }
 }
 
 /// Writes an adapter as PEFT reads it. `transposed`: the base model stores its matrices as [inputs, outputs].
@@ -101,15 +146,16 @@ pub fn save(
     targets.dedup();
     let config = PeftConfig {
         peft_type: "LORA".into(),
-        task_type: "CAUSAL_LM".into(),
+        task_type: Some("CAUSAL_LM".into()),
         r: options.rank,
         lora_alpha: options.alpha,
         lora_dropout: options.dropout,
-        target_modules: targets,
+        target_modules: Targets::Names(targets),
         bias: "none".into(),
         fan_in_fan_out: transposed,
         inference_mode: true,
         base_model_name_or_path: None,
+        use_rslora: false,
     };
     let path = folder.join(CONFIG);
     let text = serde_json::to_vec_pretty(&config)
@@ -124,9 +170,36 @@ pub fn save(
 /// A file that is missing or not an adapter of this kind, by its field.
 pub fn options(folder: &Path) -> Result<LoraOptions, LoadError> {
     let path = folder.join(CONFIG);
-    let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
-    let field = |field: &str, message: String| LoadError::Config { file: path.clone(), field: field.into(), message };
-    let config: PeftConfig = serde_json::from_slice(&bytes).map_err(|error| field("(root)", error.to_string()))?;
+    let config = settings(&path)?;
+    let target_modules = match &config.target_modules {
+        Targets::Names(names) => names.clone(),
+        Targets::Pattern(pattern) => {
+            let message = format!("{pattern:?} is not supported, a list of names is");
+            return Err(LoadError::Config { file: path, field: "target_modules".into(), message });
+        }
+    };
+    let (rank, dropout) = (config.r, config.lora_dropout);
+    let alpha = config.lora_alpha * if config.use_rslora { (rank as f64).sqrt() } else { 1.0 };
+    Ok(LoraOptions { rank, alpha, dropout, target_modules, seed: 0 })
+}
+
+impl PeftConfig {
+    /// What the product with A and B is multiplied by.
+    fn scale(&self) -> f64 {
+        let rank = self.r as f64;
+        self.lora_alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+}
+
+fn settings(path: &Path) -> Result<PeftConfig, LoadError> {
+    let bytes = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
+    let field =
+        |field: &str, message: String| LoadError::Config { file: path.to_owned(), field: field.into(), message };
+    let value: Value = serde_json::from_slice(&bytes).map_err(|error| field("(root)", error.to_string()))?;
+    if let Some(name) = UNSUPPORTED.into_iter().find(|name| asks(&value[*name])) {
+        return Err(field(name, "not supported".into()));
+    }
+    let config: PeftConfig = serde_json::from_value(value).map_err(|error| field("(root)", error.to_string()))?;
     if config.peft_type != "LORA" {
         return Err(field("peft_type", format!("{:?} is not supported, \"LORA\" is", config.peft_type)));
     }
@@ -136,13 +209,63 @@ pub fn options(folder: &Path) -> Result<LoraOptions, LoadError> {
     if !matches!(config.bias.as_str(), "" | "none") {
         return Err(field("bias", format!("{:?} is not supported, \"none\" is", config.bias)));
     }
-    Ok(LoraOptions {
-        rank: config.r,
-        alpha: config.lora_alpha,
-        dropout: config.lora_dropout,
-        target_modules: config.target_modules,
-        seed: 0,
-    })
+    Ok(config)
+}
+
+/// The update of one projection, in FP32 on the CPU.
+#[derive(Debug)]
+pub struct LowRank {
+    /// Name of the module in the model, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// A, [rank, inputs].
+    pub a: Tensor,
+    /// B, [outputs, rank].
+    pub b: Tensor,
+    pub scale: f64,
+}
+
+/// Reads an adapter of a folder in PEFT's format without its model. Which modules there are follows from the tensors.
+///
+/// # Errors
+/// A file that is missing or not an adapter of this kind, and a tensor that is neither A nor B of the rank in the
+/// configuration.
+pub fn read(folder: &Path) -> Result<Vec<LowRank>, LoadError> {
+    let config = settings(&folder.join(CONFIG))?;
+    let path = folder.join(WEIGHTS);
+    let mut weights = Weights::load(&path, Device::Cpu)?;
+    let wrong = |name: &str, message: String| LoadError::Tensor { file: path.clone(), tensor: name.into(), message };
+    let names: Vec<String> = weights.names().map(str::to_owned).collect();
+    let module = |name: &str, ending: &str| {
+        let module = name.strip_suffix(ending)?;
+        Some(module.strip_prefix("base_model.model.").unwrap_or(module).to_owned())
+    };
+    if let Some(name) = names.iter().find(|name| module(name, A).or_else(|| module(name, B)).is_none()) {
+        return Err(wrong(name, "only lora_A.weight and lora_B.weight of a module are supported".into()));
+    }
+    let mut take = |name: &str, shape: [Option<i64>; 2]| {
+        let Some(found) = weights.shape(name) else { return Err(wrong(name, "missing".into())) };
+        let fits =
+            found.len() == 2 && std::iter::zip(&found, shape).all(|(&size, wanted)| wanted.unwrap_or(size) == size);
+        if !fits {
+            return Err(wrong(name, format!("its shape is {found:?}, the rank in {CONFIG} is {}", config.r)));
+        }
+        weights.take(name, &found)
+    };
+    let mut found = Vec::with_capacity(names.len() / 2);
+    for name in names.iter().filter(|name| name.ends_with(A)) {
+        let stem = name.strip_suffix(A).unwrap_or(name);
+        let a = take(name, [Some(config.r), None])?;
+        let b = take(&format!("{stem}{B}"), [None, Some(config.r)])?;
+        let module = module(name, A).unwrap_or_default();
+        found.push(LowRank { module, a, b, scale: config.scale() });
+    }
+    if found.len() * 2 != names.len() {
+        return Err(wrong(B, "a module has B without A".into()));
+    }
+    if found.is_empty() {
+        return Err(LoadError::File { file: path, message: "the adapter has no tensors".into() });
+    }
+    Ok(found)
 }
 
 /// Overwrites attached adapters with the tensors of a folder.

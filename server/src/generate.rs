@@ -10,12 +10,12 @@ use anyhow::{Context, bail};
 use athanor_contract::serve::{EngineConfig, ServeLimits, Weights};
 use athanor_models::{Batch, CachedRow, CausalLanguageModel, CausalOptions, KvCache, Packing};
 use athanor_serving::engine::{
-    backend::{BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
     generate::{EngineLimits, scheduler::StepLimits},
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::torch::describe;
+use crate::{adapter, torch::describe};
 
 /// Positions in a block of the cache.
 const BLOCK: usize = 16;
@@ -113,7 +113,8 @@ impl TorchGenerator {
             .collect();
         let cached: Vec<CachedRow<'_>> =
             std::iter::zip(&tokens, &slots).map(|(new, slots)| CachedRow { new, slots }).collect();
-        let batch = Batch::cached(&cached, self.device);
+        let adapters: Vec<Option<u64>> = rows.iter().map(|row| row.adapter.map(|id| id.0)).collect();
+        let batch = Batch::cached(&cached, self.device).with_adapters(&adapters);
         let few = tokens.iter().map(Vec::len).sum::<usize>() <= ONE_THREAD_TOKENS;
         athanor_torch::set_num_threads(if few { 1 } else { self.threads });
         let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.wants_logits).map(|(index, _)| index).collect();
@@ -169,6 +170,19 @@ impl GenerateBackend for TorchGenerator {
         // libtorch's errors are panics here. Weights are only read, and the cache's slots of these rows are written
         // again before they are read.
         catch_unwind(AssertUnwindSafe(|| self.compute(rows))).map_err(|panic| BackendError(describe(&*panic)))
+    }
+
+    fn load_adapter(&mut self, id: AdapterId, weights: AdapterWeights) -> Result<(), BackendError> {
+        let modules = adapter::tensors(&weights).map_err(BackendError)?;
+        // Memory of a GPU may be short.
+        let added = catch_unwind(AssertUnwindSafe(|| self.model.add_adapter(id.0, &modules)));
+        let added =
+            added.map_err(|panic| BackendError(describe(&*panic))).and_then(|added| added.map_err(BackendError));
+        added.inspect_err(|_| self.model.remove_adapter(id.0))
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) {
+        self.model.remove_adapter(id.0);
     }
 }
 

@@ -1,5 +1,7 @@
 //! `athanor-server`: fetches one model revision and answers for it over HTTP and gRPC.
 
+mod adapter;
+mod adapters;
 mod generate;
 mod load;
 mod packed;
@@ -11,7 +13,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use athanor_contract::{
-    process::{path, variable},
+    process::{file, path, variable},
     serve::ServeConfig,
 };
 use athanor_serving::{
@@ -27,6 +29,8 @@ use axum::{Router, extract::Request, extract::State, http::StatusCode, response:
 use clap::Parser;
 use tokio::sync::watch;
 use tower::ServiceExt;
+
+use crate::adapters::Adapters;
 
 /// Serves one revision of a model: JSON in OpenAI's shapes, and the Open Inference Protocol v2 over gRPC.
 #[derive(Parser)]
@@ -69,12 +73,19 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let listener = lifecycle::listen(&arguments.address, config.http_port).await?;
     servers.http(listener, Router::new().fallback(dispatch).with_state(app), None);
 
+    let loading = async {
+        let (service, folder) = fetch_and_load(&config, arguments.cache.as_deref()).await?;
+        let file = arguments.config.with_file_name(file::ADAPTERS);
+        let adapters = Adapters::start(service.clone(), config.adapters.clone(), file).await?;
+        anyhow::Ok((service, folder, adapters))
+    };
     let loaded = tokio::select! {
-        loaded = fetch_and_load(&config, arguments.cache.as_deref()) => loaded?,
+        loaded = loading => loaded?,
         () = shutdown.cancelled() => return Ok(()),
     };
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
-    let (service, _folder) = loaded;
+    let (service, _folder, adapters) = loaded;
+    tokio::spawn(adapters.run(shutdown.clone().cancelled_owned()));
     let _ = current.send_replace(openai::app(service.clone(), ops));
 
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -1,21 +1,25 @@
 //! The engine's backend for language models on a CPU without libtorch: packed weights of eight or four bits.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use athanor_contract::serve::{EngineConfig, Weights};
-use athanor_cpu::{Decoder, InstructionSet};
+use athanor_cpu::{Adapter, Decoder, InstructionSet};
 use athanor_models::packed::{self, Bits, PackOptions};
 use athanor_serving::engine::{
-    backend::{BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
     generate::sampling,
 };
 
-use crate::generate::{CACHE_MEMORY, SCORED_TOKENS};
+use crate::{
+    adapter,
+    generate::{CACHE_MEMORY, SCORED_TOKENS},
+};
 
 /// A packed decoder and the logits of its last step.
 pub struct PackedGenerator {
     decoder: Decoder,
     logits: Vec<f32>,
+    adapters: HashMap<AdapterId, Arc<Adapter>>,
 }
 
 impl PackedGenerator {
@@ -63,7 +67,7 @@ impl PackedGenerator {
             );
         }
         tracing::info!(?bits, ?instruction_set, threads, blocks, max_length, "language model packed");
-        Ok(Self { decoder, logits: Vec::new() })
+        Ok(Self { decoder, logits: Vec::new(), adapters: HashMap::new() })
     }
 }
 
@@ -80,8 +84,14 @@ impl GenerateBackend for PackedGenerator {
 
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         // A row's results do not depend on the other rows, so rows with targets are computed by themselves first.
-        let mut outputs = rows.iter().map(|row| self.scored(row)).collect::<Result<Vec<_>, _>>()?;
-        let others: Vec<athanor_cpu::Row<'_>> = rows.iter().filter(|row| row.targets.is_empty()).map(native).collect();
+        let adapters = rows.iter().map(|row| self.adapter(row)).collect::<Result<Vec<_>, _>>()?;
+        let rows_with_adapters = || std::iter::zip(rows, &adapters).map(|(row, adapter)| (row, adapter.as_deref()));
+        let mut outputs = Vec::with_capacity(rows.len());
+        for (row, adapter) in rows_with_adapters() {
+            outputs.push(self.scored(row, adapter)?);
+        }
+        let others = rows_with_adapters().filter(|(row, _)| row.targets.is_empty());
+        let others: Vec<athanor_cpu::Row<'_>> = others.map(|(row, adapter)| native(row, adapter)).collect();
         self.compute(&others)?;
         let vocabulary = self.decoder.config().vocabulary;
         let mut logits = self.logits.chunks_exact(vocabulary).map(<[f32]>::to_vec);
@@ -92,11 +102,27 @@ impl GenerateBackend for PackedGenerator {
         }
         Ok(outputs)
     }
+
+    fn load_adapter(&mut self, id: AdapterId, weights: AdapterWeights) -> Result<(), BackendError> {
+        let layers = adapter::layers(weights, self.decoder.layers()).map_err(BackendError)?;
+        let adapter = self.decoder.adapter(&layers).map_err(|error| BackendError(error.to_string()))?;
+        self.adapters.insert(id, Arc::new(adapter));
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) {
+        self.adapters.remove(&id);
+    }
 }
 
 impl PackedGenerator {
+    fn adapter(&self, row: &Row<'_>) -> Result<Option<Arc<Adapter>>, BackendError> {
+        let Some(id) = row.adapter else { return Ok(None) };
+        self.adapters.get(&id).cloned().map(Some).ok_or_else(|| BackendError(format!("there is no adapter {}", id.0)))
+    }
+
     /// Computes a row with targets, some tokens at a time, since each has logits. Nothing for another row.
-    fn scored(&mut self, row: &Row<'_>) -> Result<RowOutput, BackendError> {
+    fn scored(&mut self, row: &Row<'_>, adapter: Option<&Adapter>) -> Result<RowOutput, BackendError> {
         let mut output = RowOutput::default();
         if row.targets.is_empty() {
             return Ok(output);
@@ -105,7 +131,8 @@ impl PackedGenerator {
         let mut targets = row.targets.chunks(SCORED_TOKENS);
         for (index, tokens) in row.tokens.chunks(SCORED_TOKENS).enumerate() {
             let start = row.start + index * SCORED_TOKENS;
-            self.compute(&[athanor_cpu::Row { tokens, start, blocks: row.blocks, logits: tokens.len() }])?;
+            let logits = tokens.len();
+            self.compute(&[athanor_cpu::Row { tokens, start, blocks: row.blocks, logits, adapter }])?;
             let scores = std::iter::zip(targets.next().unwrap_or_default(), self.logits.chunks_exact(vocabulary));
             output.targets.extend(scores.map(|(&target, logits)| score(logits, target, row.top)));
         }
@@ -120,9 +147,9 @@ impl PackedGenerator {
     }
 }
 
-fn native<'a>(row: &Row<'a>) -> athanor_cpu::Row<'a> {
+fn native<'a>(row: &Row<'a>, adapter: Option<&'a Adapter>) -> athanor_cpu::Row<'a> {
     let Row { tokens, start, blocks, wants_logits, .. } = *row;
-    athanor_cpu::Row { tokens, start, blocks, logits: wants_logits.into() }
+    athanor_cpu::Row { tokens, start, blocks, logits: wants_logits.into(), adapter }
 }
 
 /// NaN where a logit is not finite, which the engine finds.

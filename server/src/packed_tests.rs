@@ -27,7 +27,7 @@ fn instruction_sets() -> Vec<InstructionSet> {
 }
 
 fn row<'a>(tokens: &'a [u32], start: usize, blocks: &'a [u32]) -> Row<'a> {
-    Row { tokens, start, blocks, wants_logits: true, targets: &[], top: 0 }
+    Row { tokens, start, blocks, wants_logits: true, targets: &[], top: 0, adapter: None }
 }
 
 /// Logits behind `tokens`, computed `chunk` tokens a step, stored in the blocks from `block` on.

@@ -13,6 +13,8 @@ use axum::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::info;
+
 /// Seconds, from a fast encoder call to a slow drain.
 const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 /// Between two counts of what histograms were given.
@@ -31,7 +33,9 @@ impl MetricsHandle {
     /// Prometheus text format.
     pub fn render(&self) -> String {
         self.0.run_upkeep();
-        self.0.render()
+        let mut text = self.0.render();
+        info::render(&mut text);
+        text
     }
 }
 

@@ -30,6 +30,29 @@ struct Layer {
   int64_t window;
 };
 
+// Sixteen outputs of a low-rank update: B as BF16 [count, 16], for the products with A from `first` on.
+struct LowRankTile {
+  const uint16_t* b;
+  int32_t first, count;
+};
+
+// What an adapter adds to the products of a matrix, scale * (x A^T) B^T. The ranks of a matrix' parts, such as queries,
+// keys and values, follow each other. See adapter.rs.
+struct LowRank {
+  // All ranks, rounded up to 16; 0: nothing is added.
+  int64_t rank;
+  // BF16 [rank / 16, inputs, 16].
+  const uint16_t* a;
+  // [rank].
+  const float* scales;
+  // One for each tile of the matrix.
+  const LowRankTile* tiles;
+};
+
+struct AdapterLayer {
+  LowRank qkv, output, gate_up, down;
+};
+
 struct Shape {
   int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim, vocabulary, max_length, blocks, threads;
   float eps;
@@ -41,6 +64,9 @@ struct Row {
   const uint32_t* blocks;
   // Last tokens whose logits are wanted.
   int64_t logits;
+  // One for each layer of the decoder; null: no adapter. `rank`: the largest of a matrix.
+  const AdapterLayer* adapter;
+  int64_t rank;
 };
 
 class Decoder {

@@ -29,11 +29,14 @@ class Decoder final : public athanor::Decoder, Machine {
   void step(const Row* rows, int64_t count, float* logits) override {
     tokens_.clear();
     wanted_.clear();
+    groups_.clear();
+    rank_ = 0;
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < rows[r].length; ++i) {
         if (i >= rows[r].length - rows[r].logits) wanted_.push_back(static_cast<int64_t>(tokens_.size()));
-        tokens_.push_back(Token{rows[r].tokens[i], rows[r].start + i, rows[r].blocks});
+        tokens_.push_back(Token{rows[r].tokens[i], rows[r].start + i, rows[r].blocks, rows[r].adapter});
       }
+      if (rows[r].adapter != nullptr) rank_ = std::max(rank_, rows[r].rank);
     }
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t c = shape_.hidden, d = shape_.head_dim;
@@ -45,6 +48,11 @@ class Decoder final : public athanor::Decoder, Machine {
     hidden_ = &rounded_hidden_.of(n, c);
     attended_ = &rounded_context_.of(n, shape_.heads * d);
     activated_ = &rounded_inner_.of(n, shape_.intermediate);
+    if (rank_ > 0) {
+      normed_.of(n * c);
+      low_.of(n * rank_);
+      group_tokens();
+    }
     scratch_.of(team_.threads() * scratch_size());
     scores_.of(team_.threads() * kQueries * capacity());
     logits_ = logits;
@@ -56,7 +64,15 @@ class Decoder final : public athanor::Decoder, Machine {
     uint32_t id;
     int64_t position;
     const uint32_t* blocks;
+    const AdapterLayer* adapter;
   };
+
+  // Tokens that follow each other and have the same adapter.
+  struct Group {
+    int64_t first, count;
+  };
+
+  using Part = LowRank AdapterLayer::*;
 
   static CacheShape cache_shape(const Shape& shape) {
     return CacheShape{shape.key_value_heads, shape.head_dim, (shape.head_dim + 15) / 16 * 16};
@@ -67,6 +83,64 @@ class Decoder final : public athanor::Decoder, Machine {
 
   int64_t capacity() const { return (shape_.max_length + kBlock - 1) / kBlock * kBlock; }
   int64_t scratch_size() const { return (std::max(shape_.hidden, shape_.heads * shape_.head_dim) + 63) / 16 * 16; }
+
+  // Few tokens are in groups of their own, so that every thread has some.
+  void group_tokens() {
+    const auto n = static_cast<int64_t>(tokens_.size());
+    const int64_t most = n >= 4 * team_.threads() ? kLowRows : 1;
+    for (int64_t t = 0; t < n;) {
+      int64_t end = t + 1;
+      while (end < n && end - t < most && tokens_[end].adapter == tokens_[t].adapter) ++end;
+      if (tokens_[t].adapter != nullptr) groups_.push_back(Group{t, end - t});
+      t = end;
+    }
+  }
+
+  // Number of pieces of `lower`; 0 without adapters.
+  int64_t low_pieces() const { return static_cast<int64_t>(groups_.size()) * (rank_ / kTile); }
+
+  // Products with A of a group's tokens, for sixteen ranks. `x`: [N, inputs].
+  void lower(Part part, int64_t layer, int64_t piece, const float* x, int64_t inputs) {
+    const int64_t tiles = rank_ / kTile, tile = piece % tiles;
+    const Group& group = groups_[piece / tiles];
+    const LowRank& m = tokens_[group.first].adapter[layer].*part;
+    if (tile * kTile >= m.rank) return;
+    const float* from = x + group.first * inputs;
+    float* to = low_.get() + group.first * rank_;
+    if (group.count == kLowRows) {
+      low_products<kLowRows>(m, tile, from, inputs, to, rank_);
+      return;
+    }
+    for (int64_t i = 0; i < group.count; ++i) low_products<1>(m, tile, from + i * inputs, inputs, to + i * rank_, rank_);
+  }
+
+  // Adds what their adapters add to a tile's products with R tokens from `row` on.
+  template <int R>
+  void adapt(Part part, int64_t layer, int64_t tile, int64_t row, f32x16* result) const {
+    const AdapterLayer* first = tokens_[row].adapter;
+    bool same = true;
+    for (int r = 1; r < R; ++r) same &= tokens_[row + r].adapter == first;
+    if (same) {
+      if (first != nullptr) raise<R>(first[layer].*part, tile, row, result);
+      return;
+    }
+    for (int r = 0; r < R; ++r) {
+      const AdapterLayer* adapter = tokens_[row + r].adapter;
+      if (adapter != nullptr) raise<1>(adapter[layer].*part, tile, row + r, result + r);
+    }
+  }
+
+  template <int R>
+  void raise(const LowRank& m, int64_t tile, int64_t row, f32x16* result) const {
+    if (m.rank > 0) add_low_rank<R>(m.tiles[tile], low_.get() + row * rank_, rank_, result);
+  }
+
+  // What is added to the products of a tile.
+  auto adapting(Part part, int64_t layer, int64_t tile) const {
+    return [this, part, layer, tile]<int R>(int64_t row, f32x16* result) {
+      if (rank_ > 0) adapt<R>(part, layer, tile, row, result);
+    };
+  }
 
   void compute(int thread) {
     const auto n = static_cast<int64_t>(tokens_.size());
@@ -104,17 +178,33 @@ class Decoder final : public athanor::Decoder, Machine {
     uint16_t* keys = keys_.of<uint16_t>() + index * shape_.blocks * cache_.key_block();
     uint16_t* values = values_.of<uint16_t>() + index * shape_.blocks * cache_.value_block();
 
-    const auto normalise = [&](const float* weight) {
+    const auto adapted = [&](Part part) {
+      return [this, part, index](int64_t tile) { return adapting(part, index, tile); };
+    };
+    const auto normalise = [&](const float* weight, Part part) {
       share(n, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-          rms_norm(x + t * c, weight, c, shape_.eps, scratch);
-          round_row(scratch, c, *hidden_, t);
+          float* y = rank_ > 0 ? normed_.get() + t * c : scratch;
+          rms_norm(x + t * c, weight, c, shape_.eps, y);
+          round_row(y, c, *hidden_, t);
+        }
+      });
+      if (rank_ > 0) share(low_pieces(), 1, [&](int64_t piece, int64_t) { lower(part, index, piece, normed_.get(), c); });
+    };
+    // Rounds what a product reads, [N, inputs], and computes its products with A.
+    const auto round = [&](const float* y, int64_t inputs, Rounded& to, Part part) {
+      share(n + low_pieces(), 1, [&](int64_t piece, int64_t) {
+        if (piece < n) {
+          round_row(y + piece * inputs, inputs, to, piece);
+        } else {
+          lower(part, index, piece - n, y, inputs);
         }
       });
     };
 
-    normalise(layer.input_norm);
-    multiply(layer.qkv, *hidden_, n, [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); });
+    normalise(layer.input_norm, &AdapterLayer::qkv);
+    multiply(layer.qkv, *hidden_, n, adapted(&AdapterLayer::qkv),
+             [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); });
     share(n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         float* row = qkv + t * width;
@@ -132,20 +222,17 @@ class Decoder final : public athanor::Decoder, Machine {
       }
     });
     attention(layer.window, keys, values, thread);
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) round_row(context_.get() + t * h * d, h * d, *attended_, t);
-    });
-    multiply(layer.output, *attended_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
-    normalise(layer.post_attention_norm);
-    gate_and_up(layer.gate_up, n);
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) round_row(inner_.get() + t * inner, inner, *activated_, t);
-    });
-    multiply(layer.down, *activated_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
+    const auto add_to_x = [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); };
+    round(context_.get(), h * d, *attended_, &AdapterLayer::output);
+    multiply(layer.output, *attended_, n, adapted(&AdapterLayer::output), add_to_x);
+    normalise(layer.post_attention_norm, &AdapterLayer::gate_up);
+    gate_and_up(layer.gate_up, n, index);
+    round(inner_.get(), inner, *activated_, &AdapterLayer::down);
+    multiply(layer.down, *activated_, n, adapted(&AdapterLayer::down), add_to_x);
   }
 
   // Tiles of gate and up take turns in their matrix, so that silu(gate) * up needs no memory between.
-  void gate_and_up(const Matrix& m, int64_t rows) {
+  void gate_and_up(const Matrix& m, int64_t rows, int64_t layer) {
     const int64_t pairs = m.count() / 2, inner = shape_.intermediate;
     const int64_t piece = std::max<int64_t>(1, pairs / (team_.threads() * 4));
     // Rows whose gates wait for their ups.
@@ -155,8 +242,10 @@ class Decoder final : public athanor::Decoder, Machine {
       for (int64_t pair = begin; pair < end; ++pair) {
         for (int64_t first = 0; first < rows; first += kPart) {
           const int64_t count = std::min(kPart, rows - first);
-          tile_of_rows(m, pair * 2, *hidden_, first, count, [&](int64_t row, f32x16 y) { gates[row - first] = y; });
-          tile_of_rows(m, pair * 2 + 1, *hidden_, first, count, [&](int64_t row, f32x16 y) {
+          const auto gate_adapter = adapting(&AdapterLayer::gate_up, layer, pair * 2);
+          adapted_tile_of_rows(m, pair * 2, *hidden_, first, count, gate_adapter, [&](int64_t row, f32x16 y) { gates[row - first] = y; });
+          const auto up_adapter = adapting(&AdapterLayer::gate_up, layer, pair * 2 + 1);
+          adapted_tile_of_rows(m, pair * 2 + 1, *hidden_, first, count, up_adapter, [&](int64_t row, f32x16 y) {
             const f32x16 gate = gates[row - first];
             put(inner_.get() + row * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * y);
           });
@@ -221,7 +310,12 @@ class Decoder final : public athanor::Decoder, Machine {
   Zeros keys_, values_;
   std::vector<Token> tokens_;
   std::vector<int64_t> wanted_;
+  std::vector<Group> groups_;
+  // The largest rank of the step's adapters; 0 without adapters.
+  int64_t rank_ = 0;
   Buffer<float> x_, angles_, qkv_, context_, inner_, scratch_, scores_;
+  // Of a step with adapters: normalised hidden states [N, C], and products with A [N, rank].
+  Buffer<float> normed_, low_;
   RoundedBuffer rounded_hidden_, rounded_context_, rounded_inner_;
   Rounded *hidden_ = nullptr, *attended_ = nullptr, *activated_ = nullptr;
   float* logits_ = nullptr;

@@ -19,6 +19,7 @@ namespace {
 #include "product.hpp"
 #include "machine.hpp"
 #include "attention.hpp"
+#include "adapter.hpp"
 #include "decoder.hpp"
 #include "encoder.hpp"
 }  // namespace

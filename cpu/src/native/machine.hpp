@@ -84,15 +84,22 @@ class Machine {
     team_.barrier();
   }
 
-  // Products of all rows, a few tiles at a time: few enough that the threads end together.
-  template <typename Each>
-  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
+  // Products of all rows, a few tiles at a time: few enough that the threads end together. `adapt(tile)`: what is added
+  // to a tile's products, see `adapted_tile_of_rows`.
+  template <typename Adapt, typename Each>
+  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Adapt adapt, Each each) {
     const int64_t piece = std::max<int64_t>(1, m.count() / (team_.threads() * 4));
     share(m.count(), piece, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
-        tile_of_rows(m, tile, x, 0, rows, [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
+        adapted_tile_of_rows(m, tile, x, 0, rows, adapt(tile), [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
       }
     });
+  }
+
+  // The same without what is added.
+  template <typename Each>
+  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
+    multiply(m, x, rows, [](int64_t) { return []<int R>(int64_t, f32x16*) {}; }, each);
   }
 
   static void put(float* to, int64_t at, int64_t size, f32x16 y) {

@@ -196,30 +196,32 @@ static inline void tile_rows(const Matrix& matrix, int64_t tile, const Rounded& 
   }
 }
 
-// Calls `each(row, values)` for the tile's products with `count` rows from `first` on; the bias is added.
-template <typename Each>
-static inline void tile_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Each each) {
+// Calls `each(row, values)` for the tile's products with `count` rows from `first` on. The bias is added, and then what
+// `adapt.template operator()<R>(row, values)` adds to R rows.
+template <typename Adapt, typename Each>
+static inline void adapted_tile_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Adapt adapt,
+                                        Each each) {
   f32x16 result[kRows];
   int64_t row = first;
   const int64_t end = first + count;
-  for (; row + kRows <= end; row += kRows) {
-    tile_rows<kRows>(matrix, tile, x, row, result);
-    for (int r = 0; r < kRows; ++r) each(row + r, result[r]);
-  }
+  const auto rows = [&]<int R>() {
+    tile_rows<R>(matrix, tile, x, row, result);
+    adapt.template operator()<R>(row, result);
+    for (int r = 0; r < R; ++r) each(row + r, result[r]);
+    row += R;
+  };
+  while (row + kRows <= end) rows.template operator()<kRows>();
   if constexpr (kRows > 4) {
-    for (; row + 4 <= end; row += 4) {
-      tile_rows<4>(matrix, tile, x, row, result);
-      for (int r = 0; r < 4; ++r) each(row + r, result[r]);
-    }
+    while (row + 4 <= end) rows.template operator()<4>();
   }
   if constexpr (kRows > 2) {
-    for (; row + 2 <= end; row += 2) {
-      tile_rows<2>(matrix, tile, x, row, result);
-      for (int r = 0; r < 2; ++r) each(row + r, result[r]);
-    }
+    while (row + 2 <= end) rows.template operator()<2>();
   }
-  for (; row < end; ++row) {
-    tile_rows<1>(matrix, tile, x, row, result);
-    each(row, result[0]);
-  }
+  while (row < end) rows.template operator()<1>();
+}
+
+// The same without what is added.
+template <typename Each>
+static inline void tile_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Each each) {
+  adapted_tile_of_rows(matrix, tile, x, first, count, []<int R>(int64_t, f32x16*) {}, each);
 }

@@ -146,13 +146,13 @@ impl Layer {
     ) -> Tensor {
         let probability = |p: f64| if train { p } else { 0.0 };
         let n = x.size()[0];
-        let joined = self.c_attn.forward(&self.ln_1.forward(x), train).view([n, 3, config.n_head, -1]);
+        let joined = self.c_attn.forward(&self.ln_1.forward(x), batch, train).view([n, 3, config.n_head, -1]);
         let [query, key, value] = [0, 1, 2].map(|part| joined.select(1, part));
         let attention = Attention { layer: index, window: None, dropout: probability(config.attn_pdrop) };
         let context = attention.forward(&query, &key, &value, batch, cache);
-        let x = x + drop(&self.attn_c_proj.forward(&context, train), probability(config.resid_pdrop));
-        let inner = self.c_fc.forward(&self.ln_2.forward(&x), train).gelu("tanh");
-        &x + drop(&self.mlp_c_proj.forward(&inner, train), probability(config.resid_pdrop))
+        let x = x + drop(&self.attn_c_proj.forward(&context, batch, train), probability(config.resid_pdrop));
+        let inner = self.c_fc.forward(&self.ln_2.forward(&x), batch, train).gelu("tanh");
+        &x + drop(&self.mlp_c_proj.forward(&inner, batch, train), probability(config.resid_pdrop))
     }
 }
 

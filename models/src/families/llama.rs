@@ -231,7 +231,7 @@ impl Layer {
         (d, train): (i64, bool),
     ) -> Tensor {
         let normed = self.input_norm.forward(x);
-        let heads = |projection: &Projection| projection.forward(&normed, train).view([x.size()[0], -1, d]);
+        let heads = |projection: &Projection| projection.forward(&normed, batch, train).view([x.size()[0], -1, d]);
         let normalised = |norm: &Option<RmsNorm>, x: Tensor| match norm {
             Some(norm) => norm.forward(&x),
             None => x,
@@ -240,10 +240,10 @@ impl Layer {
         let key = rotate(&normalised(&self.key_norm, heads(&self.key)), angles);
         let attention = Attention { dropout: if train { self.attention.dropout } else { 0.0 }, ..self.attention };
         let context = attention.forward(&query, &key, &heads(&self.value), batch, cache);
-        let x = x + self.output.forward(&context, train);
+        let x = x + self.output.forward(&context, batch, train);
         let normed = self.post_attention_norm.forward(&x);
-        let inner = self.gate.forward(&normed, train).silu() * self.up.forward(&normed, train);
-        &x + self.down.forward(&inner, train)
+        let inner = self.gate.forward(&normed, batch, train).silu() * self.up.forward(&normed, batch, train);
+        &x + self.down.forward(&inner, batch, train)
     }
 
     fn projections_mut(&mut self) -> [&mut Projection; 7] {

@@ -1,12 +1,14 @@
 //! A projection with an optional bias and an optional low-rank adapter.
 
+use std::collections::BTreeMap;
+
 use tch::{Kind, Tensor};
 
 use super::{
     dropout::drop,
     packed::{Packed, Packing},
 };
-use crate::load::LoadError;
+use crate::{batch::Batch, load::LoadError};
 
 /// The low-rank adapter of a projection: `scaling * x A^T B^T`.
 pub struct Adapter {
@@ -27,15 +29,23 @@ pub struct Projection {
     pub bias: Option<Tensor>,
     /// GPT-2's Conv1D stores its matrix as [inputs, outputs].
     pub transposed: bool,
+    /// The adapter that trains, or is merged.
     pub adapter: Option<Adapter>,
+    /// A [rank, inputs] and scaled B [outputs, rank] of the adapters that rows of a batch may have, for inference.
+    row_adapters: BTreeMap<u64, (Tensor, Tensor)>,
     /// Instead of the weight, for inference.
     packed: Option<Packed>,
+    inputs: i64,
+    outputs: i64,
 }
 
 impl Projection {
     /// A projection without an adapter; see the fields.
     pub fn new(name: &str, weight: Tensor, bias: Option<Tensor>, transposed: bool) -> Self {
-        Self { name: name.to_owned(), weight, bias, transposed, adapter: None, packed: None }
+        let (rows, columns) = (weight.size()[0], weight.size()[1]);
+        let (outputs, inputs) = if transposed { (columns, rows) } else { (rows, columns) };
+        let (row_adapters, adapter, packed) = (BTreeMap::new(), None, None);
+        Self { name: name.to_owned(), weight, bias, transposed, adapter, row_adapters, packed, inputs, outputs }
     }
 
     /// Lays the weight, with its adapter, out as the CPU multiplies fastest, and drops it: the projection only infers
@@ -57,15 +67,35 @@ impl Projection {
     }
 
     pub fn inputs(&self) -> i64 {
-        self.weight.size()[usize::from(!self.transposed)]
+        self.inputs
     }
 
     pub fn outputs(&self) -> i64 {
-        self.weight.size()[usize::from(self.transposed)]
+        self.outputs
     }
 
-    /// [N, inputs] to [N, outputs].
-    pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+    /// Adds an adapter for the rows that name it. `a` [rank, inputs], `b` [outputs, rank] with the scale.
+    pub(crate) fn add_row_adapter(&mut self, id: u64, a: Tensor, b: Tensor) {
+        self.row_adapters.insert(id, (a, b));
+    }
+
+    pub(crate) fn remove_row_adapter(&mut self, id: u64) {
+        self.row_adapters.remove(&id);
+    }
+
+    /// [N, inputs] to [N, outputs], with the adapters of the batch's rows.
+    pub fn forward(&self, x: &Tensor, batch: &Batch, train: bool) -> Tensor {
+        let mut y = self.product(x, train);
+        for (id, rows) in batch.adapted() {
+            let Some((a, b)) = self.row_adapters.get(id) else { continue };
+            let x = x.index_select(0, rows).to_kind(a.kind());
+            let delta = x.linear(a, None::<&Tensor>).linear(b, None::<&Tensor>);
+            let _ = y.index_add_(0, rows, &delta.to_kind(y.kind()));
+        }
+        y
+    }
+
+    fn product(&self, x: &Tensor, train: bool) -> Tensor {
         if let Some(packed) = &self.packed {
             return packed.product(x);
         }

@@ -28,6 +28,40 @@ pub trait GenerateBackend: Send + 'static {
     ///
     /// An error fails every request of the step; the engine continues with the others.
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError>;
+
+    /// Takes an adapter, which rows name by `id` from now on. Called between steps.
+    ///
+    /// # Errors
+    /// The adapter does not fit the model, or the model takes no adapters.
+    fn load_adapter(&mut self, _id: AdapterId, _adapter: AdapterWeights) -> Result<(), BackendError> {
+        Err(BackendError("this model takes no adapters".into()))
+    }
+
+    /// Drops an adapter, which no later row names. An unknown one is ignored.
+    fn unload_adapter(&mut self, _id: AdapterId) {}
+}
+
+/// Identity of an adapter within an engine. Never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AdapterId(pub u64);
+
+/// A low-rank adapter (LoRA): what is added to the products of some linear layers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AdapterWeights {
+    pub modules: Vec<LowRank>,
+}
+
+/// The update of one linear layer, `scale * (x A^T) B^T`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LowRank {
+    /// Name of the layer in the model, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    pub rank: usize,
+    /// A, [rank, inputs].
+    pub a: Vec<f32>,
+    /// B, [outputs, rank].
+    pub b: Vec<f32>,
+    pub scale: f32,
 }
 
 /// Sizes of a generating model and of its cache.
@@ -57,6 +91,8 @@ pub struct Row<'a> {
     pub targets: &'a [u32],
     /// Number of most probable tokens to report in the place of each target.
     pub top: usize,
+    /// Adapter of the sequence. Absent: the model's own weights.
+    pub adapter: Option<AdapterId>,
 }
 
 /// What a step returns for a row.

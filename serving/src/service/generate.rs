@@ -8,6 +8,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
+    adapters::Adapters,
     answer::{Answer, Echo, TokenLogprob},
     calls::{CallFormat, prompt, shows_functions},
     error::ServiceError,
@@ -19,7 +20,7 @@ use super::{
     tokenizing::{Tokenizing, most_bytes},
 };
 use crate::engine::generate::{
-    Engine, GenerateError, GenerateRequest, Load,
+    Adapter, Engine, GenerateError, GenerateRequest, Load,
     sampling::Sampling,
     sequence::{FinishReason, Stopping},
 };
@@ -36,6 +37,7 @@ pub struct Generator {
     /// Whether the chat template shows functions; otherwise they are written into the messages.
     shows_functions: bool,
     engine: Engine,
+    adapters: Adapters,
 }
 
 /// What is continued.
@@ -58,6 +60,8 @@ pub struct Generation {
     pub stop: Vec<String>,
     /// Largest number of tokens of an answer. Absent: what the prompt leaves of the context.
     pub max_tokens: Option<usize>,
+    /// Absent: the model's own weights.
+    pub adapter: Option<Adapter>,
 }
 
 /// What a conversation's answer may be besides text.
@@ -95,12 +99,16 @@ impl Generator {
         let call_format = CallFormat::of(&template, |text| tokenizer.has_token(text));
         let shows_functions = shows_functions(&template);
         let grammars = Grammars::new(tokenizer.clone(), engine.vocabulary(), stop_tokens.clone());
-        let tokenizing = Tokenizing::default();
-        Self { limits, tokenizer, tokenizing, stop_tokens, grammars, call_format, shows_functions, engine }
+        let (tokenizing, adapters) = (Tokenizing::default(), Adapters::new(engine.clone()));
+        Self { limits, tokenizer, tokenizing, stop_tokens, grammars, call_format, shows_functions, engine, adapters }
     }
 
     pub(super) fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    pub(super) fn adapters(&self) -> &Adapters {
+        &self.adapters
     }
 
     pub(super) fn vocabulary(&self) -> Arc<dyn Vocabulary> {
@@ -230,12 +238,14 @@ impl Generator {
                 stopping,
                 constraint: constraint.clone(),
                 prompt_logprobs: prompt_logprobs.filter(|_| options.echo),
+                adapter: request.adapter.clone(),
             };
             let submitted = self.engine.submit(&mut places, sequences)?;
             for (index, choice) in submitted.into_iter().enumerate() {
                 let stop = StopStrings::new(request.stop.clone());
                 let counted = if index == 0 { tokens } else { 0 };
-                let meter = Meter::new(operation, self.engine.model().clone(), counted);
+                let model = request.adapter.as_ref().map_or(self.engine.model(), Adapter::name);
+                let meter = Meter::new(operation, model.clone(), counted);
                 let (tokenizer, stop_tokens) = (self.tokenizer.clone(), self.stop_tokens.clone());
                 let answer = Answer::new(choice, tokenizer, stop_tokens, stop, deadline, meter);
                 answers.push(answer.reporting(logprobs.is_some(), index == 0).echoing(echo.clone()));
@@ -300,6 +310,7 @@ impl Generator {
                     sampling: Sampling { temperature: 0.0, ..Sampling::default() },
                     stop: Vec::new(),
                     max_tokens: Some(4.min(self.max_length().saturating_sub(words)).max(1)),
+                    adapter: None,
                 })
                 .await?;
             answers.complete().await?;

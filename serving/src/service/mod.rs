@@ -4,10 +4,12 @@
 //! - [`embed`]: texts or token ids in, vectors out;
 //! - [`generate`]: a conversation or a prompt in, text out, piece by piece ([`answer`], [`stop`], [`mod@tokenize`]);
 //! - [`grammar`]: JSON of a schema and other formats that an answer must have;
-//! - [`calls`]: calls of functions in an answer.
+//! - [`calls`]: calls of functions in an answer;
+//! - [`adapters`] of a language model; [`select`]: which of them, or which model, answers a request.
 //!
 //! Each holds the limits of one request and the order of the steps; wire formats belong to [`crate::api`].
 
+pub mod adapters;
 pub mod answer;
 pub mod calls;
 pub mod classify;
@@ -17,6 +19,7 @@ pub mod generate;
 pub mod grammar;
 mod inputs;
 mod meter;
+pub mod select;
 pub mod stop;
 pub mod tokenize;
 mod tokenizing;
@@ -31,11 +34,13 @@ use athanor_contract::serve::{ServeConfig, ServeLimits};
 use self::tokenizing::Tokenizing;
 
 pub use self::{
+    adapters::AdapterError,
     classify::{Classification, Classified, Classifier},
     embed::Embedder,
     error::{GrammarError, ServiceError},
     generate::Generator,
     inputs::{Inputs, Tokenize},
+    select::Selection,
     tokenize::{ChatTokenize, StreamDecode, Vocabulary},
 };
 
@@ -79,15 +84,9 @@ impl Service {
         }
     }
 
-    /// Absent and this model's own name are accepted.
+    /// Absent, this model's own name and the names of its adapters are accepted.
     pub fn check_model(&self, asked: Option<&str>) -> Result<(), ServiceError> {
-        match asked {
-            Some(asked) if asked != self.model_name => Err(ServiceError::UnknownModel {
-                asked: asked.chars().take(256).collect(),
-                known: self.model_name.clone(),
-            }),
-            _ => Ok(()),
-        }
+        self.named(asked).map(drop)
     }
 
     pub fn classifier(&self) -> Result<&Classifier, ServiceError> {

@@ -1,6 +1,11 @@
 //! Holding a model.
 
-use std::sync::{Mutex, atomic::AtomicUsize};
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, atomic::AtomicUsize},
+};
+
+use crate::engine::backend::AdapterId;
 
 /// What holds the model, and the batches that have come to it.
 #[derive(Default)]
@@ -9,4 +14,6 @@ pub struct Gate {
     pub batches: AtomicUsize,
     /// Texts and conversations that were tokenised.
     pub tokenised: AtomicUsize,
+    /// Adapters that the model has.
+    pub adapters: Mutex<BTreeSet<AdapterId>>,
 }

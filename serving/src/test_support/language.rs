@@ -1,8 +1,12 @@
-//! A language model by a rule: it answers what stands between the last `[` and the `]` behind it in its prompt.
+//! A language model by a rule: it answers what stands between the last `[` and the `]` behind it in its prompt. Its
+//! adapters have one module, `shout`, and answer in capital letters.
 //!
 //! A token is a byte. A prompt ends with [`BEGIN`], an answer with [`END`].
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, PoisonError, atomic::Ordering},
+};
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
 use serde_json::Value;
@@ -10,7 +14,7 @@ use serde_json::Value;
 use super::gate::Gate;
 use crate::{
     engine::{
-        backend::{BackendError, GenerateBackend, GenerateLimits, Row, RowOutput},
+        backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Row, RowOutput},
         generate::{Engine, EngineLimits, sampling::logprobs, scheduler::StepLimits},
     },
     service::{ChatTokenize, Generator, Model, Service, ServiceError, StreamDecode, Vocabulary},
@@ -123,7 +127,8 @@ impl StreamDecode for Text {
 /// Fails where it would say `!`, and has logits that are not finite where it would say `?`.
 struct Rule {
     limits: GenerateLimits,
-    slots: Vec<u32>,
+    /// Token and adapter of each slot.
+    slots: Vec<(u32, Option<AdapterId>)>,
     gate: Arc<Gate>,
 }
 
@@ -142,19 +147,43 @@ impl GenerateBackend for Rule {
         self.limits
     }
 
+    fn load_adapter(&mut self, id: AdapterId, adapter: AdapterWeights) -> Result<(), BackendError> {
+        match adapter.modules.as_slice() {
+            [module] if module.module == "shout" => {
+                self.gate.adapters.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+                Ok(())
+            }
+            modules => Err(BackendError(format!("{} modules; one with the name shout is expected", modules.len()))),
+        }
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) {
+        self.gate.adapters.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         self.gate.batches.fetch_add(1, Ordering::SeqCst);
         let _gate = self.gate.lock.lock().map_err(|error| BackendError(error.to_string()))?;
         let size = self.limits.block_size;
         let slot = |row: &Row<'_>, place: usize| row.blocks[place / size] as usize * size + place % size;
+        let loaded: BTreeSet<AdapterId> = self.gate.adapters.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for row in rows {
+            if row.adapter.is_some_and(|id| !loaded.contains(&id)) {
+                return Err(BackendError("the adapter is gone".into()));
+            }
             for (index, &token) in row.tokens.iter().enumerate() {
-                self.slots[slot(row, row.start + index)] = token;
+                self.slots[slot(row, row.start + index)] = (token, row.adapter);
+            }
+            if (0..row.start).any(|place| self.slots[slot(row, place)].1 != row.adapter) {
+                return Err(BackendError("a block of another adapter".into()));
             }
         }
         let behind = |row: &Row<'_>, end: usize| {
-            let prefix: Vec<u32> = (0..end).map(|place| self.slots[slot(row, place)]).collect();
-            let next = Self::next(&prefix);
+            let prefix: Vec<u32> = (0..end).map(|place| self.slots[slot(row, place)].0).collect();
+            let next = match u8::try_from(Self::next(&prefix)) {
+                Ok(byte) if row.adapter.is_some() => u32::from(byte.to_ascii_uppercase()),
+                _ => Self::next(&prefix),
+            };
             let mut logits = vec![0.0; VOCABULARY];
             logits[next as usize] = if next == u32::from(b'?') { f32::NAN } else { 10.0 };
             logits[next as usize + 1] = 5.0;
@@ -194,10 +223,11 @@ pub fn language_model_with_template(limits: ServeLimits, template: &'static str)
         grpc_port: 0,
         limits,
         engine: Default::default(),
+        adapters: Vec::new(),
     };
     let gate = Arc::<Gate>::default();
     let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };
-    let backend = Rule { limits: sizes, slots: vec![0; sizes.blocks * sizes.block_size], gate: gate.clone() };
+    let backend = Rule { limits: sizes, slots: vec![(0, None); sizes.blocks * sizes.block_size], gate: gate.clone() };
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
     let engine =
         Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }, "writer").expect("a thread starts");

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     engine::generate::sequence::FinishReason,
     service::{
-        Service,
+        Selection, Service,
         answer::{Piece, TokenLogprob},
         calls::parse::{CallParser, Part, Reading},
         generate::{Completed, Generation, Prompt},
@@ -32,11 +32,12 @@ use crate::{
 
 pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
     let generator = service.generator()?;
+    let revision = request.extensions().get().cloned();
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
     let Asked { structure, reading } = structure::take(&mut fields, generator.call_format())?;
     let mut options = Options::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
-    service.check_model(options.model.as_deref())?;
+    let selection = service.select(options.model.as_deref(), revision)?;
     options.sampling.logprobs = logprobs(&mut fields)?;
     refuse_unsupported(&mut fields)?;
     let messages = messages(fields.require("messages")?)?;
@@ -47,6 +48,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
         sampling: options.sampling,
         stop: options.stop,
         max_tokens: options.max_tokens,
+        adapter: selection.adapter.clone(),
     };
     let answers = match generator.generate_structured(generation, structure).await {
         Ok(answers) => answers,
@@ -55,7 +57,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
             return Err(structure::refused(error, functions, generator).await);
         }
     };
-    let format = Chat::new(&service, reading);
+    let format = Chat::new(selection, reading);
     if options.stream {
         return Ok(sse::stream(answers, format, options.includes_usage));
     }
@@ -192,12 +194,12 @@ impl Reader {
 }
 
 impl Chat {
-    fn new(service: &Service, reading: Option<Reading>) -> Self {
+    fn new(selection: Selection, reading: Option<Reading>) -> Self {
         Self {
             id: format!("chatcmpl-{}", uuid::Uuid::now_v7().simple()),
             created: jiff::Timestamp::now().as_second(),
-            model: service.model_name.clone(),
-            revision: service.revision.clone(),
+            model: selection.model,
+            revision: selection.revision,
             reading,
             readers: HashMap::new(),
         }

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     engine::generate::sampling::MOST_ALTERNATIVES,
     service::{
-        Service,
+        Selection, Service,
         answer::{Piece, TokenLogprob},
         generate::{Completed, Generation, Prompt, TextOptions, best},
     },
@@ -28,6 +28,7 @@ use crate::{
 
 pub async fn completions(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
     let generator = service.generator()?;
+    let revision = request.extensions().get().cloned();
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
     let echo = fields.take::<bool>("echo")?.unwrap_or(false);
@@ -37,7 +38,7 @@ pub async fn completions(State(service): State<Arc<Service>>, request: Request) 
     if asks_for_nothing {
         options.max_tokens = Some(0);
     }
-    service.check_model(options.model.as_deref())?;
+    let selection = service.select(options.model.as_deref(), revision)?;
     options.sampling.logprobs = logprobs(&mut fields)?;
     refuse_unsupported(&mut fields)?;
     if fields.take_value("suffix").is_some_and(|suffix| asks(&suffix)) {
@@ -52,10 +53,11 @@ pub async fn completions(State(service): State<Arc<Service>>, request: Request) 
         sampling: options.sampling,
         stop: options.stop,
         max_tokens: options.max_tokens,
+        adapter: selection.adapter.clone(),
     };
     let answers = generator.generate_text(generation, text).await;
     let answers = answers.map_err(|error| ApiError::of_field(error, "prompt"))?;
-    let format = Text::new(&service);
+    let format = Text::new(selection);
     if options.stream {
         return Ok(sse::stream(answers, format, options.includes_usage));
     }
@@ -101,12 +103,12 @@ struct Text {
 }
 
 impl Text {
-    fn new(service: &Service) -> Self {
+    fn new(selection: Selection) -> Self {
         Self {
             id: format!("cmpl-{}", uuid::Uuid::now_v7().simple()),
             created: jiff::Timestamp::now().as_second(),
-            model: service.model_name.clone(),
-            revision: service.revision.clone(),
+            model: selection.model,
+            revision: selection.revision,
         }
     }
 

@@ -157,7 +157,7 @@ impl From<GenerateError> for ApiError {
             }
             // The grammar is the client's.
             GenerateError::Constraint(_) => Self::new(StatusCode::BAD_REQUEST, "constraint_failed", message),
-            GenerateError::Logits(_) | GenerateError::Backend(_) => {
+            GenerateError::Logits(_) | GenerateError::Backend(_) | GenerateError::Adapter(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
             }
             GenerateError::TimedOut { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, "request_timeout", message),

@@ -364,7 +364,7 @@ async fn a_seed_gives_the_same_text_and_none_another_one() {
 }
 
 /// Holds the gate until the sender is dropped.
-async fn hold(gate: Arc<Gate>) -> std::sync::mpsc::Sender<()> {
+pub(super) async fn hold(gate: Arc<Gate>) -> std::sync::mpsc::Sender<()> {
     let (release, held) = std::sync::mpsc::channel::<()>();
     let (locked, is_locked) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {

@@ -4,6 +4,8 @@
 //! Each error has OpenAI's body and names the field; every answer, errors and unknown paths included, carries the request's id and
 //! the revision. No authentication: that is the gateway's.
 
+#[cfg(test)]
+mod adapters_tests;
 pub mod body;
 mod chat;
 mod classify;
@@ -44,7 +46,7 @@ use std::{sync::Arc, time::Instant};
 use axum::{
     Router,
     extract::{MatchedPath, Request, State},
-    http::StatusCode,
+    http::{HeaderValue, StatusCode},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
@@ -57,6 +59,7 @@ pub use error::{ApiError, ErrorBody, ErrorDetail};
 
 use crate::{
     api::{headers, observe},
+    engine::generate::Adapter,
     service::Service,
 };
 
@@ -95,15 +98,23 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
     let route = request.extensions().get::<MatchedPath>().map_or("other", |path| path.as_str()).to_owned();
     let id = headers::request_id(request.headers());
     request.headers_mut().insert(headers::REQUEST_ID, id.clone());
-    let (text, revision) = (id.to_str().unwrap_or_default(), &service.revision);
+    let adapter = match chosen_adapter(&service, &request, &route) {
+        Ok(adapter) => adapter,
+        Err(error) => return answered(error.into_response(), (route.as_str(), started), id, &service.revision),
+    };
+    let revision = adapter.as_ref().map_or(service.revision.clone(), |adapter| adapter.name().to_string());
+    if let Some(adapter) = adapter {
+        request.extensions_mut().insert(adapter);
+    }
+    let text = id.to_str().unwrap_or_default();
     let span = match route.as_str() {
-        paths::CLASSIFY => Some(observe::classification(text, revision, request.headers())),
+        paths::CLASSIFY => Some(observe::classification(text, &revision, request.headers())),
         paths::EMBEDDINGS | paths::RERANK | paths::CHAT | paths::COMPLETIONS | paths::RESPONSES => {
-            Some(observe::generation(&route, text, revision, request.headers()))
+            Some(observe::generation(&route, text, &revision, request.headers()))
         }
         _ => None,
     };
-    let mut response = match span {
+    let response = match span {
         Some(span) => {
             let response = next.run(request).instrument(span.clone()).await;
             if response.status().is_server_error() {
@@ -113,13 +124,29 @@ async fn around(State(service): State<Arc<Service>>, mut request: Request, next:
         }
         None => next.run(request).await,
     };
+    answered(response, (route.as_str(), started), id, &revision)
+}
+
+/// The adapter that a request's header names.
+fn chosen_adapter(service: &Service, request: &Request, route: &str) -> Result<Option<Adapter>, ApiError> {
+    let Some(name) = request.headers().get(headers::ADAPTER).filter(|_| route.starts_with("/v1/")) else {
+        return Ok(None);
+    };
+    service.adapter(name.to_str().unwrap_or_default()).map(Some).ok_or_else(|| {
+        let message = format!("{}: there is no adapter {name:?} here", headers::ADAPTER);
+        ApiError::new(StatusCode::NOT_FOUND, "model_not_found", message)
+    })
+}
+
+/// Measures an answer and adds the headers that each has.
+fn answered(mut response: Response, (route, started): (&str, Instant), id: HeaderValue, revision: &str) -> Response {
     let code = response.status().as_str().to_owned();
     if route.starts_with("/v1/") || route == "other" {
-        observe::timed(&route, started);
+        observe::timed(route, started);
     }
-    observe::counted(&route, code);
+    observe::counted(route, code);
     response.headers_mut().insert(headers::REQUEST_ID, id);
-    response.headers_mut().insert(headers::REVISION, headers::text(&service.revision));
+    response.headers_mut().insert(headers::REVISION, headers::text(revision));
     response
 }
 

@@ -11,23 +11,27 @@ use super::{
     error::ApiError,
     types::{Model, ModelList},
 };
-use crate::service::Service;
+use crate::{engine::generate::Adapter, service::Service};
 
 pub async fn models(State(service): State<Arc<Service>>) -> Json<ModelList> {
-    Json(ModelList { object: "list".into(), data: vec![describe(&service)] })
+    let adapters = service.adapters();
+    let data = std::iter::once(None).chain(adapters.iter().map(Some)).map(|adapter| describe(&service, adapter));
+    Json(ModelList { object: "list".into(), data: data.collect() })
 }
 
 pub async fn model(State(service): State<Arc<Service>>, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
-    service.check_model(Some(&name))?;
-    Ok(Json(describe(&service)))
+    let selection = service.select(Some(&name), None)?;
+    Ok(Json(describe(&service, selection.adapter.as_ref())))
 }
 
-fn describe(service: &Service) -> Model {
+/// The model, or an adapter of it.
+fn describe(service: &Service, adapter: Option<&Adapter>) -> Model {
     Model {
-        id: service.model_name.clone(),
+        id: adapter.map_or(service.model_name.clone(), |adapter| adapter.name().to_string()),
         object: "model".into(),
-        created: service.created,
+        created: adapter.map_or(service.created, Adapter::created),
         owned_by: "athanor".into(),
+        parent: adapter.map(|_| service.model_name.clone()),
         labels: service.labels().to_vec(),
         max_model_len: service.max_length(),
     }

@@ -114,6 +114,9 @@ pub struct Model {
     /// Seconds since the epoch.
     pub created: i64,
     pub owned_by: String,
+    /// Extension, as at vLLM: the model that this adapter belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
     /// Extension: the labels of a classifier, in the order of its probabilities.
     #[serde(default)]
     pub labels: Vec<String>,

@@ -7,13 +7,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-/// Identity of the content of a full block, hence of the whole prefix up to its end. Never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Prefix(u64);
+use crate::engine::backend::AdapterId;
 
-impl Prefix {
-    /// The prefix without tokens.
-    pub const EMPTY: Self = Self(0);
+/// Identity of a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Prefix {
+    /// The prefix without tokens. Keys and values depend on the adapter, so each adapter has prefixes of its own.
+    Empty(Option<AdapterId>),
+    /// Content of a full block, hence the whole prefix up to its end. Never reused.
+    Block(u64),
 }
 
 #[derive(Debug)]
@@ -95,9 +97,11 @@ impl Blocks {
 
     /// Finds the longest cached prefix of `tokens` in full blocks. It leaves at least one token out, because a sequence
     /// has to compute its last token to get logits.
-    pub fn find(&self, tokens: &[u32]) -> Vec<u32> {
+    ///
+    /// `root`: the empty prefix of the sequence.
+    pub fn find(&self, root: Prefix, tokens: &[u32]) -> Vec<u32> {
         let full = tokens.len().saturating_sub(1) / self.size;
-        let mut prefix = Prefix::EMPTY;
+        let mut prefix = root;
         let mut found = Vec::new();
         for chunk in tokens.chunks_exact(self.size).take(full) {
             let Some(&block) = self.cached.get(&(prefix, Box::from(chunk))) else { break };
@@ -108,10 +112,10 @@ impl Blocks {
         found
     }
 
-    /// Identity of the prefix that ends with the last of these sealed blocks.
-    pub fn prefix(&self, blocks: &[u32]) -> Prefix {
+    /// Identity of the prefix that ends with the last of these sealed blocks; `root` without blocks.
+    pub fn prefix(&self, root: Prefix, blocks: &[u32]) -> Prefix {
         let content = blocks.last().and_then(|&block| self.blocks[block as usize].content.as_ref());
-        content.map_or(Prefix::EMPTY, |content| content.own)
+        content.map_or(root, |content| content.own)
     }
 
     /// Allocates the table of a sequence that continues from `shared` (from [`Blocks::find`]) and has `tokens` tokens.
@@ -178,7 +182,7 @@ impl Blocks {
             return content.own;
         }
         self.identities += 1;
-        let own = Prefix(self.identities);
+        let own = Prefix::Block(self.identities);
         self.blocks[block as usize].content = Some(Content { parent, own, tokens: key.1.clone() });
         self.cached.insert(key, block);
         own

@@ -4,9 +4,11 @@ use proptest::prelude::*;
 
 use super::*;
 
+const ROOT: Prefix = Prefix::Empty(None);
+
 fn seal_all(blocks: &mut Blocks, table: &[u32], tokens: &[u32]) {
     let size = blocks.size();
-    let mut prefix = Prefix::EMPTY;
+    let mut prefix = ROOT;
     for (chunk, &block) in tokens.chunks_exact(size).zip(table) {
         prefix = blocks.seal(block, prefix, chunk);
     }
@@ -28,7 +30,7 @@ fn a_prefix_of_full_blocks_is_shared_and_the_last_token_is_always_computed() {
         ("too short", &[1, 2], 0),
         ("nothing", &[], 0),
     ] {
-        assert_eq!(blocks.find(tokens), table[..shared], "{case}");
+        assert_eq!(blocks.find(ROOT, tokens), table[..shared], "{case}");
     }
 }
 
@@ -39,8 +41,8 @@ fn equal_tokens_after_different_prefixes_are_different_blocks() {
     seal_all(&mut blocks, &first, &[1, 1, 7, 7]);
     let second = blocks.allocate(&[], 4).unwrap();
     seal_all(&mut blocks, &second, &[2, 2, 7, 7]);
-    assert_eq!(blocks.find(&[1, 1, 7, 7, 0]), first);
-    assert_eq!(blocks.find(&[2, 2, 7, 7, 0]), second);
+    assert_eq!(blocks.find(ROOT, &[1, 1, 7, 7, 0]), first);
+    assert_eq!(blocks.find(ROOT, &[2, 2, 7, 7, 0]), second);
 }
 
 #[test]
@@ -53,13 +55,13 @@ fn released_blocks_keep_their_content_until_it_is_needed_the_oldest_and_deepest_
     blocks.release(&mut old);
     blocks.release(&mut new);
     assert_eq!((blocks.free(), blocks.used()), (4, 0));
-    assert_eq!(blocks.find(&[1, 1, 2, 2, 0]).len(), 2);
+    assert_eq!(blocks.find(ROOT, &[1, 1, 2, 2, 0]).len(), 2);
     let mut one = blocks.allocate(&[], 1).unwrap();
-    assert_eq!(blocks.find(&[1, 1, 2, 2, 0]).len(), 1, "the end of the older prefix was evicted");
-    assert_eq!(blocks.find(&[3, 3, 4, 4, 0]).len(), 2);
+    assert_eq!(blocks.find(ROOT, &[1, 1, 2, 2, 0]).len(), 1, "the end of the older prefix was evicted");
+    assert_eq!(blocks.find(ROOT, &[3, 3, 4, 4, 0]).len(), 2);
     blocks.release(&mut one);
     // Revived blocks count against the free ones: three are needed, two of them shared.
-    let shared = blocks.find(&[3, 3, 4, 4, 0]);
+    let shared = blocks.find(ROOT, &[3, 3, 4, 4, 0]);
     let table = blocks.allocate(&shared, 5).unwrap();
     assert_eq!((&table[..2], blocks.free()), (&shared[..], 1));
     assert_eq!(blocks.allocate(&[], 3), None);
@@ -73,7 +75,7 @@ fn a_block_computed_twice_is_shared_once_and_the_chain_goes_on() {
     let second = blocks.allocate(&[], 4).unwrap();
     seal_all(&mut blocks, &first, &[1, 1]);
     seal_all(&mut blocks, &second, &[1, 1, 2, 2]);
-    assert_eq!(blocks.find(&[1, 1, 2, 2, 0]), [first[0], second[1]]);
+    assert_eq!(blocks.find(ROOT, &[1, 1, 2, 2, 0]), [first[0], second[1]]);
 }
 
 #[derive(Clone, Debug)]
@@ -123,7 +125,7 @@ proptest! {
         for action in actions {
             match action {
                 Action::Start(tokens) => {
-                    let shared = blocks.find(&tokens);
+                    let shared = blocks.find(ROOT, &tokens);
                     if let Some(table) = blocks.allocate(&shared, tokens.len()) {
                         seal_all(&mut blocks, &table, &tokens);
                         running.push((tokens, table));

@@ -4,6 +4,7 @@
 //!   are stored;
 //! - [`sampling`] chooses tokens from logits; [`sequence`] holds one answer in progress;
 //! - [`constraint`] restricts the tokens of an answer, such as to JSON of a schema;
+//! - [`adapters`] keeps the model's adapters loaded as long as they are used;
 //! - [`request`] is what a client and the thread exchange; `worker` is the thread.
 //!
 //! An answer does not depend on the other requests in its batch, as far as the backend's logits do not.
@@ -12,6 +13,7 @@
 //! request, and what it leaves unread is bounded by `max_tokens`. A dropped receiver ends the sequence before the next
 //! step and frees its blocks.
 
+pub mod adapters;
 pub mod blocks;
 pub mod constraint;
 mod meters;
@@ -22,22 +24,29 @@ pub mod sequence;
 mod worker;
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::Instant,
 };
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use self::request::{Choice, Event, Finished, GenerateError, GenerateRequest};
+pub use self::{
+    adapters::Adapter,
+    request::{Choice, Event, Finished, GenerateError, GenerateRequest},
+};
 use self::{
+    adapters::Usage,
     meters::Meters,
-    request::{Item, Place, Progress},
+    request::{Item, Message, Place, Progress},
     sampling::{Invalid, MOST_ALTERNATIVES},
     scheduler::StepLimits,
 };
-use super::backend::{GenerateBackend, GenerateLimits};
+use super::backend::{AdapterId, AdapterWeights, GenerateBackend, GenerateLimits};
 
 /// Bounds of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +72,15 @@ pub struct Places(Vec<Place>);
 #[derive(Clone)]
 pub struct Engine {
     // Unbounded, but an item needs places first, so it holds at most `capacity` sequences.
-    sender: mpsc::UnboundedSender<Item>,
+    sender: mpsc::UnboundedSender<Message>,
     places: Arc<Semaphore>,
     capacity: usize,
     limits: GenerateLimits,
     progress: Arc<Progress>,
     stopped: CancellationToken,
     model: Arc<str>,
+    /// Number of adapters so far, of which the identities are made.
+    adapters: Arc<AtomicU64>,
 }
 
 impl Engine {
@@ -83,7 +94,8 @@ impl Engine {
         let progress = Arc::<Progress>::default();
         let mut sizes = backend.limits();
         sizes.block_size = sizes.block_size.max(1);
-        let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone(), Meters::new(model));
+        let meters = (Meters::new(model), Usage::new(model, limits.step.sequences.max(1)));
+        let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone(), meters);
         // Dropped with the thread, also when it panics.
         let alive = stopped.clone().drop_guard();
         thread::Builder::new().name("generate".into()).spawn(move || {
@@ -91,7 +103,28 @@ impl Engine {
             worker.run();
         })?;
         let places = Arc::new(Semaphore::new(capacity));
-        Ok(Self { sender, places, capacity, limits: sizes, progress, stopped, model: model.into() })
+        let (model, adapters) = (model.into(), Arc::default());
+        Ok(Self { sender, places, capacity, limits: sizes, progress, stopped, model, adapters })
+    }
+
+    /// Loads an adapter between two steps; requests name it by the returned handle.
+    ///
+    /// # Errors
+    /// [`GenerateError::Adapter`] if the adapter does not fit the model.
+    pub async fn load_adapter(&self, name: &str, weights: AdapterWeights) -> Result<Adapter, GenerateError> {
+        let id = AdapterId(self.adapters.fetch_add(1, Ordering::Relaxed));
+        // Weak, so that adapters do not keep the thread alive. Without the thread there is no model to unload from.
+        let thread = self.sender.downgrade();
+        let adapter = Adapter::new(id, name, move |id| {
+            if let Some(thread) = thread.upgrade() {
+                let _ = thread.send(Message::Unload(id));
+            }
+        });
+        let (reply, loaded) = oneshot::channel();
+        self.sender.send(Message::Load { id, weights, reply }).map_err(|_| GenerateError::Stopped)?;
+        let loaded = loaded.await.map_err(|_| GenerateError::Stopped)?;
+        loaded.map_err(|error| GenerateError::Adapter(error.0))?;
+        Ok(adapter)
     }
 
     /// Name of the model.
@@ -132,7 +165,7 @@ impl Engine {
             replies.push((sender, place));
         }
         let item = Item { request, since: Instant::now(), replies };
-        self.sender.send(item).map_err(|_| GenerateError::Stopped)?;
+        self.sender.send(Message::Request(Box::new(item))).map_err(|_| GenerateError::Stopped)?;
         Ok(choices)
     }
 

@@ -5,14 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
+    adapters::Adapter,
     constraint::{Constraint, ConstraintError},
     sampling::{Invalid, LogitsError, Logprobs, Sampled, Sampling},
     sequence::{FinishReason, Stopping},
 };
-use crate::engine::backend::BackendError;
+use crate::engine::backend::{AdapterId, AdapterWeights, BackendError};
 
 /// One prompt with one or more answers.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct GenerateRequest {
     /// Number of most probable tokens to report with the log-probability of each prompt token; absent: none is reported.
     /// Such a prompt is computed for each choice, without the prefix cache. Only with it may `max_tokens` be 0.
     pub prompt_logprobs: Option<usize>,
+    /// Absent: the model's own weights.
+    pub adapter: Option<Adapter>,
 }
 
 /// The events of one answer. The last one is `Event::Finished` or an error; a channel that closes without either means
@@ -74,6 +77,8 @@ pub enum GenerateError {
     Constraint(#[from] ConstraintError),
     #[error("the model failed: {0}")]
     Backend(String),
+    #[error("the adapter cannot be used: {0}")]
+    Adapter(String),
     #[error("the answer was not complete after {seconds} s")]
     TimedOut { seconds: u64 },
     /// The thread has ended; the process should end as well.
@@ -108,6 +113,18 @@ impl Drop for Place {
     fn drop(&mut self) {
         metrics::gauge!("athanor_server_queue_inputs").decrement(1.0);
     }
+}
+
+/// What the thread is sent.
+pub(super) enum Message {
+    Request(Box<Item>),
+    /// Loads an adapter and reports whether the model took it.
+    Load {
+        id: AdapterId,
+        weights: AdapterWeights,
+        reply: oneshot::Sender<Result<(), BackendError>>,
+    },
+    Unload(AdapterId),
 }
 
 /// A request on its way to the thread: one reply and one place for each choice.

@@ -14,7 +14,7 @@
 use std::collections::VecDeque;
 
 use super::{
-    blocks::{Blocks, Prefix},
+    blocks::Blocks,
     sequence::{Sequence, SequenceId},
 };
 
@@ -126,7 +126,7 @@ impl Scheduler {
     fn preempt_youngest(&mut self) {
         if let Some(mut youngest) = self.running.pop() {
             self.blocks.release(&mut youngest.table);
-            (youngest.computed, youngest.sealed, youngest.prefix) = (0, 0, Prefix::EMPTY);
+            (youngest.computed, youngest.sealed, youngest.prefix) = (0, 0, youngest.root());
             self.waiting.push_front(youngest);
         }
     }
@@ -149,14 +149,14 @@ impl Scheduler {
                 next += 1;
                 continue;
             }
-            let tokens = &self.waiting[next].tokens;
-            let mut shared = self.blocks.find(tokens);
+            let (root, tokens) = (self.waiting[next].root(), &self.waiting[next].tokens);
+            let mut shared = self.blocks.find(root, tokens);
             shared.truncate(self.waiting[next].reusable() / self.blocks.size());
             let Some(table) = self.blocks.allocate(&shared, tokens.len()) else { break };
             let Some(mut sequence) = self.waiting.remove(next) else { break };
             sequence.table = table;
             sequence.computed = shared.len() * self.blocks.size();
-            (sequence.sealed, sequence.prefix) = (shared.len(), self.blocks.prefix(&shared));
+            (sequence.sealed, sequence.prefix) = (shared.len(), self.blocks.prefix(root, &shared));
             if sequence.cached.is_none() {
                 sequence.cached = Some(sequence.computed);
                 plan.admitted.push(sequence.id);

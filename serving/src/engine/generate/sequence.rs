@@ -1,6 +1,7 @@
 //! One sequence: its tokens, how many of them the cache holds, and when it ends.
 
 use super::{blocks::Prefix, sampling::Sampling};
+use crate::engine::backend::AdapterId;
 
 /// When an answer ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub struct Sequence {
     pub stopping: Stopping,
     /// Number of most probable tokens to report with the log-probability of each prompt token; absent: none is reported.
     pub prompt_logprobs: Option<usize>,
+    /// Absent: the model's own weights.
+    pub adapter: Option<AdapterId>,
     /// Number of prompt tokens behind the first one whose log-probabilities were computed.
     pub(super) scored: usize,
     /// Number of tokens whose keys and values are in the cache.
@@ -59,13 +62,19 @@ impl Sequence {
             sampling,
             stopping,
             prompt_logprobs: None,
+            adapter: None,
             scored: 0,
             computed: 0,
             table: Vec::new(),
             sealed: 0,
-            prefix: Prefix::EMPTY,
+            prefix: Prefix::Empty(None),
             cached: None,
         }
+    }
+
+    /// The empty prefix, from which the identities of its blocks follow.
+    pub(super) fn root(&self) -> Prefix {
+        Prefix::Empty(self.adapter)
     }
 
     pub fn prompt(&self) -> &[u32] {

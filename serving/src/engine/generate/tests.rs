@@ -1,8 +1,9 @@
+mod adapters;
 mod metrics;
 mod prompt;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
 };
@@ -11,7 +12,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::engine::{
-    backend::{BackendError, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, LowRank, Row, RowOutput},
     generate::{
         sampling::{Context, LogitsError, Sampling},
         sequence::{FinishReason, Stopping},
@@ -39,6 +40,13 @@ struct Seen {
     /// A test that holds it stops the model before its next step.
     gate: Mutex<()>,
     tokens: AtomicU64,
+    /// Adapters that the model has.
+    adapters: Mutex<BTreeSet<AdapterId>>,
+}
+
+/// What is added to the positions of a sequence with an adapter, so that its keys and values are its own.
+fn offset(adapter: Option<AdapterId>) -> usize {
+    adapter.map_or(0, |id| 1000 * (id.0 as usize + 1))
 }
 
 fn mix(state: u64, value: u64) -> u64 {
@@ -62,6 +70,18 @@ impl GenerateBackend for Fake {
         self.limits
     }
 
+    fn load_adapter(&mut self, id: AdapterId, adapter: AdapterWeights) -> Result<(), BackendError> {
+        if adapter.modules.is_empty() {
+            return Err(BackendError("it has no module".into()));
+        }
+        self.seen.adapters.lock().unwrap().insert(id);
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) {
+        self.seen.adapters.lock().unwrap().remove(&id);
+    }
+
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         let _gate = self.seen.gate.lock();
         let size = self.limits.block_size;
@@ -73,7 +93,10 @@ impl GenerateBackend for Fake {
             }
             self.seen.tokens.fetch_add(row.tokens.len() as u64, Ordering::SeqCst);
             for (position, token) in (row.start..).zip(row.tokens) {
-                self.slots[slot(row.blocks, position)] = Some((position, *token));
+                self.slots[slot(row.blocks, position)] = Some((position + offset(row.adapter), *token));
+            }
+            if let Some(id) = row.adapter {
+                assert!(self.seen.adapters.lock().unwrap().contains(&id), "the adapter is gone");
             }
         }
         // The logits behind the first `end` tokens.
@@ -114,6 +137,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         stopping: Stopping { max_tokens, min_tokens: 0, stop_tokens: vec![] },
         constraint: None,
         prompt_logprobs: None,
+        adapter: None,
     }
 }
 
@@ -121,8 +145,10 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
 fn alone(request: &GenerateRequest, choice: u64) -> Vec<u32> {
     let sampling = Sampling { seed: request.sampling.seed.wrapping_add(choice), ..request.sampling.clone() };
     let mut answer = Vec::new();
+    let offset = offset(request.adapter.as_ref().map(Adapter::id));
     while answer.len() < request.stopping.max_tokens {
-        let logits = logits(request.prompt.iter().chain(&answer).copied().enumerate());
+        let tokens = request.prompt.iter().chain(&answer).copied();
+        let logits = logits((offset..).zip(tokens));
         let forbidden = match answer.len() < request.stopping.min_tokens {
             true => request.stopping.stop_tokens.clone(),
             false => vec![],
@@ -196,6 +222,7 @@ fn random_request(random: &mut StdRng) -> GenerateRequest {
         stopping: Stopping { max_tokens, min_tokens: random.random_range(0..4), stop_tokens: vec![0, 1] },
         constraint: None,
         prompt_logprobs: None,
+        adapter: None,
     }
 }
 

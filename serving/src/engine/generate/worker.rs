@@ -9,10 +9,11 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
+    adapters::{Adapter, Usage},
     blocks::Blocks,
     constraint::{self, ConstraintError, Guide, Pool, TokenSet},
     meters::Meters,
-    request::{Event, Finished, GenerateError, Item, Place, Progress},
+    request::{Event, Finished, GenerateError, Item, Message, Place, Progress},
     sampling::{self, Context, LogitsError, Logprobs, Sampled},
     scheduler::{Plan, Scheduler, StepLimits, Work},
     sequence::{FinishReason, Sequence, SequenceId},
@@ -33,6 +34,8 @@ struct Client {
     last_token: Option<Instant>,
     /// What restricts the next token. Like the tokens so far, it outlives a preemption.
     guide: Option<Guide>,
+    /// Kept, so that the model keeps the adapter until the answer ends.
+    adapter: Option<Adapter>,
 }
 
 impl Client {
@@ -60,12 +63,13 @@ impl Client {
 
 pub(super) struct Worker<B> {
     backend: B,
-    receiver: mpsc::UnboundedReceiver<Item>,
+    receiver: mpsc::UnboundedReceiver<Message>,
     limits: GenerateLimits,
     scheduler: Scheduler,
     clients: HashMap<SequenceId, Client>,
     progress: Arc<Progress>,
     meters: Meters,
+    usage: Usage,
     /// Started with the first request that has a constraint.
     pool: Option<Pool>,
     sequences: SequenceId,
@@ -75,15 +79,26 @@ pub(super) struct Worker<B> {
 impl<B: GenerateBackend> Worker<B> {
     pub(super) fn new(
         backend: B,
-        receiver: mpsc::UnboundedReceiver<Item>,
+        receiver: mpsc::UnboundedReceiver<Message>,
         limits: GenerateLimits,
         step: StepLimits,
         progress: Arc<Progress>,
-        meters: Meters,
+        (meters, usage): (Meters, Usage),
     ) -> Self {
         let scheduler = Scheduler::new(Blocks::new(limits.blocks, limits.block_size), step);
-        let clients = HashMap::new();
-        Self { backend, receiver, limits, scheduler, clients, progress, meters, pool: None, sequences: 0, requests: 0 }
+        Self {
+            backend,
+            receiver,
+            limits,
+            scheduler,
+            clients: HashMap::new(),
+            progress,
+            meters,
+            usage,
+            pool: None,
+            sequences: 0,
+            requests: 0,
+        }
     }
 
     /// Runs until all handles are gone and all answers are complete.
@@ -91,18 +106,33 @@ impl<B: GenerateBackend> Worker<B> {
         loop {
             if self.scheduler.is_idle() {
                 match self.receiver.blocking_recv() {
-                    Some(item) => self.accept(item),
+                    Some(message) => self.receive(message),
                     None => return,
                 }
             }
-            while let Ok(item) = self.receiver.try_recv() {
-                self.accept(item);
+            while let Ok(message) = self.receiver.try_recv() {
+                self.receive(message);
             }
             self.remove_closed();
             if !self.scheduler.is_idle() {
                 self.step();
             }
             self.publish();
+        }
+    }
+
+    fn receive(&mut self, message: Message) {
+        match message {
+            Message::Request(item) => self.accept(*item),
+            Message::Load { id, weights, reply } => {
+                let loaded = self.backend.load_adapter(id, weights);
+                if loaded.is_ok() {
+                    self.usage.begin();
+                }
+                // Without a receiver its handle is gone as well, which unloads the adapter.
+                let _ = reply.send(loaded);
+            }
+            Message::Unload(id) => self.backend.unload_adapter(id),
         }
     }
 
@@ -121,6 +151,7 @@ impl<B: GenerateBackend> Worker<B> {
             let (prompt, stopping) = (item.request.prompt.clone(), item.request.stopping.clone());
             let mut sequence = Sequence::new(self.sequences, self.requests, prompt, sampling, stopping);
             sequence.prompt_logprobs = item.request.prompt_logprobs;
+            sequence.adapter = item.request.adapter.as_ref().map(Adapter::id);
             let mut guide = None;
             if let Some(constraint) = &constraint {
                 let Some(pool) = &self.pool else {
@@ -138,6 +169,7 @@ impl<B: GenerateBackend> Worker<B> {
                 admitted: None,
                 last_token: None,
                 guide,
+                adapter: item.request.adapter.clone(),
             };
             self.clients.insert(self.sequences, client);
             self.scheduler.add(sequence);
@@ -224,6 +256,7 @@ impl<B: GenerateBackend> Worker<B> {
                 wants_logits: work.wants_logits,
                 targets: running[work.index].targets(work.start, work.length),
                 top: running[work.index].prompt_logprobs.unwrap_or_default(),
+                adapter: running[work.index].adapter,
             })
             .collect();
         metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
@@ -334,12 +367,15 @@ impl<B: GenerateBackend> Worker<B> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let (running, blocks) = (self.scheduler.running().len(), self.scheduler.blocks());
         self.progress.running.store(running, Ordering::Relaxed);
         self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
         let usage = blocks.used() as f64 / blocks.count().max(1) as f64;
         self.meters.state(running, self.scheduler.waiting(), usage);
+        let adapters =
+            self.clients.values().filter_map(|client| Some((client.admitted.is_some(), client.adapter.as_ref()?)));
+        self.usage.record(adapters);
         metrics::gauge!("athanor_server_running_sequences").set(running as f64);
         metrics::gauge!("athanor_server_waiting_sequences").set(self.scheduler.waiting() as f64);
         metrics::gauge!("athanor_server_kv_cache_used_blocks").set(blocks.used() as f64);

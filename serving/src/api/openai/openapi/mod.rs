@@ -104,7 +104,7 @@ const OPERATIONS: &[Operation] = &[
     },
     Operation {
         path: paths::MODELS,
-        summary: "The model that is served, as a list",
+        summary: "The model that is served, and its adapters",
         kinds: EVERY,
         request: None,
         answer: Some(of::<types::ModelList>),

@@ -36,6 +36,7 @@ const REASONING: &str = "reasoning.encrypted_content";
 
 pub async fn responses(State(service): State<Arc<Service>>, request: Request) -> Result<Response, ApiError> {
     let generator = service.generator()?;
+    let revision = request.extensions().get().cloned();
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
     refuse_what_is_missing(&mut fields)?;
@@ -45,7 +46,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
     let number = |name: &str| json!(fields.get(name).and_then(Value::as_f64).unwrap_or(1.0));
     let (temperature, top_p) = (number("temperature"), number("top_p"));
     let mut options = Options::take(&mut fields, &["max_output_tokens"])?;
-    service.check_model(options.model.as_deref())?;
+    let selection = service.select(options.model.as_deref(), revision)?;
     let logprobs = logprobs(&mut fields)?;
     options.sampling.logprobs = logprobs;
     fields.finish()?;
@@ -64,9 +65,10 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
         sampling: options.sampling,
         stop: options.stop,
         max_tokens: options.max_tokens,
+        adapter: selection.adapter,
     };
     let answers = generator.generate(generation).await.map_err(|error| renamed(error.into()))?;
-    let shape = Shape::new(&service.model_name, parameters);
+    let shape = Shape::new(&selection.model, parameters);
     if options.stream {
         return Ok(stream::stream(answers, shape));
     }
