@@ -125,6 +125,8 @@ pub mod file {
     pub const ROUTER: &str = "router.json";
     /// [`MonitorConfig`](crate::serve::MonitorConfig).
     pub const MONITOR: &str = "monitor.json";
+    /// [`AdaptersFile`](crate::serve::AdaptersFile), next to [`SERVE`].
+    pub const ADAPTERS: &str = "adapters.json";
     /// Key of the Secret with signing keys: what is signed now.
     pub const CURRENT_KEY: &str = "key";
     /// Key of the Secret with signing keys: what was signed before the last rotation.
@@ -168,6 +170,8 @@ pub mod header {
     pub const REQUEST_ID: &str = "x-request-id";
     /// Revision that answered; in a request the revision that shall answer.
     pub const REVISION: &str = "x-athanor-revision";
+    /// Name of the adapter that a server uses for a request, whatever the request's `model` is. A router sets it.
+    pub const ADAPTER: &str = "x-athanor-adapter";
 }
 
 /// The API group and its kinds.

@@ -105,6 +105,24 @@ impl Default for ServeLimits {
     }
 }
 
+/// A LoRA adapter of a server's model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Name that requests select the adapter by.
+    pub name: String,
+    /// Folder of the adapter in PEFT's format, or of an artifact that has the adapter as a sub folder.
+    pub uri: String,
+}
+
+/// Content of `adapters.json`, which the operator mounts next to `serve.json`. The server reads it again while it runs,
+/// and loads and unloads adapters accordingly.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdaptersFile {
+    pub adapters: Vec<AdapterConfig>,
+}
+
 /// Key `router.json` of the ConfigMap the router watches. Weights change during a canary.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -113,6 +131,9 @@ pub struct RouterConfig {
     /// Name of the ModelDeployment.
     pub deployment: String,
     pub revisions: Vec<RouterRevision>,
+    /// Names of the adapters that requests may select by their `model`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
     /// Absent: nothing is recorded and `/v1/feedback` answers 404.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub events: Option<EventsConfig>,
@@ -128,6 +149,10 @@ pub struct RouterRevision {
     pub service: String,
     /// Share of the traffic in percent; the weights of all revisions add up to 100.
     pub weight: u32,
+    /// Name of the adapter that makes the revision out of the servers' model, which other revisions may share. Absent:
+    /// the servers have this revision alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

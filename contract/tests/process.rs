@@ -65,6 +65,7 @@ fn no_shared_name_is_written_elsewhere() {
         path::TERMINATION_LOG,
         header::REQUEST_ID,
         header::REVISION,
+        header::ADAPTER,
         label::FINE_TUNE_JOB,
         label::DEPLOYMENT,
         label::SEARCH,
@@ -76,8 +77,17 @@ fn no_shared_name_is_written_elsewhere() {
     ];
     // A text that begins a literal; messages may name a variable or a file in the middle of one.
     let quoted = texts.map(|text| format!("\"{text}"));
-    let whole = [file::TRAIN, file::SERVE, file::ROUTER, file::MONITOR, path::ANALYSIS, api::GROUP, api::VERSION]
-        .map(|text| format!("\"{text}\""));
+    let whole = [
+        file::TRAIN,
+        file::SERVE,
+        file::ROUTER,
+        file::MONITOR,
+        file::ADAPTERS,
+        path::ANALYSIS,
+        api::GROUP,
+        api::VERSION,
+    ]
+    .map(|text| format!("\"{text}\""));
     let ports = [
         port::HTTP,
         port::GRPC,
