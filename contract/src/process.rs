@@ -121,12 +121,12 @@ pub mod file {
     pub const TRAIN: &str = "train.json";
     /// [`ServeConfig`](crate::serve::ServeConfig).
     pub const SERVE: &str = "serve.json";
+    /// [`AdaptersFile`](crate::serve::AdaptersFile).
+    pub const ADAPTERS: &str = "adapters.json";
     /// [`RouterConfig`](crate::serve::RouterConfig).
     pub const ROUTER: &str = "router.json";
     /// [`MonitorConfig`](crate::serve::MonitorConfig).
     pub const MONITOR: &str = "monitor.json";
-    /// [`AdaptersFile`](crate::serve::AdaptersFile), next to [`SERVE`].
-    pub const ADAPTERS: &str = "adapters.json";
     /// Key of the Secret with signing keys: what is signed now.
     pub const CURRENT_KEY: &str = "key";
     /// Key of the Secret with signing keys: what was signed before the last rotation.
@@ -170,7 +170,7 @@ pub mod header {
     pub const REQUEST_ID: &str = "x-request-id";
     /// Revision that answered; in a request the revision that shall answer.
     pub const REVISION: &str = "x-athanor-revision";
-    /// Name of the adapter that a server uses for a request, whatever the request's `model` is. A router sets it.
+    /// In a request to a server: the adapter that shall answer. It takes precedence over `model`.
     pub const ADAPTER: &str = "x-athanor-adapter";
 }
 

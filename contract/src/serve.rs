@@ -29,6 +29,25 @@ pub struct ServeConfig {
     pub engine: EngineConfig,
 }
 
+/// A low-rank adapter of a served language model.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Name that clients use in `model`: letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// Folder in PEFT's format, or an artifact of a job that trained an adapter: s3://, gs://, az://, file://.
+    pub uri: String,
+}
+
+/// Content of `adapters.json`, a file next to `serve.json` that a server reads every two seconds. Without the file there
+/// are no adapters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdaptersFile {
+    #[serde(default)]
+    pub adapters: Vec<AdapterConfig>,
+}
+
 /// How the built-in engine runs a language model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -103,24 +122,6 @@ impl Default for ServeLimits {
             max_request_seconds: MAX_REQUEST_SECONDS,
         }
     }
-}
-
-/// A LoRA adapter of a server's model.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AdapterConfig {
-    /// Name that requests select the adapter by.
-    pub name: String,
-    /// Folder of the adapter in PEFT's format, or of an artifact that has the adapter as a sub folder.
-    pub uri: String,
-}
-
-/// Content of `adapters.json`, which the operator mounts next to `serve.json`. The server reads it again while it runs,
-/// and loads and unloads adapters accordingly.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AdaptersFile {
-    pub adapters: Vec<AdapterConfig>,
 }
 
 /// Key `router.json` of the ConfigMap the router watches. Weights change during a canary.

@@ -59,7 +59,7 @@ pub enum Attempt<T> {
     Answer { answer: T, ok: bool },
     /// The server refuses this request, as any other would: the answer to hand on.
     Refused { answer: T },
-    /// The server has too much to do: another may take it now, else this is the answer.
+    /// The server has too much to do, or has not loaded the adapter: another may take it now, else this is the answer.
     Busy { answer: T },
     /// The server answered that it cannot: another should, else this is the answer.
     Unavailable { answer: T },
@@ -171,7 +171,8 @@ impl<T> SoFar<T> {
     }
 }
 
-/// Runs `attempt` on one endpoint after the other until there is an answer. `usable` leaves endpoints out, such as those without
+/// Runs `attempt` on one endpoint after the other until there is an answer; it also takes the adapter of the revision that the
+/// endpoint answers for. `usable` leaves endpoints out, such as those without
 /// a gRPC port. Attempts are counted in `analysis`; requests that do not run the model are not counted anywhere.
 pub async fn forward<T, F>(
     registry: &Registry,
@@ -179,7 +180,7 @@ pub async fn forward<T, F>(
     target: &Target,
     policy: Policy,
     usable: impl Fn(&Endpoint) -> bool,
-    attempt: impl Fn(Arc<Endpoint>) -> F,
+    attempt: impl Fn(Arc<Endpoint>, Option<Arc<str>>) -> F,
 ) -> Result<Forwarded<T>, ForwardError>
 where
     F: Future<Output = Attempt<T>>,
@@ -187,7 +188,8 @@ where
     let begin = Instant::now();
     let deadline = begin + policy.timeout;
     let mut snapshots = registry.subscribe();
-    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    // By revision: an endpoint that lacks the adapter of one may answer for another one.
+    let mut tried: Vec<(Arc<str>, Arc<Endpoint>)> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
     let mut so_far = SoFar { fallback: None, failure: None, busy: false, lost: 0 };
@@ -195,10 +197,12 @@ where
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
         let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
+            let tried: Vec<Arc<Endpoint>> =
+                tried.iter().filter(|(name, _)| *name == revision.name).map(|(_, endpoint)| endpoint.clone()).collect();
             let endpoint = select::endpoint(&revision.endpoints, &usable, &tried, now, &mut rand::rng())?;
-            Some((revision.name.clone(), endpoint))
+            Some((revision.name.clone(), revision.adapter.clone(), endpoint))
         });
-        let Some((revision, endpoint)) = chosen else {
+        let Some((revision, adapter, endpoint)) = chosen else {
             let until = (*give_up.get_or_insert(now + policy.wait)).min(deadline);
             if so_far.busy || now >= until {
                 let revision = first(&snapshot, target);
@@ -217,7 +221,7 @@ where
         };
         let outstanding = endpoint.begin();
         let limit = policy.attempt_timeout.min(deadline.saturating_duration_since(now));
-        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone())).await.unwrap_or_else(|_| Attempt::Lost {
+        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone(), adapter)).await.unwrap_or_else(|_| Attempt::Lost {
             failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()),
         });
         let ended = Instant::now();
@@ -246,7 +250,7 @@ where
             "trying another endpoint"
         );
         metrics::counter!("athanor_router_retries_total").increment(1);
-        tried.push(endpoint);
+        tried.push((revision, endpoint));
     }
 }
 

@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use crate::{
     access::Caller,
+    adapter,
     balance::{
         client::ClientError,
         endpoints::{Endpoint, Snapshot},
@@ -145,14 +146,21 @@ pub async fn pass_on<T, F>(
 where
     F: Future<Output = Result<axum::http::Response<T>, ClientError>>,
 {
-    let target = target(&gateway.registry.snapshot(), &parts.headers, id.hash)?;
+    let snapshot = gateway.registry.snapshot();
+    let target = target(&snapshot, &parts.headers, id.hash)?;
+    let selectable = snapshot.config.as_ref().map_or(&[][..], |config| config.adapters.as_slice());
+    let selects = adapter::selected(selectable, body).is_some();
     let passed = passed_on(&parts.headers, id);
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let attempt = |endpoint: Arc<Endpoint>| {
-        let sent = request(&endpoint, parts.method.clone(), path, passed.clone(), body.clone()).map(&send);
+    let attempt = |endpoint: Arc<Endpoint>, revision: Option<Arc<str>>| {
+        // The header wins over the `model` of a request, which may select another adapter of these servers.
+        let revision = revision.filter(|_| !selects);
+        let needs_adapter = selects || revision.is_some();
+        let headers = with_adapter(&passed, revision.as_deref());
+        let sent = request(&endpoint, parts.method.clone(), path, headers, body.clone()).map(&send);
         async move {
             match sent {
-                Ok(sent) => outcome(&endpoint, sent.await),
+                Ok(sent) => outcome(&endpoint, needs_adapter, sent.await),
                 Err(error) => Attempt::Lost { failure: format!("{path} cannot be passed on: {error}") },
             }
         }
@@ -163,11 +171,14 @@ where
 
 fn outcome<T>(
     endpoint: &Endpoint,
+    needs_adapter: bool,
     outcome: Result<axum::http::Response<T>, ClientError>,
 ) -> Attempt<axum::http::Response<T>> {
     match outcome {
         Ok(answer) => match answer.status() {
             StatusCode::TOO_MANY_REQUESTS => Attempt::Busy { answer },
+            // Adapters are loaded while a server runs, so another one may have it already.
+            StatusCode::NOT_FOUND if needs_adapter => Attempt::Busy { answer },
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 Attempt::Unavailable { answer }
             }
@@ -179,12 +190,23 @@ fn outcome<T>(
     }
 }
 
-/// The headers for a server: the client's, with our id and the current trace.
+/// The headers of an attempt, with the adapter that makes the revision out of the server's model.
+pub fn with_adapter(passed: &HeaderMap, adapter: Option<&str>) -> HeaderMap {
+    let mut passed = passed.clone();
+    if let Some(adapter) = adapter {
+        passed.insert(headers::ADAPTER, headers::text(adapter));
+    }
+    passed
+}
+
+/// The headers for a server: the client's, with our id and the current trace. Which adapter a revision is, is not the client's
+/// to say.
 pub fn passed_on(incoming: &HeaderMap, id: &RequestId) -> HeaderMap {
     let mut passed = HeaderMap::with_capacity(incoming.len() + 2);
     let named = named_by_connection(incoming);
     for (name, value) in incoming {
-        let is_ours = NOT_PASSED_ON.contains(name) || *name == headers::REVISION || named.contains(name);
+        let is_ours =
+            NOT_PASSED_ON.contains(name) || [headers::REVISION, headers::ADAPTER].contains(name) || named.contains(name);
         if !is_ours && !name.as_str().starts_with("proxy-") {
             passed.append(name.clone(), value.clone());
         }
