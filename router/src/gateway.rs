@@ -185,8 +185,11 @@ impl Gateway {
         };
         let sink = self.sink(&config, &id);
         for mut generation in recorded {
-            let answer = Answer { revision: revision.clone(), label: "".into() };
-            self.recent.insert((id.uuid, generation.index), answer);
+            // Feedback to what another adapter answered is not about the revision.
+            if adapter.is_none() {
+                let answer = Answer { revision: revision.clone(), label: "".into() };
+                self.recent.insert((id.uuid, generation.index), answer);
+            }
             let Some(sink) = &sink else { continue };
             generation.adapter = adapter.map(Into::into);
             config.redaction.apply(&mut generation.answer);

@@ -132,6 +132,14 @@ pub struct Way {
     pub policy: Policy,
     /// Whether it runs the model, and so counts in the analysis of a canary.
     pub is_counted: bool,
+    /// Whether its `model` selects an adapter, which answers instead of the revision.
+    pub selects: bool,
+}
+
+/// Returns whether the `model` of a request selects an adapter.
+pub fn selects_adapter(gateway: &Gateway, body: &[u8]) -> bool {
+    let config = gateway.registry.snapshot().config.clone();
+    config.is_some_and(|config| adapter::selected(&config.adapters, body).is_some())
 }
 
 /// Passes a request on to a revision's server. `send` sends it to one server; what it returns decides about the attempt.
@@ -146,39 +154,45 @@ pub async fn pass_on<T, F>(
 where
     F: Future<Output = Result<axum::http::Response<T>, ClientError>>,
 {
-    let snapshot = gateway.registry.snapshot();
-    let target = target(&snapshot, &parts.headers, id.hash)?;
-    let selectable = snapshot.config.as_ref().map_or(&[][..], |config| config.adapters.as_slice());
-    let selects = adapter::selected(selectable, body).is_some();
+    let target = target(&gateway.registry.snapshot(), &parts.headers, id.hash)?;
     let passed = passed_on(&parts.headers, id);
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let attempt = |endpoint: Arc<Endpoint>, revision: Option<Arc<str>>| {
-        // The header wins over the `model` of a request, which may select another adapter of these servers.
-        let revision = revision.filter(|_| !selects);
-        let needs_adapter = selects || revision.is_some();
+        // The header would win over the `model` of the request.
+        let revision = revision.filter(|_| !way.selects);
         let headers = with_adapter(&passed, revision.as_deref());
         let sent = request(&endpoint, parts.method.clone(), path, headers, body.clone()).map(&send);
         async move {
             match sent {
-                Ok(sent) => outcome(&endpoint, needs_adapter, sent.await),
+                Ok(sent) => match (sent.await, revision) {
+                    (Ok(answer), Some(revision)) if lacks(&answer, &revision) => Attempt::Lacking { answer },
+                    (Ok(answer), _) if way.selects && answer.status() == StatusCode::NOT_FOUND => {
+                        Attempt::Lacking { answer }
+                    }
+                    (answer, _) => outcome(&endpoint, answer),
+                },
                 Err(error) => Attempt::Lost { failure: format!("{path} cannot be passed on: {error}") },
             }
         }
     };
-    let analysis = (way.is_counted && target.is_by_weight()).then_some(&*gateway.analysis);
+    let analysis = (way.is_counted && !way.selects && target.is_by_weight()).then_some(&*gateway.analysis);
     Ok(forward::forward(&gateway.registry, analysis, &target, way.policy, |_| true, attempt).await?)
+}
+
+/// Returns whether a server has answered that it does not have an adapter. What the adapter answers, errors included, has its
+/// name; adapters are loaded while a server runs, so another server may have it already.
+fn lacks<T>(answer: &axum::http::Response<T>, adapter: &str) -> bool {
+    let by = answer.headers().get(headers::REVISION).map(|name| name.as_bytes());
+    answer.status() == StatusCode::NOT_FOUND && by.is_some_and(|name| name != adapter.as_bytes())
 }
 
 fn outcome<T>(
     endpoint: &Endpoint,
-    needs_adapter: bool,
     outcome: Result<axum::http::Response<T>, ClientError>,
 ) -> Attempt<axum::http::Response<T>> {
     match outcome {
         Ok(answer) => match answer.status() {
             StatusCode::TOO_MANY_REQUESTS => Attempt::Busy { answer },
-            // Adapters are loaded while a server runs, so another one may have it already.
-            StatusCode::NOT_FOUND if needs_adapter => Attempt::Busy { answer },
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 Attempt::Unavailable { answer }
             }

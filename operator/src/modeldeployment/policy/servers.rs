@@ -18,8 +18,9 @@ use crate::{
     time::since,
 };
 
-/// Time in which the servers of a candidate have to load it, as long as a Deployment's pods have to become ready.
-const LOADING: Duration = Duration::from_secs(600);
+/// Time in which the servers of a candidate have to load it: ten minutes in which pods with another base have to become
+/// ready, and five more.
+const LOADING: Duration = Duration::from_secs(900);
 
 /// A group of servers with one model.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -141,13 +141,13 @@ fn an_adapter_that_was_rolled_back_stays_loaded_until_its_requests_have_ended() 
     subject.deployment.spec.model.from = Some("s3://adapters/b".into());
     step(&mut subject, 10);
     // It cannot be loaded, and all the while its pods are ready.
-    assert_eq!(shown(&step(&mut subject, 610)).1, Some((b.clone(), 0)));
-    let over = step(&mut subject, 611);
+    assert_eq!(shown(&step(&mut subject, 910)).1, Some((b.clone(), 0)));
+    let over = step(&mut subject, 911);
     assert_eq!((shown(&over).1, over.rollout.progressing.reason), (None, "RolledBack"));
     let message = &over.rollout.progressing.message;
     assert!(message.contains("0 of 1 ready pods have loaded the adapter"), "{message}");
     assert_eq!(servers(&subject, &over)[0].3.len(), 2);
-    let drained = step(&mut subject, 700);
+    let drained = step(&mut subject, 1000);
     assert_eq!((servers(&subject, &drained)[0].3.len(), drained.remove.len()), (1, 0));
     assert_eq!(drained.rollout.failed, [b]);
 }
@@ -261,6 +261,13 @@ fn other_adapters_change_no_pod() {
     let mut subject = observed(deployment(json!({"model": {"from": "s3://models/a"}})));
     let before = servers(&subject, &decision(&subject, 1));
     assert!(before[0].3.is_empty());
+    let router = |subject: &Observed, decision: &Decision| {
+        let settings = Settings::parse_from(["athanor-operator"]);
+        let children = build::build(&validate(&subject.deployment).unwrap(), &settings, decision, "00ff".into());
+        children.router.unwrap().config.data.unwrap()["router.json"].clone()
+    };
+    let text = router(&subject, &decision(&subject, 1));
+    assert!(!text.contains("adapter"), "a router of an earlier version reads it: {text}");
     subject.deployment.spec.adapters = serde_json::from_value(json!([
         {"name": "medical", "from": "s3://adapters/medical"},
         {"name": "legal", "fromJob": {"name": "lora"}},
@@ -271,10 +278,7 @@ fn other_adapters_change_no_pod() {
     let after = servers(&subject, &decided);
     assert_eq!((&after[0].1, &after[0].2), (&before[0].1, &before[0].2));
     assert_eq!(named(&after[0].3), [("legal", "s3://out/lora/artifact"), ("medical", "s3://adapters/medical")]);
-    let settings = Settings::parse_from(["athanor-operator"]);
-    let children = build::build(&validate(&subject.deployment).unwrap(), &settings, &decided, "00ff".into());
-    let config = children.router.unwrap().config.data.unwrap()["router.json"].clone();
-    let config: RouterConfig = serde_json::from_str(&config).unwrap();
+    let config: RouterConfig = serde_json::from_str(&router(&subject, &decided)).unwrap();
     assert_eq!(config.adapters, ["medical", "legal"]);
     assert_eq!(config.revisions[0].adapter, None, "the revision has servers of its own");
 
