@@ -34,7 +34,7 @@ pub fn resolve(
         match (from, from_job) {
             (Some(uri), _) => served.push(status(uri, None)),
             (None, Some(reference)) => {
-                let job = jobs.get(&reference.name).map(AsRef::as_ref);
+                let job = jobs.get(&reference.name).map(|job| &**job);
                 let trained = job.filter(|job| target::has_adapter(job)).and_then(target::passed);
                 let known = before
                     .iter()
