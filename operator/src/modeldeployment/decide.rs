@@ -73,12 +73,8 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         Target::Model(revision) => (Some(revision), None),
         Target::Missing { reason, message } => (None, Some(Value::new(State::False, reason, message))),
     };
-    let known = servers::Known {
-        workloads: &observed.revisions,
-        waiting: &observed.waiting,
-        loaded: &observed.loaded,
-        now,
-    };
+    let known =
+        servers::Known { workloads: &observed.revisions, waiting: &observed.waiting, loaded: &observed.loaded, now };
     let view = servers::view(&deployment.name, status, wanted, &known);
     let inputs = rollout::Inputs {
         workloads: &view.workloads,
@@ -152,7 +148,11 @@ fn ready(rollout: &Rollout, observed: &Observed, view: &View, missing: Option<Va
         return Value::new(State::False, "WaitingForPods", message);
     }
     if observed.router.as_ref().is_none_or(|router| router.available == 0) {
-        return Value::new(State::False, "WaitingForRouter", format!("no router is ready{}", why(observed.waiting.get(""))));
+        return Value::new(
+            State::False,
+            "WaitingForRouter",
+            format!("no router is ready{}", why(observed.waiting.get(""))),
+        );
     }
     Value::new(State::True, "Available", format!("{} has {} available pods", current.name, workload.available))
 }

@@ -116,8 +116,7 @@ async fn loaded(http: &reqwest::Client, deployment: &ModelDeployment, pods: &[Ar
     let Some(status) = &deployment.status else { return loaded };
     let candidate = status.candidate.as_ref().map(|candidate| &candidate.revision);
     let loading = status.current_revision.iter().chain(candidate).filter(|revision| servers::is_loading(revision));
-    let loading: BTreeSet<String> =
-        loading.map(|revision| names::servers(&deployment.name_any(), revision)).collect();
+    let loading: BTreeSet<String> = loading.map(|revision| names::servers(&deployment.name_any(), revision)).collect();
     for servers in loading {
         let pods = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::SERVER);
         let pods: Vec<&Pod> = pods.filter(|pod| is_ready(pod) && is_of(pod, &servers)).collect();

@@ -228,8 +228,8 @@ where
         };
         let outstanding = endpoint.begin();
         let limit = policy.attempt_timeout.min(deadline.saturating_duration_since(now));
-        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone(), adapter)).await.unwrap_or_else(|_| Attempt::Lost {
-            failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()),
+        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone(), adapter)).await.unwrap_or_else(|_| {
+            Attempt::Lost { failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()) }
         });
         let ended = Instant::now();
         let latency = ended.saturating_duration_since(now);

@@ -219,8 +219,9 @@ pub fn passed_on(incoming: &HeaderMap, id: &RequestId) -> HeaderMap {
     let mut passed = HeaderMap::with_capacity(incoming.len() + 2);
     let named = named_by_connection(incoming);
     for (name, value) in incoming {
-        let is_ours =
-            NOT_PASSED_ON.contains(name) || [headers::REVISION, headers::ADAPTER].contains(name) || named.contains(name);
+        let is_ours = NOT_PASSED_ON.contains(name)
+            || [headers::REVISION, headers::ADAPTER].contains(name)
+            || named.contains(name);
         if !is_ours && !name.as_str().starts_with("proxy-") {
             passed.append(name.clone(), value.clone());
         }

@@ -20,8 +20,8 @@ use super::common::{
 };
 use crate::{
     modeldeployment::{
-        names::{self, ROUTER},
         decide::Decision,
+        names::{self, ROUTER},
         policy::rollout::Rollout,
         validate::ValidatedDeployment,
     },

@@ -92,7 +92,8 @@ mod tests {
     #[test]
     fn a_pod_is_its_replica_sets() {
         let pod = |kind: &str, name: &str, controller: bool| -> Pod {
-            let owner = json!({"apiVersion": "apps/v1", "kind": kind, "name": name, "uid": "u", "controller": controller});
+            let owner =
+                json!({"apiVersion": "apps/v1", "kind": kind, "name": name, "uid": "u", "controller": controller});
             let metadata = json!({"name": "p", "labels": {"pod-template-hash": "5d9c"}, "ownerReferences": [owner]});
             serde_json::from_value(json!({"metadata": metadata})).unwrap()
         };

@@ -41,7 +41,8 @@ pub fn servers(deployment: &str, rollout: &Rollout, selectable: &[AdapterStatus]
     for revision in rollout.current.iter().chain(candidate) {
         let name = names::servers(deployment, revision);
         if servers.iter().all(|server| server.name != name) {
-            let adapter = |adapter: &AdapterStatus| AdapterConfig { name: adapter.name.clone(), uri: adapter.uri.clone() };
+            let adapter =
+                |adapter: &AdapterStatus| AdapterConfig { name: adapter.name.clone(), uri: adapter.uri.clone() };
             let model_uri = revision.base.clone().unwrap_or_else(|| revision.model_uri.clone());
             servers.push(Server { name, model_uri, adapters: selectable.iter().map(adapter).collect() });
         }

@@ -28,12 +28,7 @@ pub enum Target {
 }
 
 /// Returns `spec.model` as of now. Its time changes with its value.
-pub fn source(
-    status: &ModelDeploymentStatus,
-    source: &Source,
-    base: Option<&str>,
-    now: Timestamp,
-) -> ObservedSource {
+pub fn source(status: &ModelDeploymentStatus, source: &Source, base: Option<&str>, now: Timestamp) -> ObservedSource {
     let mut value = match source {
         Source::Uri(uri) => uri.clone(),
         Source::Job(name) => format!("job/{name}"),
@@ -108,12 +103,7 @@ pub fn target(
 }
 
 /// Returns why the job that `field` names has no model, or no adapter, to serve.
-pub fn missing(
-    name: &str,
-    job: Option<&FineTuneJob>,
-    is_adapter: bool,
-    field: &str,
-) -> (&'static str, String) {
+pub fn missing(name: &str, job: Option<&FineTuneJob>, is_adapter: bool, field: &str) -> (&'static str, String) {
     let Some(job) = job else {
         return ("JobNotFound", format!("FineTuneJob {name} does not exist ({field}.fromJob)"));
     };

@@ -57,7 +57,10 @@ fn answering() -> Observed {
 }
 
 /// The servers of a decision: name, configuration, pod template and adapters.
-fn servers(subject: &Observed, decision: &Decision) -> Vec<(String, ServeConfig, serde_json::Value, Vec<AdapterConfig>)> {
+fn servers(
+    subject: &Observed,
+    decision: &Decision,
+) -> Vec<(String, ServeConfig, serde_json::Value, Vec<AdapterConfig>)> {
     let settings = Settings::parse_from(["athanor-operator"]);
     let children = build::build(&validate(&subject.deployment).unwrap(), &settings, decision, "00ff".into());
     let built = children.revisions.into_iter().map(|server| {
@@ -99,10 +102,8 @@ fn a_canary_from_one_adapter_to_another_has_one_deployment() {
     let both = sorted(vec![(&*a, "s3://adapters/a"), (&*b, "s3://adapters/b")]);
     assert_eq!(named(&during[0].3), both);
     let weights = router::weights("m", &waits.rollout);
-    let routed: Vec<_> = weights
-        .iter()
-        .map(|it| (it.name.as_str(), it.service.as_str(), it.weight, it.adapter.as_deref()))
-        .collect();
+    let routed: Vec<_> =
+        weights.iter().map(|it| (it.name.as_str(), it.service.as_str(), it.weight, it.adapter.as_deref())).collect();
     let base = shared();
     assert_eq!(routed, [(&*a, &*base, 100, Some(&*a)), (&*b, &*base, 0, Some(&*b))]);
 
@@ -199,7 +200,10 @@ fn another_base_is_an_ordinary_new_revision() {
     subject.deployment.spec.model.base = None;
     let plain = step(&mut subject, 200);
     let candidate = plain.rollout.candidate.as_ref().unwrap();
-    assert_eq!((&candidate.revision.name, &candidate.revision.base), (&names::revision("m", None, "s3://adapters/a"), &None));
+    assert_eq!(
+        (&candidate.revision.name, &candidate.revision.base),
+        (&names::revision("m", None, "s3://adapters/a"), &None)
+    );
 }
 
 #[test]
@@ -237,7 +241,11 @@ fn a_job_that_trained_an_adapter_is_a_revision_of_the_base() {
     load(&mut subject, &[&["m", &adapter()]]);
     step(&mut subject, 3);
     for (job, name, base) in [
-        (lora_job("again", over, 50, "bbbbbbbb22"), names::adapter_revision("m", BASE, Some("bbbbbbbb22"), ""), Some(BASE)),
+        (
+            lora_job("again", over, 50, "bbbbbbbb22"),
+            names::adapter_revision("m", BASE, Some("bbbbbbbb22"), ""),
+            Some(BASE),
+        ),
         (job("again", over, 50, "bbbbbbbb22"), NEW.to_owned(), None),
     ] {
         subject.retrainings = vec![job];
@@ -286,7 +294,8 @@ fn other_adapters_change_no_pod() {
     subject.deployment.spec.model.base = of_base("").spec.model.base;
     let shared = servers(&subject, &decision(&subject, 3));
     let revision = revision_of("s3://models/a");
-    let expected = [("legal", "s3://out/lora/artifact"), (&*revision, "s3://models/a"), ("medical", "s3://adapters/medical")];
+    let expected =
+        [("legal", "s3://out/lora/artifact"), (&*revision, "s3://models/a"), ("medical", "s3://adapters/medical")];
     assert_eq!(named(&shared[0].3), sorted(expected.to_vec()));
 }
 
@@ -315,7 +324,10 @@ fn an_adapter_waits_for_its_job_and_stays_when_the_job_is_deleted() {
     with(&mut subject, Some(lora_job("lora", over, 1, "aaaaaaaa")));
     let served = AdapterStatus { name: "legal".into(), uri: "s3://out/lora/artifact".into(), job: Some("lora".into()) };
     let decided = step(&mut subject, 3);
-    assert_eq!((&decided.adapters.served[..], decided.adapters.condition.unwrap().state), (&[served.clone()][..], State::True));
+    assert_eq!(
+        (&decided.adapters.served[..], decided.adapters.condition.unwrap().state),
+        (&[served.clone()][..], State::True)
+    );
     let status = subject.deployment.status.as_ref().unwrap();
     assert_eq!(condition::get(&status.conditions, types::ADAPTERS_RESOLVED).unwrap().status, "True");
     for job in [None, Some(lora_job("lora", None, 1, ""))] {
