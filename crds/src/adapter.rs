@@ -1,9 +1,16 @@
-//! LoRA adapters of a ModelDeployment.
+//! LoRA adapters of a ModelDeployment, and what its models and adapters come from.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::JobReference;
+/// A FineTuneJob of the same namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct JobReference {
+    /// Name of the FineTuneJob, which may be created later.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
 
 /// Model that the served model is an adapter of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

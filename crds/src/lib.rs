@@ -27,7 +27,7 @@ pub use athanor_contract::process::api::GROUP;
 pub use athanor_contract::process::label;
 
 pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
-pub use adapter::{AdapterStatus, BaseModel, ServedAdapter};
+pub use adapter::{AdapterStatus, BaseModel, JobReference, ServedAdapter};
 pub use engine::{BuiltinEngine, EngineSpec};
 pub use feedback::{FeedbackSpec, KafkaSpec};
 pub use finetunejob::*;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     FineTuneJobSpec, PodOverrides,
     access::AccessSpec,
-    adapter::{AdapterStatus, BaseModel, ServedAdapter},
+    adapter::{AdapterStatus, BaseModel, JobReference, ServedAdapter},
     engine::EngineSpec,
     feedback::FeedbackSpec,
     retraining::{RetrainingOutcome, RetrainingProposal, RetrainingStatus},
@@ -141,15 +141,6 @@ pub struct ModelSource {
     /// takes no second copy of the weights. Absent: each revision has servers of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseModel>,
-}
-
-/// A FineTuneJob of the same namespace.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct JobReference {
-    /// Name of the FineTuneJob, which may be created later.
-    #[schemars(length(min = 1, max = 253))]
-    pub name: String,
 }
 
 /// How a new model replaces the current one.
