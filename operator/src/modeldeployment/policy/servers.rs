@@ -59,7 +59,7 @@ pub fn servers(deployment: &str, rollout: &Rollout, selectable: &[AdapterStatus]
         }
     }
     for server in &mut servers {
-        server.adapters.sort_by(|a, b| a.name.cmp(&b.name));
+        server.adapters.sort();
     }
     servers
 }
