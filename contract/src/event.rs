@@ -92,7 +92,7 @@ pub struct Generation {
     /// Number of the choice, from 0; requests with `n` above 1 have several.
     pub index: u32,
     pub revision: String,
-    /// Name of the adapter that answered. Absent: the revision's own weights answered.
+    /// Name of the adapter that the request selected by its `model`. Absent: the revision itself answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
     pub input: GenerationInput,

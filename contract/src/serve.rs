@@ -135,6 +135,9 @@ pub struct RouterConfig {
     /// Name of the ModelDeployment.
     pub deployment: String,
     pub revisions: Vec<RouterRevision>,
+    /// Names of the adapters that requests may select by their `model`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
     /// Absent: nothing is recorded and `/v1/feedback` answers 404.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub events: Option<EventsConfig>,
@@ -153,6 +156,10 @@ pub struct RouterRevision {
     pub service: String,
     /// Share of the traffic in percent; the weights of all revisions add up to 100.
     pub weight: u32,
+    /// Name of the adapter that makes the revision out of the servers' model, which other revisions may share. Absent:
+    /// the servers have this revision alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

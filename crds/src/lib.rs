@@ -9,6 +9,7 @@
 #![allow(clippy::duplicated_attributes)]
 
 mod access;
+mod adapter;
 mod engine;
 mod feedback;
 mod finetunejob;
@@ -26,6 +27,7 @@ pub use athanor_contract::process::api::GROUP;
 pub use athanor_contract::process::label;
 
 pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
+pub use adapter::{AdapterStatus, BaseModel, JobReference, ServedAdapter};
 pub use engine::{BuiltinEngine, EngineSpec};
 pub use feedback::{FeedbackSpec, KafkaSpec};
 pub use finetunejob::*;
@@ -47,6 +49,8 @@ pub mod condition {
     pub const DRIFTED: &str = "Drifted";
     /// A retraining runs.
     pub const RETRAINING: &str = "Retraining";
+    /// Every adapter of spec.adapters has a folder and is served; absent without spec.adapters.
+    pub const ADAPTERS_RESOLVED: &str = "AdaptersResolved";
     /// False if the pods reserve GPUs that their image is not expected to use; absent otherwise.
     pub const GPU_IMAGE: &str = "GpuImage";
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     FineTuneJobSpec, PodOverrides,
     access::AccessSpec,
+    adapter::{AdapterStatus, BaseModel, JobReference, ServedAdapter},
     engine::EngineSpec,
     feedback::FeedbackSpec,
     retraining::{RetrainingOutcome, RetrainingProposal, RetrainingStatus},
@@ -60,6 +61,11 @@ use crate::{
 pub struct ModelDeploymentSpec {
     /// Model to serve.
     pub model: ModelSource,
+    /// LoRA adapters of the served language model, which clients select by `model: NAME`. Servers load and unload them
+    /// without a restart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub adapters: Vec<ServedAdapter>,
     /// Number of server pods of the current revision; a candidate has the same number.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 1000))]
@@ -134,15 +140,11 @@ pub struct ModelSource {
     /// that passed its gates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from_job: Option<JobReference>,
-}
-
-/// A FineTuneJob of the same namespace.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct JobReference {
-    /// Name of the FineTuneJob, which may be created later.
-    #[schemars(length(min = 1, max = 253))]
-    pub name: String,
+    /// Model that the one to serve is a LoRA adapter of. `from` is then the adapter's folder, or an artifact that has an
+    /// adapter, and `fromJob` a job with `adapter.lora`. Revisions with the same base share its servers, so a canary
+    /// takes no second copy of the weights. Absent: each revision has servers of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseModel>,
 }
 
 /// How a new model replaces the current one.
@@ -299,7 +301,8 @@ pub enum Approval {
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentStatus {
     /// Conditions of the deployment. Ready: the current revision answers with all replicas. Progressing: a candidate is
-    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs. GpuImage is False if the servers reserve
+    /// being rolled out. Drifted: the monitor's verdict. Retraining: a job runs. AdaptersResolved: the servers have
+    /// every adapter of spec.adapters in their configuration. GpuImage is False if the servers reserve
     /// GPUs and the operator has no image with CUDA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
@@ -356,6 +359,10 @@ pub struct ModelDeploymentStatus {
     /// new choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<ObservedSource>,
+    /// Adapters of spec.adapters that are served.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub adapters: Vec<AdapterStatus>,
     /// Label selector of the current revision's pods, for the scale subresource.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
@@ -369,12 +376,17 @@ pub struct ModelDeploymentStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RevisionStatus {
-    /// Name of the revision: {deployment}-{first 8 digits of the model's digest, or of the hash of its address}.
+    /// Name of the revision: {deployment}-{first 8 digits of the model's digest, or of the hash of its address or of
+    /// base and adapter}.
     #[schemars(length(max = 253))]
     pub name: String,
     /// Folder of the artifact.
     #[schemars(length(max = 2048))]
     pub model_uri: String,
+    /// Folder of the base model whose servers have this revision as an adapter. Absent: it has servers of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048))]
+    pub base: Option<String>,
     /// sha256 over the artifact's files. Absent if the model was given by its address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
@@ -448,6 +460,14 @@ pub struct RetiredRevision {
     /// Name of the revision.
     #[schemars(length(max = 253))]
     pub name: String,
+    /// Folder of the adapter, if it is one. It stays loaded until the requests have ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048))]
+    pub model_uri: Option<String>,
+    /// Folder of the adapter's base model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048))]
+    pub base: Option<String>,
     /// Time at which it stopped receiving traffic.
     pub since: Time,
 }
@@ -456,8 +476,8 @@ pub struct RetiredRevision {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ObservedSource {
-    /// Address, or job/{name}.
-    #[schemars(length(max = 2048))]
+    /// Address, or job/{name}; for an adapter followed by ` on ` and the address of its base.
+    #[schemars(length(max = 4352))]
     pub value: String,
     /// Time of the last change. Absent: it has not changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,11 +1,11 @@
 //! The CustomResourceDefinitions as they are installed: what the derives give, made stricter where the API server wants
 //! it.
 //!
-//! Besides the derives there are six changes: every string, list and map gets a bound (the cost of a CEL rule is
+//! Besides the derives there are seven changes: every string, list and map gets a bound (the cost of a CEL rule is
 //! estimated by bounds); formats that Kubernetes does not know go; `nullable` goes, since no type of ours writes null;
 //! a FineTuneJob's specification becomes immutable (not in the type, because ModelDeployment has the same type in its
-//! template, which may change); that template may leave out a baseline; and names are such that the children's names
-//! are valid.
+//! template, which may change); that template may leave out a baseline; no adapter has the name of its deployment; and
+//! names are such that the children's names are valid.
 
 use athanor_contract::train::rules::GAIN_NEEDS_BASELINE;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -30,7 +30,7 @@ pub const LONGEST_DEPLOYMENT_NAME: usize = LONGEST_JOB_NAME - 11;
 pub fn definitions() -> Vec<(&'static str, CustomResourceDefinition)> {
     vec![
         ("finetunejobs.yaml", strict(FineTuneJob::crd(), LONGEST_JOB_NAME, immutable)),
-        ("modeldeployments.yaml", strict(ModelDeployment::crd(), LONGEST_DEPLOYMENT_NAME, without_baseline_rule)),
+        ("modeldeployments.yaml", strict(ModelDeployment::crd(), LONGEST_DEPLOYMENT_NAME, deployment)),
     ]
 }
 
@@ -45,16 +45,28 @@ fn strict(definition: CustomResourceDefinition, longest: usize, change: fn(&mut 
     for version in value["spec"]["versions"].as_array_mut().into_iter().flatten() {
         let schema = &mut version["schema"]["openAPIV3Schema"];
         tidy(schema);
-        change(&mut schema["properties"]["spec"]);
         schema["x-kubernetes-validations"] = json!([{
             "rule": format!("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && self.metadata.name.size() <= {longest}"),
             "message": format!(
                 "metadata.name names Services and pods: at most {longest} lower-case letters, digits and '-', beginning with a letter"),
         }]);
+        change(schema);
     }
     // Defaults are objects, whose fields would otherwise be in the order of the structs.
     value.sort_all_objects();
     serde_json::from_value(value).expect("the changes keep it a definition")
+}
+
+/// The changes of a ModelDeployment's schema.
+fn deployment(schema: &mut Value) {
+    without_baseline_rule(&mut schema["properties"]["spec"]);
+    let rule = json!({
+        "rule": "!has(self.spec.adapters) || self.spec.adapters.all(adapter, adapter.name != self.metadata.name)",
+        "message": "spec.adapters: the name of an adapter must not be the ModelDeployment's",
+    });
+    if let Some(rules) = schema["x-kubernetes-validations"].as_array_mut() {
+        rules.push(rule);
+    }
 }
 
 /// A retraining's baseline is the current artifact, which the operator fills in: a template may have gates with
@@ -67,7 +79,8 @@ fn without_baseline_rule(spec: &mut Value) {
 }
 
 /// One rule a field, so that the message names the field.
-fn immutable(spec: &mut Value) {
+fn immutable(schema: &mut Value) {
+    let spec = &mut schema["properties"]["spec"];
     let required: Vec<&str> = spec["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let properties = spec["properties"].as_object().cloned().unwrap_or_default();
     let rules = properties.iter().filter(|(name, _)| !MUTABLE.contains(&name.as_str())).map(|(name, schema)| {

@@ -191,7 +191,8 @@ impl Window {
                 Observed::Prediction
             }
             EventData::Generation(generation) => {
-                if generation.revision == self.revision {
+                // What another adapter answered says nothing about the revision.
+                if generation.revision == self.revision && generation.adapter.is_none() {
                     self.ranges.entry(partition).or_insert((offset, offset + 1));
                     self.generate(generation);
                 }

@@ -178,12 +178,13 @@ fn owners<K: Resource<DynamicType = ()>>(child: &impl Resource) -> Vec<ObjectRef
     owners.filter_map(|owner| ObjectRef::from_owner_ref(namespace.as_deref(), owner, ())).collect()
 }
 
-/// Returns the deployments that serve the model of a job, or that created the job.
+/// Returns the deployments that serve the model or the adapter of a job, or that created the job.
 fn interested(deployments: &Cache<ModelDeployment>, job: &FineTuneJob) -> Vec<ObjectRef<ModelDeployment>> {
     let (name, namespace) = (job.name_any(), job.namespace());
     let serving = deployments.state().into_iter().filter(|deployment| {
-        let reference = deployment.spec.model.from_job.as_ref();
-        deployment.namespace() == namespace && reference.is_some_and(|reference| reference.name == name)
+        let adapters = deployment.spec.adapters.iter().map(|adapter| &adapter.from_job);
+        let references = std::iter::once(&deployment.spec.model.from_job).chain(adapters);
+        deployment.namespace() == namespace && references.flatten().any(|reference| reference.name == name)
     });
     let serving = serving.map(|deployment| ObjectRef::from_obj(&*deployment));
     serving.chain(named_by(job, label::DEPLOYMENT)).collect()

@@ -16,6 +16,7 @@ use athanor_contract::{
 
 use crate::{
     access::Access,
+    adapter,
     analysis::Analysis,
     balance::{client::Client, endpoints::Registry},
     config::Configuration,
@@ -173,6 +174,7 @@ impl Gateway {
     /// Remembers a language model's answer that is whole, and publishes one event for each choice. Never waits.
     pub fn record_generations(&self, recorder: Recorder, revision: &Arc<str>, latency: Duration) {
         let Recorder { config, id, request_id, request, answers, trace_parent } = recorder;
+        let adapter = adapter::selected(&config.adapters, &request);
         let recorded = match generations(&request_id, revision, &request, answers, latency) {
             Ok(recorded) => recorded,
             Err(why) => {
@@ -183,9 +185,13 @@ impl Gateway {
         };
         let sink = self.sink(&config, &id);
         for mut generation in recorded {
-            let answer = Answer { revision: revision.clone(), label: "".into() };
-            self.recent.insert((id.uuid, generation.index), answer);
+            // Feedback to what another adapter answered is not about the revision.
+            if adapter.is_none() {
+                let answer = Answer { revision: revision.clone(), label: "".into() };
+                self.recent.insert((id.uuid, generation.index), answer);
+            }
             let Some(sink) = &sink else { continue };
+            generation.adapter = adapter.map(Into::into);
             config.redaction.apply(&mut generation.answer);
             for call in &mut generation.tool_calls {
                 redact_value(&config.redaction, &mut call["function"]["arguments"]);

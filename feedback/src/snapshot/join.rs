@@ -135,14 +135,15 @@ impl Answers {
                     self.labelled.insert(place, (key, LabelledRow { id, text, label }));
                 }
             }
-            EventData::Generation(Generation { request_id, index, input, .. }) => {
+            // The revision is not trained on what another adapter was asked.
+            EventData::Generation(Generation { request_id, index, input, adapter: None, .. }) => {
                 let id = format!("{request_id}/{index}");
                 let key = (request_id, index, Kind::Text);
                 if let Some(expected) = self.find(&key) {
                     self.corrected.insert(place, (key, CorrectedAnswer { id, input, expected }));
                 }
             }
-            EventData::Feedback(_) => {}
+            EventData::Generation(_) | EventData::Feedback(_) => {}
         }
     }
 
@@ -378,6 +379,21 @@ mod tests {
         // The label is an orphan as well: no classifier gave that answer.
         assert_eq!((snapshot.rows.len(), snapshot.generations, snapshot.feedbacks, snapshot.orphans), (0, 2, 5, 2));
         assert_ne!(snapshot.digest, join(place(&events[..2]), 100).digest);
+    }
+
+    #[test]
+    fn corrections_of_another_adapter_are_left_out() {
+        let corrected = |adapter: Option<&str>| {
+            let mut answer = generation("c", 0, GenerationInput::Prompt("List the entities".into()));
+            if let EventData::Generation(generation) = &mut answer.data {
+                generation.adapter = adapter.map(Into::into);
+            }
+            let correction = judged("f", 1, "c", 0, Judgement::ExpectedText("none".into()));
+            join(place(&[(0, 0, answer), (0, 1, correction)]), 100)
+        };
+        assert_eq!(corrected(None).corrections.len(), 1);
+        let other = corrected(Some("legal"));
+        assert_eq!((other.corrections.len(), other.orphans), (0, 1));
     }
 
     #[test]

@@ -253,6 +253,20 @@ fn ratings_are_compared_with_the_first_ratings_of_the_revision() {
 }
 
 #[test]
+fn answers_of_another_adapter_do_not_count() {
+    let mut window = text_window();
+    let selected = |at| {
+        let mut event = generation(at);
+        if let EventData::Generation(generation) = &mut event.data {
+            generation.adapter = Some("legal".into());
+        }
+        event
+    };
+    feed(&mut window, [generation(0), selected(1), generation(2)]);
+    assert_eq!(window.status().predictions, 2);
+}
+
+#[test]
 fn labels_that_confirm_no_answer_are_noticed() {
     let mut window = window();
     feed(&mut window, (0..19).flat_map(|at| [prediction(at, "r2"), feedback(at, "neither")]));

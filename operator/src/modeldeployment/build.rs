@@ -10,12 +10,14 @@ use super::{
         router::{self, RouterChildren},
     },
     decide::Decision,
+    policy::servers,
     validate::ValidatedDeployment,
 };
 use crate::settings::Settings;
 
 /// Everything that should exist.
 pub struct Children {
+    /// Servers: those of each revision, or those that several share.
     pub revisions: Vec<RevisionChildren>,
     /// Absent before there is a model.
     pub router: Option<RouterChildren>,
@@ -33,12 +35,11 @@ pub fn build(
     fresh_key: String,
 ) -> Children {
     let rollout = &decision.rollout;
-    let candidate = rollout.candidate.as_ref().map(|candidate| &candidate.revision);
-    let revisions = rollout.current.iter().chain(candidate);
+    let servers = servers::servers(&deployment.name, rollout, &decision.adapters.served);
     let new = decision.retraining.create.as_ref();
     Children {
-        revisions: revisions.map(|revision| revision::build(deployment, settings, revision)).collect(),
-        router: router::build(deployment, settings, rollout, fresh_key),
+        revisions: servers.iter().map(|server| revision::build(deployment, settings, server)).collect(),
+        router: router::build(deployment, settings, decision, fresh_key),
         monitor: monitor::build(deployment, settings, rollout),
         retraining: new.and_then(|new| retraining::build(deployment, new)),
     }

@@ -1,7 +1,7 @@
 //! What should be of a ModelDeployment: target, rollout and retraining put together, a function of what was read and of
 //! the time.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use athanor_contract::serve::{MonitorStatus, Verdict};
 use athanor_crds::{ModelDeploymentStatus, ObservedSource, RETRY_ROLLOUT_ANNOTATION};
@@ -12,8 +12,10 @@ use super::{
     dereference::Observed,
     observe::workload::Workload,
     policy::{
+        adapters::{self, Adapters},
         retrain::{self, Retraining},
         rollout::{self, Rollout},
+        servers::{self, View},
         target::{self, Target},
     },
     validate::ValidatedDeployment,
@@ -32,7 +34,9 @@ pub struct Decision {
     pub source: ObservedSource,
     pub rollout: Rollout,
     pub retraining: Retraining,
-    /// Revisions whose children are deleted.
+    /// Adapters that clients select.
+    pub adapters: Adapters,
+    /// Servers whose children are deleted.
     pub remove: Vec<String>,
     /// Whether the monitor's children are deleted.
     pub remove_monitor: bool,
@@ -48,7 +52,8 @@ pub struct Decision {
 /// Decides what should be.
 pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timestamp) -> Decision {
     let mut status = observed.deployment.status.clone().unwrap_or_default();
-    let source = target::source(&status, &deployment.source, now);
+    let base = deployment.base.as_deref();
+    let source = target::source(&status, &deployment.source, base, now);
     if source.since != status.source.as_ref().and_then(|source| source.since.clone()) {
         // Another spec.model: what failed before may be tried again.
         forget_failures(&mut status);
@@ -61,16 +66,19 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
     let topic = deployment.events.as_ref().map(|events| events.topic.as_str());
     status.monitor = status.monitor.filter(|monitor| monitor.topic.is_empty() || Some(monitor.topic.as_str()) == topic);
     let status = &status;
-    let source_job = observed.source_job.as_deref();
-    let target =
-        target::target(&deployment.name, &deployment.source, &source, source_job, &observed.retrainings, status);
+    let job = observed.source_job.as_deref();
+    let wanted = target::Wanted { deployment: &deployment.name, source: &deployment.source, base, job };
+    let target = target::target(wanted, &source, &observed.retrainings, status);
     let (wanted, missing) = match &target {
         Target::Model(revision) => (Some(revision), None),
         Target::Missing { reason, message } => (None, Some(Value::new(State::False, reason, message))),
     };
+    let known =
+        servers::Known { workloads: &observed.revisions, waiting: &observed.waiting, loaded: &observed.loaded, now };
+    let view = servers::view(&deployment.name, status, wanted, &known);
     let inputs = rollout::Inputs {
-        workloads: &observed.revisions,
-        waiting: &observed.waiting,
+        workloads: &view.workloads,
+        waiting: &view.waiting,
         router_ready: observed.router.as_ref().is_some_and(|router| router.available > 0),
         counts: observed.counts.as_ref(),
         routers: &observed.routers,
@@ -87,12 +95,13 @@ pub fn decide(deployment: &ValidatedDeployment, observed: &Observed, now: Timest
         now,
     };
     let retraining = retrain::retrain(deployment.spec.retrain.as_ref(), status, &inputs);
-    let ready = ready(&rollout, observed, missing);
+    let ready = ready(&rollout, observed, &view, missing);
     let look_again = (ready.state != State::True || retraining.running.is_some()).then_some(LOOK_AGAIN);
     let requeue = [rollout.wait, retraining.wait, look_again].into_iter().flatten().min();
     Decision {
         source,
-        remove: unused(&rollout, &observed.revisions),
+        adapters: adapters::resolve(&deployment.spec.adapters, &observed.adapter_jobs, &status.adapters),
+        remove: unused(&deployment.name, &rollout, observed),
         remove_monitor: deployment.spec.monitor.is_none() && observed.has_monitor,
         clear_monitor: deployment.spec.monitor.is_none()
             && !observed.has_monitor
@@ -117,33 +126,33 @@ pub fn retry(observed: &Observed) -> Option<String> {
     Some(condition::cut(value, MOST_RETRY))
 }
 
-/// Returns the revisions that have no traffic and no requests to finish.
-fn unused(rollout: &Rollout, revisions: &BTreeMap<String, Workload>) -> Vec<String> {
-    let kept = [
-        rollout.current.as_ref().map(|revision| &revision.name),
-        rollout.candidate.as_ref().map(|candidate| &candidate.revision.name),
-        rollout.previous.as_ref().map(|previous| &previous.name),
-    ];
-    revisions.keys().filter(|name| !kept.contains(&Some(*name))).cloned().collect()
+/// Returns the servers that have no traffic and no requests to finish.
+fn unused(deployment: &str, rollout: &Rollout, observed: &Observed) -> Vec<String> {
+    let needed = servers::needed(deployment, rollout);
+    observed.revisions.keys().filter(|name| !needed.contains(*name)).cloned().collect()
 }
 
 /// Returns the condition Ready.
-fn ready(rollout: &Rollout, observed: &Observed, missing: Option<Value>) -> Value {
+fn ready(rollout: &Rollout, observed: &Observed, view: &View, missing: Option<Value>) -> Value {
     let Some(current) = &rollout.current else {
         return missing.unwrap_or_else(|| Value::new(State::False, "NoModel", "there is no model yet"));
     };
     let nothing = Workload::default();
-    let workload = observed.revisions.get(&current.name).unwrap_or(&nothing);
-    let why = |name: &str| observed.waiting.get(name).map(|why| format!(": {why}")).unwrap_or_default();
-    if workload.desired == 0 && observed.revisions.contains_key(&current.name) {
+    let workload = view.workloads.get(&current.name).unwrap_or(&nothing);
+    let why = |why: Option<&String>| why.map(|why| format!(": {why}")).unwrap_or_default();
+    if workload.desired == 0 && view.workloads.contains_key(&current.name) {
         return Value::new(State::False, "ScaledToZero", "spec.replicas is 0");
     }
     if !workload.is_ready() {
-        let message = format!("{}: {}{}", current.name, workload.progress(), why(&current.name));
+        let message = format!("{}: {}{}", current.name, workload.progress(), why(view.waiting.get(&current.name)));
         return Value::new(State::False, "WaitingForPods", message);
     }
     if observed.router.as_ref().is_none_or(|router| router.available == 0) {
-        return Value::new(State::False, "WaitingForRouter", format!("no router is ready{}", why("")));
+        return Value::new(
+            State::False,
+            "WaitingForRouter",
+            format!("no router is ready{}", why(observed.waiting.get(""))),
+        );
     }
     Value::new(State::True, "Available", format!("{} has {} available pods", current.name, workload.available))
 }

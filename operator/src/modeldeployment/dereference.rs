@@ -1,7 +1,10 @@
-//! Reads what a decision about a ModelDeployment needs: jobs, workloads and pods from the caches, and the routers'
-//! counts.
+//! Reads what a decision about a ModelDeployment needs: jobs, workloads and pods from the caches, the routers' counts,
+//! and the adapters that servers have loaded.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use athanor_crds::{FineTuneJob, ModelDeployment, label};
 use k8s_openapi::api::core::v1::Pod;
@@ -10,9 +13,11 @@ use kube::ResourceExt;
 use super::{
     names,
     observe::{
+        adapters::{self, Loaded},
         counts::{self, Counts},
-        workload::{Workload, is_ready},
+        workload::{Workload, is_of, is_ready},
     },
+    policy::servers,
 };
 use crate::{cluster, pods, reconciler::ReconcileError, stores::Stores};
 
@@ -24,16 +29,20 @@ pub struct Observed {
     pub deployment: ModelDeployment,
     /// The FineTuneJob that `spec.model.fromJob` names.
     pub source_job: Option<Arc<FineTuneJob>>,
+    /// The FineTuneJobs that `spec.adapters` names, by name.
+    pub adapter_jobs: BTreeMap<String, Arc<FineTuneJob>>,
     /// FineTuneJobs that this deployment created.
     pub retrainings: Vec<Arc<FineTuneJob>>,
-    /// Workloads of servers by revision.
+    /// Workloads of servers by their names: that of their revision, unless revisions share them.
     pub revisions: BTreeMap<String, Workload>,
     /// Workload of the routers.
     pub router: Option<Workload>,
     /// Whether there is a workload of the monitor.
     pub has_monitor: bool,
-    /// Why a pod does not run, by revision; the router has the empty name.
+    /// Why a pod does not run, by servers; the router has the empty name.
     pub waiting: BTreeMap<String, String>,
+    /// What the servers of revisions that are being loaded have loaded.
+    pub loaded: Loaded,
     /// Counts of the routers, read during a canary only. Absent if a router did not answer.
     pub counts: Option<Counts>,
     /// Digest of the routers that were asked, each with its restarts.
@@ -57,6 +66,11 @@ pub async fn dereference(
     let name = deployment.name_any();
     let source_job = deployment.spec.model.from_job.as_ref();
     let source_job = source_job.and_then(|job| stores.fine_tune_jobs.get(&namespace, &job.name));
+    let adapter_jobs = deployment.spec.adapters.iter().filter_map(|adapter| {
+        let job = &adapter.from_job.as_ref()?.name;
+        Some((job.clone(), stores.fine_tune_jobs.get(&namespace, job)?))
+    });
+    let adapter_jobs = adapter_jobs.collect();
     let mut retrainings = stores.fine_tune_jobs.select(&namespace, label::DEPLOYMENT, &name);
     retrainings.retain(|job| cluster::is_owned_by(&**job, &uid));
     retrainings.sort_by_key(|job| job.name_any());
@@ -65,11 +79,13 @@ pub async fn dereference(
     let mut observed = Observed {
         deployment: deployment.clone(),
         source_job,
+        adapter_jobs,
         retrainings,
         revisions: BTreeMap::new(),
         router: None,
         has_monitor: false,
         waiting: waiting(&pods),
+        loaded: loaded(http, deployment, &pods).await,
         counts: None,
         routers: String::new(),
     };
@@ -92,6 +108,21 @@ pub async fn dereference(
         observed.counts = counts::read(http, &routers).await;
     }
     Ok(Some(observed))
+}
+
+/// Asks the pods of servers that are loading a revision.
+async fn loaded(http: &reqwest::Client, deployment: &ModelDeployment, pods: &[Arc<Pod>]) -> Loaded {
+    let mut loaded = Loaded::default();
+    let Some(status) = &deployment.status else { return loaded };
+    let candidate = status.candidate.as_ref().map(|candidate| &candidate.revision);
+    let loading = status.current_revision.iter().chain(candidate).filter(|revision| servers::is_loading(revision));
+    let loading: BTreeSet<String> = loading.map(|revision| names::servers(&deployment.name_any(), revision)).collect();
+    for servers in loading {
+        let pods = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::SERVER);
+        let pods: Vec<&Pod> = pods.filter(|pod| is_ready(pod) && is_of(pod, &servers)).collect();
+        loaded.insert(&servers, adapters::read(http, &pods).await);
+    }
+    loaded
 }
 
 /// Returns why a pod of each revision, or of the router, does not run.

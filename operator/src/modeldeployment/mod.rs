@@ -1,8 +1,9 @@
 //! The ModelDeployment controller: which model is served, how a new one takes over, and when another is trained.
 //!
-//! A revision is one model with its own Deployment and Service. The router in front of all revisions reads one
-//! ConfigMap, and a canary changes nothing but the weights in it. The state of a rollout is in `status`, and every step
-//! of it can be repeated.
+//! A revision is one model with its own Deployment and Service, or an adapter of a base whose Deployment and Service it
+//! shares with other revisions. The router in front of all revisions reads one ConfigMap, and a canary changes nothing but
+//! the weights in it, and the adapters of shared servers. The state of a rollout is in `status`, and every step of it can
+//! be repeated.
 //!
 //! Here `deployment` is a ModelDeployment and `workload` is a Kubernetes Deployment.
 

@@ -3,11 +3,13 @@
 use athanor_crds::{ModelDeployment, ModelDeploymentStatus, condition as types, label};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::ResourceExt;
 
 use super::{
     apply::Applied,
     decide::{Decision, retry},
     dereference::Observed,
+    names,
     validate::InvalidDeployment,
 };
 use crate::{
@@ -61,7 +63,9 @@ pub fn next(
         }
     }
     let rollout = &decision.rollout;
-    let workload = rollout.current.as_ref().and_then(|current| observed.revisions.get(&current.name));
+    let deployment = observed.deployment.name_any();
+    let servers = rollout.current.as_ref().map(|current| names::servers(&deployment, current));
+    let workload = servers.as_ref().and_then(|servers| observed.revisions.get(servers));
     ModelDeploymentStatus {
         conditions,
         current_revision: rollout.current.clone(),
@@ -85,7 +89,8 @@ pub fn next(
             .as_ref()
             .map_or_else(Vec::new, |_| decision.retraining.used.clone()),
         source: Some(decision.source.clone()),
-        selector: rollout.current.as_ref().map(|current| format!("{}={}", label::REVISION, current.name)),
+        adapters: decision.adapters.served.clone(),
+        selector: servers.map(|servers| format!("{}={servers}", label::REVISION)),
         replicas: workload.map_or(0, |workload| workload.replicas),
     }
 }
@@ -106,7 +111,11 @@ fn conditions(
     if rollout.progressing.reason != "Stable" || !ended {
         set(&mut conditions, types::PROGRESSING, &rollout.progressing, generation, now);
     }
-    for (type_, value) in [(types::DRIFTED, &decision.drifted), (types::RETRAINING, &decision.retraining.condition)] {
+    for (type_, value) in [
+        (types::DRIFTED, &decision.drifted),
+        (types::RETRAINING, &decision.retraining.condition),
+        (types::ADAPTERS_RESOLVED, &decision.adapters.condition),
+    ] {
         match value {
             Some(value) => set(&mut conditions, type_, value, generation, now),
             None => conditions.retain(|condition| condition.type_ != type_),

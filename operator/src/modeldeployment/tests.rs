@@ -1,5 +1,7 @@
 //! Table tests of targets, canaries, retraining and children.
 
+mod adapters;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_contract::{
@@ -26,7 +28,7 @@ use super::{
     decide::{Decision, decide},
     dereference::Observed,
     names,
-    observe::workload::Workload,
+    observe::{adapters::Loaded, workload::Workload},
     status,
     validate::{InvalidDeployment, validate},
 };
@@ -102,11 +104,13 @@ fn observed(deployment: ModelDeployment) -> Observed {
     Observed {
         deployment,
         source_job: None,
+        adapter_jobs: BTreeMap::new(),
         retrainings: vec![],
         revisions: BTreeMap::new(),
         router: Some(workload(1)),
         has_monitor: false,
         waiting: BTreeMap::new(),
+        loaded: Loaded::default(),
         counts: None,
         routers: String::new(),
     }
@@ -253,7 +257,7 @@ fn a_canary_goes_on_holds_or_rolls_back() {
             (Some(current.into()), weight.map(|weight| (NEW.to_owned(), weight)), reason),
             "{case}"
         );
-        let weights = router::weights(&decision.rollout);
+        let weights = router::weights("m", &decision.rollout);
         assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
         assert!(decision.remove.is_empty(), "{case}: nothing that has or just lost traffic is deleted");
     }

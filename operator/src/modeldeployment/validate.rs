@@ -9,6 +9,7 @@ use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYM
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
+use super::names;
 use crate::{cluster, finetunejob::is_service_name};
 
 /// Most characters of a topic's name in Kafka.
@@ -21,6 +22,8 @@ pub struct ValidatedDeployment {
     pub uid: String,
     pub owner: Vec<OwnerReference>,
     pub source: Source,
+    /// Folder of the base model, if the model to serve is an adapter.
+    pub base: Option<String>,
     /// Kafka topic of the events, with its name filled in.
     pub events: Option<EventsConfig>,
     pub engine: EngineConfig,
@@ -43,6 +46,10 @@ pub enum InvalidDeployment {
     Name(String),
     #[error("spec.model: set exactly one of from and fromJob")]
     Model,
+    #[error("spec.adapters: {0:?} is the name of the deployment or may be that of a revision; choose another one")]
+    AdapterName(String),
+    #[error("spec.adapters: {0:?} must have exactly one of from and fromJob")]
+    Adapter(String),
     #[error(
         "spec.retrain.template.spec.data.sources: {0:?} is also the name of the added source (spec.retrain.sourceName); \
          rename one of the two"
@@ -76,6 +83,14 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         (None, Some(job)) => Source::Job(job.name.clone()),
         _ => return Err(InvalidDeployment::Model),
     };
+    for adapter in &spec.adapters {
+        if adapter.name == name || names::is_revision(&name, &adapter.name) {
+            return Err(InvalidDeployment::AdapterName(adapter.name.clone()));
+        }
+        if adapter.from.is_some() == adapter.from_job.is_some() {
+            return Err(InvalidDeployment::Adapter(adapter.name.clone()));
+        }
+    }
     if let Some(retrain) = &spec.retrain
         && retrain.template.spec.train.data.sources.iter().any(|source| source.name == retrain.source_name)
     {
@@ -105,6 +120,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         engine,
         uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,
         owner: cluster::owner(deployment),
+        base: spec.model.base.as_ref().map(|base| base.from.clone()),
         spec: spec.clone(),
         name,
         namespace,

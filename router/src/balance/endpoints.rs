@@ -112,6 +112,8 @@ impl Drop for Outstanding {
 pub struct Revision {
     pub name: Arc<str>,
     pub weight: u32,
+    /// Adapter that makes the revision out of the servers' model. Endpoints may be those of another revision as well.
+    pub adapter: Option<Arc<str>>,
     pub endpoints: Vec<Arc<Endpoint>>,
 }
 
@@ -193,6 +195,7 @@ impl Registry {
         let revisions = config.revisions.iter().map(|revision| Revision {
             name: revision.name.as_str().into(),
             weight: revision.weight,
+            adapter: revision.adapter.as_deref().map(Arc::from),
             endpoints: known.services.get(&revision.service).cloned().unwrap_or_default(),
         });
         let snapshot = Snapshot {

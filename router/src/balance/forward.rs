@@ -61,6 +61,9 @@ pub enum Attempt<T> {
     Refused { answer: T },
     /// The server has too much to do: another may take it now, else this is the answer.
     Busy { answer: T },
+    /// The server has not loaded the revision's adapter: another may have it, or this one as another revision, else this is the
+    /// answer.
+    Lacking { answer: T },
     /// The server answered that it cannot: another should, else this is the answer.
     Unavailable { answer: T },
     /// The request was lost on its way or on the way back.
@@ -116,8 +119,10 @@ struct SoFar<T> {
     fallback: Option<Forwarded<T>>,
     /// The newest failure.
     failure: Option<String>,
-    /// The last server had too much to do.
+    /// The last server had too much to do, or lacked the adapter.
     busy: bool,
+    /// The last server lacked the adapter.
+    lacking: bool,
     /// Attempts that were lost after a server had been reached.
     lost: u32,
 }
@@ -133,6 +138,7 @@ impl<T> SoFar<T> {
         analysis: Option<&Analysis>,
     ) -> ControlFlow<Forwarded<T>, bool> {
         self.busy = false;
+        self.lacking = matches!(outcome, Attempt::Lacking { .. });
         match outcome {
             Attempt::Answer { answer, ok } => {
                 count(analysis, &from.revision, |counters| counters.answered(from.latency, ok));
@@ -142,7 +148,7 @@ impl<T> SoFar<T> {
                 count(analysis, &from.revision, Counters::refused);
                 return ControlFlow::Break(from.with(answer));
             }
-            Attempt::Busy { answer } => {
+            Attempt::Busy { answer } | Attempt::Lacking { answer } => {
                 count(analysis, &from.revision, Counters::refused);
                 self.fallback = Some(from.with(answer));
                 self.busy = true;
@@ -171,7 +177,8 @@ impl<T> SoFar<T> {
     }
 }
 
-/// Runs `attempt` on one endpoint after the other until there is an answer. `usable` leaves endpoints out, such as those without
+/// Runs `attempt` on one endpoint after the other until there is an answer; it also takes the adapter of the revision that the
+/// endpoint answers for. `usable` leaves endpoints out, such as those without
 /// a gRPC port. Attempts are counted in `analysis`; requests that do not run the model are not counted anywhere.
 pub async fn forward<T, F>(
     registry: &Registry,
@@ -179,7 +186,7 @@ pub async fn forward<T, F>(
     target: &Target,
     policy: Policy,
     usable: impl Fn(&Endpoint) -> bool,
-    attempt: impl Fn(Arc<Endpoint>) -> F,
+    attempt: impl Fn(Arc<Endpoint>, Option<Arc<str>>) -> F,
 ) -> Result<Forwarded<T>, ForwardError>
 where
     F: Future<Output = Attempt<T>>,
@@ -187,18 +194,22 @@ where
     let begin = Instant::now();
     let deadline = begin + policy.timeout;
     let mut snapshots = registry.subscribe();
-    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    // With a revision: the endpoint lacks its adapter and may answer for another one.
+    let mut tried: Vec<(Option<Arc<str>>, Arc<Endpoint>)> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
-    let mut so_far = SoFar { fallback: None, failure: None, busy: false, lost: 0 };
+    let mut so_far = SoFar { fallback: None, failure: None, busy: false, lacking: false, lost: 0 };
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
         let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
+            let concerns = |name: &Option<Arc<str>>| name.as_ref().is_none_or(|name| *name == revision.name);
+            let tried = tried.iter().filter(|(name, _)| concerns(name)).map(|(_, endpoint)| endpoint.clone());
+            let tried: Vec<Arc<Endpoint>> = tried.collect();
             let endpoint = select::endpoint(&revision.endpoints, &usable, &tried, now, &mut rand::rng())?;
-            Some((revision.name.clone(), endpoint))
+            Some((revision.name.clone(), revision.adapter.clone(), endpoint))
         });
-        let Some((revision, endpoint)) = chosen else {
+        let Some((revision, adapter, endpoint)) = chosen else {
             let until = (*give_up.get_or_insert(now + policy.wait)).min(deadline);
             if so_far.busy || now >= until {
                 let revision = first(&snapshot, target);
@@ -217,8 +228,8 @@ where
         };
         let outstanding = endpoint.begin();
         let limit = policy.attempt_timeout.min(deadline.saturating_duration_since(now));
-        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone())).await.unwrap_or_else(|_| Attempt::Lost {
-            failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()),
+        let outcome = tokio::time::timeout(limit, attempt(endpoint.clone(), adapter)).await.unwrap_or_else(|_| {
+            Attempt::Lost { failure: format!("{} did not answer within {:.1} s", endpoint.http, limit.as_secs_f64()) }
         });
         let ended = Instant::now();
         let latency = ended.saturating_duration_since(now);
@@ -246,7 +257,7 @@ where
             "trying another endpoint"
         );
         metrics::counter!("athanor_router_retries_total").increment(1);
-        tried.push(endpoint);
+        tried.push((so_far.lacking.then_some(revision), endpoint));
     }
 }
 

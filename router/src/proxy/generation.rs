@@ -39,11 +39,12 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         let began = Instant::now();
         let policy = Policy::generation(&limits);
         let send = |request| gateway.client.open(request);
-        let way = Way { policy, is_counted: true };
+        let selects = pass::selects_adapter(&gateway, &body);
+        let way = Way { policy, is_counted: true, selects };
         let forwarded = pass::pass_on(&gateway, &parts, &id, &body, way, send).await?;
-        Ok::<_, ApiErrorOf>((id, body, began, policy, forwarded))
+        Ok::<_, ApiErrorOf>((id, body, began, way, forwarded))
     };
-    let (id, body, began, policy, forwarded) = match answer.await {
+    let (id, body, began, way, forwarded) = match answer.await {
         Ok(answered) => answered,
         Err(error) => return error.into_response(),
     };
@@ -64,12 +65,13 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     let passing = Passing {
         gateway,
         revision: forwarded.revision,
-        // A head with an error status has been counted as what it is; a request for one revision is not counted at all.
-        is_counted: status.is_success() && !parts.headers.contains_key(headers::REVISION),
+        // A head with an error status has been counted as what it is; a request for one revision or for an adapter is not
+        // counted at all.
+        is_counted: status.is_success() && !way.selects && !parts.headers.contains_key(headers::REVISION),
         recorder,
         meter,
         began,
-        limit: policy.timeout,
+        limit: way.policy.timeout,
         outstanding: forwarded.outstanding,
         running,
     };

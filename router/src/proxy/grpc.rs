@@ -23,7 +23,7 @@ use tonic::{
 use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::pass::{passed_on, target};
+use super::pass::{passed_on, target, with_adapter};
 use crate::{
     access::Denied,
     balance::{
@@ -84,9 +84,9 @@ impl Passing {
             let target = target(&gateway.registry.snapshot(), &incoming, id.hash)
                 .map_err(|error| Status::not_found(error.message))?;
             let passed = passed_on(&incoming, &id);
-            let attempt = |endpoint: Arc<Endpoint>| {
-                let request =
-                    Request::from_parts(MetadataMap::from_headers(passed.clone()), Default::default(), message.clone());
+            let attempt = |endpoint: Arc<Endpoint>, adapter: Option<Arc<str>>| {
+                let metadata = MetadataMap::from_headers(with_adapter(&passed, adapter.as_deref()));
+                let request = Request::from_parts(metadata, Default::default(), message.clone());
                 let answer = endpoint.channel().map(|channel| {
                     call(GrpcInferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES), request)
                 });

@@ -135,7 +135,7 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         body::check_content_type(&parts.headers)?;
         let body = body::read(&parts.headers, body, gateway.limits().max_body_bytes).await?;
         let id = pass::id(&parts)?;
-        let way = Way { policy: Policy::new(&gateway.limits()), is_counted: true };
+        let way = Way { policy: Policy::new(&gateway.limits()), is_counted: true, selects: false };
         let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
         let forwarded = pass::pass_on(&gateway, &parts, &id, &body, way, send).await?;
         Ok::<_, ApiErrorOf>((id, body, forwarded))
@@ -184,7 +184,8 @@ async fn plain(State(gateway): State<Arc<Gateway>>, request: Request) -> Respons
     let answer = async {
         let limits = gateway.limits();
         let body = body::read(&parts.headers, body, limits.max_body_bytes).await?;
-        let way = Way { policy: Policy::new(&limits), is_counted: false };
+        let selects = pass::selects_adapter(&gateway, &body);
+        let way = Way { policy: Policy::new(&limits), is_counted: false, selects };
         let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
         pass::pass_on(&gateway, &parts, &pass::id(&parts)?, &body, way, send).await
     };

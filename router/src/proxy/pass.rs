@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use crate::{
     access::Caller,
+    adapter,
     balance::{
         client::ClientError,
         endpoints::{Endpoint, Snapshot},
@@ -131,6 +132,14 @@ pub struct Way {
     pub policy: Policy,
     /// Whether it runs the model, and so counts in the analysis of a canary.
     pub is_counted: bool,
+    /// Whether its `model` selects an adapter, which answers instead of the revision.
+    pub selects: bool,
+}
+
+/// Returns whether the `model` of a request selects an adapter.
+pub fn selects_adapter(gateway: &Gateway, body: &[u8]) -> bool {
+    let config = gateway.registry.snapshot().config.clone();
+    config.is_some_and(|config| adapter::selected(&config.adapters, body).is_some())
 }
 
 /// Passes a request on to a revision's server. `send` sends it to one server; what it returns decides about the attempt.
@@ -148,17 +157,33 @@ where
     let target = target(&gateway.registry.snapshot(), &parts.headers, id.hash)?;
     let passed = passed_on(&parts.headers, id);
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let attempt = |endpoint: Arc<Endpoint>| {
-        let sent = request(&endpoint, parts.method.clone(), path, passed.clone(), body.clone()).map(&send);
+    let attempt = |endpoint: Arc<Endpoint>, revision: Option<Arc<str>>| {
+        // The header would win over the `model` of the request.
+        let revision = revision.filter(|_| !way.selects);
+        let headers = with_adapter(&passed, revision.as_deref());
+        let sent = request(&endpoint, parts.method.clone(), path, headers, body.clone()).map(&send);
         async move {
             match sent {
-                Ok(sent) => outcome(&endpoint, sent.await),
+                Ok(sent) => match (sent.await, revision) {
+                    (Ok(answer), Some(revision)) if lacks(&answer, &revision) => Attempt::Lacking { answer },
+                    (Ok(answer), _) if way.selects && answer.status() == StatusCode::NOT_FOUND => {
+                        Attempt::Lacking { answer }
+                    }
+                    (answer, _) => outcome(&endpoint, answer),
+                },
                 Err(error) => Attempt::Lost { failure: format!("{path} cannot be passed on: {error}") },
             }
         }
     };
-    let analysis = (way.is_counted && target.is_by_weight()).then_some(&*gateway.analysis);
+    let analysis = (way.is_counted && !way.selects && target.is_by_weight()).then_some(&*gateway.analysis);
     Ok(forward::forward(&gateway.registry, analysis, &target, way.policy, |_| true, attempt).await?)
+}
+
+/// Returns whether a server has answered that it does not have an adapter. What the adapter answers, errors included, has its
+/// name; adapters are loaded while a server runs, so another server may have it already.
+fn lacks<T>(answer: &axum::http::Response<T>, adapter: &str) -> bool {
+    let by = answer.headers().get(headers::REVISION).map(|name| name.as_bytes());
+    answer.status() == StatusCode::NOT_FOUND && by.is_some_and(|name| name != adapter.as_bytes())
 }
 
 fn outcome<T>(
@@ -179,12 +204,24 @@ fn outcome<T>(
     }
 }
 
-/// The headers for a server: the client's, with our id and the current trace.
+/// The headers of an attempt, with the adapter that makes the revision out of the server's model.
+pub fn with_adapter(passed: &HeaderMap, adapter: Option<&str>) -> HeaderMap {
+    let mut passed = passed.clone();
+    if let Some(adapter) = adapter {
+        passed.insert(headers::ADAPTER, headers::text(adapter));
+    }
+    passed
+}
+
+/// The headers for a server: the client's, with our id and the current trace. Which adapter a revision is, is not the client's
+/// to say.
 pub fn passed_on(incoming: &HeaderMap, id: &RequestId) -> HeaderMap {
     let mut passed = HeaderMap::with_capacity(incoming.len() + 2);
     let named = named_by_connection(incoming);
     for (name, value) in incoming {
-        let is_ours = NOT_PASSED_ON.contains(name) || *name == headers::REVISION || named.contains(name);
+        let is_ours = NOT_PASSED_ON.contains(name)
+            || [headers::REVISION, headers::ADAPTER].contains(name)
+            || named.contains(name);
         if !is_ours && !name.as_str().starts_with("proxy-") {
             passed.append(name.clone(), value.clone());
         }

@@ -57,8 +57,11 @@ async fn set_endpoints(
     registry: &Registry,
 ) -> anyhow::Result<()> {
     for revision in &config.revisions {
+        // Revisions that are adapters of the same model may share its servers.
+        let names: Vec<&str> =
+            config.revisions.iter().filter(|it| it.service == revision.service).map(|it| it.name.as_str()).collect();
         let mut addresses = Vec::new();
-        for endpoint in endpoints.iter().filter(|endpoint| endpoint.revision == revision.name) {
+        for endpoint in endpoints.iter().filter(|endpoint| names.contains(&endpoint.revision.as_str())) {
             let found = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.http)).await;
             let http: SocketAddr = found
                 .with_context(|| format!("resolving {}", endpoint.host))?
@@ -98,6 +101,26 @@ pub async fn follow(file: PathBuf, endpoints: Vec<EndpointArgument>, registry: A
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn revisions_that_share_servers_have_the_endpoints_of_each_other() {
+        let text = r#"{"namespace": "n", "deployment": "d", "revisions": [
+            {"name": "a", "service": "base", "weight": 60, "adapter": "a"},
+            {"name": "b", "service": "base", "weight": 40, "adapter": "b"},
+            {"name": "c", "service": "c", "weight": 0}]}"#;
+        let registry = Registry::default();
+        let config = config::parse(text).unwrap();
+        registry.set_config(config.clone());
+        let endpoints = ["a=127.0.0.1:1", "c=127.0.0.1:2"].map(|text| text.parse::<EndpointArgument>().unwrap());
+        set_endpoints(&config, &endpoints, &registry).await.unwrap();
+        let snapshot = registry.snapshot();
+        let ports: Vec<Vec<u16>> = snapshot
+            .revisions
+            .iter()
+            .map(|revision| revision.endpoints.iter().map(|endpoint| endpoint.http.port()).collect())
+            .collect();
+        assert_eq!(ports, [vec![1], vec![1], vec![2]]);
+    }
 
     #[test]
     fn endpoints_from_the_command_line() {

@@ -1,6 +1,7 @@
 //! The router against real local servers that die, stall and refuse.
 
 mod access;
+mod adapters;
 mod generations;
 mod hand_over;
 mod headers;
@@ -116,10 +117,23 @@ async fn nobody() -> SocketAddr {
 fn config(weights: &[(&str, u32)]) -> RouterConfig {
     let revisions = weights
         .iter()
-        .map(|(name, weight)| RouterRevision { name: (*name).into(), service: (*name).into(), weight: *weight })
+        .map(|(name, weight)| RouterRevision {
+            name: (*name).into(),
+            service: (*name).into(),
+            weight: *weight,
+            adapter: None,
+        })
         .collect();
     let limits = RouterLimits { request_timeout_seconds: 8, ..RouterLimits::default() };
-    RouterConfig { namespace: "n".into(), deployment: "d".into(), revisions, events: None, limits, playground: false }
+    RouterConfig {
+        namespace: "n".into(),
+        deployment: "d".into(),
+        revisions,
+        adapters: Vec::new(),
+        events: None,
+        limits,
+        playground: false,
+    }
 }
 
 fn gateway(config: RouterConfig, endpoints: &[(&str, &[SocketAddr])]) -> Arc<Gateway> {

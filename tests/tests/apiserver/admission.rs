@@ -42,6 +42,14 @@ fn access(callers: Value) -> Value {
     json!({"apiKeys": {"secretName": "keys", "callers": callers}})
 }
 
+fn adapters(names: &[impl AsRef<str>]) -> Value {
+    names.iter().map(|name| json!({"name": name.as_ref(), "from": "s3://bucket/adapter"})).collect()
+}
+
+fn numbered(count: usize) -> Vec<String> {
+    (0..count).map(|number| format!("{number:02}{}", "a".repeat(61))).collect()
+}
+
 fn rules() -> Vec<Example> {
     serde_json::from_str(include_str!("../../../contract/tests/rules.json")).unwrap()
 }
@@ -94,6 +102,11 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let made = create(client, &job(|_| {})).await.unwrap();
     assert_eq!(made.data["spec"]["hyperparameters"]["batchSize"], 32, "{}", made.data);
     create(client, &deployment(|_| {})).await.unwrap();
+    let adapted = deployment(|spec| {
+        spec["model"] = json!({"base": {"from": "s3://bucket/model"}, "fromJob": {"name": "lora"}});
+        spec["adapters"] = adapters(&["legal"]);
+    });
+    create(client, &adapted).await.unwrap();
     let parameters = json!([
         {"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}},
         {"name": "batchSize", "values": [16.0, 32.0]},
@@ -150,6 +163,22 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             "exactly one of from and fromJob",
             deployment(|spec| spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})),
         ),
+        ("should match", deployment(|spec| spec["model"] = json!({"base": {"from": "models/b"}, "from": "s3://b/m"}))),
+        ("Required value", deployment(|spec| spec["model"] = json!({"base": {}, "from": "s3://b/m"}))),
+        ("exactly one of from and fromJob", deployment(|spec| spec["model"] = json!({"base": {"from": "s3://b/m"}}))),
+        ("exactly one of from and fromJob", deployment(|spec| spec["adapters"] = json!([{"name": "a"}]))),
+        (
+            "exactly one of from and fromJob",
+            deployment(|spec| spec["adapters"] = json!([{"name": "a", "from": "s3://b/a", "fromJob": {"name": "j"}}])),
+        ),
+        ("should match", deployment(|spec| spec["adapters"] = adapters(&["A b"]))),
+        ("Duplicate value", deployment(|spec| spec["adapters"] = adapters(&["a", "a"]))),
+        ("at most 64 items", deployment(|spec| spec["adapters"] = adapters(&numbered(65)))),
+        ("spec.adapters: the name of an adapter must not be", {
+            let mut named = deployment(|spec| spec["adapters"] = adapters(&["other", "legal"]));
+            named["metadata"] = json!({"name": "legal"});
+            named
+        }),
         ("monitor requires feedback", deployment(|spec| spec["monitor"] = json!({}))),
         ("set apiKeys, tls or both", deployment(|spec| spec["access"] = json!({}))),
         ("should have at least 1 items", deployment(|spec| spec["access"] = access(json!([])))),
@@ -279,6 +308,7 @@ async fn the_largest_manifests_are_within_the_cost_limits_of_the_rules() -> Resu
         let steps = (1..=32).map(|step| json!({"trafficPercent": 3 * step + 4})).collect::<Vec<_>>();
         *spec = json!({
             "model": {"fromJob": {"name": "first"}},
+            "adapters": adapters(&numbered(64)),
             "rollout": {"canary": {"steps": steps}},
             "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}, "redact": vec!["[0-9]{4,}"; 16]},
             "monitor": {},
@@ -312,6 +342,6 @@ async fn every_example_is_taken() -> Result<()> {
             }
         }
     }
-    assert!(taken >= 9, "only {taken} examples");
+    assert!(taken >= 12, "only {taken} examples");
     Ok(())
 }

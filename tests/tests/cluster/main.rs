@@ -2,6 +2,7 @@
 //! program: each would link the Kubernetes client anew. Run with one test thread; each test has a namespace of its own.
 
 mod access;
+mod adapters;
 mod chaos;
 mod chat;
 mod kills;

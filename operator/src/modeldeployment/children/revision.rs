@@ -1,11 +1,11 @@
-//! A revision: one model with its own servers and Service.
+//! The servers of a revision, or of revisions that are adapters of the same model, with their Service.
 
 use athanor_contract::{
     artifact::sha256_hex,
     process::{annotation, file, path, port, variable},
-    serve::{ServeConfig, ServeLimits},
+    serve::{AdaptersFile, ServeConfig, ServeLimits},
 };
-use athanor_crds::{RevisionStatus, label};
+use athanor_crds::label;
 use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{ConfigMap, Service},
@@ -15,12 +15,12 @@ use k8s_openapi::api::{
 use super::common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload};
 use crate::{
     images::Choice,
-    modeldeployment::{names::SERVER, validate::ValidatedDeployment},
+    modeldeployment::{names::SERVER, policy::servers::Server, validate::ValidatedDeployment},
     pods::{self, HttpProbe, Labels, PodPlan},
     settings::Settings,
 };
 
-/// Children of one revision. All of them have its name.
+/// Children of one group of servers. All of them have its name.
 pub struct RevisionChildren {
     pub config: ConfigMap,
     pub deployment: Deployment,
@@ -34,14 +34,14 @@ pub struct RevisionChildren {
 /// one is removed again if the operator is killed in between.
 pub const REMOVAL: [Kind; 4] = [Kind::PodDisruptionBudget, Kind::Service, Kind::ConfigMap, Kind::Deployment];
 
-/// Builds the children of a revision.
-pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &RevisionStatus) -> RevisionChildren {
-    let name = &revision.name;
+/// Builds the children of a group of servers.
+pub fn build(deployment: &ValidatedDeployment, settings: &Settings, server: &Server) -> RevisionChildren {
+    let name = &server.name;
     let selector = pods::selector(SERVER, &deployment.name, Some(name));
     let config = ServeConfig {
         model_name: deployment.name.clone(),
         revision: name.clone(),
-        model_uri: revision.model_uri.clone(),
+        model_uri: server.model_uri.clone(),
         http_port: port::HTTP,
         grpc_port: port::GRPC,
         limits: ServeLimits {
@@ -53,6 +53,8 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     };
     let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
+    let adapters = AdaptersFile { adapters: server.adapters.clone() };
+    let adapters = serde_json::to_string_pretty(&adapters).expect("a configuration has string keys only");
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
     env.push(pods::variable(variable::SHUTDOWN_GRACE_SECONDS, settings.stop_delay_seconds.to_string()));
@@ -69,7 +71,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
         labels: labels.clone(),
-        // A changed configuration changes the template, and so restarts the pods.
+        // A changed configuration changes the template, and so restarts the pods; other adapters do not.
         annotations: Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]),
         env,
         credentials: deployment.spec.credentials_secret_name.as_deref().into_iter().collect(),
@@ -89,7 +91,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
     RevisionChildren {
         config: ConfigMap {
             metadata: metadata(name),
-            data: Some([(file::SERVE.into(), text)].into()),
+            data: Some([(file::SERVE.into(), text), (file::ADAPTERS.into(), adapters)].into()),
             ..ConfigMap::default()
         },
         deployment: workload(metadata(name), deployment.spec.replicas, selector.clone(), template),

@@ -4,7 +4,7 @@ use athanor_contract::{
     process::{HAND_OVER_SECONDS, file, path, port, variable},
     serve::{AccessConfig, RouterConfig, RouterLimits, RouterRevision},
 };
-use athanor_crds::label;
+use athanor_crds::{RevisionStatus, label};
 use k8s_openapi::{
     api::{
         apps::v1::Deployment,
@@ -20,6 +20,7 @@ use super::common::{
 };
 use crate::{
     modeldeployment::{
+        decide::Decision,
         names::{self, ROUTER},
         policy::rollout::Rollout,
         validate::ValidatedDeployment,
@@ -48,22 +49,27 @@ pub struct RouterChildren {
 }
 
 /// Returns the weights of all revisions; they add up to 100.
-pub fn weights(rollout: &Rollout) -> Vec<RouterRevision> {
-    let revision = |name: &str, weight| RouterRevision { name: name.into(), service: name.into(), weight };
-    let candidate =
-        rollout.candidate.as_ref().map(|candidate| (candidate.revision.name.as_str(), candidate.weight.min(100)));
+pub fn weights(deployment: &str, rollout: &Rollout) -> Vec<RouterRevision> {
+    let weighted = |revision: &RevisionStatus, weight| RouterRevision {
+        name: revision.name.clone(),
+        service: names::servers(deployment, revision),
+        weight,
+        adapter: revision.base.as_ref().map(|_| revision.name.clone()),
+    };
+    let candidate = rollout.candidate.as_ref().map(|candidate| (&candidate.revision, candidate.weight.min(100)));
     let share = candidate.map_or(0, |(_, weight)| weight);
-    let current = rollout.current.iter().map(|current| revision(&current.name, 100 - share));
-    current.chain(candidate.map(|(name, weight)| revision(name, weight))).collect()
+    let current = rollout.current.iter().map(|current| weighted(current, 100 - share));
+    current.chain(candidate.map(|(revision, weight)| weighted(revision, weight))).collect()
 }
 
 /// Builds the children; `None` before there is a model. `fresh_key` becomes the signing key if there is none yet.
 pub fn build(
     deployment: &ValidatedDeployment,
     settings: &Settings,
-    rollout: &Rollout,
+    decision: &Decision,
     fresh_key: String,
 ) -> Option<RouterChildren> {
+    let rollout = &decision.rollout;
     rollout.current.as_ref()?;
     let name = names::router(&deployment.name);
     let labels = pods::labels(ROUTER, label::DEPLOYMENT, &deployment.name);
@@ -71,7 +77,8 @@ pub fn build(
     let config = RouterConfig {
         namespace: deployment.namespace.clone(),
         deployment: deployment.name.clone(),
-        revisions: weights(rollout),
+        revisions: weights(&deployment.name, rollout),
+        adapters: decision.adapters.served.iter().map(|adapter| adapter.name.clone()).collect(),
         events: deployment.events.clone(),
         limits: RouterLimits {
             max_request_seconds: deployment.spec.max_request_seconds.into(),

@@ -1,6 +1,6 @@
 //! Reads what the routers counted, by HTTP from every router.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use athanor_contract::{
     artifact::sha256_hex,
@@ -11,10 +11,7 @@ use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 
-const PORT: u16 = port::ROUTER_OPS;
-const TIMEOUT: Duration = Duration::from_secs(2);
-/// Most bytes of a router's answer, which has a few hundred for each revision.
-const MOST_BYTES: usize = 1 << 20;
+use super::ask::ask;
 
 /// Counts by revision, since each router started.
 pub type Counts = BTreeMap<String, RevisionAnalysis>;
@@ -45,39 +42,15 @@ pub async fn read(http: &reqwest::Client, routers: &[&Pod]) -> Option<Counts> {
     if addresses.is_empty() {
         return None;
     }
-    let answers = join_all(addresses.into_iter().map(|address| ask(http, address))).await;
+    let answers = join_all(addresses.into_iter().map(|address| request(http, address))).await;
     answers.into_iter().collect::<Option<Vec<_>>>().map(sum)
 }
 
-/// Why a router's counts could not be read.
-#[derive(Debug, thiserror::Error)]
-enum Unreadable {
-    #[error(transparent)]
-    Http(#[from] reqwest::Error),
-    #[error("the answer has more than {MOST_BYTES} bytes")]
-    TooLong,
-    #[error(transparent)]
-    Format(#[from] serde_json::Error),
-}
-
-async fn ask(http: &reqwest::Client, address: &str) -> Option<Counts> {
-    let answer = request(http, address).await;
-    answer.inspect_err(|error| tracing::warn!(address, %error, "the counts of a router could not be read")).ok()
-}
-
-async fn request(http: &reqwest::Client, address: &str) -> Result<Counts, Unreadable> {
-    let host = if address.contains(':') { format!("[{address}]") } else { address.into() };
-    let url = format!("http://{host}:{PORT}{}", path::ANALYSIS);
-    let mut response = http.get(url).timeout(TIMEOUT).send().await?.error_for_status()?;
-    let mut bytes = Vec::new();
-    // Checked as it arrives: an answer without an end must not fill the memory.
-    while let Some(chunk) = response.chunk().await? {
-        if bytes.len() + chunk.len() > MOST_BYTES {
-            return Err(Unreadable::TooLong);
-        }
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(serde_json::from_slice::<RouterAnalysis>(&bytes)?.revisions)
+async fn request(http: &reqwest::Client, address: &str) -> Option<Counts> {
+    let answer = ask::<RouterAnalysis>(http, address, port::ROUTER_OPS, path::ANALYSIS).await;
+    let answer =
+        answer.inspect_err(|error| tracing::warn!(address, %error, "the counts of a router could not be read"));
+    answer.ok().map(|analysis| analysis.revisions)
 }
 
 fn sum(answers: Vec<Counts>) -> Counts {

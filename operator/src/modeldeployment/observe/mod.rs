@@ -1,4 +1,7 @@
-//! What is read about a ModelDeployment besides objects: the state of workloads and the routers' counts.
+//! What is read about a ModelDeployment besides objects: the state of workloads, the routers' counts, and the adapters
+//! that servers have loaded.
 
+pub mod adapters;
+mod ask;
 pub mod counts;
 pub mod workload;

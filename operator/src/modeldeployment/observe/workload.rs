@@ -1,6 +1,10 @@
 //! The state of a Kubernetes Deployment and of its pods.
 
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
+use kube::ResourceExt;
+
+/// Label of a pod with the hash of its template, which the ReplicaSet's name ends with.
+const TEMPLATE_HASH: &str = "pod-template-hash";
 
 /// The state of a Kubernetes Deployment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,6 +54,14 @@ pub fn is_ready(pod: &Pod) -> bool {
         && conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
+/// Returns whether a pod belongs to a ReplicaSet of the workload with this name.
+pub fn is_of(pod: &Pod, workload: &str) -> bool {
+    let Some(hash) = pod.labels().get(TEMPLATE_HASH) else { return false };
+    let set = format!("{workload}-{hash}");
+    let is_set = |kind: &str, name: &str| kind == "ReplicaSet" && name == set;
+    pod.owner_references().iter().any(|owner| owner.controller == Some(true) && is_set(&owner.kind, &owner.name))
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -75,5 +87,21 @@ mod tests {
         assert!(current.is_ready() && !workload(2, 1).is_ready());
         let old = workload(1, 3);
         assert_eq!((old.desired, old.available, old.stuck), (2, 0, None));
+    }
+
+    #[test]
+    fn a_pod_is_its_replica_sets() {
+        let pod = |kind: &str, name: &str, controller: bool| -> Pod {
+            let owner =
+                json!({"apiVersion": "apps/v1", "kind": kind, "name": name, "uid": "u", "controller": controller});
+            let metadata = json!({"name": "p", "labels": {"pod-template-hash": "5d9c"}, "ownerReferences": [owner]});
+            serde_json::from_value(json!({"metadata": metadata})).unwrap()
+        };
+        assert!(is_of(&pod("ReplicaSet", "m-1-5d9c", true), "m-1"));
+        assert!(!is_of(&pod("ReplicaSet", "m-1-5d9c", true), "m-2"), "another workload's");
+        assert!(!is_of(&pod("ReplicaSet", "m-1-x", true), "m-1"), "the ReplicaSet of another template");
+        assert!(!is_of(&pod("ReplicaSet", "m-1-5d9c", false), "m-1"));
+        assert!(!is_of(&pod("Job", "m-1-5d9c", true), "m-1"));
+        assert!(!is_of(&Pod::default(), "m-1"), "a pod that nobody controls");
     }
 }

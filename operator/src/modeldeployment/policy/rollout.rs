@@ -44,9 +44,9 @@ pub struct Rollout {
 
 /// What a rollout is decided on.
 pub struct Inputs<'a> {
-    /// Workloads by revision.
+    /// Workloads by revision. One whose servers have not loaded it has no available pods.
     pub workloads: &'a BTreeMap<String, Workload>,
-    /// Why a pod does not run, by revision.
+    /// Why a pod does not run or has not loaded the revision, by revision.
     pub waiting: &'a BTreeMap<String, String>,
     pub router_ready: bool,
     /// Absent if a router did not answer.
@@ -157,15 +157,22 @@ fn within_deadline(spec: &CanarySpec, mut next: Rollout, now: Timestamp) -> Roll
 
 /// Takes the traffic from a revision for good.
 fn give_up(mut next: Rollout, revision: RevisionStatus, why: &str, now: Timestamp) -> Rollout {
-    let RevisionStatus { name, completed_at, .. } = revision;
-    next.settled_until = [next.settled_until, completed_at].into_iter().flatten().max_by_key(|time| time.0);
-    next.progressing = Value::new(State::False, "RolledBack", format!("{name} was rolled back: {why}"));
-    next.failed.push(name.clone());
+    let ends = [next.settled_until, revision.completed_at.clone()];
+    next.settled_until = ends.into_iter().flatten().max_by_key(|time| time.0);
+    next.progressing = Value::new(State::False, "RolledBack", format!("{} was rolled back: {why}", revision.name));
+    next.failed.push(revision.name.clone());
     let excess = next.failed.len().saturating_sub(MOST_FAILED);
     next.failed.drain(..excess);
-    next.previous = Some(RetiredRevision { name, since: Time(now) });
+    next.previous = Some(retire(revision, now));
     next.wait = Some(POLL);
     next
+}
+
+/// Returns a revision that has no traffic any more and is answering its last requests.
+fn retire(revision: RevisionStatus, now: Timestamp) -> RetiredRevision {
+    let RevisionStatus { name, model_uri, base, .. } = revision;
+    let model_uri = base.is_some().then_some(model_uri);
+    RetiredRevision { name, model_uri, base, since: Time(now) }
 }
 
 /// Returns the revisions as they are, without those whose requests have drained.
@@ -359,9 +366,8 @@ impl Canary<'_> {
     }
 
     fn promote(self, mut next: Rollout, numbers: &str) -> Rollout {
-        let now = Time(self.inputs.now);
         let message = format!("{} was promoted; {numbers}", self.candidate.revision.name);
-        next.previous = next.current.take().map(|champion| RetiredRevision { name: champion.name, since: now });
+        next.previous = next.current.take().map(|champion| retire(champion, self.inputs.now));
         next.current = Some(self.candidate.revision);
         next.progressing = Value::new(State::False, "Promoted", message);
         next
