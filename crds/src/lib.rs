@@ -9,6 +9,7 @@
 #![allow(clippy::duplicated_attributes)]
 
 mod access;
+mod container;
 mod engine;
 mod feedback;
 mod finetunejob;
@@ -26,6 +27,7 @@ pub use athanor_contract::process::api::GROUP;
 pub use athanor_contract::process::label;
 
 pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
+pub use container::ContainerEngine;
 pub use engine::{BuiltinEngine, EngineSpec};
 pub use feedback::{FeedbackSpec, KafkaSpec};
 pub use finetunejob::*;

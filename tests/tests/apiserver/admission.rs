@@ -94,6 +94,18 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
     let made = create(client, &job(|_| {})).await.unwrap();
     assert_eq!(made.data["spec"]["hyperparameters"]["batchSize"], 32, "{}", made.data);
     create(client, &deployment(|_| {})).await.unwrap();
+    let foreign =
+        deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "args": ["--port", "$(PORT)"]}}));
+    let made_foreign = create(client, &foreign).await.unwrap();
+    let container = json!({"image": "vllm:1", "args": ["--port", "$(PORT)"], "port": 8000, "readinessPath": "/health",
+        "metricsPath": "/metrics", "startupTimeoutSeconds": 1800});
+    assert_eq!(
+        made_foreign.data["spec"]["engine"],
+        json!({"container": container}),
+        "without a default of the other engine"
+    );
+    let builtin = deployment(|spec| spec["engine"] = json!({"builtin": {"maxModelLength": 512}}));
+    create(client, &builtin).await.unwrap();
     let parameters = json!([
         {"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}},
         {"name": "batchSize", "values": [16.0, 32.0]},
@@ -149,6 +161,19 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         (
             "exactly one of from and fromJob",
             deployment(|spec| spec["model"] = json!({"from": "s3://b/m", "fromJob": {"name": "j"}})),
+        ),
+        (
+            "set at most one of builtin and container",
+            deployment(|spec| spec["engine"] = json!({"builtin": {}, "container": {"image": "vllm:1"}})),
+        ),
+        ("Required value", deployment(|spec| spec["engine"] = json!({"container": {"args": ["a"]}}))),
+        (
+            "greater than or equal to 1024",
+            deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "port": 80}})),
+        ),
+        (
+            "should match",
+            deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "readinessPath": "health"}})),
         ),
         ("monitor requires feedback", deployment(|spec| spec["monitor"] = json!({}))),
         ("set apiKeys, tls or both", deployment(|spec| spec["access"] = json!({}))),
