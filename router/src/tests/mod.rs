@@ -1,6 +1,7 @@
 //! The router against real local servers that die, stall and refuse.
 
 mod access;
+mod foreign;
 mod generations;
 mod hand_over;
 mod headers;
