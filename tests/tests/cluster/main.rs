@@ -4,4 +4,5 @@
 mod access;
 mod chaos;
 mod chat;
+mod container;
 mod kills;
