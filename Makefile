@@ -44,7 +44,8 @@ test-chart: ## helm lint, template, schema errors; promtool on rules
 	@cluster/tools --only helm
 	@helm/check
 
-test-cluster: ## kill tests and bad input on the running cluster (after `make demo` and `make demo-chat`)
+test-cluster: ## kill tests, bad input, llama.cpp's server on the running cluster (after `make demo` and `make demo-chat`)
+	@scripts/images llamacpp
 	@$(CARGO) test --release --workspace --test cluster -- --ignored --test-threads=1 --nocapture --skip chaos::
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own

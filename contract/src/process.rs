@@ -74,6 +74,14 @@ pub mod variable {
     /// Seconds that a server or router keeps serving after SIGTERM before it drains.
     pub const SHUTDOWN_GRACE_SECONDS: &str = "ATHANOR_SHUTDOWN_GRACE_SECONDS";
 
+    // The operator sets these in the container of a server of another project; users name them in its arguments.
+    /// Folder of the model.
+    pub const MODEL_DIR: &str = "MODEL_DIR";
+    /// Name that requests have as `model`.
+    pub const MODEL_NAME: &str = "MODEL_NAME";
+    /// Port on which the server listens.
+    pub const PORT: &str = "PORT";
+
     // The chart sets these in the operator's pod.
     pub const NAMESPACE_WATCH: &str = "ATHANOR_NAMESPACE_WATCH";
     pub const TRAINER_IMAGE: &str = "ATHANOR_TRAINER_IMAGE";
@@ -154,6 +162,8 @@ pub mod path {
     pub const TLS: &str = "/etc/athanor-tls";
     /// Folder for a server's model.
     pub const MODEL_CACHE: &str = "/var/cache/athanor";
+    /// Folder of the model for a server of another project; KServe has it there too.
+    pub const ENGINE_MODEL: &str = "/mnt/models";
     /// Folder for a router's events in a pod.
     pub const SPOOL: &str = "/var/spool/athanor";
     /// File that the kubelet reads the termination message from.

@@ -61,6 +61,7 @@ fn no_shared_name_is_written_elsewhere() {
         variable::JOB_COMPLETION_INDEX,
         path::CONFIG,
         path::MODEL_CACHE,
+        path::ENGINE_MODEL,
         path::SPOOL,
         path::TERMINATION_LOG,
         header::REQUEST_ID,

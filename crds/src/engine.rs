@@ -4,13 +4,20 @@ use athanor_contract::serve::{EngineConfig, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What runs a language model. Other models do not read it.
+use crate::container::ContainerEngine;
+
+/// What runs a language model: the engine of athanor-server, or the server of another project.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "!(has(self.builtin) && has(self.container))", "message": "set at most one of builtin and container"}]))]
 pub struct EngineSpec {
-    /// Engine of athanor-server.
-    #[serde(default)]
-    pub builtin: BuiltinEngine,
+    /// Engine of athanor-server, which other models than language models do not read. It is the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub builtin: Option<BuiltinEngine>,
+    /// Server of another project with an API like OpenAI's, such as vLLM or llama.cpp's, instead of athanor-server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerEngine>,
 }
 
 /// Settings of the engine of athanor-server.

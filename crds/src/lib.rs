@@ -10,6 +10,7 @@
 
 mod access;
 mod adapter;
+mod container;
 mod engine;
 mod feedback;
 mod finetunejob;
@@ -28,6 +29,7 @@ pub use athanor_contract::process::label;
 
 pub use access::{AccessSpec, ApiKeysSpec, TlsSpec};
 pub use adapter::{AdapterStatus, BaseModel, JobReference, ServedAdapter};
+pub use container::ContainerEngine;
 pub use engine::{BuiltinEngine, EngineSpec};
 pub use feedback::{FeedbackSpec, KafkaSpec};
 pub use finetunejob::*;

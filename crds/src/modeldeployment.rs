@@ -71,7 +71,8 @@ pub struct ModelDeploymentSpec {
     #[schemars(range(min = 0, max = 1000))]
     pub replicas: i32,
     /// Name of a Secret in the same namespace whose keys become environment variables of server and monitor:
-    /// AWS_ACCESS_KEY_ID, ... Absent: none.
+    /// AWS_ACCESS_KEY_ID, ... With engine.container the init container that fetches the model has them, and the server has not.
+    /// Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub credentials_secret_name: Option<String>,
@@ -85,7 +86,7 @@ pub struct ModelDeploymentSpec {
     /// The same for the monitor's pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor_pod_template: Option<PodOverrides>,
-    /// Image of the server. Absent: the operator's, with CUDA if the pods reserve GPUs.
+    /// Image of athanor-server. Absent: the operator's, with CUDA if the pods reserve GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,

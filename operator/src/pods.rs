@@ -312,7 +312,8 @@ pub fn claim(name: &str, claim: &str) -> Volume {
 pub fn waiting_reason(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let name = pod.metadata.name.as_deref().unwrap_or_default();
-    for container in status.container_statuses.iter().flatten() {
+    let init = status.init_container_statuses.iter().flatten();
+    for container in init.chain(status.container_statuses.iter().flatten()) {
         if let Some(waiting) = container.state.as_ref().and_then(|state| state.waiting.as_ref()) {
             let reason = waiting.reason.as_deref().unwrap_or("Waiting");
             if matches!(reason, "ContainerCreating" | "PodInitializing") {
@@ -330,4 +331,33 @@ pub fn waiting_reason(pod: &Pod) -> Option<String> {
         .flatten()
         .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
     Some(format!("pod {name}: {}", unscheduled.message.as_deref().unwrap_or("not scheduled")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_pod_waits_for_the_first_container_that_does_not_run() {
+        let status = |name: &str, waiting: &str, ended: &str| {
+            json!({
+                "name": name, "image": "i", "imageID": "", "ready": false, "restartCount": 1,
+                "state": {"waiting": {"reason": waiting, "message": "back-off"}},
+                "lastState": {"terminated": {"exitCode": 1, "message": ended}},
+            })
+        };
+        let reason = |init: &str, main: &str| {
+            let status = json!({"initContainerStatuses": [status("fetch", init, "fetching s3://m: no such file")],
+                "containerStatuses": [status("server", main, "out of memory")]});
+            let pod = json!({"metadata": {"name": "m-0"}, "status": status});
+            waiting_reason(&serde_json::from_value(pod).unwrap())
+        };
+        let fetching = reason("CrashLoopBackOff", "PodInitializing");
+        assert_eq!(fetching.as_deref(), Some("pod m-0: CrashLoopBackOff: fetching s3://m: no such file"));
+        let serving = reason("PodInitializing", "CrashLoopBackOff");
+        assert_eq!(serving.as_deref(), Some("pod m-0: CrashLoopBackOff: out of memory"));
+        assert_eq!(reason("PodInitializing", "ContainerCreating"), None);
+    }
 }

@@ -52,7 +52,7 @@ impl Counters {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// An attempt that was answered with a 4xx: the model did not run, and its latency says nothing.
+    /// An attempt that was answered with a 4xx or a 501: the model did not run, and its latency says nothing.
     pub fn refused(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapters;
+mod fetch;
 mod generate;
 mod load;
 mod packed;
@@ -26,7 +27,7 @@ use athanor_serving::{
 };
 use athanor_telemetry::Readiness;
 use axum::{Router, extract::Request, extract::State, http::StatusCode, response::IntoResponse};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use tokio::sync::watch;
 use tower::ServiceExt;
 
@@ -36,6 +37,8 @@ use crate::adapters::Adapters;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// The configuration the operator mounts.
     #[arg(long, env = variable::CONFIG, default_value = path::SERVE_CONFIG)]
     config: PathBuf,
@@ -45,6 +48,19 @@ struct Arguments {
     /// Folder for the fetched model; a temporary one without it.
     #[arg(long, env = variable::CACHE_DIR)]
     cache: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetches the model of a configuration into a folder and ends: for a server of another project.
+    Fetch {
+        /// The configuration the operator mounts.
+        #[arg(long, env = variable::CONFIG, default_value = path::SERVE_CONFIG)]
+        config: PathBuf,
+        /// Folder for the model.
+        #[arg(long)]
+        to: PathBuf,
+    },
 }
 
 #[tokio::main]
@@ -60,6 +76,13 @@ async fn main() -> anyhow::Result<()> {
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
+    if let Some(Command::Fetch { config, to }) = arguments.command {
+        let config = read_config(&config)?;
+        return tokio::select! {
+            fetched = fetch::fetch_for_another(&config, &to) => fetched,
+            () = shutdown.cancelled() => anyhow::bail!("the process was asked to end before the model had arrived"),
+        };
+    }
     let metrics = athanor_telemetry::metrics();
     let ready = Readiness::new();
     let config = read_config(&arguments.config)?;
@@ -147,16 +170,7 @@ async fn fetch_and_load(
             (temporary.path().to_owned(), Some(temporary))
         }
     };
-    let location = athanor_store::open(&config.model_uri)?;
-    let manifest = athanor_store::artifact::download_model(&location, &folder)
-        .await
-        .with_context(|| format!("fetching {}", config.model_uri))?;
-    tracing::info!(
-        uri = config.model_uri,
-        digest = manifest.as_ref().map(|manifest| &manifest.model_digest),
-        seconds = started.elapsed().as_secs_f64(),
-        "model fetched"
-    );
+    let manifest = fetch::fetch(config, &folder).await?;
     let max_sequence_length = manifest.and_then(|manifest| manifest.max_sequence_length);
     let config = config.clone();
     let service = tokio::task::spawn_blocking(move || {

@@ -785,7 +785,7 @@ fn a_changed_engine_restarts_the_servers_with_it() {
         EngineConfig { max_model_length: Some(512), kv_cache_memory: Some(256 << 20), weights: Weights::Int8 };
     assert_eq!(after, expected);
     assert_ne!(annotations, changed);
-    subject.deployment.spec.engine.builtin.kv_cache_memory = Some("much".into());
+    subject.deployment.spec.engine.builtin.as_mut().unwrap().kv_cache_memory = Some("much".into());
     assert_eq!(validate(&subject.deployment).err(), Some(InvalidDeployment::CacheMemory("much".into())));
 }
 

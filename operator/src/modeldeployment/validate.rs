@@ -5,7 +5,9 @@ use athanor_contract::{
     redaction::{InvalidPattern, Redaction},
     serve::{EngineConfig, EventsConfig},
 };
-use athanor_crds::{ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME};
+use athanor_crds::{
+    ContainerEngine, EngineSpec, ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
 
@@ -26,7 +28,7 @@ pub struct ValidatedDeployment {
     pub base: Option<String>,
     /// Kafka topic of the events, with its name filled in.
     pub events: Option<EventsConfig>,
-    pub engine: EngineConfig,
+    pub engine: Engine,
     pub spec: ModelDeploymentSpec,
 }
 
@@ -35,6 +37,15 @@ pub struct ValidatedDeployment {
 pub enum Source {
     Uri(String),
     Job(String),
+}
+
+/// `spec.engine`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// That of athanor-server.
+    Builtin(EngineConfig),
+    /// A server of another project.
+    Container(ContainerEngine),
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,6 +74,8 @@ pub enum InvalidDeployment {
     Redact(#[from] InvalidPattern),
     #[error("spec.engine.builtin.kvCacheMemory: {0:?} is not a quantity of bytes such as 512Mi")]
     CacheMemory(String),
+    #[error("spec.engine: set at most one of builtin and container")]
+    Engine,
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -115,7 +128,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
     if let Some(name) = topic_config.into_iter().find(|name| !is_config_name(name)) {
         return Err(InvalidDeployment::TopicConfig(name.clone()));
     }
-    let engine = spec.engine.builtin.config().map_err(InvalidDeployment::CacheMemory)?;
+    let engine = engine(&spec.engine)?;
     Ok(ValidatedDeployment {
         engine,
         uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,
@@ -127,6 +140,17 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         source,
         events,
     })
+}
+
+fn engine(spec: &EngineSpec) -> Result<Engine, InvalidDeployment> {
+    match (&spec.builtin, &spec.container) {
+        (Some(_), Some(_)) => Err(InvalidDeployment::Engine),
+        (None, Some(container)) => Ok(Engine::Container(container.clone())),
+        (builtin, None) => {
+            let config = builtin.clone().unwrap_or_default().config().map_err(InvalidDeployment::CacheMemory)?;
+            Ok(Engine::Builtin(config))
+        }
+    }
 }
 
 /// Returns whether a name has the form of those of Kafka's topic configurations.

@@ -6,36 +6,44 @@ use serde::Deserialize;
 
 use super::Caller;
 
-/// Bytes at the end of a whole answer that are searched for its usage.
-const TAIL: usize = 1 << 10;
+/// Bytes at the beginning and at the end of a whole answer that are searched for its usage. llama.cpp's server has it before the
+/// vectors of embeddings.
+const SEARCHED: usize = 1 << 10;
 /// Bytes of text that count as one token where the server reports none.
 const BYTES_OF_A_TOKEN: usize = 4;
-const FIELD: &[u8] = br#""usage":"#;
+const FIELD: &[u8] = br#""usage""#;
 
-/// Counts an answer as it passes, and takes its tokens from the caller's when it is dropped: also if the client has left.
+/// Counts a successful answer as it passes, and takes its tokens from the caller's when it is dropped: also if the client has left.
 ///
 /// An answer that reports its usage has that many tokens. A stream without it counts one for each event and one for each four bytes
-/// of the request.
+/// of the request. A whole answer without it counts one for each four bytes of the request and of itself.
 #[derive(Debug)]
 pub struct Meter {
     caller: Arc<Caller>,
     request_bytes: usize,
-    events: u64,
+    events: usize,
     usage: Option<u64>,
-    /// The end of an answer that is not a stream.
+    /// Bytes of an answer that is not a stream, its beginning and its end.
+    bytes: usize,
+    head: Vec<u8>,
     tail: Vec<u8>,
 }
 
 #[derive(Deserialize)]
 struct Usage {
-    total_tokens: u64,
+    #[serde(default)]
+    total_tokens: Option<u64>,
+    #[serde(default, alias = "input_tokens")]
+    prompt_tokens: u64,
+    #[serde(default, alias = "output_tokens")]
+    completion_tokens: u64,
 }
 
 impl Meter {
     /// A meter for a caller with a limit; `None` for others.
     pub fn of(caller: Option<&Arc<Caller>>, request_bytes: usize) -> Option<Self> {
         let caller = caller.filter(|caller| caller.has_token_limit())?.clone();
-        Some(Self { caller, request_bytes, events: 0, usage: None, tail: Vec::new() })
+        Some(Self { caller, request_bytes, events: 0, usage: None, bytes: 0, head: Vec::new(), tail: Vec::new() })
     }
 
     /// Takes the data of one event of a stream.
@@ -46,17 +54,23 @@ impl Meter {
 
     /// Takes a piece of a whole answer.
     pub fn piece(&mut self, bytes: &[u8]) {
-        self.tail.extend_from_slice(&bytes[bytes.len().saturating_sub(TAIL)..]);
-        self.tail.drain(..self.tail.len().saturating_sub(TAIL));
+        self.bytes += bytes.len();
+        let missing = SEARCHED - self.head.len();
+        self.head.extend_from_slice(&bytes[..bytes.len().min(missing)]);
+        self.tail.extend_from_slice(&bytes[bytes.len().saturating_sub(SEARCHED)..]);
+        self.tail.drain(..self.tail.len().saturating_sub(SEARCHED));
     }
 
     fn tokens(&self) -> u64 {
-        let estimated = match self.events {
-            // An error, or an answer of a kind that has no tokens.
-            0 => 0,
-            events => events + (self.request_bytes / BYTES_OF_A_TOKEN) as u64,
-        };
-        self.usage.or_else(|| usage(&self.tail)).unwrap_or(estimated)
+        let reported = self.usage.or_else(|| usage(&self.tail)).or_else(|| usage(&self.head));
+        reported.unwrap_or_else(|| {
+            let estimated = match (self.events, self.bytes) {
+                (0, 0) => 0,
+                (0, bytes) => (self.request_bytes + bytes) / BYTES_OF_A_TOKEN,
+                (events, _) => events + self.request_bytes / BYTES_OF_A_TOKEN,
+            };
+            estimated as u64
+        })
     }
 }
 
@@ -66,11 +80,12 @@ impl Drop for Meter {
     }
 }
 
-/// `usage.total_tokens` of a JSON object, or of the end of one.
+/// The tokens in `usage` of a JSON object, or of a part of one.
 fn usage(json: &[u8]) -> Option<u64> {
     let at = json.windows(FIELD.len()).rposition(|window| window == FIELD)?;
-    let mut values = serde_json::Deserializer::from_slice(&json[at + FIELD.len()..]).into_iter::<Usage>();
-    values.next()?.ok().map(|usage| usage.total_tokens)
+    let value = json[at + FIELD.len()..].trim_ascii_start().strip_prefix(b":")?;
+    let usage = serde_json::Deserializer::from_slice(value).into_iter::<Usage>().next()?.ok()?;
+    Some(usage.total_tokens.unwrap_or(usage.prompt_tokens + usage.completion_tokens))
 }
 
 #[cfg(test)]
@@ -104,5 +119,21 @@ mod tests {
         assert_eq!(stream.tokens(), 3 + 10);
         stream.event(br#"{"choices":[],"usage":{"total_tokens":9}}"#);
         assert_eq!(stream.tokens(), 9);
+        // As Python writes it, and without a sum.
+        stream.event(br#"{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}"#);
+        assert_eq!(stream.tokens(), 11);
+    }
+
+    #[test]
+    fn the_usage_of_a_whole_answer_may_come_first_or_be_missing() {
+        let vector = |more: &str| format!(r#"{{"model":"m","object":"list",{more}"data":[{}]}}"#, "0.5,".repeat(2_000));
+        let mut first = meter();
+        let answer = vector(r#""usage":{"prompt_tokens":6,"total_tokens":6},"#);
+        answer.as_bytes().chunks(700).for_each(|piece| first.piece(piece));
+        assert_eq!(first.tokens(), 6);
+        let mut missing = meter();
+        let answer = vector("");
+        answer.as_bytes().chunks(700).for_each(|piece| missing.piece(piece));
+        assert_eq!(missing.tokens(), (40 + answer.len() as u64) / 4);
     }
 }

@@ -13,6 +13,10 @@ use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
 };
 
+/// How long an unused connection is kept. Servers of other projects close theirs after five seconds (uvicorn, cpp-httplib): a
+/// request that is sent just then would be lost.
+const IDLE: Duration = Duration::from_secs(4);
+
 /// A pooled keep-alive HTTP/1.1 client for the servers.
 #[derive(Clone)]
 pub struct Client(legacy::Client<HttpConnector, Body>);
@@ -32,7 +36,7 @@ impl Default for Client {
         connector.set_connect_timeout(Some(Duration::from_secs(1)));
         let client = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(30))
+            .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(128)
             .build(connector);
         Self(client)

@@ -50,7 +50,7 @@ pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
     };
     let status = forwarded.answer.status();
     let is_recorded = status == StatusCode::OK && !UNRECORDED.contains(&parts.uri.path());
-    let meter = Meter::of(pass::caller(&parts), body.len());
+    let meter = Meter::of(pass::caller(&parts), body.len()).filter(|_| status.is_success());
     let recorded = gateway.records().filter(|_| is_recorded).zip(choices(&body));
     let recorder = recorded.map(|(config, choices)| Recorder {
         config,

@@ -27,8 +27,9 @@ use super::pass::{passed_on, target, with_adapter};
 use crate::{
     access::Denied,
     balance::{
-        endpoints::Endpoint,
+        endpoints::{Endpoint, Snapshot},
         forward::{self, Attempt, ForwardError, Forwarded, Policy},
+        select::{self, Target},
     },
     gateway::{Answered, Gateway},
     record::request_id::RequestId,
@@ -81,8 +82,9 @@ impl Passing {
             if let Some(access) = &gateway.access {
                 access.admit(&incoming, Scope::Infer).map_err(denied)?;
             }
-            let target = target(&gateway.registry.snapshot(), &incoming, id.hash)
-                .map_err(|error| Status::not_found(error.message))?;
+            let snapshot = gateway.registry.snapshot();
+            let target = target(&snapshot, &incoming, id.hash).map_err(|error| Status::not_found(error.message))?;
+            check_port(&snapshot, &target)?;
             let passed = passed_on(&incoming, &id);
             let attempt = |endpoint: Arc<Endpoint>, adapter: Option<Arc<str>>| {
                 let metadata = MetadataMap::from_headers(with_adapter(&passed, adapter.as_deref()));
@@ -117,6 +119,18 @@ impl Passing {
             .increment(1);
         (id, result)
     }
+}
+
+/// Refuses a call that no server can take: those of other projects have no port for gRPC. Without any server a call waits
+/// for one.
+fn check_port(snapshot: &Snapshot, target: &Target) -> Result<(), Status> {
+    let revisions = select::revisions(snapshot, target);
+    let mut endpoints = revisions.iter().flat_map(|revision| &revision.endpoints).peekable();
+    if endpoints.peek().is_some() && endpoints.all(|endpoint| endpoint.grpc.is_none()) {
+        let message = "the servers of this deployment have no port for gRPC (spec.engine.container); use HTTP";
+        return Err(Status::unimplemented(message));
+    }
+    Ok(())
 }
 
 fn denied(denied: Denied) -> Status {

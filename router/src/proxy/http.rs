@@ -144,7 +144,9 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         Ok(answered) => answered,
         Err(error) => return error.into_response(),
     };
-    if let Some(mut meter) = Meter::of(pass::caller(&parts), body.len()) {
+    if forwarded.answer.status().is_success()
+        && let Some(mut meter) = Meter::of(pass::caller(&parts), body.len())
+    {
         meter.piece(forwarded.answer.body());
     }
     let mut proven = None;

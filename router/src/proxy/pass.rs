@@ -196,7 +196,8 @@ fn outcome<T>(
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 Attempt::Unavailable { answer }
             }
-            status if status.is_client_error() => Attempt::Refused { answer },
+            // The last is llama.cpp's for what a model or its options do not offer.
+            status if status.is_client_error() || status == StatusCode::NOT_IMPLEMENTED => Attempt::Refused { answer },
             status => Attempt::Answer { answer, ok: !status.is_server_error() },
         },
         Err(ClientError::Connect(error)) => Attempt::Unreached { failure: format!("{}: {error}", endpoint.http) },

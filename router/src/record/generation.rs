@@ -136,7 +136,7 @@ struct FunctionPart {
 
 #[derive(Deserialize)]
 struct Usage {
-    #[serde(alias = "input_tokens")]
+    #[serde(default, alias = "input_tokens")]
     prompt_tokens: u64,
     #[serde(default, alias = "output_tokens")]
     completion_tokens: u64,

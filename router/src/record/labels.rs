@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use athanor_serving::api::openai::types::ModelList;
+use serde::Deserialize;
 
 use crate::balance::{client::Client, endpoints::Registry};
 
@@ -14,6 +14,18 @@ use crate::balance::{client::Client, endpoints::Registry};
 const RETRY: Duration = Duration::from_secs(1);
 /// The most a `/v1/models` answer may hold.
 const MAX_BYTES: usize = 4 << 20;
+
+/// What is read of a `/v1/models` answer. Servers of other projects have other fields, and no labels.
+#[derive(Deserialize)]
+struct ModelList {
+    data: Vec<Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(default)]
+    labels: Vec<String>,
+}
 
 /// Labels by revision; a revision never changes its labels.
 #[derive(Default)]

@@ -76,16 +76,39 @@ pub enum Meaning {
 }
 
 /// Reads the data of an event: chats and completions end with `[DONE]`, responses with an event that has the type of
-/// their end. A text in the JSON cannot look like such a type, because its quotation marks are escaped.
+/// their end.
 pub fn meaning(data: &[u8]) -> Meaning {
-    let has = |field: &[u8]| data.windows(field.len()).any(|window| window == field);
-    if data == b"[DONE]" || has(br#""type":"response.completed""#) || has(br#""type":"response.incomplete""#) {
+    if data == b"[DONE]" || has_type(data, br#""response.completed""#) || has_type(data, br#""response.incomplete""#) {
         Meaning::End
-    } else if data.starts_with(br#"{"error""#) || has(br#""type":"response.failed""#) {
+    } else if is_error(data) || has_type(data, br#""response.failed""#) {
         Meaning::Failure
     } else {
         Meaning::Part
     }
+}
+
+/// Whether the JSON has a member `type` with this value, which is in quotation marks. A text cannot look like one, because
+/// its quotation marks are escaped.
+fn has_type(data: &[u8], value: &[u8]) -> bool {
+    let is_type = |before: &[u8]| {
+        let name = before.trim_ascii_end().strip_suffix(b":");
+        name.is_some_and(|name| name.trim_ascii_end().ends_with(br#""type""#))
+    };
+    data.windows(value.len()).enumerate().any(|(at, window)| window == value && is_type(&data[..at]))
+}
+
+/// Whether the JSON begins with a member `error`, as OpenAI's errors do, or is an error of older versions of vLLM:
+/// `{"object": "error", ...}`.
+fn is_error(data: &[u8]) -> bool {
+    let error = after(data, &[b"{", br#""error""#, b":"]);
+    error.is_some_and(|value| !value.starts_with(b"null"))
+        || after(data, &[b"{", br#""object""#, b":", br#""error""#]).is_some()
+}
+
+/// What follows these tokens at the beginning of a JSON text.
+fn after<'a>(json: &'a [u8], tokens: &[&[u8]]) -> Option<&'a [u8]> {
+    let rest = tokens.iter().try_fold(json, |rest, token| rest.trim_ascii_start().strip_prefix(*token));
+    rest.map(<[u8]>::trim_ascii_start)
 }
 
 /// Lines without their ends.
@@ -122,7 +145,13 @@ mod tests {
             ("[DONE]", Meaning::End),
             (r#"{"response":{"output":[]},"sequence_number":9,"type":"response.completed"}"#, Meaning::End),
             (r#"{"type":"response.incomplete","response":{}}"#, Meaning::End),
+            (r#"{"type": "response.completed", "response": {}}"#, Meaning::End),
             (r#"{"error":{"message":"out of memory"}}"#, Meaning::Failure),
+            (r#"{ "error" : {"message": "out of memory"}}"#, Meaning::Failure),
+            (r#"{"object": "error", "message": "out of memory", "code": 500}"#, Meaning::Failure),
+            (r#"{"error":null,"choices":[]}"#, Meaning::Part),
+            (r#"{"object":"chat.completion.chunk","choices":[]}"#, Meaning::Part),
+            (r#"{"delta":"a","kind":"response.completed"}"#, Meaning::Part),
             (r#"{"response":{"error":{"message":"x"}},"type":"response.failed"}"#, Meaning::Failure),
             (r#"{"response":{"error":null},"type":"response.created"}"#, Meaning::Part),
             (r#"{"delta":"\"type\":\"response.completed\"","type":"response.output_text.delta"}"#, Meaning::Part),

@@ -61,7 +61,7 @@ async fn question(gateway: &Arc<Gateway>, body: &str) -> String {
 }
 
 /// The recorded generations, once there are `count` of them.
-async fn generations(kept: &Kept, count: usize) -> Vec<Generation> {
+pub async fn generations(kept: &Kept, count: usize) -> Vec<Generation> {
     let begin = Instant::now();
     loop {
         let events = kept.events.lock().unwrap().clone();
@@ -81,7 +81,7 @@ async fn generations(kept: &Kept, count: usize) -> Vec<Generation> {
     }
 }
 
-async fn judge(gateway: &Arc<Gateway>, id: &str, rest: &str) -> (u16, Value) {
+pub async fn judge(gateway: &Arc<Gateway>, id: &str, rest: &str) -> (u16, Value) {
     let request = Request::builder().method(Method::POST).uri("/v1/feedback");
     let (parts, body) = send(gateway, request, &format!(r#"{{"request_id": "{id}", {rest}}}"#)).await;
     (parts.status.as_u16(), body["error"]["code"].clone())

@@ -2,6 +2,7 @@
 
 mod access;
 mod adapters;
+mod foreign;
 mod generations;
 mod hand_over;
 mod headers;

@@ -107,6 +107,18 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
         spec["adapters"] = adapters(&["legal"]);
     });
     create(client, &adapted).await.unwrap();
+    let foreign =
+        deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "args": ["--port", "$(PORT)"]}}));
+    let made_foreign = create(client, &foreign).await.unwrap();
+    let container = json!({"image": "vllm:1", "args": ["--port", "$(PORT)"], "port": 8000, "readinessPath": "/health",
+        "metricsPath": "/metrics", "startupTimeoutSeconds": 1800});
+    assert_eq!(
+        made_foreign.data["spec"]["engine"],
+        json!({"container": container}),
+        "without a default of the other engine"
+    );
+    let builtin = deployment(|spec| spec["engine"] = json!({"builtin": {"maxModelLength": 512}}));
+    create(client, &builtin).await.unwrap();
     let parameters = json!([
         {"name": "learningRate", "range": {"min": 1e-5, "max": 1e-3, "scale": "Log"}},
         {"name": "batchSize", "values": [16.0, 32.0]},
@@ -179,6 +191,19 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             named["metadata"] = json!({"name": "legal"});
             named
         }),
+        (
+            "set at most one of builtin and container",
+            deployment(|spec| spec["engine"] = json!({"builtin": {}, "container": {"image": "vllm:1"}})),
+        ),
+        ("Required value", deployment(|spec| spec["engine"] = json!({"container": {"args": ["a"]}}))),
+        (
+            "greater than or equal to 1024",
+            deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "port": 80}})),
+        ),
+        (
+            "should match",
+            deployment(|spec| spec["engine"] = json!({"container": {"image": "vllm:1", "readinessPath": "health"}})),
+        ),
         ("monitor requires feedback", deployment(|spec| spec["monitor"] = json!({}))),
         ("set apiKeys, tls or both", deployment(|spec| spec["access"] = json!({}))),
         ("should have at least 1 items", deployment(|spec| spec["access"] = access(json!([])))),

@@ -203,20 +203,24 @@ async fn children_fit_a_restricted_namespace_with_a_quota() -> Result<()> {
             "feedback": {"kafka": {"bootstrapServers": "kafka:9092"}}, "monitor": {},
         },
     });
-    for object in [job, deployment] {
+    let foreign = json!({
+        "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "foreign"},
+        "spec": {"model": {"from": "s3://bucket/model"}, "engine": {"container": {"image": "vllm:1"}}, "podTemplate": pod},
+    });
+    for object in [job, deployment, foreign] {
         let object: DynamicObject = serde_json::from_value(object)?;
         let kind = GroupVersionKind::try_from(object.types.as_ref().context("a kind")?)?;
         let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), "team", &ApiResource::from_gvk(&kind));
         api.patch(&object.name_any(), &applied(), &Patch::Apply(&object)).await?;
     }
-    // Servers, routers and the monitor.
+    // Servers and routers of both deployments, and the monitor.
     let (deployments, jobs): (Api<Deployment>, Api<Job>) =
         (Api::namespaced(client.clone(), "team"), Api::namespaced(client.clone(), "team"));
     let begun = Instant::now();
     let (workloads, batch_jobs) = loop {
         let workloads = deployments.list(&ListParams::default()).await?.items;
         let batch_jobs = jobs.list(&ListParams::default()).await?.items;
-        if workloads.len() == 3 && batch_jobs.len() == 1 {
+        if workloads.len() == 5 && batch_jobs.len() == 1 {
             break (workloads, batch_jobs);
         }
         let names: Vec<String> = workloads.iter().map(ResourceExt::name_any).collect();

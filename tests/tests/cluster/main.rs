@@ -5,4 +5,5 @@ mod access;
 mod adapters;
 mod chaos;
 mod chat;
+mod container;
 mod kills;

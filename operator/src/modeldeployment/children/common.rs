@@ -91,7 +91,8 @@ pub fn workload(metadata: ObjectMeta, replicas: i32, selector: Labels, template:
 pub struct Port {
     pub name: &'static str,
     pub port: i32,
-    pub target: i32,
+    /// Name of the containers' port. Pods of before and after a change of the number are both reached.
+    pub target: &'static str,
 }
 
 /// Builds a Service.
@@ -99,7 +100,7 @@ pub fn service(metadata: ObjectMeta, selector: Labels, ports: &[Port]) -> Servic
     let ports = ports.iter().map(|port| ServicePort {
         name: Some(port.name.into()),
         port: port.port,
-        target_port: Some(IntOrString::Int(port.target)),
+        target_port: Some(IntOrString::String(port.target.into())),
         protocol: Some("TCP".into()),
         app_protocol: (port.name == "grpc").then(|| "kubernetes.io/h2c".into()),
         ..ServicePort::default()

@@ -3,19 +3,25 @@
 use athanor_contract::{
     artifact::sha256_hex,
     process::{annotation, file, path, port, variable},
-    serve::{AdaptersFile, ServeConfig, ServeLimits},
+    serve::{AdaptersFile, EngineConfig, ServeConfig, ServeLimits},
 };
 use athanor_crds::label;
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    core::v1::{ConfigMap, Service},
+    core::v1::{ConfigMap, PodTemplateSpec, Service},
     policy::v1::PodDisruptionBudget,
 };
 
-use super::common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload};
+use super::{
+    common::{Kind, Port, budget, grace_seconds, metadata, probes, service, workload},
+    container,
+};
 use crate::{
-    images::Choice,
-    modeldeployment::{names::SERVER, policy::servers::Server, validate::ValidatedDeployment},
+    modeldeployment::{
+        names::SERVER,
+        policy::servers::Server,
+        validate::{Engine, ValidatedDeployment},
+    },
     pods::{self, HttpProbe, Labels, PodPlan},
     settings::Settings,
 };
@@ -48,31 +54,76 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, server: &Ser
             max_request_seconds: deployment.spec.max_request_seconds.into(),
             ..ServeLimits::default()
         },
-        engine: deployment.engine,
+        engine: match deployment.engine {
+            Engine::Builtin(engine) => engine,
+            Engine::Container(_) => EngineConfig::default(),
+        },
         adapters: Vec::new(),
     };
-    let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let adapters = AdaptersFile { adapters: server.adapters.clone() };
     let adapters = serde_json::to_string_pretty(&adapters).expect("a configuration has string keys only");
+    let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
+    labels.insert(label::REVISION.into(), name.clone());
+    // A changed configuration changes the template, and so restarts the pods; other adapters do not.
+    let annotations = Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]);
+    let metadata = |name: &str| metadata(deployment, name, labels.clone());
+    let mut ports = vec![Port { name: "http", port: config.http_port.into(), target: "http" }];
+    let (mut warning, mut progress_deadline) = (None, None);
+    let template = match &deployment.engine {
+        Engine::Builtin(_) => {
+            ports.push(Port { name: "grpc", port: config.grpc_port.into(), target: "grpc" });
+            let own = deployment.spec.image.as_deref();
+            let choice = settings.server_images().choose(own, deployment.spec.pod_template.as_ref());
+            warning = choice.warning;
+            template(deployment, settings, &config, choice.image, labels.clone(), annotations)
+        }
+        Engine::Container(engine) => {
+            progress_deadline = Some(container::progress_deadline_seconds(engine));
+            container::template(deployment, settings, engine, name, labels.clone(), annotations)
+        }
+    };
+    let mut workload = workload(metadata(name), deployment.spec.replicas, selector.clone(), template);
+    if let (Some(seconds), Some(spec)) = (progress_deadline, &mut workload.spec) {
+        spec.progress_deadline_seconds = Some(seconds);
+    }
+    RevisionChildren {
+        config: ConfigMap {
+            metadata: metadata(name),
+            data: Some([(file::SERVE.into(), text), (file::ADAPTERS.into(), adapters)].into()),
+            ..ConfigMap::default()
+        },
+        deployment: workload,
+        service: service(metadata(name), selector.clone(), &ports),
+        budget: budget(metadata(name), selector),
+        warning,
+    }
+}
+
+/// Builds the template of the pods of athanor-server.
+fn template(
+    deployment: &ValidatedDeployment,
+    settings: &Settings,
+    config: &ServeConfig,
+    image: &str,
+    labels: Labels,
+    annotations: Labels,
+) -> PodTemplateSpec {
+    let name = &config.revision;
+    let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let mut env = pods::common_environment(settings.otlp_endpoint.as_deref());
     env.push(pods::variable(variable::CACHE_DIR, path::MODEL_CACHE));
     env.push(pods::variable(variable::SHUTDOWN_GRACE_SECONDS, settings.stop_delay_seconds.to_string()));
     let size_limit = deployment.spec.pod_template.as_ref().and_then(|pod| pod.scratch_size_limit.as_ref());
-    let mut labels = pods::labels(SERVER, label::DEPLOYMENT, &deployment.name);
-    labels.insert(label::REVISION.into(), name.clone());
-    let own = deployment.spec.image.as_deref();
-    let Choice { image, warning } = settings.server_images().choose(own, deployment.spec.pod_template.as_ref());
     // A model may take minutes to arrive.
     let startup = HttpProbe { path: "/readyz", port: "http", period_seconds: 1, failures: 600 };
-    let template = pods::template(PodPlan {
+    pods::template(PodPlan {
         component: SERVER,
         image,
         pull_secrets: &settings.image_pull_secrets,
         command: ["athanor-server", "--config", path::SERVE_CONFIG].map(Into::into).into(),
-        labels: labels.clone(),
-        // A changed configuration changes the template, and so restarts the pods; other adapters do not.
-        annotations: Labels::from([(annotation::CONFIG.into(), sha256_hex(text.as_bytes())[..16].into())]),
+        labels,
+        annotations,
         env,
         credentials: deployment.spec.credentials_secret_name.as_deref().into_iter().collect(),
         ports: vec![("http", http), ("grpc", grpc)],
@@ -86,21 +137,9 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, server: &Ser
         service_account: None,
         grace_seconds: grace_seconds(settings, config.limits.drain_seconds, config.limits.max_request_seconds),
         spread: Some(pods::selector(SERVER, &deployment.name, Some(name))),
-    });
-    let metadata = |name: &str| metadata(deployment, name, labels.clone());
-    RevisionChildren {
-        config: ConfigMap {
-            metadata: metadata(name),
-            data: Some([(file::SERVE.into(), text), (file::ADAPTERS.into(), adapters)].into()),
-            ..ConfigMap::default()
-        },
-        deployment: workload(metadata(name), deployment.spec.replicas, selector.clone(), template),
-        service: service(
-            metadata(name),
-            selector.clone(),
-            &[Port { name: "http", port: http, target: http }, Port { name: "grpc", port: grpc, target: grpc }],
-        ),
-        budget: budget(metadata(name), selector),
-        warning,
-    }
+    })
 }
+
+#[cfg(test)]
+#[path = "revision_tests.rs"]
+mod tests;

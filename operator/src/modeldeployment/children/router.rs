@@ -120,10 +120,10 @@ pub fn build(
 fn ports(deployment: &ValidatedDeployment) -> [Port; 2] {
     let has_tls = deployment.spec.access.as_ref().is_some_and(|access| access.tls.is_some());
     let http = match has_tls {
-        true => Port { name: "https", port: port::SERVICE_HTTPS.into(), target: HTTP_PORT },
-        false => Port { name: "http", port: port::SERVICE_HTTP.into(), target: HTTP_PORT },
+        true => Port { name: "https", port: port::SERVICE_HTTPS.into(), target: "http" },
+        false => Port { name: "http", port: port::SERVICE_HTTP.into(), target: "http" },
     };
-    [http, Port { name: if has_tls { "grpcs" } else { "grpc" }, port: GRPC_PORT, target: GRPC_PORT }]
+    [http, Port { name: if has_tls { "grpcs" } else { "grpc" }, port: GRPC_PORT, target: "grpc" }]
 }
 
 fn pod_template(
