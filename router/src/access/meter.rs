@@ -50,6 +50,16 @@ impl Meter {
         self.tail.drain(..self.tail.len().saturating_sub(TAIL));
     }
 
+    /// Takes one part of a stream that is no JSON.
+    pub fn part(&mut self) {
+        self.events += 1;
+    }
+
+    /// Takes the number of tokens of the whole answer.
+    pub fn report(&mut self, tokens: u64) {
+        self.usage = Some(tokens);
+    }
+
     fn tokens(&self) -> u64 {
         let estimated = match self.events {
             // An error, or an answer of a kind that has no tokens.
@@ -104,5 +114,10 @@ mod tests {
         assert_eq!(stream.tokens(), 3 + 10);
         stream.event(br#"{"choices":[],"usage":{"total_tokens":9}}"#);
         assert_eq!(stream.tokens(), 9);
+        let mut parts = meter();
+        parts.part();
+        assert_eq!(parts.tokens(), 1 + 10);
+        parts.report(8);
+        assert_eq!(parts.tokens(), 8);
     }
 }

@@ -2,6 +2,7 @@
 
 mod access;
 mod generations;
+mod grpc;
 mod hand_over;
 mod headers;
 mod paths;
