@@ -57,7 +57,8 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {"rule": "!has(self.monitor) || has(self.feedback)", "message": "monitor requires feedback: drift is measured on recorded events"},
-    {"rule": "!has(self.retrain) || has(self.monitor)", "message": "retrain requires monitor: a drift verdict starts a retraining"}]))]
+    {"rule": "!has(self.retrain) || has(self.monitor)", "message": "retrain requires monitor: a drift verdict starts a retraining"},
+    {"rule": "!has(self.engine.container) || !has(self.model.base) && (!has(self.adapters) || size(self.adapters) == 0)", "message": "model.base and adapters require engine.builtin"}]))]
 pub struct ModelDeploymentSpec {
     /// Model to serve.
     pub model: ModelSource,

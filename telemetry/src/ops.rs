@@ -1,10 +1,7 @@
 //! `/metrics`, `/healthz` and `/readyz`.
 
 use std::{
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -12,6 +9,7 @@ use axum::{
     Router, extract::State, http::StatusCode, http::header::CONTENT_TYPE, response::IntoResponse, routing::get,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::sync::watch;
 
 use crate::info;
 
@@ -68,7 +66,7 @@ pub fn metrics() -> MetricsHandle {
 
 /// Whether the process can take work; starts as not ready.
 #[derive(Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+pub struct Readiness(Arc<watch::Sender<bool>>);
 
 impl Readiness {
     pub fn new() -> Self {
@@ -76,11 +74,19 @@ impl Readiness {
     }
 
     pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+        self.0.send_replace(ready);
     }
 
     pub fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        *self.0.borrow()
+    }
+
+    /// Resolves once the process can take no more work, after it could.
+    pub async fn lost(&self) {
+        let mut changes = self.0.subscribe();
+        // Neither fails while `self` exists.
+        let _ = changes.wait_for(|&ready| ready).await;
+        let _ = changes.wait_for(|&ready| !ready).await;
     }
 }
 

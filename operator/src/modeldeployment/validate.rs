@@ -76,6 +76,8 @@ pub enum InvalidDeployment {
     CacheMemory(String),
     #[error("spec.engine: set at most one of builtin and container")]
     Engine,
+    #[error("spec.engine.container: model.base and adapters require engine.builtin")]
+    AdaptersOfContainer,
     #[error("the object has no {0}")]
     Incomplete(&'static str),
 }
@@ -129,6 +131,9 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         return Err(InvalidDeployment::TopicConfig(name.clone()));
     }
     let engine = engine(&spec.engine)?;
+    if matches!(engine, Engine::Container(_)) && (spec.model.base.is_some() || !spec.adapters.is_empty()) {
+        return Err(InvalidDeployment::AdaptersOfContainer);
+    }
     Ok(ValidatedDeployment {
         engine,
         uid: deployment.uid().ok_or(InvalidDeployment::Incomplete("uid"))?,

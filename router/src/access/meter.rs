@@ -61,6 +61,16 @@ impl Meter {
         self.tail.drain(..self.tail.len().saturating_sub(SEARCHED));
     }
 
+    /// Takes one part of a stream that is no JSON.
+    pub fn part(&mut self) {
+        self.events += 1;
+    }
+
+    /// Takes the number of tokens of the whole answer.
+    pub fn report(&mut self, tokens: u64) {
+        self.usage = Some(tokens);
+    }
+
     fn tokens(&self) -> u64 {
         let reported = self.usage.or_else(|| usage(&self.tail)).or_else(|| usage(&self.head));
         reported.unwrap_or_else(|| {
@@ -119,6 +129,11 @@ mod tests {
         assert_eq!(stream.tokens(), 3 + 10);
         stream.event(br#"{"choices":[],"usage":{"total_tokens":9}}"#);
         assert_eq!(stream.tokens(), 9);
+        let mut parts = meter();
+        parts.part();
+        assert_eq!(parts.tokens(), 1 + 10);
+        parts.report(8);
+        assert_eq!(parts.tokens(), 8);
         // As Python writes it, and without a sum.
         stream.event(br#"{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}"#);
         assert_eq!(stream.tokens(), 11);

@@ -165,11 +165,11 @@ impl Access {
         }
     }
 
-    /// The caller of a request, which is counted.
+    /// The caller that the key of a request names.
     ///
     /// # Errors
-    /// The request has no valid key, its caller may not do this, or has done it too often.
-    pub fn admit(&self, headers: &HeaderMap, scope: Scope) -> Result<Arc<Caller>, Denied> {
+    /// The request has no valid key, or its caller may not do this.
+    pub fn identify(&self, headers: &HeaderMap, scope: Scope) -> Result<Arc<Caller>, Denied> {
         let header = headers.get(AUTHORIZATION).ok_or(Denied::NoKey)?;
         let key = bearer(header).ok_or(Denied::NoKey)?;
         let hash: Hash = Sha256::digest(key.as_bytes()).into();
@@ -178,6 +178,15 @@ impl Access {
         if !caller.scopes.contains(&scope) {
             return Err(Denied::Scope { caller: caller.name.clone(), scope });
         }
+        Ok(caller)
+    }
+
+    /// The caller of a request, which is counted.
+    ///
+    /// # Errors
+    /// The request has no valid key, its caller may not do this, or has done it too often.
+    pub fn admit(&self, headers: &HeaderMap, scope: Scope) -> Result<Arc<Caller>, Denied> {
+        let caller = self.identify(headers, scope)?;
         let now = Instant::now();
         let limit = |what, wait| Denied::Limit { caller: caller.name.clone(), what, wait };
         // Tokens are taken when the answer is over; until then only their lack counts.

@@ -256,7 +256,8 @@ impl Carrier {
     }
 }
 
-fn count(reason: &'static str, revision: &str) {
+/// Counts an answer that was not passed on to its end.
+pub fn count(reason: &'static str, revision: &str) {
     metrics::counter!("athanor_router_unfinished_answers_total", "reason" => reason, "revision" => revision.to_owned())
         .increment(1);
 }

@@ -78,12 +78,18 @@ struct Part {
     output: Vec<Item>,
 }
 
-/// An item of a response's output.
+/// An item of a response's output: a message or a call of a function.
 #[derive(Deserialize)]
 struct Item {
     r#type: String,
     #[serde(default)]
     content: Vec<ItemPart>,
+    #[serde(default)]
+    call_id: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    arguments: String,
 }
 
 #[derive(Deserialize)]
@@ -207,6 +213,25 @@ impl Answers {
         }
     }
 
+    /// Takes a piece of text of an answer with one choice, which is no JSON. `end`: why the answer ended, and its tokens.
+    pub fn text(&mut self, text: &str, end: Option<(String, TokenUsage)>) {
+        self.is_stream = true;
+        if self.unrecorded.is_some() {
+            return;
+        }
+        self.bytes += text.len();
+        if self.bytes > MOST_TEXT {
+            return self.give_up(Unrecorded::TooLong);
+        }
+        let choice = self.choices.entry(0).or_default();
+        choice.text.push_str(text);
+        if let Some((finish_reason, usage)) = end {
+            choice.finish_reason = Some(finish_reason);
+            self.usage = Some(usage);
+            self.is_done = true;
+        }
+    }
+
     /// Frees what was kept: nothing will be recorded.
     fn give_up(&mut self, why: Unrecorded) {
         *self = Self { unrecorded: Some(why), is_stream: self.is_stream, ..Self::default() };
@@ -260,20 +285,26 @@ impl Answers {
     /// Takes a response, unless it has only begun.
     fn response(&mut self, status: &str, output: Vec<Item>, usage: Option<Usage>) {
         let finish_reason = match status {
+            "completed" if output.iter().any(|item| item.r#type == "function_call") => "tool_calls",
             "completed" => "stop",
             "incomplete" => "length",
             _ => return,
         };
-        if output.iter().any(|item| item.r#type != "message") {
-            return self.give_up(Unrecorded::NoText);
+        let mut choice = Choice { finish_reason: Some(finish_reason.into()), ..Choice::default() };
+        for Item { r#type, content, call_id, name, arguments } in output {
+            match r#type.as_str() {
+                "message" => choice.text.extend(content.into_iter().map(|part| part.text)),
+                "function_call" => choice.calls.push(Call { id: call_id, name, arguments }),
+                _ => return self.give_up(Unrecorded::NoText),
+            }
         }
-        let text: String = output.into_iter().flat_map(|item| item.content).map(|part| part.text).collect();
-        if text.len() > MOST_TEXT {
+        let calls = choice.calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments.len());
+        if choice.text.len() + calls.sum::<usize>() > MOST_TEXT || choice.calls.len() > MOST_CALLS {
             return self.give_up(Unrecorded::TooLong);
         }
         self.usage = usage
             .map(|usage| TokenUsage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens });
-        self.choices.insert(0, Choice { text, calls: Vec::new(), finish_reason: Some(finish_reason.into()) });
+        self.choices.insert(0, choice);
     }
 }
 
@@ -433,6 +464,25 @@ mod tests {
     }
 
     #[test]
+    fn text_is_recorded_once_it_has_ended() {
+        let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2 };
+        let pieces = |end: Option<(String, TokenUsage)>| {
+            let mut answers = Answers::default();
+            answers.text("Ye", None);
+            answers.text("s", end);
+            read(r#"{"prompt": "Is it?"}"#, answers)
+        };
+        let whole = pieces(Some(("length".into(), usage))).unwrap();
+        assert_eq!((&*whole[0].answer, &*whole[0].finish_reason, whole[0].usage), ("Yes", "length", Some(usage)));
+        assert_eq!(whole[0].input, GenerationInput::Prompt("Is it?".into()));
+        assert_eq!(pieces(None), Err(Unrecorded::Unfinished));
+        let mut long = Answers::default();
+        long.text(&"x".repeat(MOST_TEXT), None);
+        long.text("x", Some(("stop".into(), usage)));
+        assert_eq!(read(CHAT, long), Err(Unrecorded::TooLong));
+    }
+
+    #[test]
     fn calls_are_recorded_whole_or_from_a_stream() {
         let answers = stream(&[
             r#"{"choices": [{"delta": {"role": "assistant", "content": "Wait."}}]}"#,
@@ -467,6 +517,23 @@ mod tests {
         let read = read(r#"{"prompt": ["a", "b"], "n": 2}"#, answers).unwrap();
         let inputs: Vec<_> = read.into_iter().map(|generation| generation.input).collect();
         assert_eq!(inputs, ["a", "a", "b", "b"].map(|prompt| GenerationInput::Prompt(prompt.into())));
+    }
+
+    #[test]
+    fn calls_of_a_response_are_recorded() {
+        let request = r#"{"input": [{"role": "user", "content": "hi"},
+            {"type": "function_call", "call_id": "c0", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c0", "output": "7"}]}"#;
+        let response = r#"{"status": "completed", "output": [{"type": "message", "content": [{"text": "Wait."}]},
+            {"type": "function_call", "id": "fc", "call_id": "c1", "name": "g", "arguments": "{\"a\": 1}"}]}"#;
+        let mut whole = Answers::default();
+        whole.piece(response.as_bytes());
+        let read = read(request, whole).unwrap();
+        assert_eq!((&*read[0].answer, &*read[0].finish_reason), ("Wait.", "tool_calls"));
+        let called = json!({"id": "c1", "type": "function", "function": {"name": "g", "arguments": "{\"a\": 1}"}});
+        assert_eq!(read[0].tool_calls, [called]);
+        let GenerationInput::Messages(messages) = &read[0].input else { panic!("{read:?}") };
+        assert_eq!((messages.len(), &messages[2]["role"], &messages[2]["content"]), (3, &json!("tool"), &json!("7")));
     }
 
     #[test]

@@ -2,7 +2,11 @@
 
 use athanor_contract::{artifact::sha256_hex, serve::AccessConfig};
 
-use super::{streams::chat, *};
+use super::{
+    grpc::{Client, ask, text},
+    streams::chat,
+    *,
+};
 use crate::access::Access;
 
 /// A gateway that records, and lets `app` ask twice a minute, `reviewer` give feedback and `chatter` use ten tokens a minute. The key
@@ -112,5 +116,41 @@ async fn grpc_needs_a_key_as_well() {
             request.metadata_mut().insert("authorization", key.parse().unwrap());
         }
         assert_eq!(client.model_infer(request).await.err().map(|status| status.code()), expected, "{key:?}");
+    }
+}
+
+#[tokio::test]
+async fn requests_of_a_stream_are_counted_one_by_one() {
+    let (service, _) = test_support::language_model(Default::default());
+    let ready = athanor_telemetry::Readiness::new();
+    let server = serve_grpc(Inference::new(service, ready.clone())).await;
+    let (gateway, ..) = guarded(server).await;
+    gateway.registry.set_endpoints("a", vec![Address { http: server, grpc: Some(server), draining: false }]);
+    let router = serve_grpc(Passing::new(gateway, ready)).await;
+    for (key, expected) in
+        [("Bearer guess", tonic::Code::Unauthenticated), ("Bearer reviewer", tonic::Code::PermissionDenied)]
+    {
+        assert_eq!(
+            Client::connect(router, &[("authorization", key)]).await.err().map(|status| status.code()),
+            Some(expected)
+        );
+    }
+    // Twice a minute, and one answer of more than ten tokens.
+    for (key, answers, refusal) in [("Bearer app", 2, "used its requests"), ("Bearer chatter", 1, "used its tokens")] {
+        let mut client = Client::connect(router, &[("authorization", key)]).await.unwrap();
+        for _ in 0..answers {
+            client.send(ask("1", "hello", true));
+            assert_eq!(text(&client.answer().await), "hello");
+        }
+        // The tokens are counted when the answer has ended, after its last response.
+        let begin = Instant::now();
+        loop {
+            client.send(ask("2", "hello", true));
+            let last = client.answer().await.pop().unwrap();
+            if last.error_message.contains(refusal) {
+                break;
+            }
+            assert!(key.ends_with("chatter") && begin.elapsed() < Duration::from_secs(5), "{key}: {last:?}");
+        }
     }
 }

@@ -4,6 +4,7 @@ mod access;
 mod adapters;
 mod foreign;
 mod generations;
+mod grpc;
 mod hand_over;
 mod headers;
 mod paths;

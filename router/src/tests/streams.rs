@@ -12,7 +12,7 @@ use tokio::{
 
 use super::*;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a model's server writes, piece by piece.
 type Pieces = mpsc::Sender<io::Result<Bytes>>;
@@ -63,7 +63,7 @@ async fn next(body: &mut BodyDataStream) -> Option<Result<String, axum::Error>> 
     piece.map(|piece| piece.map(|bytes| String::from_utf8(bytes.to_vec()).unwrap()))
 }
 
-async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !condition() {
         assert!(begin.elapsed() < PATIENCE, "{what} did not come about");
@@ -71,16 +71,16 @@ async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn load(gateway: &Gateway) -> usize {
+pub fn load(gateway: &Gateway) -> usize {
     gateway.registry.snapshot().revisions.iter().flat_map(|r| &r.endpoints).map(|e| e.outstanding()).sum()
 }
 
 /// Requests and errors of revision a.
-fn counted(gateway: &Gateway) -> (u64, u64) {
+pub fn counted(gateway: &Gateway) -> (u64, u64) {
     gateway.analysis.read().revisions.get("a").map_or((0, 0), |counts| (counts.requests, counts.errors))
 }
 
-fn with_limit(seconds: u64) -> RouterConfig {
+pub fn with_limit(seconds: u64) -> RouterConfig {
     let mut config = config(&[("a", 100)]);
     config.limits.max_request_seconds = seconds;
     config

@@ -195,6 +195,10 @@ async fn the_api_server_refuses_what_cannot_work() -> Result<()> {
             "set at most one of builtin and container",
             deployment(|spec| spec["engine"] = json!({"builtin": {}, "container": {"image": "vllm:1"}})),
         ),
+        ("model.base and adapters require engine.builtin", {
+            let container = json!({"container": {"image": "vllm:1"}});
+            deployment(|spec| (spec["engine"], spec["adapters"]) = (container.clone(), adapters(&["a"])))
+        }),
         ("Required value", deployment(|spec| spec["engine"] = json!({"container": {"args": ["a"]}}))),
         (
             "greater than or equal to 1024",

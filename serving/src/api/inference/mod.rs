@@ -1,23 +1,33 @@
 //! The Open Inference Protocol v2 over gRPC for one model, with health and reflection: what tritonclient and KServe's clients speak.
 //!
+//! - [`contents`] reads and writes the contents of tensors; [`tensors`] has the tensors of classifiers and embedding models,
+//!   [`generation`] those of language models;
+//! - [`answers`] is one request to a model, [`stream`] the requests of `ModelStreamInfer`; [`errors`] maps errors to statuses.
+//!
 //! Left out: the protocol's optional extensions (repositories, shared memory, statistics).
 
+pub mod answers;
+pub mod contents;
+pub mod errors;
+pub mod generation;
 pub mod protocol;
+pub mod stream;
 pub mod tensors;
+#[cfg(test)]
+mod tests;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use athanor_telemetry::Readiness;
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, Streaming,
     metadata::{AsciiMetadataKey, MetadataMap, MetadataValue},
 };
 use tracing::Instrument;
 
 use crate::{
     api::{headers, observe},
-    engine::encode::EngineError,
-    service::{Service, ServiceError},
+    service::{Kind, Service},
 };
 
 use protocol::{
@@ -35,63 +45,6 @@ pub struct Inference {
 impl Inference {
     pub fn new(service: Arc<Service>, ready: Readiness) -> Self {
         Self { service, ready }
-    }
-
-    fn check(&self, model: &str, version: Option<&str>) -> Result<(), ServiceError> {
-        self.service.check_model(Some(model))?;
-        match version {
-            Some(version) if !version.is_empty() && version != self.service.revision => {
-                Err(ServiceError::UnknownModel {
-                    asked: format!("{model}:{version}"),
-                    known: format!("{model}:{}", self.service.revision),
-                })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    async fn infer(&self, request: ModelInferRequest) -> Result<ModelInferResponse, Status> {
-        self.check(&request.model_name, request.model_version.as_deref()).map_err(status)?;
-        let classifier = self.service.classifier().map_err(status)?;
-        let invalid = |error: tensors::TensorError| Status::invalid_argument(error.to_string());
-        tensors::check_outputs(&request).map_err(invalid)?;
-        let texts = tensors::decode_texts(&request).map_err(invalid)?;
-        let classified = classifier.classify(texts).await.map_err(status)?;
-        observe::classified(&classified);
-        let mut response = ModelInferResponse {
-            model_name: self.service.model_name.clone(),
-            model_version: self.service.revision.clone(),
-            id: request.id.clone(),
-            ..Default::default()
-        };
-        tensors::encode(&request, &classifier.labels, &classified.results, &mut response).map_err(invalid)?;
-        Ok(response)
-    }
-}
-
-/// The one place where an error of the service becomes a gRPC status.
-fn status(error: ServiceError) -> Status {
-    let message = error.to_string();
-    match error {
-        ServiceError::UnknownModel { .. } => Status::not_found(message),
-        ServiceError::WrongKind { .. } => Status::unimplemented(message),
-        ServiceError::NoInput
-        | ServiceError::TooManyInputs { .. }
-        | ServiceError::TooManyAnswers { .. }
-        | ServiceError::EmptyInput { .. }
-        | ServiceError::LongInput { .. }
-        | ServiceError::LongText { .. }
-        | ServiceError::UnknownToken { .. }
-        | ServiceError::NoToken { .. }
-        | ServiceError::Conversation(_)
-        | ServiceError::Grammar(_) => Status::invalid_argument(message),
-        ServiceError::Engine(EngineError::QueueFull { .. }) => Status::resource_exhausted(message),
-        ServiceError::Engine(EngineError::Stopped) | ServiceError::Draining => Status::unavailable(message),
-        // The protocol has no route to a language model's engine.
-        ServiceError::Engine(EngineError::Backend(_))
-        | ServiceError::NotFinite { .. }
-        | ServiceError::Tokenizer(_)
-        | ServiceError::Generate(_) => Status::internal(message),
     }
 }
 
@@ -128,8 +81,8 @@ impl GrpcInferenceService for Inference {
     }
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
-        let request = request.into_inner();
-        self.check(&request.name, request.version.as_deref()).map_err(status)?;
+        let (metadata, _, request) = request.into_parts();
+        answers::select(&self.service, &request.name, request.version.as_deref(), &metadata.into_headers())?;
         Ok(Response::new(ModelReadyResponse { ready: self.ready.get() }))
     }
 
@@ -148,18 +101,19 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<ModelMetadataRequest>,
     ) -> Result<Response<ModelMetadataResponse>, Status> {
-        let request = request.into_inner();
-        self.check(&request.name, request.version.as_deref()).map_err(status)?;
-        // Other models than classifiers have no tensors here.
-        let (inputs, outputs) = self
-            .service
-            .classifier()
-            .map_or_else(|_| Default::default(), |classifier| tensors::describe(classifier.labels.len()));
+        let (metadata, _, request) = request.into_parts();
+        let incoming = metadata.into_headers();
+        let selection = answers::select(&self.service, &request.name, request.version.as_deref(), &incoming)?;
+        let (inputs, outputs) = match self.service.kind() {
+            Kind::Classifier => tensors::describe(self.service.labels().len()),
+            Kind::Embedder => tensors::describe_embedding(self.service.embedder().map_err(errors::of_service)?.size()),
+            Kind::Generator => generation::describe(),
+        };
         let labels =
             serde_json::to_string(self.service.labels()).map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(ModelMetadataResponse {
-            name: self.service.model_name.clone(),
-            versions: vec![self.service.revision.clone()],
+            name: selection.model,
+            versions: vec![selection.revision],
             platform: "athanor_libtorch".into(),
             inputs,
             outputs,
@@ -172,16 +126,36 @@ impl GrpcInferenceService for Inference {
         let incoming = metadata.into_headers();
         let id = headers::request_id(&incoming);
         let id = id.to_str().unwrap_or_default();
-        let span = observe::classification(id, &self.service.revision, &incoming);
-        let started = std::time::Instant::now();
-        let mut answer = self.infer(request).instrument(span).await.map(Response::new);
+        let span = answers::span(&self.service, "ModelInfer", id, &incoming);
+        let started = Instant::now();
+        let mut answer = answers::whole(&self.service, &request, &incoming).instrument(span).await.map(Response::new);
         let code = answer.as_ref().map_or_else(|status| format!("{:?}", status.code()), |_| "Ok".to_owned());
         observe::counted("ModelInfer", code);
         observe::timed("ModelInfer", started);
+        let revision = answers::revision(&self.service, &incoming);
+        let revision = revision.as_ref().map_or(self.service.revision.as_str(), |adapter| adapter.name());
         match &mut answer {
-            Ok(response) => label(response.metadata_mut(), id, &self.service.revision),
-            Err(status) => label(status.metadata_mut(), id, &self.service.revision),
+            Ok(response) => label(response.metadata_mut(), id, revision),
+            Err(status) => label(status.metadata_mut(), id, revision),
         }
         answer
+    }
+
+    type ModelStreamInferStream = stream::Responses;
+
+    async fn model_stream_infer(
+        &self,
+        request: Request<Streaming<ModelInferRequest>>,
+    ) -> Result<Response<stream::Responses>, Status> {
+        let (metadata, _, requests) = request.into_parts();
+        let incoming = metadata.into_headers();
+        let id = headers::request_id(&incoming).to_str().unwrap_or_default().to_owned();
+        let (service, ready) = (self.service.clone(), self.ready.clone());
+        let revision = answers::revision(&service, &incoming);
+        let opened = stream::Opened { service, request_id: id.clone(), incoming, ready };
+        let mut response = Response::new(stream::respond(opened, requests));
+        let revision = revision.as_ref().map_or(self.service.revision.as_str(), |adapter| adapter.name());
+        label(response.metadata_mut(), &id, revision);
+        Ok(response)
     }
 }

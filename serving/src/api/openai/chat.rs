@@ -76,7 +76,7 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
 }
 
 /// Messages as templates read them: roles and texts.
-pub(super) fn messages(value: Value) -> Result<Vec<Value>, ApiError> {
+pub(in crate::api) fn messages(value: Value) -> Result<Vec<Value>, ApiError> {
     let list: Vec<serde_json::Map<String, Value>> = typed("messages", value)?;
     if list.is_empty() {
         let message = "messages: the list is empty";

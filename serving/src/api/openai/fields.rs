@@ -30,6 +30,11 @@ impl Fields {
         body::parse(bytes).map(Self)
     }
 
+    /// The fields of an object that was no body of HTTP.
+    pub fn of(object: Map<String, Value>) -> Self {
+        Self(object)
+    }
+
     /// The field as it is; `None` if it is absent or null.
     pub fn take_value(&mut self, name: &str) -> Option<Value> {
         self.0.remove(name).filter(|value| !value.is_null())

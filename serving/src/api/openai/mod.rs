@@ -7,15 +7,15 @@
 #[cfg(test)]
 mod adapters_tests;
 pub mod body;
-mod chat;
+pub(in crate::api) mod chat;
 mod classify;
 mod completions;
 #[cfg(test)]
 mod completions_tests;
 mod content;
 mod embeddings;
-mod error;
-mod fields;
+pub(in crate::api) mod error;
+pub(in crate::api) mod fields;
 #[cfg(test)]
 mod generate_tests;
 mod logprobs;
@@ -23,7 +23,7 @@ mod models;
 pub mod openapi;
 #[cfg(test)]
 mod openapi_tests;
-mod options;
+pub(in crate::api) mod options;
 pub mod paths;
 mod rerank;
 pub mod responses;
@@ -39,7 +39,7 @@ mod tokenize;
 #[cfg(test)]
 mod tokenize_tests;
 pub mod types;
-mod usage;
+pub(in crate::api) mod usage;
 
 use std::{sync::Arc, time::Instant};
 

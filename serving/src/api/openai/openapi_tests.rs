@@ -175,6 +175,15 @@ async fn answers_and_errors_have_the_documented_shape() {
     let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]);
     let named = json!({"type": "function", "function": {"name": "f"}});
     let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": {"enum": ["ab"]}}});
+    let flat_tools = json!([{"type": "function", "name": "f", "strict": true,
+        "parameters": {"type": "object", "additionalProperties": false}}]);
+    let flat_named = json!({"type": "function", "name": "f"});
+    let flat_format = json!({"type": "json_schema", "name": "s", "schema": {"enum": ["ab"]}});
+    let calls = json!([
+        {"role": "user", "content": "[ab]"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "7"},
+    ]);
     for (service, cases) in [
         (classifier, vec![(paths::CLASSIFY, json!({"input": "a"}))]),
         (
@@ -197,6 +206,8 @@ async fn answers_and_errors_have_the_documented_shape() {
                 (paths::COMPLETIONS, json!({"prompt": "[ab]", "echo": true, "logprobs": 2})),
                 (paths::RESPONSES, json!({"input": user, "include": include, "top_logprobs": 1})),
                 (paths::RESPONSES, json!({"input": "[ab]", "max_output_tokens": 1, "metadata": {"a": "b"}})),
+                (paths::RESPONSES, json!({"input": "[ab]", "text": {"format": flat_format}})),
+                (paths::RESPONSES, json!({"input": calls, "tools": flat_tools, "tool_choice": flat_named})),
                 (paths::TOKENIZE, json!({"prompt": "a", "return_token_strs": true})),
                 (paths::TOKENIZE, json!({"messages": user})),
                 (paths::DETOKENIZE, json!({"tokens": [97]})),

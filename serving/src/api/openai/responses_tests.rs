@@ -129,7 +129,155 @@ async fn a_stream_has_the_typed_events_in_order() {
     assert!(data["response"]["error"]["message"].as_str().unwrap().contains("out of memory"), "{data}");
 }
 
+fn letters() -> Value {
+    json!({"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+        "additionalProperties": false})
+}
+
+/// Functions `get`, with a schema, and `stop`, without parameters.
+fn tools() -> Value {
+    json!([{"type": "function", "name": "get", "description": "Gets it.", "parameters": letters(), "strict": true},
+        {"type": "function", "name": "stop", "parameters": null}])
+}
+
+const GET: &str = "<tool_call>\n{\"name\": \"get\", \"arguments\": {\"a\": \"x\"}}\n</tool_call>";
+
+/// A request with these functions, whose answer is `answer` if it is free.
+fn calling(answer: &str, more: Value) -> Value {
+    let mut request = json!({"input": format!("[{answer}]"), "temperature": 0, "tools": tools()});
+    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    request
+}
+
+/// Types and contents of the items of an output: the text of a message, name and arguments of a call.
+fn items(response: &Value) -> Value {
+    let item = |item: &Value| match item["type"].as_str().unwrap() {
+        "message" => json!(item["content"][0]["text"]),
+        "function_call" => {
+            let (id, call_id) = (item["id"].as_str().unwrap(), item["call_id"].as_str().unwrap());
+            assert!(id.starts_with("fc_") && call_id.starts_with("call_"), "{item}");
+            json!([item["name"], item["arguments"]])
+        }
+        other => panic!("{other}"),
+    };
+    response["output"].as_array().unwrap().iter().map(item).collect()
+}
+
 #[tokio::test]
+async fn calls_are_items_of_the_output() {
+    let (app, _, _) = application(limits());
+    let two = format!("Wait. {GET}<tool_call>{{\"name\": \"stop\"}}</tool_call>");
+    let get = json!(["get", "{\"a\": \"x\"}"]);
+    let named = json!({"type": "function", "name": "get"});
+    for (answer, more, expected) in [
+        (two.as_str(), json!({}), json!(["Wait.", get, ["stop", "{}"]])),
+        (two.as_str(), json!({"parallel_tool_calls": false}), json!(["Wait.", get])),
+        (GET, json!({"tool_choice": "none"}), json!([GET])),
+        ("Hello", json!({"tool_choice": "auto"}), json!(["Hello"])),
+        (GET, json!({"tool_choice": "required", "parallel_tool_calls": false}), json!([get])),
+        (GET, json!({"tool_choice": named}), json!([get])),
+    ] {
+        let body = ask(&app, PATH, calling(answer, more.clone())).await;
+        assert_eq!((items(&body), &body["status"]), (expected.clone(), &json!("completed")), "{more}");
+        let mut streamed = calling(answer, more.clone());
+        streamed["stream"] = true.into();
+        let (_, text) = send(&app, PATH, streamed).await;
+        let (name, data) = named_events(&text).pop().unwrap();
+        assert_eq!((name.as_str(), items(&data["response"])), ("response.completed", expected), "{more}");
+    }
+    let body = ask(&app, PATH, calling("a", json!({"tool_choice": named}))).await;
+    assert_eq!((&body["tools"], &body["tool_choice"]), (&tools(), &named));
+    assert_eq!(body["output"][0]["type"], "function_call", "whatever the model wants");
+    // Cut off within the arguments.
+    let limit = json!({"tool_choice": "required", "max_output_tokens": GET.find("x").unwrap()});
+    let body = ask(&app, PATH, calling(GET, limit)).await;
+    assert_eq!(items(&body), json!([["get", "{\"a\": \""]]));
+    assert_eq!((&body["status"], &body["output"][0]["status"]), (&json!("incomplete"), &json!("incomplete")));
+}
+
+#[tokio::test]
+async fn a_stream_has_the_events_of_calls() {
+    let (app, _, _) = application(limits());
+    let answer = format!("Wait. {GET}");
+    let (_, text) = send(&app, PATH, calling(&answer, json!({"stream": true}))).await;
+    let events = named_events(&text);
+    let mut names: Vec<&str> = events.iter().map(|(name, _)| name.as_str()).collect();
+    names.dedup();
+    assert_eq!(
+        names,
+        [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.output_item.added",
+            "response.function_call_arguments.delta",
+            "response.function_call_arguments.done",
+            "response.output_item.done",
+            "response.completed",
+        ]
+    );
+    for (index, (_, data)) in events.iter().enumerate() {
+        assert_eq!(data["sequence_number"], index);
+    }
+    let mut added = events.iter().filter(|(name, _)| name == "response.output_item.added").map(|(_, data)| data);
+    let call = added.next_back().unwrap();
+    assert_eq!((&call["output_index"], &call["item"]["name"]), (&json!(1), &json!("get")));
+    assert_eq!((&call["item"]["arguments"], &call["item"]["status"]), (&json!(""), &json!("in_progress")));
+    let done = events.iter().filter(|(name, _)| name == "response.output_item.done").map(|(_, data)| &data["item"]);
+    let done: Value = done.cloned().collect();
+    assert_eq!(events.last().unwrap().1["response"]["output"], done);
+    assert_eq!(done[1]["id"], call["item"]["id"]);
+
+    // A call that is required shows its arguments as they grow.
+    let more = json!({"stream": true, "tool_choice": "required", "parallel_tool_calls": false});
+    let (_, text) = send(&app, PATH, calling(GET, more)).await;
+    let events = named_events(&text);
+    assert_eq!(events[2].1["item"]["type"], "function_call");
+    let deltas = events.iter().filter(|(name, _)| name == "response.function_call_arguments.delta");
+    let deltas: Vec<&str> = deltas.map(|(_, data)| data["delta"].as_str().unwrap()).collect();
+    assert_eq!((deltas.len(), deltas.concat()), (10, "{\"a\": \"x\"}".into()));
+    let (_, whole) = events.iter().find(|(name, _)| name == "response.function_call_arguments.done").unwrap();
+    assert_eq!((&whole["arguments"], &whole["item_id"]), (&json!(deltas.concat()), &events[2].1["item"]["id"]));
+}
+
+#[tokio::test]
+async fn calls_and_their_results_are_part_of_the_input() {
+    let (app, _, _) = application(limits());
+    let call = json!({"id": "c1", "type": "function", "function": {"name": "get", "arguments": {"a": "x"}}});
+    let rendered = format!("user: Ask.\nassistant: Wait.{}\ntool: [yes]\n", json!([call]));
+    for output in [json!("[yes]"), json!([{"type": "input_text", "text": "[yes]"}])] {
+        let input = json!([
+            {"role": "user", "content": "Ask."},
+            {"role": "assistant", "content": "Wait."},
+            {"type": "function_call", "id": "fc_1", "status": "completed", "call_id": "c1", "name": "get",
+                "arguments": "{\"a\": \"x\"}"},
+            {"type": "function_call_output", "call_id": "c1", "output": output},
+        ]);
+        let body = ask(&app, PATH, json!({"input": input, "temperature": 0})).await;
+        assert_eq!(body["output"][0]["content"][0]["text"], "yes");
+        assert_eq!(body["usage"]["input_tokens"], rendered.len() + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_response_follows_a_format() {
+    let (app, _, _) = application(limits());
+    let schema = json!({"type": "json_schema", "name": "s", "strict": true, "schema": letters()});
+    for format in [schema, json!({"type": "json_object"})] {
+        let request = json!({"input": "[{\"a\": \"x\"} and more]", "temperature": 0, "text": {"format": format}});
+        let body = ask(&app, PATH, request).await;
+        assert_eq!(body["output"][0]["content"][0]["text"], "{\"a\": \"x\"}");
+        assert_eq!((&body["status"], &body["text"]["format"]), (&json!("completed"), &format));
+    }
+}
+
+#[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn what_a_response_cannot_do_is_refused_by_name() {
     let (app, _, _) = application(limits());
     let user = |content: Value| json!({"input": [{"role": "user", "content": content}]});
@@ -137,11 +285,34 @@ async fn what_a_response_cannot_do_is_refused_by_name() {
         (json!({"previous_response_id": "resp_1"}), "previous_response_id", "unsupported_parameter", "not stored"),
         (json!({"background": true}), "background", "unsupported_parameter", "not stored"),
         (json!({"conversation": "conv_1"}), "conversation", "unsupported_parameter", "not stored"),
-        (json!({"tools": [{"type": "function", "name": "f"}]}), "tools", "unsupported_parameter", "tools"),
-        (json!({"tool_choice": "required"}), "tool_choice", "unsupported_parameter", "tools"),
+        (json!({"tools": [{"type": "web_search"}]}), "tools[0].type", "unsupported_parameter", "no built-in tools"),
+        (json!({"tools": [{"type": "function", "name": "f g"}]}), "tools[0].name", "invalid_field", "tools[0].name: "),
+        (json!({"max_tool_calls": 3}), "max_tool_calls", "unsupported_parameter", "no built-in tools"),
+        (json!({"tool_choice": "required"}), "tool_choice", "invalid_field", "requires tools"),
+        (
+            json!({"tools": tools(), "tool_choice": {"type": "function", "name": "none"}}),
+            "tool_choice.name",
+            "invalid_field",
+            "not in tools",
+        ),
+        (
+            json!({"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "if": {}}}],
+                "tool_choice": "required"}),
+            "tools[0].parameters",
+            "invalid_schema",
+            "Unimplemented keys",
+        ),
         (json!({"truncation": "auto"}), "truncation", "unsupported_parameter", "disabled"),
         (json!({"reasoning": {"effort": "high"}}), "reasoning", "unsupported_parameter", "reasoning"),
-        (json!({"text": {"format": {"type": "json_object"}}}), "text.format", "unsupported_parameter", "plain text"),
+        (json!({"text": {"format": {"type": "xml"}}}), "text.format.type", "unsupported_parameter", "json_schema"),
+        (json!({"text": {"format": {"type": "json_schema", "schema": {}}}}), "text.format", "invalid_field", "name"),
+        (
+            json!({"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "object", "if": {}}}}}),
+            "text.format.schema",
+            "invalid_schema",
+            "Unimplemented keys",
+        ),
+        (json!({"text": {"verbosity": "high"}}), "text.verbosity", "unsupported_parameter", "medium"),
         (json!({"text": {"colour": "red"}}), "text.colour", "invalid_field", "no such"),
         (json!({"include": ["file_search_call.results"]}), "include[0]", "unsupported_parameter", "logprobs"),
         (json!({"n": 2}), "n", "unsupported_parameter", "one answer"),
@@ -153,7 +324,14 @@ async fn what_a_response_cannot_do_is_refused_by_name() {
         (json!({"input": null}), "input", "invalid_field", "missing"),
         (json!({"input": []}), "input", "invalid_field", "empty"),
         (json!({"input": 1}), "input", "invalid_field", "list of items"),
-        (json!({"input": [{"type": "function_call_output"}]}), "input[0].type", "unsupported_parameter", "message"),
+        (json!({"input": [{"type": "reasoning"}]}), "input[0].type", "unsupported_parameter", "function_call"),
+        (json!({"input": [{"type": "function_call", "name": "f"}]}), "input[0].call_id", "invalid_field", "missing"),
+        (
+            json!({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}),
+            "input[0].call_id",
+            "invalid_field",
+            "no function_call before it",
+        ),
         (json!({"input": [{"type": "item_reference", "id": "x"}]}), "input[0].type", "unsupported_parameter", "stored"),
         (json!({"input": [{"role": "tool", "content": "x"}]}), "input[0].role", "invalid_field", "tool"),
         (json!({"input": [{"role": "user"}]}), "input[0].content", "invalid_field", "missing"),

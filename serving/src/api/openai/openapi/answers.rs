@@ -143,6 +143,28 @@ pub struct OutputMessage {
     pub content: Vec<OutputText>,
 }
 
+/// A call of a function.
+#[derive(JsonSchema)]
+pub struct OutputCall {
+    pub id: String,
+    /// `function_call`
+    pub r#type: String,
+    /// `in_progress`, `completed` or `incomplete`
+    pub status: String,
+    /// What the result of the call refers to.
+    pub call_id: String,
+    pub name: String,
+    /// JSON.
+    pub arguments: String,
+}
+
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum OutputItem {
+    Message(OutputMessage),
+    FunctionCall(OutputCall),
+}
+
 #[derive(JsonSchema)]
 pub struct OutputTokensDetails {
     pub reasoning_tokens: u64,
@@ -169,7 +191,7 @@ pub struct IncompleteDetails {
     pub reason: String,
 }
 
-/// A response of one message. It is not stored.
+/// A response: a message, or calls of functions. It is not stored.
 #[derive(JsonSchema)]
 pub struct ResponseObject {
     pub id: String,
@@ -185,14 +207,15 @@ pub struct ResponseObject {
     pub max_output_tokens: Option<u32>,
     pub metadata: BTreeMap<String, String>,
     pub model: String,
-    pub output: Vec<OutputMessage>,
+    pub output: Vec<OutputItem>,
     pub parallel_tool_calls: bool,
     pub previous_response_id: Option<String>,
     pub reasoning: BTreeMap<String, Option<String>>,
     pub store: bool,
     pub temperature: f32,
     pub text: BTreeMap<String, Value>,
-    pub tool_choice: String,
+    /// As the request has it.
+    pub tool_choice: Value,
     pub tools: Vec<Value>,
     pub top_logprobs: u32,
     pub top_p: f32,

@@ -243,9 +243,17 @@ pub enum ResponseInput {
     Items(Vec<InputItem>),
 }
 
-/// A message, as a request or an earlier response has it.
+/// A part of a conversation, as a request or an earlier response has it.
 #[derive(JsonSchema)]
-pub struct InputItem {
+#[serde(untagged)]
+pub enum InputItem {
+    Message(MessageItem),
+    FunctionCall(CallItem),
+    FunctionCallOutput(ResultItem),
+}
+
+#[derive(JsonSchema)]
+pub struct MessageItem {
     /// `message`
     pub r#type: Option<String>,
     /// `system`, `developer`, `user` or `assistant`
@@ -253,6 +261,78 @@ pub struct InputItem {
     pub content: Content<InputPart>,
     pub id: Option<String>,
     pub status: Option<String>,
+}
+
+/// A call of a function in an earlier answer.
+#[derive(JsonSchema)]
+pub struct CallItem {
+    /// `function_call`
+    pub r#type: String,
+    pub call_id: String,
+    pub name: String,
+    /// JSON.
+    pub arguments: String,
+    pub id: Option<String>,
+    pub status: Option<String>,
+}
+
+/// The result of a call.
+#[derive(JsonSchema)]
+pub struct ResultItem {
+    /// `function_call_output`
+    pub r#type: String,
+    pub call_id: String,
+    pub output: Content<InputPart>,
+    pub id: Option<String>,
+    pub status: Option<String>,
+}
+
+/// A function of the client.
+#[derive(JsonSchema)]
+pub struct FunctionTool {
+    /// `function`
+    pub r#type: String,
+    #[serde(flatten)]
+    pub function: Function,
+}
+
+/// Whether functions are called.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum FunctionChoice {
+    /// `auto`, `none` or `required`
+    Mode(String),
+    Function(NamedFunction),
+}
+
+/// The function that is called.
+#[derive(JsonSchema)]
+pub struct NamedFunction {
+    /// `function`
+    pub r#type: String,
+    pub name: String,
+}
+
+/// What an answer must be.
+#[derive(JsonSchema)]
+pub struct TextOptions {
+    pub format: Option<TextFormat>,
+    /// `medium`
+    pub verbosity: Option<String>,
+}
+
+#[derive(JsonSchema)]
+pub struct TextFormat {
+    /// `text`, `json_object` or `json_schema`
+    pub r#type: String,
+    /// Has no effect. Required by the type `json_schema`.
+    pub name: Option<String>,
+    /// Has no effect.
+    pub description: Option<String>,
+    /// A JSON schema. Required by the type `json_schema`.
+    pub schema: Option<BTreeMap<String, serde_json::Value>>,
+    /// Has no effect: the schema is always followed.
+    pub strict: Option<bool>,
 }
 
 /// A text or a conversation to answer. The response is not stored.
@@ -272,6 +352,12 @@ pub struct ResponseRequest {
     pub top_logprobs: Option<u32>,
     /// `disabled`
     pub truncation: Option<String>,
+    pub text: Option<TextOptions>,
+    #[schemars(length(max = 128))]
+    pub tools: Option<Vec<FunctionTool>>,
+    pub tool_choice: Option<FunctionChoice>,
+    /// Whether an answer may have more than one call; absent: true.
+    pub parallel_tool_calls: Option<bool>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }

@@ -1,11 +1,13 @@
-//! `POST /v1/responses`: one answer in text to a text or a list of messages. Nothing is stored.
+//! `POST /v1/responses`: one answer to a text or a list of items. Nothing is stored.
 //!
-//! Function tools belong to three places: [`refuse_what_is_missing`] (`tools`, `tool_choice`), [`input`] (items of calls
-//! and of their results) and [`shape`] (items of calls in the output).
+//! [`input`] turns items into messages, [`tools`] reads functions and structured output; [`output`] makes the items of the
+//! answer, [`shape`] the response around them.
 
 pub mod input;
+mod output;
 mod shape;
 mod stream;
+mod tools;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,12 +18,13 @@ use axum::{
 };
 use serde_json::{Map, Value, json};
 
-use self::shape::Shape;
+use self::{output::Output, shape::Shape};
 use super::{
     body,
     error::ApiError,
     fields::{Fields, asks, invalid, unsupported},
     options::Options,
+    structure::{self, Asked},
     usage::Usage,
 };
 use crate::service::{
@@ -40,6 +43,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
     refuse_what_is_missing(&mut fields)?;
+    let (Asked { structure, reading }, repeated) = tools::take(&mut fields, generator.call_format())?;
     let metadata: Option<BTreeMap<String, String>> = fields.take("metadata")?;
     let instructions: Option<String> = fields.take("instructions")?;
     let input = fields.require("input")?;
@@ -51,7 +55,8 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
     options.sampling.logprobs = logprobs;
     fields.finish()?;
     let messages = input::messages(instructions.as_deref(), input)?;
-    let parameters = Map::from_iter([
+    let mut parameters = Map::from_iter(repeated);
+    parameters.extend([
         ("instructions".to_owned(), json!(instructions)),
         ("max_output_tokens".to_owned(), json!(options.max_tokens)),
         ("metadata".to_owned(), json!(metadata.unwrap_or_default())),
@@ -67,16 +72,22 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
         max_tokens: options.max_tokens,
         adapter: selection.adapter,
     };
-    let answers = generator.generate(generation).await.map_err(|error| renamed(error.into()))?;
-    let shape = Shape::new(&selection.model, parameters);
+    let answers = match generator.generate_structured(generation, structure).await {
+        Ok(answers) => answers,
+        Err(error) => {
+            let functions = reading.as_ref().map(|reading| &*reading.functions);
+            return Err(renamed(tools::renamed(structure::refused(error, functions, generator).await)));
+        }
+    };
+    let (shape, output) = (Shape::new(&selection.model, parameters), Output::new(reading));
     if options.stream {
-        return Ok(stream::stream(answers, shape));
+        return Ok(stream::stream(answers, shape, output));
     }
     let prompt_tokens = answers.prompt_tokens;
     let completed = answers.complete().await?;
     let usage = Usage::of(prompt_tokens, &completed);
     let [one] = <[_; 1]>::try_from(completed).map_err(|_| crate::engine::generate::GenerateError::Stopped)?;
-    Ok(Json(shape.complete(&one, &usage)).into_response())
+    Ok(Json(shape.complete(&one, output, &usage)).into_response())
 }
 
 /// The error with the names that its fields have here.
@@ -105,16 +116,14 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
     }
 }
 
-/// Refuses what there is at OpenAI and not here: stored responses, tools, structured output and reasoning.
+/// Refuses what there is at OpenAI and not here: stored responses, built-in tools and reasoning.
 fn refuse_what_is_missing(fields: &mut Fields) -> Result<(), ApiError> {
     for (name, why) in [
         ("previous_response_id", "responses are not stored; send the whole conversation in input"),
         ("conversation", "conversations are not stored; send the whole conversation in input"),
         ("background", "responses are not stored, so none runs in the background"),
         ("prompt", "prompts are not stored; send instructions and input"),
-        ("tools", "tools are not supported by this route"),
-        ("tool_choice", "tools are not supported by this route"),
-        ("max_tool_calls", "tools are not supported by this route"),
+        ("max_tool_calls", "there are no built-in tools, whose calls it limits"),
         ("context_management", "a conversation is not shortened"),
     ] {
         if fields.take_value(name).is_some_and(|value| asks(&value)) {
@@ -130,17 +139,6 @@ fn refuse_what_is_missing(fields: &mut Fields) -> Result<(), ApiError> {
     let reasoning: Option<Map<String, Value>> = fields.take("reasoning")?;
     if reasoning.is_some_and(|reasoning| reasoning.values().any(asks)) {
         return Err(unsupported("reasoning", "this model has no reasoning to configure"));
-    }
-    let text: Map<String, Value> = fields.take("text")?.unwrap_or_default();
-    for (name, value) in text {
-        let is_default = match name.as_str() {
-            "format" => value.is_null() || value["type"] == "text",
-            "verbosity" => value.is_null() || value == "medium",
-            _ => return Err(invalid(format!("text.{name}"), "there is no such parameter")),
-        };
-        if !is_default {
-            return Err(unsupported(format!("text.{name}"), "plain text of medium verbosity is supported"));
-        }
     }
     Ok(())
 }

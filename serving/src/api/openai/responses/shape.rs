@@ -3,14 +3,12 @@
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::super::{logprobs, usage::Usage};
+use super::{super::usage::Usage, output::Output};
 use crate::{engine::generate::sequence::FinishReason, service::generate::Completed};
 
 /// What all JSON of one response has in common.
 pub struct Shape {
     id: String,
-    /// Id of the message that is the output.
-    pub item_id: String,
     created: i64,
     model: String,
     /// Parameters of the request, which a response repeats.
@@ -29,7 +27,6 @@ impl Shape {
     pub fn new(model: &str, parameters: Map<String, Value>) -> Self {
         Self {
             id: format!("resp_{}", Uuid::now_v7().simple()),
-            item_id: format!("msg_{}", Uuid::now_v7().simple()),
             created: jiff::Timestamp::now().as_second(),
             model: model.to_owned(),
             parameters,
@@ -37,10 +34,11 @@ impl Shape {
     }
 
     /// A whole response.
-    pub fn complete(&self, completed: &Completed, usage: &Usage) -> Value {
+    pub fn complete(&self, completed: &Completed, mut output: Output, usage: &Usage) -> Value {
         let status = status(completed.reason);
-        let part = part(&completed.text, logprobs::tokens(&completed.logprobs));
-        self.response(status, vec![self.message(status, vec![part])], Some(usage))
+        output.piece(&completed.text, &completed.logprobs);
+        output.end(status);
+        self.response(status, output.items(), Some(usage))
     }
 
     /// A response with this output so far.
@@ -56,13 +54,9 @@ impl Shape {
             "incomplete_details": is_incomplete.then(|| json!({"reason": "max_output_tokens"})),
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": true,
             "previous_response_id": null,
             "reasoning": {"effort": null, "summary": null},
             "store": false,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
             "truncation": "disabled",
         });
         if let Some(fields) = response.as_object_mut() {
@@ -79,16 +73,6 @@ impl Shape {
         response["error"] = json!({"code": "server_error", "message": message});
         response
     }
-
-    /// The message that is the output.
-    pub fn message(&self, status: &str, content: Vec<Value>) -> Value {
-        json!({"id": self.item_id, "type": "message", "status": status, "role": "assistant", "content": content})
-    }
-}
-
-/// The text of a message.
-pub fn part(text: &str, logprobs: Vec<Value>) -> Value {
-    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})
 }
 
 fn usage_json(usage: &Usage) -> Value {

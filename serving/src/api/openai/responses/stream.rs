@@ -9,8 +9,11 @@ use axum::response::{Response, sse::Event};
 use futures::{Stream, stream};
 use serde_json::{Value, json};
 
-use super::super::{error::ApiError, logprobs, sse, usage::Usage};
-use super::shape::{Shape, part, status};
+use super::super::{error::ApiError, sse, usage::Usage};
+use super::{
+    output::Output,
+    shape::{Shape, status},
+};
 use crate::service::{
     answer::{Answer, End, Piece},
     generate::Answers,
@@ -22,25 +25,23 @@ struct State {
     answer: Option<Answer>,
     queue: VecDeque<Event>,
     sequence_number: u64,
-    text: String,
-    logprobs: Vec<Value>,
+    output: Output,
     usage: Usage,
 }
 
 /// The response that streams the answer.
-pub fn stream(answers: Answers, shape: Shape) -> Response {
-    sse::respond(events(answers, shape))
+pub fn stream(answers: Answers, shape: Shape, output: Output) -> Response {
+    sse::respond(events(answers, shape, output))
 }
 
-fn events(answers: Answers, shape: Shape) -> impl Stream<Item = Result<Event, Infallible>> + Send {
+fn events(answers: Answers, shape: Shape, output: Output) -> impl Stream<Item = Result<Event, Infallible>> + Send {
     let usage = Usage { prompt: answers.prompt_tokens, ..Usage::default() };
     let mut state = State {
         shape,
         answer: answers.answers.into_iter().next(),
         queue: VecDeque::new(),
         sequence_number: 0,
-        text: String::new(),
-        logprobs: Vec::new(),
+        output,
         usage,
     };
     state.begin();
@@ -73,44 +74,32 @@ impl State {
         let response = self.shape.response("in_progress", Vec::new(), None);
         self.push("response.created", json!({"response": response}));
         self.push("response.in_progress", json!({"response": response}));
-        let message = self.shape.message("in_progress", Vec::new());
-        self.push("response.output_item.added", json!({"output_index": 0, "item": message}));
-        self.push_of_text("response.content_part.added", json!({"part": part("", Vec::new())}));
+        self.show();
     }
 
     fn piece(&mut self, piece: &Piece) {
-        if !piece.text.is_empty() || !piece.logprobs.is_empty() {
-            let logprobs = logprobs::tokens(&piece.logprobs);
-            self.text.push_str(&piece.text);
-            self.logprobs.extend(logprobs.iter().cloned());
-            let delta = json!({"delta": piece.text, "logprobs": logprobs});
-            self.push_of_text("response.output_text.delta", delta);
-        }
-        if let Some(end) = &piece.end {
-            self.end(end);
+        self.output.piece(&piece.text, &piece.logprobs);
+        match &piece.end {
+            Some(end) => self.end(end),
+            None => self.show(),
         }
     }
 
     fn end(&mut self, end: &End) {
         self.answer = None;
         self.usage.add(end);
-        let (text, logprobs) = (std::mem::take(&mut self.text), std::mem::take(&mut self.logprobs));
-        self.push_of_text("response.output_text.done", json!({"text": text, "logprobs": logprobs}));
-        let part = part(&text, logprobs);
-        self.push_of_text("response.content_part.done", json!({"part": part}));
         let status = status(end.reason);
-        let message = self.shape.message(status, vec![part]);
-        self.push("response.output_item.done", json!({"output_index": 0, "item": message}));
-        let response = self.shape.response(status, vec![message], Some(&self.usage));
+        self.output.end(status);
+        self.show();
+        let response = self.shape.response(status, self.output.items(), Some(&self.usage));
         self.push(&format!("response.{status}"), json!({"response": response}));
     }
 
-    /// Queues an event about the text of the message.
-    fn push_of_text(&mut self, name: &str, mut data: Value) {
-        data["item_id"] = json!(self.shape.item_id);
-        data["output_index"] = json!(0);
-        data["content_index"] = json!(0);
-        self.push(name, data);
+    /// Queues the events about the output.
+    fn show(&mut self) {
+        for (name, data) in self.output.take_events() {
+            self.push(name, data);
+        }
     }
 
     fn push(&mut self, name: &str, mut data: Value) {
