@@ -43,7 +43,7 @@ pub fn of_generation(error: &GenerateError) -> Status {
         | GenerateError::TooLong { .. }
         | GenerateError::Invalid(_)
         | GenerateError::Constraint(_) => Status::invalid_argument(message),
-        GenerateError::Logits(_) | GenerateError::Backend(_) => Status::internal(message),
+        GenerateError::Logits(_) | GenerateError::Backend(_) | GenerateError::Adapter(_) => Status::internal(message),
         GenerateError::TimedOut { .. } => Status::deadline_exceeded(message),
         GenerateError::Stopped => Status::unavailable(message),
     }
