@@ -42,11 +42,11 @@ class Decoder final : public athanor::Decoder, Machine {
     qkv_.of(n * (shape_.heads + 2 * shape_.key_value_heads) * d);
     context_.of(n * shape_.heads * d);
     inner_.of(n * shape_.intermediate);
-    hidden_ = &rounded_hidden_.of(n, c);
-    attended_ = &rounded_context_.of(n, shape_.heads * d);
-    activated_ = &rounded_inner_.of(n, shape_.intermediate);
+    hidden_ = &rounded_hidden_.of(std::max(prepared_rows(n), prepared_rows(static_cast<int64_t>(wanted_.size()))), c);
+    attended_ = &rounded_context_.of(prepared_rows(n), shape_.heads * d);
+    activated_ = &rounded_inner_.of(prepared_rows(n), shape_.intermediate);
     scratch_.of(team_.threads() * scratch_size());
-    scores_.of(team_.threads() * kQueries * capacity());
+    scores_.of(team_.threads() * attention_scratch(cache_, capacity()));
     logits_ = logits;
     team_.run([this](int thread) { compute(thread); });
   }
@@ -73,25 +73,22 @@ class Decoder final : public athanor::Decoder, Machine {
     const int64_t c = shape_.hidden, d = shape_.head_dim;
     float* x = x_.get();
     float* scratch = scratch_.get() + thread * scratch_size();
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        row(embeddings_, tokens_[t].id, x + t * c);
-        for (int64_t i = 0; i < d / 2; ++i) {
-          const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
-          angles_.get()[t * d + i] = std::cos(angle);
-          angles_.get()[t * d + d / 2 + i] = std::sin(angle);
-        }
+    share_tokens(n, [&](int64_t t) {
+      row(embeddings_, tokens_[t].id, x + t * c);
+      for (int64_t i = 0; i < d / 2; ++i) {
+        const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
+        angles_.get()[t * d + i] = std::cos(angle);
+        angles_.get()[t * d + d / 2 + i] = std::sin(angle);
       }
     });
     for (int64_t l = 0; l < shape_.layers; ++l) layer(l, thread, scratch);
     const auto wanted = static_cast<int64_t>(wanted_.size());
-    share(wanted, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) {
-        rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
-        round_row(scratch, c, *hidden_, w);
-      }
+    prepare(wanted, thread, [&](int64_t w, int64_t row) {
+      rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
+      round_row(scratch, c, *hidden_, row);
     });
-    multiply(head_, *hidden_, wanted, [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); });
+    const auto put_logits = [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); };
+    multiply(head_, *hidden_, wanted, put_logits, own(wanted, thread));
   }
 
   void layer(int64_t index, int thread, float* scratch) {
@@ -105,64 +102,70 @@ class Decoder final : public athanor::Decoder, Machine {
     uint16_t* values = values_.of<uint16_t>() + index * shape_.blocks * cache_.value_block();
 
     const auto normalise = [&](const float* weight) {
-      share(n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          rms_norm(x + t * c, weight, c, shape_.eps, scratch);
-          round_row(scratch, c, *hidden_, t);
-        }
+      prepare(n, thread, [&](int64_t t, int64_t row) {
+        rms_norm(x + t * c, weight, c, shape_.eps, scratch);
+        round_row(scratch, c, *hidden_, row);
       });
+    };
+    // Rotates the queries and the key of a key head, and stores key and value.
+    const auto place = [&](int64_t t, int64_t head) {
+      float* row = qkv + t * width;
+      for (int64_t q = head * (h / k); q < (head + 1) * (h / k); ++q) turn(row + q * d, layer.query_norm, t);
+      turn(row + (h + head) * d, layer.key_norm, t);
+      const Token& token = tokens_[t];
+      const int64_t block = token.blocks[token.position / kBlock];
+      store_key_value(cache_, keys + block * cache_.key_block(), values + block * cache_.value_block(), head, token.position % kBlock,
+                      row + (h + head) * d, row + (h + k + head) * d, scratch);
     };
 
     normalise(layer.input_norm);
-    multiply(layer.qkv, *hidden_, n, [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); });
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* row = qkv + t * width;
-        for (int64_t head = 0; head < h + k; ++head) {
-          const float* norm = head < h ? layer.query_norm : layer.key_norm;
-          if (norm != nullptr) rms_norm(row + head * d, norm, d, shape_.eps, row + head * d);
-          rotate(row + head * d, angles_.get() + t * d, d);
-        }
-        const Token& token = tokens_[t];
-        const int64_t block = token.blocks[token.position / kBlock];
-        for (int64_t head = 0; head < k; ++head) {
-          store_key_value(cache_, keys + block * cache_.key_block(), values + block * cache_.value_block(), head, token.position % kBlock,
-                          row + (h + head) * d, row + (h + k + head) * d);
-        }
-      }
+    multiply(layer.qkv, *hidden_, n, [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); }, own(n, thread));
+    if (n > 1) {
+      share_tokens(n, [&](int64_t t) {
+        for (int64_t head = 0; head < k; ++head) place(t, head);
+      });
+    }
+    attention(layer.window, keys, values, thread, [&](int64_t head) {
+      if (n == 1) place(0, head);
     });
-    attention(layer.window, keys, values, thread);
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) round_row(context_.get() + t * h * d, h * d, *attended_, t);
-    });
-    multiply(layer.output, *attended_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
+    prepare(n, thread, [&](int64_t t, int64_t row) { round_row(context_.get() + t * h * d, h * d, *attended_, row); });
+    multiply(layer.output, *attended_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); }, own(n, thread));
     normalise(layer.post_attention_norm);
-    gate_and_up(layer.gate_up, n);
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) round_row(inner_.get() + t * inner, inner, *activated_, t);
-    });
-    multiply(layer.down, *activated_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); });
+    gate_and_up(layer.gate_up, n, own(n, thread));
+    prepare(n, thread, [&](int64_t t, int64_t row) { round_row(inner_.get() + t * inner, inner, *activated_, row); });
+    multiply(layer.down, *activated_, n, [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); }, own(n, thread));
   }
 
   // Tiles of gate and up take turns in their matrix, so that silu(gate) * up needs no memory between.
-  void gate_and_up(const Matrix& m, int64_t rows) {
+  void gate_and_up(const Matrix& m, int64_t rows, int64_t first) {
     const int64_t pairs = m.count() / 2, inner = shape_.intermediate;
     const int64_t piece = std::max<int64_t>(1, pairs / (team_.threads() * 4));
-    // Rows whose gates wait for their ups.
-    constexpr int64_t kPart = 64;
     share(pairs, piece, [&](int64_t begin, int64_t end) {
-      f32x16 gates[kPart];
       for (int64_t pair = begin; pair < end; ++pair) {
-        for (int64_t first = 0; first < rows; first += kPart) {
-          const int64_t count = std::min(kPart, rows - first);
-          tile_of_rows(m, pair * 2, *hidden_, first, count, [&](int64_t row, f32x16 y) { gates[row - first] = y; });
-          tile_of_rows(m, pair * 2 + 1, *hidden_, first, count, [&](int64_t row, f32x16 y) {
-            const f32x16 gate = gates[row - first];
-            put(inner_.get() + row * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * y);
-          });
+        const auto write = [&](int64_t row, f32x16 gate, f32x16 up) {
+          put(inner_.get() + (row - first) * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * up);
+        };
+        if (alike(m, pair * 2)) {
+          tiles_of_rows<2, kRows<2>>(m, pair * 2, *hidden_, first, rows, [&](int64_t row, auto y) { write(row, y(0), y(1)); });
+          continue;
+        }
+        // Rows whose gates wait for their ups.
+        constexpr int64_t kPart = 64;
+        f32x16 gates[kPart];
+        for (int64_t begin_row = first; begin_row < first + rows; begin_row += kPart) {
+          const int64_t count = std::min(kPart, first + rows - begin_row);
+          tiles_of_rows<1, kRows<1>>(m, pair * 2, *hidden_, begin_row, count, [&](int64_t row, auto y) { gates[row - begin_row] = y(0); });
+          tiles_of_rows<1, kRows<1>>(m, pair * 2 + 1, *hidden_, begin_row, count,
+                                     [&](int64_t row, auto y) { write(row, gates[row - begin_row], y(0)); });
         }
       }
     });
+  }
+
+  // Normalises a head where the model does, and rotates it.
+  void turn(float* x, const float* norm, int64_t token) {
+    if (norm != nullptr) rms_norm(x, norm, shape_.head_dim, shape_.eps, x);
+    rotate(x, angles_.get() + token * shape_.head_dim, shape_.head_dim);
   }
 
   static void rotate(float* x, const float* angles, int64_t d) {
@@ -173,28 +176,25 @@ class Decoder final : public athanor::Decoder, Machine {
     }
   }
 
-  void attention(int64_t window, const uint16_t* keys, const uint16_t* values, int thread) {
+  // Calls `before(head)` before a key head's first query.
+  template <typename Before>
+  void attention(int64_t window, const uint16_t* keys, const uint16_t* values, int thread, Before before) {
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t d = shape_.head_dim, h = shape_.heads, k = shape_.key_value_heads, group = h / k;
     const int64_t width = (h + 2 * k) * d;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    float* scores = scores_.get() + thread * kQueries * capacity();
+    float* scores = scores_.get() + thread * attention_scratch(cache_, capacity());
     // A piece: one key head and some tokens; those of one sequence share what is read.
-    const int64_t part = n >= 4 * team_.threads() ? 4 : 1;
+    const int64_t part = n >= 64 * team_.threads() ? 8 : n >= 4 * team_.threads() ? 4 : 1;
     const int64_t parts = (n + part - 1) / part;
     share(parts * k, 1, [&](int64_t piece, int64_t) {
       const int64_t head = piece % k, first = piece / k * part, end = std::min(first + part, n);
+      before(head);
       Query queries[kQueries];
       int waiting = 0;
       const uint32_t* blocks = nullptr;
       const auto flush = [&] {
-        switch (waiting) {
-          case 1: attend<1>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 2: attend<2>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 3: attend<3>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 4: attend<4>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          default: break;
-        }
+        attend_all(cache_, keys, values, blocks, head, scale, queries, waiting, scores, capacity());
         waiting = 0;
       };
       for (int64_t t = first; t < end; ++t) {
