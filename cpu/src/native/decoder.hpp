@@ -139,8 +139,7 @@ class Decoder final : public athanor::Decoder, Machine {
   // Tiles of gate and up take turns in their matrix, so that silu(gate) * up needs no memory between.
   void gate_and_up(const Matrix& m, int64_t rows, int64_t first) {
     const int64_t pairs = m.count() / 2, inner = shape_.intermediate;
-    const int64_t piece = std::max<int64_t>(1, pairs / (team_.threads() * 4));
-    share(pairs, piece, [&](int64_t begin, int64_t end) {
+    share(pairs, std::max<int64_t>(1, pairs / (team_.threads() * 8)), [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
         const auto write = [&](int64_t row, f32x16 gate, f32x16 up) {
           put(inner_.get() + (row - first) * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * up);

@@ -104,11 +104,16 @@ class Machine {
   static int64_t own(int64_t count, int thread) { return count == 1 ? thread : 0; }
   int64_t prepared_rows(int64_t count) const { return count == 1 ? team_.threads() : count; }
 
+  // Tiles that a thread takes at a time: pairs, unless there are too few of them for the threads to end together.
+  int64_t piece(int64_t tiles) const {
+    const int64_t few = tiles >= team_.threads() * 8 ? 2 : 1;
+    return std::max(few, tiles / (team_.threads() * 16) / 2 * 2);
+  }
+
   // Products of rows from `first` on, a few tiles at a time: few enough that the threads end together.
   template <typename Each>
   void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each, int64_t first = 0) {
-    const int64_t pairs = m.count() / (team_.threads() * 8);
-    share(m.count(), std::max<int64_t>(1, pairs * 2), [&](int64_t begin, int64_t end) {
+    share(m.count(), piece(m.count()), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         if (tile + 2 <= end && alike(m, tile)) {
           tiles_of_rows<2, kRows<2>>(m, tile, x, first, rows, [&](int64_t row, auto y) {
@@ -145,23 +150,33 @@ class Machine {
 
   // Row `token` of a table.
   static void row(const Matrix& m, uint32_t token, float* to) {
-    const bool four = m.tiles[token / kTile].format == kInt4;
+    switch (m.tiles[token / kTile].format) {
+      case kInt4: row<kInt4>(m, token, to); break;
+      case kInt5: row<kInt5>(m, token, to); break;
+      default: row<kInt8>(m, token, to); break;
+    }
+  }
+
+  template <int F>
+  static void row(const Matrix& m, uint32_t token, float* to) {
     const uint8_t* numbers = m.tiles[token / kTile].data;
-    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));
+    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * kNumbers<F>);
     const int64_t lane = token % kTile;
-    for (int64_t group = 0; group < m.groups(); ++group) {
-      float scale[16], minimum[16];
-      store(scale, load_half(scales + group * (four ? kScales<kInt4> : kScales<kInt8>)));
-      if (four) store(minimum, load_half(scales + group * 32 + 16));
+    for (int64_t group = 0; group < m.groups(); ++group, numbers += kNumbers<F>) {
+      float scale[16], minimum[16] = {};
+      store(scale, load_half(scales + group * kScales<F>));
+      if constexpr (F == kInt4) store(minimum, load_half(scales + group * 32 + 16));
       for (int64_t i = 0; i < kGroup && group * kGroup + i < m.inputs; ++i) {
-        float value;
-        if (four) {
-          const uint8_t byte = numbers[group * 256 + i / 4 % 4 * 64 + lane * 4 + i % 4];
-          value = static_cast<float>(i < 16 ? byte & 15 : byte >> 4) * scale[lane] + minimum[lane];
+        const int64_t byte = lane * 4 + i % 4;
+        int q;
+        if constexpr (F == kInt8) {
+          q = numbers[i / 4 * 64 + byte] - 128;
         } else {
-          value = static_cast<float>(static_cast<int>(numbers[group * 512 + i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale[lane];
+          const int both = numbers[i / 4 % 4 * 64 + byte];
+          q = i < 16 ? both & 15 : both >> 4;
+          if constexpr (F == kInt5) q += (numbers[256 + byte] >> (i / 4) & 1) * 16 - 16;
         }
-        to[group * kGroup + i] = value;
+        to[group * kGroup + i] = static_cast<float>(q) * scale[lane] + minimum[lane];
       }
     }
   }
