@@ -54,8 +54,8 @@ pub enum Weights {
     BF16,
     /// 8-bit integers. CPU only.
     Int8,
-    /// 4-bit integers for the matrices of the layers, 5-bit integers for embeddings and output head. A layer's tensor that
-    /// a GGUF file stores with more than 4 bits has 8. CPU only.
+    /// 4-bit integers for the matrices of the layers, 8-bit integers for embeddings and output head. A tensor that a
+    /// GGUF file stores with more than 4 bits has 8. CPU only.
     Int4,
 }
 

@@ -2,9 +2,8 @@
 //!
 //! A tile holds 16 outputs. In it the inputs come in groups of 32, and in a group the four inputs `4 i` to `4 i + 3` of
 //! output `o` are side by side at byte `64 i + 4 o`, for i from 0 to 7. Eight bits are stored as q + 128. Of four bits, a
-//! byte holds that of `i` in its low half and that of `i + 4` in its high half. Of five bits, stored as q + 16, the low four
-//! are stored likewise, and the fifth is bit `i` of byte `256 + 4 o`. Behind the numbers of a tile come its scales, in FP16:
-//! for each group 16 scales, and for four bits 16 minimums as well.
+//! byte holds that of `i` in its low half and that of `i + 4` in its high half. Behind the numbers of a tile come its
+//! scales, in FP16: for each group 16 scales, and for four bits 16 minimums as well.
 //!
 //! Outputs and inputs that the matrix lacks are zeros.
 
@@ -16,8 +15,6 @@ use crate::{Error, ffi, memory::Memory};
 pub(crate) const TILE: usize = 16;
 /// Inputs of a group.
 pub(crate) const GROUP: usize = 32;
-/// Where the fifth bits of a group begin.
-const FIFTH: usize = 256;
 
 /// How the weights of a tile are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +23,6 @@ pub enum Format {
     Int8,
     /// `scale * q + minimum`, q from 0 to 15: 5 bits a weight.
     Int4,
-    /// `scale * q`, q from -16 to 15: 5.5 bits a weight.
-    Int5,
 }
 
 impl Format {
@@ -35,23 +30,13 @@ impl Format {
         match self {
             Self::Int8 => TILE * GROUP,
             Self::Int4 => TILE * GROUP / 2,
-            Self::Int5 => TILE * GROUP / 2 + TILE * GROUP / 8,
         }
     }
 
     const fn scales(self) -> usize {
         match self {
-            Self::Int8 | Self::Int5 => TILE * 2,
+            Self::Int8 => TILE * 2,
             Self::Int4 => TILE * 4,
-        }
-    }
-
-    /// As the kernels name it.
-    const fn number(self) -> i32 {
-        match self {
-            Self::Int8 => 0,
-            Self::Int4 => 1,
-            Self::Int5 => 2,
         }
     }
 
@@ -90,7 +75,7 @@ impl Matrix {
             parts.iter().flat_map(|&(outputs, format)| std::iter::repeat_n(format, outputs)).collect();
         let formats: Vec<Format> = each
             .chunks(TILE)
-            .map(|tile| if tile.iter().all(|format| *format == tile[0]) { tile[0] } else { Format::Int8 })
+            .map(|tile| if tile.contains(&Format::Int8) { Format::Int8 } else { Format::Int4 })
             .collect();
         let groups = inputs.div_ceil(GROUP);
         let mut bytes = 0;
@@ -101,11 +86,8 @@ impl Matrix {
         }
         let mut data = Memory::zeroed(bytes, "a matrix")?;
         for (&format, &offset) in formats.iter().zip(&offsets) {
-            let numbers = &mut data.bytes_mut()[offset..offset + groups * format.numbers()];
-            match format {
-                Format::Int8 => numbers.fill(128),
-                Format::Int4 => {}
-                Format::Int5 => numbers.chunks_exact_mut(format.numbers()).for_each(|group| group[FIFTH..].fill(0xff)),
+            if format == Format::Int8 {
+                data.bytes_mut()[offset..offset + groups * format.numbers()].fill(128);
             }
         }
         Ok(Self { outputs: each.len(), inputs, formats, offsets, data, bias: None })
@@ -148,16 +130,12 @@ impl Matrix {
                     let group = four_bits(&values);
                     self.put(output, index, &group.q, group.scale, group.minimum);
                 }
-                Format::Int5 => {
-                    let (q, scale) = five_bits(&values);
-                    self.put(output, index, &q, scale, 0.0);
-                }
             }
         }
         Ok(())
     }
 
-    /// Stores the weights of an output as they are, or rounds them where its tile has another format.
+    /// Stores the weights of an output as they are, or rounds them to eight bits where its tile has them.
     ///
     /// # Errors
     /// See [`Self::set_row`].
@@ -166,7 +144,7 @@ impl Matrix {
     /// `output` or the number of groups is not the matrix's.
     pub fn set_groups(&mut self, output: usize, groups: &[Group]) -> Result<(), Error> {
         assert_eq!(groups.len(), self.inputs.div_ceil(GROUP), "a row has as many groups as the matrix");
-        if self.format(output) != Format::Int4 {
+        if self.format(output) == Format::Int8 {
             let mut weights: Vec<f32> = groups.iter().flat_map(values).collect();
             weights.truncate(self.inputs);
             return self.set_row(output, &weights);
@@ -210,12 +188,11 @@ impl Matrix {
             let at = index / 4 * 64 + lane * 4 + index % 4;
             match format {
                 Format::Int8 => numbers[at] = q,
-                _ if index < GROUP / 2 => numbers[at] = numbers[at] & 0xf0 | q & 15,
-                _ => numbers[at - FIFTH] = numbers[at - FIFTH] & 0x0f | (q & 15) << 4,
-            }
-            if format == Format::Int5 {
-                let (byte, bit) = (&mut numbers[FIFTH + at % 64], 1 << (index / 4));
-                *byte = if q & 16 != 0 { *byte | bit } else { *byte & !bit };
+                Format::Int4 if index < GROUP / 2 => numbers[at] = numbers[at] & 0xf0 | q,
+                Format::Int4 => {
+                    let at = at - 256;
+                    numbers[at] = numbers[at] & 0x0f | q << 4;
+                }
             }
         }
     }
@@ -224,7 +201,7 @@ impl Matrix {
     pub(crate) fn native(&self, tables: &mut Vec<Vec<ffi::Tile>>) -> ffi::Matrix {
         let tile = |(&offset, &format): (&usize, &Format)| ffi::Tile {
             data: self.data.as_ptr().wrapping_add(offset),
-            format: format.number(),
+            format: i32::from(format == Format::Int4),
         };
         let table: Vec<ffi::Tile> = self.offsets.iter().zip(&self.formats).map(tile).collect();
         let found = ffi::Matrix {
@@ -258,31 +235,6 @@ fn eight_bits(values: &[f32; GROUP]) -> ([u8; GROUP], f32) {
     }
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     (values.map(|value| ((value * inverse).round().clamp(-127.0, 127.0) + 128.0) as u8), scale)
-}
-
-/// Weights as `q + 16` and the scale, which FP16 holds, of the least squared error among a few, each improved by least
-/// squares. The largest weight is between 14.5 and 16 scales, and its sign may be that of -16.
-fn five_bits(values: &[f32; GROUP]) -> ([u8; GROUP], f32) {
-    let largest = values.iter().fold(0.0_f32, |largest, value| if value.abs() > largest.abs() { *value } else { largest });
-    let mut best = (f32::INFINITY, [16; GROUP], 0.0);
-    for steps in [-16.0, -15.5, 15.5, 14.5] {
-        let mut scale = rounded(largest / steps);
-        for _ in 0..2 {
-            if scale == 0.0 {
-                break;
-            }
-            let inverse = 1.0 / scale;
-            let q = values.map(|value| (value * inverse).round().clamp(-16.0, 15.0));
-            let error = std::iter::zip(values, q).map(|(value, q)| (value - q * scale).powi(2)).sum();
-            if error < best.0 {
-                best = (error, q.map(|q| (q + 16.0) as u8), scale);
-            }
-            let products: f32 = std::iter::zip(values, q).map(|(value, q)| value * q).sum();
-            let squares: f32 = q.iter().map(|q| q * q).sum();
-            scale = if squares > 0.0 { rounded(products / squares) } else { 0.0 };
-        }
-    }
-    (best.1, best.2)
 }
 
 /// The group of four bits with the least squared error among a few: the full range, and ranges shrunk at both ends, each

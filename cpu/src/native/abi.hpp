@@ -5,7 +5,7 @@
 
 namespace athanor {
 
-enum Format : int32_t { kInt8 = 0, kInt4 = 1, kInt5 = 2 };
+enum Format : int32_t { kInt8 = 0, kInt4 = 1 };
 
 // Sixteen outputs of a matrix; see pack.rs.
 struct Tile {

@@ -150,33 +150,23 @@ class Machine {
 
   // Row `token` of a table.
   static void row(const Matrix& m, uint32_t token, float* to) {
-    switch (m.tiles[token / kTile].format) {
-      case kInt4: row<kInt4>(m, token, to); break;
-      case kInt5: row<kInt5>(m, token, to); break;
-      default: row<kInt8>(m, token, to); break;
-    }
-  }
-
-  template <int F>
-  static void row(const Matrix& m, uint32_t token, float* to) {
+    const bool four = m.tiles[token / kTile].format == kInt4;
     const uint8_t* numbers = m.tiles[token / kTile].data;
-    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * kNumbers<F>);
+    const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));
     const int64_t lane = token % kTile;
-    for (int64_t group = 0; group < m.groups(); ++group, numbers += kNumbers<F>) {
-      float scale[16], minimum[16] = {};
-      store(scale, load_half(scales + group * kScales<F>));
-      if constexpr (F == kInt4) store(minimum, load_half(scales + group * 32 + 16));
+    for (int64_t group = 0; group < m.groups(); ++group) {
+      float scale[16], minimum[16];
+      store(scale, load_half(scales + group * (four ? kScales<kInt4> : kScales<kInt8>)));
+      if (four) store(minimum, load_half(scales + group * 32 + 16));
       for (int64_t i = 0; i < kGroup && group * kGroup + i < m.inputs; ++i) {
-        const int64_t byte = lane * 4 + i % 4;
-        int q;
-        if constexpr (F == kInt8) {
-          q = numbers[i / 4 * 64 + byte] - 128;
+        float value;
+        if (four) {
+          const uint8_t byte = numbers[group * 256 + i / 4 % 4 * 64 + lane * 4 + i % 4];
+          value = static_cast<float>(i < 16 ? byte & 15 : byte >> 4) * scale[lane] + minimum[lane];
         } else {
-          const int both = numbers[i / 4 % 4 * 64 + byte];
-          q = i < 16 ? both & 15 : both >> 4;
-          if constexpr (F == kInt5) q += (numbers[256 + byte] >> (i / 4) & 1) * 16 - 16;
+          value = static_cast<float>(static_cast<int>(numbers[group * 512 + i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale[lane];
         }
-        to[group * kGroup + i] = static_cast<float>(q) * scale[lane] + minimum[lane];
+        to[group * kGroup + i] = value;
       }
     }
   }

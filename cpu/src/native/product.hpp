@@ -54,7 +54,7 @@ static inline void round_row(const float* x, int64_t count, Rounded& to, int64_t
 
 // Bytes of the whole numbers of a group, and FP16 numbers behind them.
 template <int F>
-constexpr int64_t kNumbers = F == kInt4 ? 256 : F == kInt5 ? 320 : 512;
+constexpr int64_t kNumbers = F == kInt4 ? 256 : 512;
 template <int F>
 constexpr int64_t kScales = F == kInt4 ? 32 : 16;
 
@@ -82,24 +82,17 @@ static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounde
   for (int r = 0; r < R; ++r) rows[r] = x.row(first + r);
   for (int64_t group = 0; group < groups; ++group) {
     __m512i sums[T][R];
-    if constexpr (F != kInt8) {
+    if constexpr (F == kInt4) {
       const __m512i mask = _mm512_set1_epi8(15);
-      for (int r = 0; r < R; ++r) {
-        const __m512i start = _mm512_set1_epi32(F == kInt5 ? x.starts[(first + r) * groups + group] / 8 : 0);
-        for (int t = 0; t < T; ++t) sums[t][r] = start;
+      for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_si512();
       }
       for (int i = 0; i < 4; ++i) {
         __m512i low[T], high[T];
         for (int t = 0; t < T; ++t) {
-          const __m512i raw = _mm512_load_si512(numbers[t] + group * kNumbers<F> + i * 64);
+          const __m512i raw = _mm512_load_si512(numbers[t] + group * 256 + i * 64);
           low[t] = _mm512_and_si512(raw, mask);
           high[t] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
-          if constexpr (F == kInt5) {
-            const auto fifth = load<u16x32>(numbers[t] + group * kNumbers<F> + 256);
-            const __m512i bit = _mm512_set1_epi8(16);
-            low[t] = _mm512_or_si512(low[t], _mm512_and_si512(reinterpret_cast<__m512i>(fifth << (4 - i)), bit));
-            high[t] = _mm512_or_si512(high[t], _mm512_and_si512(reinterpret_cast<__m512i>(fifth >> i), bit));
-          }
         }
         for (int r = 0; r < R; ++r) {
           const __m512i value = four(rows[r] + group * kGroup + i * 4);
@@ -147,8 +140,8 @@ constexpr int kRows = T == 2 ? 4 : 8;
 
 #else
 
-// Eight outputs: the sums of four products each. Sixteen bits hold 32 products of a weight of four bits, four of one of five,
-// and two of one of eight if no weight is -128.
+// Eight outputs: the sums of four products each. Sixteen bits hold 32 products of a weight of four bits, and two of one
+// of eight if no weight is -128.
 template <int R, int F, int T>
 static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16 (*results)[R]) {
   // Sixteen registers are too few for two tiles at once.
@@ -178,24 +171,6 @@ static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounde
           }
         }
         for (int r = 0; r < R; ++r) sums[r][half] = _mm256_madd_epi16(sums[r][half], ones);
-      } else if constexpr (F == kInt5) {
-        const __m256i mask = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16);
-        const auto fifth = load<u16x16>(numbers + group * kNumbers<F> + 256 + half * 32);
-        for (int r = 0; r < R; ++r) sums[r][half] = _mm256_set1_epi32(x.starts[(first + r) * groups + group] / 8);
-        for (int i = 0; i < 4; ++i) {
-          const __m256i raw = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers + group * kNumbers<F> + i * 64 + half * 32));
-          const __m256i low = _mm256_or_si256(_mm256_and_si256(raw, mask), _mm256_and_si256(reinterpret_cast<__m256i>(fifth << (4 - i)), bit));
-          const __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(raw, 4), mask),
-                                               _mm256_and_si256(reinterpret_cast<__m256i>(fifth >> i), bit));
-          for (int r = 0; r < R; ++r) {
-            const int8_t* row = x.row(first + r) + group * kGroup + i * 4;
-            int32_t a, b;
-            __builtin_memcpy(&a, row, 4);
-            __builtin_memcpy(&b, row + 16, 4);
-            const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_set1_epi32(a)), _mm256_maddubs_epi16(high, _mm256_set1_epi32(b)));
-            sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(pairs, ones));
-          }
-        }
       } else {
         const __m256i flip = _mm256_set1_epi8(-128);
         for (int r = 0; r < R; ++r) sums[r][half] = _mm256_setzero_si256();
@@ -235,10 +210,10 @@ constexpr int kRows = 2;
 
 template <int R, int T>
 static inline void tile_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16 (*result)[R]) {
-  switch (matrix.tiles[tile].format) {
-    case kInt4: tile_product<R, kInt4, T>(matrix, tile, x, first, result); break;
-    case kInt5: tile_product<R, kInt5, T>(matrix, tile, x, first, result); break;
-    default: tile_product<R, kInt8, T>(matrix, tile, x, first, result); break;
+  if (matrix.tiles[tile].format == kInt4) {
+    tile_product<R, kInt4, T>(matrix, tile, x, first, result);
+  } else {
+    tile_product<R, kInt8, T>(matrix, tile, x, first, result);
   }
   if (matrix.bias == nullptr) return;
   for (int t = 0; t < T; ++t) {

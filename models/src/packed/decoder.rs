@@ -19,8 +19,8 @@ use crate::{
 pub enum Bits {
     /// Eight bits for every matrix.
     Eight,
-    /// Four bits for the layers' matrices, five for embeddings and head, which lose most by rounding. A matrix of a layer that
-    /// a GGUF file stores with more than four bits has eight; one that it stores with four keeps its numbers.
+    /// Four bits for the layers' matrices; embeddings and head have eight. A matrix that a GGUF file stores with more than
+    /// four bits has eight, one that it stores with four keeps its numbers.
     Four,
 }
 
@@ -207,14 +207,9 @@ impl Packer<'_> {
         Ok(matrix)
     }
 
-    /// A matrix with a row for each token: rounding it to four bits costs most, and reading it takes a large share of a step.
+    /// A matrix with a row for each token, always of eight bits: rounding it to four costs most.
     fn table(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, LoadError> {
-        let format = match (self.bits, self.source.block_bits(&self.stored(name))) {
-            (Bits::Eight, _) => Format::Int8,
-            (Bits::Four, Some(4)) => Format::Int4,
-            (Bits::Four, _) => Format::Int5,
-        };
-        let mut matrix = Matrix::zeros(&[(outputs, format)], inputs)?;
+        let mut matrix = Matrix::zeros(&[(outputs, Format::Int8)], inputs)?;
         self.fill(&mut matrix, name, outputs, |row| row)?;
         Ok(matrix)
     }
