@@ -37,7 +37,9 @@ struct Query {
 };
 
 // Numbers of scratch that `attend` needs: scores or weights [kQueries, capacity], queries in BF16 [kQueries, D].
-static inline int64_t attention_scratch(const CacheShape& shape, int64_t capacity) { return kQueries * (capacity + shape.value_width); }
+static inline int64_t attention_scratch(const CacheShape& shape, int64_t capacity) {
+  return kQueries * (capacity + shape.value_width);
+}
 
 // Stores a key and a value of one head at `slot` of a block. Other threads may store at the other slots. `scratch`: [D].
 static inline void store_key_value(const CacheShape& shape, uint16_t* keys, uint16_t* values, int64_t head, int64_t slot,
@@ -54,7 +56,8 @@ static inline void store_key_value(const CacheShape& shape, uint16_t* keys, uint
 #if defined(__AVX512BF16__)
 
 static inline f32x16 pair_product(f32x16 to, u32x16 a, uint32_t b) {
-  return reinterpret_cast<f32x16>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(to), (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(b))));
+  const __m512i all = _mm512_set1_epi32(static_cast<int32_t>(b));
+  return reinterpret_cast<f32x16>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(to), (__m512bh)a, (__m512bh)all));
 }
 
 // 2^x with a relative error below 2^-14 for x <= 0, which is enough for BF16. NaN stays NaN, and -inf gives 0.
@@ -72,7 +75,8 @@ static inline f32x16 power_of_two(f32x16 x) {
 
 // Products of N queries with the keys of B blocks.
 template <int N, int B>
-static inline void score_blocks(const CacheShape& shape, const uint16_t* const* keys, const Query*, const float* asked, f32x16 (*dots)[N]) {
+static inline void score_blocks(const CacheShape& shape, const uint16_t* const* keys, const Query*, const float* asked,
+                                f32x16 (*dots)[N]) {
   f32x16 sums[B][N];
   for (int b = 0; b < B; ++b) {
     for (int n = 0; n < N; ++n) sums[b][n] = f32x16{};
@@ -99,7 +103,9 @@ static inline f32x16 weigh(float* scores, int64_t block, f32x16 top) {
   return load_bf16(to);
 }
 
-static inline void weigh_nothing(float* scores, int64_t block) { store(reinterpret_cast<uint16_t*>(scores) + block * kBlock, u16x16{}); }
+static inline void weigh_nothing(float* scores, int64_t block) {
+  store(reinterpret_cast<uint16_t*>(scores) + block * kBlock, u16x16{});
+}
 
 // Adds two positions' values to the sums, [N][W].
 template <int N, int W>
@@ -113,7 +119,8 @@ static inline void add_pair(const u32x16* both, const float* weights, int64_t ca
 #else
 
 template <int N, int B>
-static inline void score_blocks(const CacheShape& shape, const uint16_t* const* keys, const Query* queries, const float*, f32x16 (*dots)[N]) {
+static inline void score_blocks(const CacheShape& shape, const uint16_t* const* keys, const Query* queries, const float*,
+                                f32x16 (*dots)[N]) {
   static_assert(B == 1);
   for (int n = 0; n < N; ++n) dots[0][n] = f32x16{};
   for (int64_t pair = 0; pair < shape.head_dim / 2; ++pair) {

@@ -95,7 +95,8 @@ static inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 // Folds the sixteen numbers by halves, always in the same order.
 template <typename Fold>
 static inline float folded(f32x16 v, Fold fold) {
-  const f32x8 eight = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const f32x8 eight = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
   const f32x4 four = fold(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
   const f32x4 two = fold(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
   return fold(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
