@@ -26,6 +26,7 @@ fn main() {
     let avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"];
     compile("avx2", &avx2);
     compile("avx512", &[avx2.as_slice(), avx512.as_slice()].concat());
+    compile("avx512bf16", &[avx2.as_slice(), avx512.as_slice(), &["-mavx512bf16"]].concat());
     compile("dispatch", &[]);
 }
 

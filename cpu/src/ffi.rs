@@ -11,6 +11,8 @@ pub enum InstructionSet {
     Avx2,
     /// AVX512 with VNNI.
     Avx512,
+    /// AVX512 with VNNI and BF16. Attention of decoders rounds queries and weights to BF16.
+    Avx512Bf16,
 }
 
 impl InstructionSet {
@@ -27,6 +29,7 @@ impl InstructionSet {
         match self {
             Self::Avx2 => 1,
             Self::Avx512 => 2,
+            Self::Avx512Bf16 => 3,
         }
     }
 
@@ -36,7 +39,8 @@ impl InstructionSet {
         match unsafe { athanor_cpu_instruction_set() } {
             0 => None,
             1 => Some(Self::Avx2),
-            _ => Some(Self::Avx512),
+            2 => Some(Self::Avx512),
+            _ => Some(Self::Avx512Bf16),
         }
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use athanor_contract::serve::{EngineConfig, ServeLimits, Weights};
 use athanor_models::{Batch, CachedRow, CausalLanguageModel, CausalOptions, KvCache, Packing};
 use athanor_serving::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput},
     generate::{EngineLimits, scheduler::StepLimits},
 };
 use tch::{Device, Kind, Tensor};
@@ -133,11 +133,11 @@ impl TorchGenerator {
             let mut numbers = vec![0_f32; row.numel()];
             let count = numbers.len();
             row.copy_data(&mut numbers, count);
-            Some(numbers)
+            Some(Logits::from(numbers))
         });
         std::iter::zip(rows, &mut scores)
             .map(|(row, scores)| RowOutput {
-                logits: if row.wants_logits { found.next().unwrap_or_default() } else { Vec::new() },
+                logits: if row.wants_logits { found.next().unwrap_or_default() } else { Logits::default() },
                 targets: std::mem::take(scores),
             })
             .collect()

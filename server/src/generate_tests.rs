@@ -119,7 +119,7 @@ fn logits(backend: &mut TorchGenerator, prompt: &[u32]) -> Vec<f32> {
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
     let row =
         Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true, targets: &[], top: 0, adapter: None };
-    backend.step(&[row]).unwrap().remove(0).logits
+    backend.step(&[row]).unwrap().remove(0).logits.to_vec()
 }
 
 #[test]

@@ -6,7 +6,7 @@ use athanor_contract::serve::{EngineConfig, Weights};
 use athanor_cpu::{Adapter, Decoder, InstructionSet};
 use athanor_models::packed::{self, Bits, PackOptions};
 use athanor_serving::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logprobs, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput},
     generate::sampling,
 };
 
@@ -18,7 +18,7 @@ use crate::{
 /// A packed decoder and the logits of its last step.
 pub struct PackedGenerator {
     decoder: Decoder,
-    logits: Vec<f32>,
+    logits: Arc<Vec<f32>>,
     adapters: HashMap<AdapterId, Arc<Adapter>>,
 }
 
@@ -67,7 +67,7 @@ impl PackedGenerator {
             );
         }
         tracing::info!(?bits, ?instruction_set, threads, blocks, max_length, "language model packed");
-        Ok(Self { decoder, logits: Vec::new(), adapters: HashMap::new() })
+        Ok(Self { decoder, logits: Arc::default(), adapters: HashMap::new() })
     }
 }
 
@@ -93,8 +93,7 @@ impl GenerateBackend for PackedGenerator {
         let others = rows_with_adapters().filter(|(row, _)| row.targets.is_empty());
         let others: Vec<athanor_cpu::Row<'_>> = others.map(|(row, adapter)| native(row, adapter)).collect();
         self.compute(&others)?;
-        let vocabulary = self.decoder.config().vocabulary;
-        let mut logits = self.logits.chunks_exact(vocabulary).map(<[f32]>::to_vec);
+        let mut logits = Logits::rows(&self.logits, self.decoder.config().vocabulary);
         for (row, output) in rows.iter().zip(&mut outputs) {
             if row.targets.is_empty() && row.wants_logits {
                 output.logits = logits.next().unwrap_or_default();
@@ -137,13 +136,17 @@ impl PackedGenerator {
             output.targets.extend(scores.map(|(&target, logits)| score(logits, target, row.top)));
         }
         if row.wants_logits {
-            output.logits = self.logits.chunks_exact(vocabulary).next_back().unwrap_or_default().to_vec();
+            output.logits = self.logits.chunks_exact(vocabulary).next_back().unwrap_or_default().to_vec().into();
         }
         Ok(output)
     }
 
     fn compute(&mut self, rows: &[athanor_cpu::Row<'_>]) -> Result<(), BackendError> {
-        self.decoder.step(rows, &mut self.logits).map_err(|error| BackendError(error.to_string()))
+        if Arc::get_mut(&mut self.logits).is_none() {
+            // Rows of the step before are still held.
+            self.logits = Arc::default();
+        }
+        self.decoder.step(rows, Arc::make_mut(&mut self.logits)).map_err(|error| BackendError(error.to_string()))
     }
 }
 

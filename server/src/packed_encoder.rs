@@ -68,7 +68,8 @@ mod tests {
 
     fn instruction_sets() -> Vec<InstructionSet> {
         let best = InstructionSet::best().expect("the tests need AVX2");
-        [InstructionSet::Avx2, InstructionSet::Avx512].into_iter().filter(|set| *set <= best).collect()
+        let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
+        all.into_iter().filter(|set| *set <= best).collect()
     }
 
     /// Largest difference over the largest number.

@@ -126,5 +126,9 @@ namespace avx512 {
 Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
 Encoder* encoder(const EncoderShape&, const EncoderLayer*, const EncoderEmbeddings&, const Dense*, int64_t);
 }  // namespace avx512
+namespace avx512bf16 {
+Decoder* decoder(const Shape&, const Layer*, const Matrix&, const Matrix&, const float*, const float*);
+Encoder* encoder(const EncoderShape&, const EncoderLayer*, const EncoderEmbeddings&, const Dense*, int64_t);
+}  // namespace avx512bf16
 
 }  // namespace athanor

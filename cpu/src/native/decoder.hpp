@@ -29,7 +29,6 @@ class Decoder final : public athanor::Decoder, Machine {
   void step(const Row* rows, int64_t count, float* logits) override {
     tokens_.clear();
     wanted_.clear();
-    groups_.clear();
     rank_ = 0;
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < rows[r].length; ++i) {
@@ -45,16 +44,12 @@ class Decoder final : public athanor::Decoder, Machine {
     qkv_.of(n * (shape_.heads + 2 * shape_.key_value_heads) * d);
     context_.of(n * shape_.heads * d);
     inner_.of(n * shape_.intermediate);
-    hidden_ = &rounded_hidden_.of(n, c);
-    attended_ = &rounded_context_.of(n, shape_.heads * d);
-    activated_ = &rounded_inner_.of(n, shape_.intermediate);
-    if (rank_ > 0) {
-      normed_.of(n * c);
-      low_.of(n * rank_);
-      group_tokens();
-    }
+    hidden_ = &rounded_hidden_.of(std::max(prepared_rows(n), prepared_rows(static_cast<int64_t>(wanted_.size()))), c);
+    attended_ = &rounded_context_.of(prepared_rows(n), shape_.heads * d);
+    activated_ = &rounded_inner_.of(prepared_rows(n), shape_.intermediate);
+    low_.of(prepared_rows(n) * rank_);
     scratch_.of(team_.threads() * scratch_size());
-    scores_.of(team_.threads() * kQueries * capacity());
+    scores_.of(team_.threads() * attention_scratch(cache_, capacity()));
     logits_ = logits;
     team_.run([this](int thread) { compute(thread); });
   }
@@ -64,12 +59,8 @@ class Decoder final : public athanor::Decoder, Machine {
     uint32_t id;
     int64_t position;
     const uint32_t* blocks;
+    // One for each layer; null: no adapter.
     const AdapterLayer* adapter;
-  };
-
-  // Tokens that follow each other and have the same adapter.
-  struct Group {
-    int64_t first, count;
   };
 
   using Part = LowRank AdapterLayer::*;
@@ -84,88 +75,27 @@ class Decoder final : public athanor::Decoder, Machine {
   int64_t capacity() const { return (shape_.max_length + kBlock - 1) / kBlock * kBlock; }
   int64_t scratch_size() const { return (std::max(shape_.hidden, shape_.heads * shape_.head_dim) + 63) / 16 * 16; }
 
-  // Few tokens are in groups of their own, so that every thread has some.
-  void group_tokens() {
-    const auto n = static_cast<int64_t>(tokens_.size());
-    const int64_t most = n >= 4 * team_.threads() ? kLowRows : 1;
-    for (int64_t t = 0; t < n;) {
-      int64_t end = t + 1;
-      while (end < n && end - t < most && tokens_[end].adapter == tokens_[t].adapter) ++end;
-      if (tokens_[t].adapter != nullptr) groups_.push_back(Group{t, end - t});
-      t = end;
-    }
-  }
-
-  // Number of pieces of `lower`; 0 without adapters.
-  int64_t low_pieces() const { return static_cast<int64_t>(groups_.size()) * (rank_ / kTile); }
-
-  // Products with A of a group's tokens, for sixteen ranks. `x`: [N, inputs].
-  void lower(Part part, int64_t layer, int64_t piece, const float* x, int64_t inputs) {
-    const int64_t tiles = rank_ / kTile, tile = piece % tiles;
-    const Group& group = groups_[piece / tiles];
-    const LowRank& m = tokens_[group.first].adapter[layer].*part;
-    if (tile * kTile >= m.rank) return;
-    const float* from = x + group.first * inputs;
-    float* to = low_.get() + group.first * rank_;
-    if (group.count == kLowRows) {
-      low_products<kLowRows>(m, tile, from, inputs, to, rank_);
-      return;
-    }
-    for (int64_t i = 0; i < group.count; ++i) low_products<1>(m, tile, from + i * inputs, inputs, to + i * rank_, rank_);
-  }
-
-  // Adds what their adapters add to a tile's products with R tokens from `row` on.
-  template <int R>
-  void adapt(Part part, int64_t layer, int64_t tile, int64_t row, f32x16* result) const {
-    const AdapterLayer* first = tokens_[row].adapter;
-    bool same = true;
-    for (int r = 1; r < R; ++r) same &= tokens_[row + r].adapter == first;
-    if (same) {
-      if (first != nullptr) raise<R>(first[layer].*part, tile, row, result);
-      return;
-    }
-    for (int r = 0; r < R; ++r) {
-      const AdapterLayer* adapter = tokens_[row + r].adapter;
-      if (adapter != nullptr) raise<1>(adapter[layer].*part, tile, row + r, result + r);
-    }
-  }
-
-  template <int R>
-  void raise(const LowRank& m, int64_t tile, int64_t row, f32x16* result) const {
-    if (m.rank > 0) add_low_rank<R>(m.tiles[tile], low_.get() + row * rank_, rank_, result);
-  }
-
-  // What is added to the products of a tile.
-  auto adapting(Part part, int64_t layer, int64_t tile) const {
-    return [this, part, layer, tile]<int R>(int64_t row, f32x16* result) {
-      if (rank_ > 0) adapt<R>(part, layer, tile, row, result);
-    };
-  }
-
   void compute(int thread) {
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t c = shape_.hidden, d = shape_.head_dim;
     float* x = x_.get();
     float* scratch = scratch_.get() + thread * scratch_size();
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        row(embeddings_, tokens_[t].id, x + t * c);
-        for (int64_t i = 0; i < d / 2; ++i) {
-          const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
-          angles_.get()[t * d + i] = std::cos(angle);
-          angles_.get()[t * d + d / 2 + i] = std::sin(angle);
-        }
+    share_tokens(n, [&](int64_t t) {
+      row(embeddings_, tokens_[t].id, x + t * c);
+      for (int64_t i = 0; i < d / 2; ++i) {
+        const float angle = static_cast<float>(tokens_[t].position) * frequencies_[i];
+        angles_.get()[t * d + i] = std::cos(angle);
+        angles_.get()[t * d + d / 2 + i] = std::sin(angle);
       }
     });
     for (int64_t l = 0; l < shape_.layers; ++l) layer(l, thread, scratch);
     const auto wanted = static_cast<int64_t>(wanted_.size());
-    share(wanted, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) {
-        rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
-        round_row(scratch, c, *hidden_, w);
-      }
+    prepare(wanted, thread, [&](int64_t w, int64_t row) {
+      rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
+      round_row(scratch, c, *hidden_, row);
     });
-    multiply(head_, *hidden_, wanted, [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); });
+    const auto put_logits = [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); };
+    multiply(head_, *hidden_, wanted, put_logits, own(wanted, thread));
   }
 
   void layer(int64_t index, int thread, float* scratch) {
@@ -178,80 +108,102 @@ class Decoder final : public athanor::Decoder, Machine {
     uint16_t* keys = keys_.of<uint16_t>() + index * shape_.blocks * cache_.key_block();
     uint16_t* values = values_.of<uint16_t>() + index * shape_.blocks * cache_.value_block();
 
-    const auto adapted = [&](Part part) {
-      return [this, part, index](int64_t tile) { return adapting(part, index, tile); };
+    // Rounds what a product reads of a token, `y`, and computes its products with A.
+    const auto round = [&](const float* y, int64_t inputs, Rounded& to, int64_t t, int64_t row, Part part) {
+      round_row(y, inputs, to, row);
+      const LowRank* adapter = adapter_of(t, index, part);
+      if (adapter != nullptr) low_products(*adapter, y, inputs, low_.get() + row * rank_);
     };
     const auto normalise = [&](const float* weight, Part part) {
-      share(n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          float* y = rank_ > 0 ? normed_.get() + t * c : scratch;
-          rms_norm(x + t * c, weight, c, shape_.eps, y);
-          round_row(y, c, *hidden_, t);
-        }
+      prepare(n, thread, [&](int64_t t, int64_t row) {
+        rms_norm(x + t * c, weight, c, shape_.eps, scratch);
+        round(scratch, c, *hidden_, t, row, part);
       });
-      if (rank_ > 0) share(low_pieces(), 1, [&](int64_t piece, int64_t) { lower(part, index, piece, normed_.get(), c); });
     };
-    // Rounds what a product reads, [N, inputs], and computes its products with A.
-    const auto round = [&](const float* y, int64_t inputs, Rounded& to, Part part) {
-      share(n + low_pieces(), 1, [&](int64_t piece, int64_t) {
-        if (piece < n) {
-          round_row(y + piece * inputs, inputs, to, piece);
-        } else {
-          lower(part, index, piece - n, y, inputs);
-        }
-      });
+    const int64_t first = own(n, thread);
+    const auto adapted = [&](Part part, int64_t t, int64_t at, f32x16 y) { return adapt(index, part, t, first, at / kTile, y); };
+    const auto add_to_x = [&](Part part) {
+      return [&, part](int64_t t, int64_t at, f32x16 y) { add(x + t * c, at, c, adapted(part, t, at, y)); };
+    };
+    // Rotates the queries and the key of a key head, and stores key and value.
+    const auto place = [&](int64_t t, int64_t head) {
+      float* row = qkv + t * width;
+      for (int64_t q = head * (h / k); q < (head + 1) * (h / k); ++q) turn(row + q * d, layer.query_norm, t);
+      turn(row + (h + head) * d, layer.key_norm, t);
+      const Token& token = tokens_[t];
+      const int64_t block = token.blocks[token.position / kBlock];
+      store_key_value(cache_, keys + block * cache_.key_block(), values + block * cache_.value_block(), head, token.position % kBlock,
+                      row + (h + head) * d, row + (h + k + head) * d, scratch);
     };
 
     normalise(layer.input_norm, &AdapterLayer::qkv);
-    multiply(layer.qkv, *hidden_, n, adapted(&AdapterLayer::qkv),
-             [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * width, at, width, y); });
-    share(n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* row = qkv + t * width;
-        for (int64_t head = 0; head < h + k; ++head) {
-          const float* norm = head < h ? layer.query_norm : layer.key_norm;
-          if (norm != nullptr) rms_norm(row + head * d, norm, d, shape_.eps, row + head * d);
-          rotate(row + head * d, angles_.get() + t * d, d);
-        }
-        const Token& token = tokens_[t];
-        const int64_t block = token.blocks[token.position / kBlock];
-        for (int64_t head = 0; head < k; ++head) {
-          store_key_value(cache_, keys + block * cache_.key_block(), values + block * cache_.value_block(), head, token.position % kBlock,
-                          row + (h + head) * d, row + (h + k + head) * d);
-        }
-      }
+    const auto put_qkv = [&](int64_t t, int64_t at, f32x16 y) { put(qkv + t * width, at, width, adapted(&AdapterLayer::qkv, t, at, y)); };
+    multiply(layer.qkv, *hidden_, n, put_qkv, first);
+    if (n > 1) {
+      share_tokens(n, [&](int64_t t) {
+        for (int64_t head = 0; head < k; ++head) place(t, head);
+      });
+    }
+    attention(layer.window, keys, values, thread, [&](int64_t head) {
+      if (n == 1) place(0, head);
     });
-    attention(layer.window, keys, values, thread);
-    const auto add_to_x = [&](int64_t row, int64_t at, f32x16 y) { add(x + row * c, at, c, y); };
-    round(context_.get(), h * d, *attended_, &AdapterLayer::output);
-    multiply(layer.output, *attended_, n, adapted(&AdapterLayer::output), add_to_x);
+    prepare(n, thread, [&](int64_t t, int64_t row) {
+      round(context_.get() + t * h * d, h * d, *attended_, t, row, &AdapterLayer::output);
+    });
+    multiply(layer.output, *attended_, n, add_to_x(&AdapterLayer::output), first);
     normalise(layer.post_attention_norm, &AdapterLayer::gate_up);
-    gate_and_up(layer.gate_up, n, index);
-    round(inner_.get(), inner, *activated_, &AdapterLayer::down);
-    multiply(layer.down, *activated_, n, adapted(&AdapterLayer::down), add_to_x);
+    gate_and_up(layer.gate_up, n, first, index);
+    prepare(n, thread, [&](int64_t t, int64_t row) { round(inner_.get() + t * inner, inner, *activated_, t, row, &AdapterLayer::down); });
+    multiply(layer.down, *activated_, n, add_to_x(&AdapterLayer::down), first);
+  }
+
+  // What the adapter of a token adds to a matrix; null: nothing.
+  const LowRank* adapter_of(int64_t token, int64_t layer, Part part) const {
+    const AdapterLayer* adapter = tokens_[token].adapter;
+    if (adapter == nullptr || (adapter[layer].*part).rank == 0) return nullptr;
+    return &(adapter[layer].*part);
+  }
+
+  // The products of a token with a tile, with what its adapter adds. `first`: see `own`.
+  f32x16 adapt(int64_t layer, Part part, int64_t token, int64_t first, int64_t tile, f32x16 y) const {
+    if (rank_ == 0) return y;
+    const LowRank* adapter = adapter_of(token, layer, part);
+    if (adapter == nullptr) return y;
+    return with_low_rank(adapter->tiles[tile], low_.get() + (first + token) * rank_, y);
   }
 
   // Tiles of gate and up take turns in their matrix, so that silu(gate) * up needs no memory between.
-  void gate_and_up(const Matrix& m, int64_t rows, int64_t layer) {
+  void gate_and_up(const Matrix& m, int64_t rows, int64_t first, int64_t layer) {
     const int64_t pairs = m.count() / 2, inner = shape_.intermediate;
-    const int64_t piece = std::max<int64_t>(1, pairs / (team_.threads() * 4));
-    // Rows whose gates wait for their ups.
-    constexpr int64_t kPart = 64;
-    share(pairs, piece, [&](int64_t begin, int64_t end) {
-      f32x16 gates[kPart];
+    share(pairs, std::max<int64_t>(1, pairs / (team_.threads() * 8)), [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        for (int64_t first = 0; first < rows; first += kPart) {
-          const int64_t count = std::min(kPart, rows - first);
-          const auto gate_adapter = adapting(&AdapterLayer::gate_up, layer, pair * 2);
-          adapted_tile_of_rows(m, pair * 2, *hidden_, first, count, gate_adapter, [&](int64_t row, f32x16 y) { gates[row - first] = y; });
-          const auto up_adapter = adapting(&AdapterLayer::gate_up, layer, pair * 2 + 1);
-          adapted_tile_of_rows(m, pair * 2 + 1, *hidden_, first, count, up_adapter, [&](int64_t row, f32x16 y) {
-            const f32x16 gate = gates[row - first];
-            put(inner_.get() + row * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * y);
-          });
+        const auto write = [&](int64_t row, f32x16 gate, f32x16 up) {
+          const int64_t t = row - first;
+          gate = adapt(layer, &AdapterLayer::gate_up, t, first, pair * 2, gate);
+          up = adapt(layer, &AdapterLayer::gate_up, t, first, pair * 2 + 1, up);
+          put(inner_.get() + t * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * up);
+        };
+        if (alike(m, pair * 2)) {
+          tiles_of_rows<2, kRows<2>>(m, pair * 2, *hidden_, first, rows, [&](int64_t row, auto y) { write(row, y(0), y(1)); });
+          continue;
+        }
+        // Rows whose gates wait for their ups.
+        constexpr int64_t kPart = 64;
+        f32x16 gates[kPart];
+        for (int64_t begin_row = first; begin_row < first + rows; begin_row += kPart) {
+          const int64_t count = std::min(kPart, first + rows - begin_row);
+          tiles_of_rows<1, kRows<1>>(m, pair * 2, *hidden_, begin_row, count, [&](int64_t row, auto y) { gates[row - begin_row] = y(0); });
+          tiles_of_rows<1, kRows<1>>(m, pair * 2 + 1, *hidden_, begin_row, count,
+                                     [&](int64_t row, auto y) { write(row, gates[row - begin_row], y(0)); });
         }
       }
     });
+  }
+
+  // Normalises a head where the model does, and rotates it.
+  void turn(float* x, const float* norm, int64_t token) {
+    if (norm != nullptr) rms_norm(x, norm, shape_.head_dim, shape_.eps, x);
+    rotate(x, angles_.get() + token * shape_.head_dim, shape_.head_dim);
   }
 
   static void rotate(float* x, const float* angles, int64_t d) {
@@ -262,28 +214,25 @@ class Decoder final : public athanor::Decoder, Machine {
     }
   }
 
-  void attention(int64_t window, const uint16_t* keys, const uint16_t* values, int thread) {
+  // Calls `before(head)` before a key head's first query.
+  template <typename Before>
+  void attention(int64_t window, const uint16_t* keys, const uint16_t* values, int thread, Before before) {
     const auto n = static_cast<int64_t>(tokens_.size());
     const int64_t d = shape_.head_dim, h = shape_.heads, k = shape_.key_value_heads, group = h / k;
     const int64_t width = (h + 2 * k) * d;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    float* scores = scores_.get() + thread * kQueries * capacity();
+    float* scores = scores_.get() + thread * attention_scratch(cache_, capacity());
     // A piece: one key head and some tokens; those of one sequence share what is read.
-    const int64_t part = n >= 4 * team_.threads() ? 4 : 1;
+    const int64_t part = n >= 64 * team_.threads() ? 8 : n >= 4 * team_.threads() ? 4 : 1;
     const int64_t parts = (n + part - 1) / part;
     share(parts * k, 1, [&](int64_t piece, int64_t) {
       const int64_t head = piece % k, first = piece / k * part, end = std::min(first + part, n);
+      before(head);
       Query queries[kQueries];
       int waiting = 0;
       const uint32_t* blocks = nullptr;
       const auto flush = [&] {
-        switch (waiting) {
-          case 1: attend<1>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 2: attend<2>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 3: attend<3>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          case 4: attend<4>(cache_, keys, values, blocks, head, scale, queries, scores, capacity()); break;
-          default: break;
-        }
+        attend_all(cache_, keys, values, blocks, head, scale, queries, waiting, scores, capacity());
         waiting = 0;
       };
       for (int64_t t = first; t < end; ++t) {
@@ -310,12 +259,11 @@ class Decoder final : public athanor::Decoder, Machine {
   Zeros keys_, values_;
   std::vector<Token> tokens_;
   std::vector<int64_t> wanted_;
-  std::vector<Group> groups_;
   // The largest rank of the step's adapters; 0 without adapters.
   int64_t rank_ = 0;
   Buffer<float> x_, angles_, qkv_, context_, inner_, scratch_, scores_;
-  // Of a step with adapters: normalised hidden states [N, C], and products with A [N, rank].
-  Buffer<float> normed_, low_;
+  // Products of prepared rows with A, [rows, rank_].
+  Buffer<float> low_;
   RoundedBuffer rounded_hidden_, rounded_context_, rounded_inner_;
   Rounded *hidden_ = nullptr, *attended_ = nullptr, *activated_ = nullptr;
   float* logits_ = nullptr;

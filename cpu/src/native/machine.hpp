@@ -84,22 +84,48 @@ class Machine {
     team_.barrier();
   }
 
-  // Products of all rows, a few tiles at a time: few enough that the threads end together. `adapt(tile)`: what is added
-  // to a tile's products, see `adapted_tile_of_rows`.
-  template <typename Adapt, typename Each>
-  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Adapt adapt, Each each) {
-    const int64_t piece = std::max<int64_t>(1, m.count() / (team_.threads() * 4));
-    share(m.count(), piece, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        adapted_tile_of_rows(m, tile, x, 0, rows, adapt(tile), [&](int64_t row, f32x16 y) { each(row, tile * kTile, y); });
-      }
+  // As `share`, of a step's tokens: many are taken in runs, so that threads seldom write to the same cache line.
+  template <typename Each>
+  void share_tokens(int64_t count, Each each) {
+    share(count, count >= 64 * team_.threads() ? 16 : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) each(t);
     });
   }
 
-  // The same without what is added.
+  // Calls `each(token, row)` for a step's tokens, where `row` is one of a buffer of rounded rows. A single token is prepared by
+  // every thread, in a row of its own, see `own`: so the threads need not wait for each other before the product.
   template <typename Each>
-  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each) {
-    multiply(m, x, rows, [](int64_t) { return []<int R>(int64_t, f32x16*) {}; }, each);
+  void prepare(int64_t count, int thread, Each each) {
+    if (count == 1) return each(0, thread);
+    share_tokens(count, [&](int64_t t) { each(t, t); });
+  }
+
+  // The first row that `prepare` has prepared for a thread, and the rows that it needs.
+  static int64_t own(int64_t count, int thread) { return count == 1 ? thread : 0; }
+  int64_t prepared_rows(int64_t count) const { return count == 1 ? team_.threads() : count; }
+
+  // Tiles that a thread takes at a time: pairs, unless there are too few of them for the threads to end together.
+  int64_t piece(int64_t tiles) const {
+    const int64_t few = tiles >= team_.threads() * 8 ? 2 : 1;
+    return std::max(few, tiles / (team_.threads() * 16) / 2 * 2);
+  }
+
+  // Products of rows from `first` on, a few tiles at a time: few enough that the threads end together.
+  template <typename Each>
+  void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each, int64_t first = 0) {
+    share(m.count(), piece(m.count()), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        if (tile + 2 <= end && alike(m, tile)) {
+          tiles_of_rows<2, kRows<2>>(m, tile, x, first, rows, [&](int64_t row, auto y) {
+            each(row - first, tile * kTile, y(0));
+            each(row - first, (tile + 1) * kTile, y(1));
+          });
+          ++tile;
+        } else {
+          tiles_of_rows<1, kRows<1>>(m, tile, x, first, rows, [&](int64_t row, auto y) { each(row - first, tile * kTile, y(0)); });
+        }
+      }
+    });
   }
 
   static void put(float* to, int64_t at, int64_t size, f32x16 y) {

@@ -31,22 +31,20 @@ static inline void round_row(const float* x, int64_t count, Rounded& to, int64_t
     }
     const f32x16 low = load<f32x16>(from), high = load<f32x16>(from + 16);
     const f32x16 none{};
-    const float most = largest(larger(low < none ? -low : low, high < none ? -high : high));
-    // Infinity and NaN times zero are NaN, finite numbers times zero are not.
-    const float poison = sum(low * none + high * none);
-    const float scale = most / 127.0f + poison;
-    const float inverse = most > 1e-30f && poison == 0.0f ? 127.0f / most : 0.0f;
+    const f32x16 size[2] = {low < none ? -low : low, high < none ? -high : high};
+    const float most = largest(larger(size[0], size[1]));
+    // False for NaN as well.
+    const bool finite = !any(~(size[0] <= std::numeric_limits<float>::max()) | ~(size[1] <= std::numeric_limits<float>::max()));
+    const float scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = most > 1e-30f && finite ? 127.0f / most : 0.0f;
+    // 1.5 * 2^23: adding it rounds to a whole number, which the low bits then hold.
+    i32x16 a = reinterpret_cast<i32x16>(low * inverse + 12582912.0f) - 0x4b400000;
+    i32x16 b = reinterpret_cast<i32x16>(high * inverse + 12582912.0f) - 0x4b400000;
+    if (!finite) a = b = i32x16{};
     int8_t* q = to.q + (row * to.groups + group) * kGroup;
-    int32_t total = 0;
-    const f32x16 a = low * inverse + 12582912.0f, b = high * inverse + 12582912.0f;
-    const i32x16 c = reinterpret_cast<i32x16>(a) - 0x4b400000, d = reinterpret_cast<i32x16>(b) - 0x4b400000;
-    int32_t whole[kGroup];
-    store(whole, c);
-    store(whole + 16, d);
-    for (int64_t i = 0; i < kGroup; ++i) {
-      q[i] = static_cast<int8_t>(poison == 0.0f ? whole[i] : 0);
-      total += q[i];
-    }
+    store(q, __builtin_convertvector(a, i8x16));
+    store(q + 16, __builtin_convertvector(b, i8x16));
+    const int32_t total = sum(a + b);
     const int64_t at = row * to.groups + group;
     to.scales[at] = scale;
     to.sums[at] = scale * static_cast<float>(total);
@@ -68,61 +66,87 @@ static inline __m512i four(const int8_t* from) {
   return _mm512_set1_epi32(value);
 }
 
-// Sums of products of one tile with R rows, [R][16].
-template <int R, int F>
-static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16* result) {
+// Sums of products of T tiles of one format with R rows, [T][R]. Two tiles share what is read of the rows.
+template <int R, int F, int T>
+static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16 (*result)[R]) {
   const int64_t groups = matrix.groups();
-  const uint8_t* numbers = matrix.tiles[tile].data;
-  const auto* scales = reinterpret_cast<const uint16_t*>(numbers + groups * kNumbers<F>);
+  const uint8_t* numbers[T];
+  const uint16_t* scales[T];
   const int8_t* rows[R];
-  f32x16 totals[R];
-  for (int r = 0; r < R; ++r) {
-    rows[r] = x.row(first + r);
-    totals[r] = f32x16{};
+  f32x16 totals[T][R];
+  for (int t = 0; t < T; ++t) {
+    numbers[t] = matrix.tiles[tile + t].data;
+    scales[t] = reinterpret_cast<const uint16_t*>(numbers[t] + groups * kNumbers<F>);
+    for (int r = 0; r < R; ++r) totals[t][r] = f32x16{};
   }
+  for (int r = 0; r < R; ++r) rows[r] = x.row(first + r);
   for (int64_t group = 0; group < groups; ++group) {
-    __m512i sums[R];
+    __m512i sums[T][R];
     if constexpr (F == kInt4) {
       const __m512i mask = _mm512_set1_epi8(15);
-      __m512i raw[4];
-      for (int i = 0; i < 4; ++i) raw[i] = _mm512_load_si512(numbers + group * 256 + i * 64);
-      for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_si512();
-      for (int i = 0; i < 4; ++i) {
-        const __m512i w = _mm512_and_si512(raw[i], mask);
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], w, four(rows[r] + group * kGroup + i * 4));
+      for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_si512();
       }
       for (int i = 0; i < 4; ++i) {
-        const __m512i w = _mm512_and_si512(_mm512_srli_epi16(raw[i], 4), mask);
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], w, four(rows[r] + group * kGroup + 16 + i * 4));
+        __m512i low[T], high[T];
+        for (int t = 0; t < T; ++t) {
+          const __m512i raw = _mm512_load_si512(numbers[t] + group * 256 + i * 64);
+          low[t] = _mm512_and_si512(raw, mask);
+          high[t] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
+        }
+        for (int r = 0; r < R; ++r) {
+          const __m512i value = four(rows[r] + group * kGroup + i * 4);
+          for (int t = 0; t < T; ++t) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], low[t], value);
+        }
+        for (int r = 0; r < R; ++r) {
+          const __m512i value = four(rows[r] + group * kGroup + 16 + i * 4);
+          for (int t = 0; t < T; ++t) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], high[t], value);
+        }
       }
     } else {
-      for (int r = 0; r < R; ++r) sums[r] = _mm512_set1_epi32(x.starts[(first + r) * groups + group]);
+      for (int r = 0; r < R; ++r) {
+        const __m512i start = _mm512_set1_epi32(x.starts[(first + r) * groups + group]);
+        for (int t = 0; t < T; ++t) sums[t][r] = start;
+      }
       for (int i = 0; i < 8; ++i) {
-        const __m512i w = _mm512_load_si512(numbers + group * 512 + i * 64);
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], w, four(rows[r] + group * kGroup + i * 4));
+        __m512i w[T];
+        for (int t = 0; t < T; ++t) w[t] = _mm512_load_si512(numbers[t] + group * 512 + i * 64);
+        for (int r = 0; r < R; ++r) {
+          const __m512i value = four(rows[r] + group * kGroup + i * 4);
+          for (int t = 0; t < T; ++t) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], w[t], value);
+        }
       }
     }
-    const f32x16 scale = load_half(scales + group * kScales<F>);
-    f32x16 minimum{};
-    if constexpr (F == kInt4) minimum = load_half(scales + group * 32 + 16);
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = (first + r) * groups + group;
-      const f32x16 whole = reinterpret_cast<f32x16>(_mm512_cvtepi32_ps(sums[r]));
-      totals[r] = fused(whole, scale * x.scales[at], totals[r]);
-      if constexpr (F == kInt4) totals[r] = fused(minimum, all(x.sums[at]), totals[r]);
+    for (int t = 0; t < T; ++t) {
+      const f32x16 scale = load_half(scales[t] + group * kScales<F>);
+      f32x16 minimum{};
+      if constexpr (F == kInt4) minimum = load_half(scales[t] + group * 32 + 16);
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (first + r) * groups + group;
+        const f32x16 whole = reinterpret_cast<f32x16>(_mm512_cvtepi32_ps(sums[t][r]));
+        totals[t][r] = fused(whole, scale * x.scales[at], totals[t][r]);
+        if constexpr (F == kInt4) totals[t][r] = fused(minimum, all(x.sums[at]), totals[t][r]);
+      }
     }
   }
-  for (int r = 0; r < R; ++r) result[r] = totals[r];
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) result[t][r] = totals[t][r];
+  }
 }
 
-constexpr int kRows = 8;
+// Rows that are computed together: of one tile, and of two.
+template <int T>
+constexpr int kRows = T == 2 ? 4 : 8;
 
 #else
 
 // Eight outputs: the sums of four products each. Sixteen bits hold 32 products of a weight of four bits, and two of one
 // of eight if no weight is -128.
-template <int R, int F>
-static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16* result) {
+template <int R, int F, int T>
+static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16 (*results)[R]) {
+  // Sixteen registers are too few for two tiles at once.
+  if constexpr (T == 2) tile_product<R, F, 1>(matrix, tile + 1, x, first, results + 1);
+  f32x16* result = results[0];
   const int64_t groups = matrix.groups();
   const uint8_t* numbers = matrix.tiles[tile].data;
   const auto* scales = reinterpret_cast<const uint16_t*>(numbers + groups * kNumbers<F>);
@@ -179,49 +203,38 @@ static inline void tile_product(const Matrix& matrix, int64_t tile, const Rounde
   }
 }
 
+template <int T>
 constexpr int kRows = 2;
 
 #endif
 
-template <int R>
-static inline void tile_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16* result) {
+template <int R, int T>
+static inline void tile_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, f32x16 (*result)[R]) {
   if (matrix.tiles[tile].format == kInt4) {
-    tile_product<R, kInt4>(matrix, tile, x, first, result);
+    tile_product<R, kInt4, T>(matrix, tile, x, first, result);
   } else {
-    tile_product<R, kInt8>(matrix, tile, x, first, result);
+    tile_product<R, kInt8, T>(matrix, tile, x, first, result);
   }
-  if (matrix.bias != nullptr) {
-    const f32x16 bias = load<f32x16>(matrix.bias + tile * kTile);
-    for (int r = 0; r < R; ++r) result[r] += bias;
+  if (matrix.bias == nullptr) return;
+  for (int t = 0; t < T; ++t) {
+    const f32x16 bias = load<f32x16>(matrix.bias + (tile + t) * kTile);
+    for (int r = 0; r < R; ++r) result[t][r] += bias;
   }
 }
 
-// Calls `each(row, values)` for the tile's products with `count` rows from `first` on. The bias is added, and then what
-// `adapt.template operator()<R>(row, values)` adds to R rows.
-template <typename Adapt, typename Each>
-static inline void adapted_tile_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Adapt adapt,
-                                        Each each) {
-  f32x16 result[kRows];
+// Calls `each(row, y)` for `count` rows from `first` on, where y(t) are the row's products with tile `tile` + t, t < T; the
+// bias is added. Two tiles have one format.
+template <int T, int R, typename Each>
+static inline void tiles_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Each each) {
   int64_t row = first;
   const int64_t end = first + count;
-  const auto rows = [&]<int R>() {
-    tile_rows<R>(matrix, tile, x, row, result);
-    adapt.template operator()<R>(row, result);
-    for (int r = 0; r < R; ++r) each(row + r, result[r]);
-    row += R;
-  };
-  while (row + kRows <= end) rows.template operator()<kRows>();
-  if constexpr (kRows > 4) {
-    while (row + 4 <= end) rows.template operator()<4>();
+  for (; row + R <= end; row += R) {
+    f32x16 result[T][R];
+    tile_rows<R, T>(matrix, tile, x, row, result);
+    for (int r = 0; r < R; ++r) each(row + r, [&](int t) { return result[t][r]; });
   }
-  if constexpr (kRows > 2) {
-    while (row + 2 <= end) rows.template operator()<2>();
-  }
-  while (row < end) rows.template operator()<1>();
+  if constexpr (R > 1) tiles_of_rows<T, R / 2>(matrix, tile, x, row, end - row, each);
 }
 
-// The same without what is added.
-template <typename Each>
-static inline void tile_of_rows(const Matrix& matrix, int64_t tile, const Rounded& x, int64_t first, int64_t count, Each each) {
-  adapted_tile_of_rows(matrix, tile, x, first, count, []<int R>(int64_t, f32x16*) {}, each);
-}
+// Whether two tiles can be computed at once.
+static inline bool alike(const Matrix& matrix, int64_t tile) { return matrix.tiles[tile].format == matrix.tiles[tile + 1].format; }

@@ -5,6 +5,12 @@
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 template <typename V>
 static inline V load(const void* from) {
@@ -66,30 +72,61 @@ static inline f32x16 load_bf16(const uint16_t* from) {
 }
 
 // FP32 to BF16, to nearest even. NaN stays NaN.
-static inline uint16_t to_bf16(float value) {
-  uint32_t raw;
-  __builtin_memcpy(&raw, &value, 4);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);
+static inline u16x16 to_bf16(f32x16 value) {
+  const u32x16 raw = reinterpret_cast<u32x16>(value);
+  const u32x16 rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+  return __builtin_convertvector(value != value ? u32x16{} + 0x7fc0 : rounded, u16x16);
+}
+
+// `count` numbers.
+static inline void to_bf16(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(to + i, to_bf16(load<f32x16>(from + i)));
+  if (i == count) return;
+  float rest[16] = {};
+  for (int64_t j = i; j < count; ++j) rest[j - i] = from[j];
+  uint16_t rounded[16];
+  store(rounded, to_bf16(load<f32x16>(rest)));
+  for (int64_t j = i; j < count; ++j) to[j] = rounded[j - i];
 }
 
 static inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// The sum of the sixteen numbers, always in the same order.
+// Folds the sixteen numbers by halves, always in the same order.
+template <typename Fold>
+static inline float folded(f32x16 v, Fold fold) {
+  const f32x8 eight = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const f32x4 four = fold(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const f32x4 two = fold(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return fold(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+}
+
 static inline float sum(f32x16 v) {
-  float total[16];
-  store(total, v);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) total[i] += total[i + width];
-  }
-  return total[0];
+  return folded(v, [](auto a, auto b) { return a + b; });
 }
 
 static inline float largest(f32x16 v) {
-  float most[16];
-  store(most, v);
-  for (int i = 1; i < 16; ++i) most[0] = most[i] > most[0] ? most[i] : most[0];
-  return most[0];
+  return folded(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+static inline int32_t sum(i32x16 v) {
+  const i32x8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const i32x4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  const i32x4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+  return two[0] + two[1];
+}
+
+// Whether a lane is not zero.
+static inline bool any(i32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v)) != 0;
+#else
+  __m256i half[2];
+  __builtin_memcpy(half, &v, 64);
+  const __m256i both = _mm256_or_si256(half[0], half[1]);
+  return _mm256_testz_si256(both, both) == 0;
+#endif
 }
 
 // e^x with a relative error below 2^-22 for x in [-87, 87]; 0 below, and the value at 87 above. NaN stays NaN.

@@ -1,5 +1,7 @@
 //! What an engine requires of a model on a device.
 
+use std::{fmt, ops, sync::Arc};
+
 /// A model that reads each input once.
 pub trait EncodeBackend: Send + 'static {
     /// Logits `[batch, labels]` of token ids `[batch, differing lengths]`; the backend pads.
@@ -99,10 +101,52 @@ pub struct Row<'a> {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RowOutput {
     /// Logits `[vocabulary]` of the row's last token where `wants_logits` is set, else empty.
-    pub logits: Vec<f32>,
+    pub logits: Logits,
     /// Log-probabilities of the row's targets, in order. A long prompt has many targets, so a backend computes these
     /// without the logits of all of them at once.
     pub targets: Vec<Logprobs>,
+}
+
+/// Logits of a row, within a buffer that the rows of a step share: a copy of each would take longer than a draw.
+#[derive(Clone, Default)]
+pub struct Logits {
+    all: Arc<Vec<f32>>,
+    range: ops::Range<usize>,
+}
+
+impl Logits {
+    /// The rows of `all`, `[rows, vocabulary]`. The buffer can be written again when all of them are dropped.
+    pub fn rows(all: &Arc<Vec<f32>>, vocabulary: usize) -> impl Iterator<Item = Self> {
+        let vocabulary = vocabulary.max(1);
+        let starts = (0..all.len() / vocabulary).map(move |row| row * vocabulary);
+        starts.map(move |start| Self { all: all.clone(), range: start..start + vocabulary })
+    }
+}
+
+impl From<Vec<f32>> for Logits {
+    fn from(logits: Vec<f32>) -> Self {
+        Self { range: 0..logits.len(), all: logits.into() }
+    }
+}
+
+impl ops::Deref for Logits {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.all[self.range.clone()]
+    }
+}
+
+impl PartialEq for Logits {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl fmt::Debug for Logits {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(formatter)
+    }
 }
 
 /// Log-probabilities of the model's own distribution, before bias, penalties and temperature.

@@ -193,13 +193,13 @@ impl GenerateBackend for Rule {
             .map(|row| {
                 let targets = (row.start + 1..).zip(row.targets);
                 let targets = targets.map(|(end, &token)| logprobs(&behind(row, end).1, token as usize, row.top));
-                let mut output = RowOutput { logits: Vec::new(), targets: targets.collect() };
+                let mut output = RowOutput { targets: targets.collect(), ..RowOutput::default() };
                 if row.wants_logits {
                     let (next, logits) = behind(row, row.start + row.tokens.len());
                     if next == u32::from(b'!') {
                         return Err(BackendError("out of memory".into()));
                     }
-                    output.logits = logits;
+                    output.logits = logits.into();
                 }
                 Ok(output)
             })

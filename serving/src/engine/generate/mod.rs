@@ -2,7 +2,8 @@
 //!
 //! - [`blocks`] and [`scheduler`] decide, without clock, thread or model, which tokens a step computes and where they
 //!   are stored;
-//! - [`sampling`] chooses tokens from logits; [`sequence`] holds one answer in progress;
+//! - [`sampling`] chooses tokens from logits, `draw` for several sequences at a time;
+//! - [`sequence`] holds one answer in progress;
 //! - [`constraint`] restricts the tokens of an answer, such as to JSON of a schema;
 //! - [`adapters`] keeps the model's adapters loaded as long as they are used;
 //! - [`request`] is what a client and the thread exchange; `worker` is the thread.
@@ -16,6 +17,7 @@
 pub mod adapters;
 pub mod blocks;
 pub mod constraint;
+mod draw;
 mod meters;
 pub mod request;
 pub mod sampling;

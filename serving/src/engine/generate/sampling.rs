@@ -147,14 +147,15 @@ pub fn sample(
     if logits.len() != vocabulary {
         return Err(LogitsError::Length { found: logits.len(), wanted: vocabulary });
     }
-    // Without an early end the loop takes several numbers at a time.
-    if !logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
+    let (mut highest, is_finite) = survey(logits);
+    if !is_finite {
         let token = logits.iter().position(|logit| !logit.is_finite()).unwrap_or(0);
         return Err(LogitsError::NotFinite { token });
     }
     let scores = scores(logits, sampling, context);
-    let highest =
-        scores.iter().fold(f32::NEG_INFINITY, |highest, &score| if score > highest { score } else { highest });
+    if let Cow::Owned(scores) = &scores {
+        (highest, _) = survey(scores);
+    }
     if highest == f32::NEG_INFINITY {
         return Err(LogitsError::NothingLeft);
     }
@@ -164,6 +165,24 @@ pub fn sample(
     };
     let logprobs = sampling.logprobs.map(|count| logprobs(logits, token, count));
     Ok(Sampled { token: token as u32, logprobs })
+}
+
+/// The highest score, and whether all are finite. Several numbers at a time, which a fold over single ones is not.
+fn survey(scores: &[f32]) -> (f32, bool) {
+    const LANES: usize = 16;
+    let (mut highest, mut nothing) = ([f32::NEG_INFINITY; LANES], [0.0_f32; LANES]);
+    let parts = scores.chunks_exact(LANES);
+    let rest = parts.remainder();
+    for part in parts {
+        for lane in 0..LANES {
+            highest[lane] = if part[lane] > highest[lane] { part[lane] } else { highest[lane] };
+            // NaN for what is not finite.
+            nothing[lane] += part[lane] * 0.0;
+        }
+    }
+    let higher = |most: f32, one: f32| if one > most { one } else { most };
+    let highest = highest.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, higher);
+    (highest, nothing.iter().all(|&nothing| nothing == 0.0) && rest.iter().all(|score| score.is_finite()))
 }
 
 /// Logits after bias and penalties; tokens that must not come next are minus infinity.
@@ -216,42 +235,54 @@ fn is_plain(sampling: &Sampling) -> bool {
     sampling.logit_bias.is_empty() && penalties.iter().all(|&penalty| penalty == 0.0)
 }
 
+/// Number of scores whose weights are summed together.
+const PART: usize = 64;
+
+/// The weights of a part of the scores, relative to the highest, which has weight 1: a sum cannot overflow, and `min_p` is a
+/// comparison. Zeros behind the last.
+fn weigh(part: &[f32], highest: f32, inverse: f32) -> [f32; PART] {
+    let mut weights = [0.0; PART];
+    std::iter::zip(&mut weights, part).for_each(|(weight, score)| *weight = exponential((score - highest) * inverse));
+    weights
+}
+
+/// The sum of a part's weights. It is at least as large as each of them.
+fn sum(weights: &[f32; PART]) -> f64 {
+    let mut lanes = [0.0_f32; 8];
+    for weights in weights.chunks_exact(8) {
+        std::iter::zip(&mut lanes, weights).for_each(|(lane, weight)| *lane += weight);
+    }
+    lanes.iter().copied().map(f64::from).sum()
+}
+
 /// Draws from the softmax of the scores over the temperature, cut by `min_p`, `top_k` and `top_p`. `highest` is the
 /// highest score.
 fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> usize {
-    // Weights relative to the highest, which has weight 1: the sum cannot overflow, and `min_p` is a comparison.
-    let weights: Vec<f32> = scores.iter().map(|&score| exponential((score - highest) / sampling.temperature)).collect();
+    // Finite also for the smallest temperature, since infinity times 0 is no weight.
+    let inverse = (1.0 / sampling.temperature).min(f32::MAX);
     let number = uniform(sampling.seed, position);
+    let part = |index: usize| weigh(&scores[index * PART..scores.len().min((index + 1) * PART)], highest, inverse);
+    let sums: Vec<f64> = (0..scores.len().div_ceil(PART)).map(|index| sum(&part(index))).collect();
     if sampling.top_k == 0 && sampling.top_p == 1.0 && sampling.min_p == 0.0 {
-        return pick(&weights, number);
+        return pick(&sums, part, number);
     }
-    let sum: f64 = weights.iter().copied().map(f64::from).sum();
+    let sum: f64 = sums.iter().sum();
     // With `top_p` alone, all tokens that are lighter than this together weigh less than what it leaves out.
     let is_alone = sampling.top_k == 0 && sampling.min_p == 0.0;
     let light = (1.0 - f64::from(sampling.top_p)) * sum / scores.len() as f64;
     let least = if is_alone { light } else { f64::from(sampling.min_p) };
-    let kept = weights.into_iter().map(f64::from).enumerate();
-    let mut kept: Vec<(usize, f64)> = kept.filter(|(_, weight)| *weight > 0.0 && *weight >= least).collect();
     let order = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if (1..kept.len()).contains(&sampling.top_k) {
-        kept.select_nth_unstable_by(sampling.top_k - 1, order);
-        kept.truncate(sampling.top_k);
-    }
+    let mut kept = heaviest(&sums, part, least, sampling.top_k, order);
     if sampling.top_p < 1.0 {
-        kept.sort_unstable_by(order);
         let whole = match is_alone {
             true => sum,
             false => kept.iter().map(|(_, weight)| weight).sum::<f64>(),
         };
-        let enough = f64::from(sampling.top_p) * whole;
-        let mut sum = 0.0;
-        let reached = kept.iter().position(|(_, weight)| {
-            sum += weight;
-            sum >= enough
-        });
-        kept.truncate(reached.map_or(kept.len(), |index| index + 1));
+        if let Some(last) = last_of(kept.clone(), f64::from(sampling.top_p) * whole, order) {
+            kept.retain(|one| order(one, &last).is_le());
+        }
     }
-    // Sorted by id, so that the draw does not depend on how the set was found.
+    // Sorted by id, so that the draw does not depend on how the set was found; without `top_k` it is already.
     kept.sort_unstable_by_key(|&(index, _)| index);
     let sum: f64 = kept.iter().map(|(_, weight)| weight).sum();
     let mut left = number * sum;
@@ -265,40 +296,88 @@ fn draw(scores: &[f32], highest: f32, sampling: &Sampling, position: usize) -> u
     kept.last().map_or(0, |&(index, _)| index)
 }
 
-/// The index at which the running sum of the weights passes `number` of the whole, 0 <= number < 1. Parts of 64 weights
-/// are summed first, several at a time.
-fn pick(weights: &[f32], number: f64) -> usize {
-    const PART: usize = 64;
-    let sums: Vec<f64> = weights
-        .chunks(PART)
-        .map(|part| {
-            let mut lanes = [0.0_f32; 8];
-            for weights in part.chunks(8) {
-                std::iter::zip(&mut lanes, weights).for_each(|(lane, weight)| *lane += weight);
-            }
-            lanes.iter().copied().map(f64::from).sum()
-        })
-        .collect();
-    let mut left = number * sums.iter().sum::<f64>();
-    let mut last = 0;
-    for (part, sum) in sums.iter().enumerate() {
-        if left >= *sum {
-            left -= sum;
+/// The tokens that weigh at least `least` and more than nothing, and of them the first `count` in the order; all if it is 0.
+/// `part(i)` are the weights whose sum is `sums[i]`.
+fn heaviest(
+    sums: &[f64],
+    part: impl Fn(usize) -> [f32; PART],
+    mut least: f64,
+    count: usize,
+    order: impl Fn(&(usize, f64), &(usize, f64)) -> std::cmp::Ordering + Copy,
+) -> Vec<(usize, f64)> {
+    let mut kept: Vec<(usize, f64)> = Vec::new();
+    for index in (0..sums.len()).filter(|&index| sums[index] > 0.0) {
+        // A part that weighs less than the lightest token that is kept has none.
+        if sums[index] < least {
             continue;
         }
-        for (index, &weight) in weights[part * PART..].iter().take(PART).enumerate() {
-            if weight > 0.0 {
-                last = part * PART + index;
-                left -= f64::from(weight);
-                if left < 0.0 {
-                    return last;
-                }
-            }
+        let weights = part(index).map(f64::from).into_iter().enumerate();
+        let heavy = weights.filter(|(_, weight)| *weight > 0.0 && *weight >= least);
+        kept.extend(heavy.map(|(place, weight)| (index * PART + place, weight)));
+        if count > 0 && kept.len() > 2 * count + PART {
+            kept.select_nth_unstable_by(count - 1, order);
+            kept.truncate(count);
+            least = least.max(kept[count - 1].1);
         }
-        // Rounding may leave a remainder after the last of the part.
-        return last;
     }
-    weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(last)
+    if (1..kept.len()).contains(&count) {
+        kept.select_nth_unstable_by(count - 1, order);
+        kept.truncate(count);
+    }
+    kept
+}
+
+/// The last of the first tokens in the order that weigh `enough` together; none if all weigh less. Halves what is left until
+/// few are, since sorting all takes longer than all the rest.
+fn last_of(
+    mut kept: Vec<(usize, f64)>,
+    enough: f64,
+    order: impl Fn(&(usize, f64), &(usize, f64)) -> std::cmp::Ordering + Copy,
+) -> Option<(usize, f64)> {
+    const FEW: usize = 64;
+    let (mut left, mut sum) = (kept.as_mut_slice(), 0.0);
+    let mut last = None;
+    while left.len() > FEW {
+        let middle = left.len() / 2;
+        let (first, one, _) = left.select_nth_unstable_by(middle, order);
+        let heavier = first.iter().map(|(_, weight)| weight).sum::<f64>() + one.1;
+        if sum + heavier >= enough {
+            last = Some(*one);
+            left = &mut left[..middle];
+        } else {
+            sum += heavier;
+            left = &mut left[middle + 1..];
+        }
+    }
+    left.sort_unstable_by(order);
+    let found = left.iter().find(|(_, weight)| {
+        sum += weight;
+        sum >= enough
+    });
+    found.copied().or(last)
+}
+
+/// The index at which the running sum of the weights passes `number` of the whole, 0 <= number < 1. `part(i)` are the
+/// weights whose sum is `sums[i]`.
+fn pick(sums: &[f64], part: impl Fn(usize) -> [f32; PART], number: f64) -> usize {
+    let mut left = number * sums.iter().sum::<f64>();
+    let last = sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
+    // Rounding may leave a remainder after the last.
+    let found = sums[..last].iter().position(|&sum| {
+        let is_here = left < sum;
+        left -= if is_here { 0.0 } else { sum };
+        is_here
+    });
+    let index = found.unwrap_or(last);
+    let mut chosen = 0;
+    for (place, &weight) in part(index).iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+        chosen = place;
+        left -= f64::from(weight);
+        if left < 0.0 {
+            break;
+        }
+    }
+    index * PART + chosen
 }
 
 /// e^x for x <= 0 with a relative error below 2^-21; 0 for x below -87. Arithmetic that the compiler does for several
@@ -328,8 +407,8 @@ fn uniform(seed: u64, position: usize) -> f64 {
 
 /// Log-probability of a token and of the `count` most probable ones by `logits` `[vocabulary]`.
 pub fn logprobs(logits: &[f32], token: usize, count: usize) -> Logprobs {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    let (highest, _) = survey(logits);
+    let sum: f64 = logits.chunks(PART).map(|part| sum(&weigh(part, highest, 1.0))).sum();
     let logprob = |index: usize| (f64::from(logits[index] - highest) - sum.ln()) as f32;
     let mut indices: Vec<usize> = (0..logits.len()).collect();
     let order = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));

@@ -157,15 +157,68 @@ fn cuts_alone_and_together_draw_by_their_definition() {
     }
 }
 
+/// As `draw` picks among all tokens.
+fn picked(weights: &[f32], number: f64) -> usize {
+    let part = |index: usize| {
+        let mut part = [0.0; PART];
+        std::iter::zip(&mut part, &weights[index * PART..]).for_each(|(to, from)| *to = *from);
+        part
+    };
+    let sums: Vec<f64> = (0..weights.len().div_ceil(PART)).map(|index| sum(&part(index))).collect();
+    pick(&sums, part, number)
+}
+
 /// 0.3 of the weight is spread over many light tokens, so that the running sum crosses many parts.
 #[test]
 fn a_draw_over_many_tokens_follows_their_weights() {
     let weights: Vec<f32> = (0..1000).map(|index| if index == 700 { 700.0 } else { 300.0 / 999.0 }).collect();
-    let draws: Vec<usize> = (0..2000).map(|step| pick(&weights, f64::from(step) / 2000.0)).collect();
+    let draws: Vec<usize> = (0..2000).map(|step| picked(&weights, f64::from(step) / 2000.0)).collect();
     assert!(draws.is_sorted());
     assert!((draws.iter().filter(|&&index| index == 700).count() as i32 - 1400).abs() <= 1);
-    assert_eq!((pick(&weights, 0.0), pick(&weights, 0.999_999)), (0, 999));
-    assert_eq!(pick(&[0.0, 0.5, 0.0], 0.999_999_999), 1);
+    assert_eq!((picked(&weights, 0.0), picked(&weights, 0.999_999)), (0, 999));
+    assert_eq!(picked(&[0.0, 0.5, 0.0], 0.999_999_999), 1);
+    let mut late = vec![0.0; 300];
+    late[200] = 1.0;
+    assert_eq!([picked(&late, 0.0), picked(&late, 0.999_999_999)], [200, 200]);
+}
+
+/// Also of more tokens than are kept at a time, equal ones included.
+#[test]
+fn the_heaviest_tokens_are_those_of_a_sort() {
+    let scores: Vec<f32> = (0..5000).map(|index| ((index * 7919) % 1000) as f32 / 200.0).collect();
+    for top_k in [0, 1, 2, 40, 700] {
+        for (top_p, min_p) in [(1.0, 0.3), (0.9, 0.0), (0.3, 0.0), (0.5, 0.1)] {
+            let sampling = Sampling { top_k, top_p, min_p, seed: 5, ..Sampling::default() };
+            for position in 0..100 {
+                let (found, expected) =
+                    (draw(&scores, 999.0 / 200.0, &sampling, position), drawn(&scores, &sampling, position));
+                assert_eq!(found, expected, "{top_k} {top_p} {min_p}, position {position}");
+            }
+        }
+    }
+}
+
+/// A temperature whose inverse is infinite chooses the highest.
+#[test]
+fn the_smallest_temperature_is_like_none() {
+    let sampling = Sampling { temperature: f32::from_bits(1), ..Sampling::default() };
+    assert_eq!(choose(&[0.0, 1.0, 0.5], &sampling, &[], &[]), 1);
+}
+
+#[test]
+fn a_survey_finds_the_highest_and_what_is_not_finite() {
+    for length in [1, 15, 16, 33, 100] {
+        for place in 0..length {
+            let mut scores: Vec<f32> = (0..length).map(|index| -(index as f32)).collect();
+            scores[place] = 7.0;
+            assert_eq!(survey(&scores), (7.0, true), "{place} of {length}");
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                scores[place] = bad;
+                assert!(!survey(&scores).1, "{bad} at {place} of {length}");
+            }
+        }
+    }
+    assert_eq!(survey(&[f32::NEG_INFINITY; 3]).0, f32::NEG_INFINITY);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, LowRank, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, Logits, LowRank, Row, RowOutput},
     generate::{
         sampling::{Context, LogitsError, Sampling},
         sequence::{FinishReason, Stopping},
@@ -108,7 +108,7 @@ impl GenerateBackend for Fake {
             logits((0..end).map(|position| self.slots[slot(row.blocks, position)].unwrap_or((usize::MAX, 0))))
         };
         let answer = |row: &Row<'_>| RowOutput {
-            logits: if row.wants_logits { behind(row, row.start + row.tokens.len()) } else { Vec::new() },
+            logits: if row.wants_logits { behind(row, row.start + row.tokens.len()).into() } else { Logits::default() },
             targets: (row.start + 1..)
                 .zip(row.targets)
                 .map(|(end, &token)| sampling::logprobs(&behind(row, end), token as usize, row.top))

@@ -11,14 +11,15 @@ use tokio::sync::mpsc;
 use super::{
     adapters::{Adapter, Usage},
     blocks::Blocks,
-    constraint::{self, ConstraintError, Guide, Pool, TokenSet},
+    constraint::{self, ConstraintError, Guide, Pool},
+    draw::{Draw, Threads},
     meters::Meters,
     request::{Event, Finished, GenerateError, Item, Message, Place, Progress},
-    sampling::{self, Context, LogitsError, Logprobs, Sampled},
+    sampling::{LogitsError, Logprobs, Sampled},
     scheduler::{Plan, Scheduler, StepLimits, Work},
     sequence::{FinishReason, Sequence, SequenceId},
 };
-use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Row, RowOutput};
+use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Logits, Row, RowOutput};
 
 /// Threads that compute masks. A mask takes far less than a step, so that few are busy at a time.
 const MASK_THREADS: usize = 2;
@@ -72,6 +73,7 @@ pub(super) struct Worker<B> {
     usage: Usage,
     /// Started with the first request that has a constraint.
     pool: Option<Pool>,
+    threads: Threads,
     sequences: SequenceId,
     requests: u64,
 }
@@ -96,6 +98,7 @@ impl<B: GenerateBackend> Worker<B> {
             meters,
             usage,
             pool: None,
+            threads: Threads::start(),
             sequences: 0,
             requests: 0,
         }
@@ -202,21 +205,7 @@ impl<B: GenerateBackend> Worker<B> {
         let answers = self.compute(&plan.work);
         metrics::histogram!("athanor_server_batch_seconds").record(started.elapsed().as_secs_f64());
         match answers {
-            Ok(answers) => {
-                let now = Instant::now();
-                for (work, output) in plan.work.iter().zip(answers) {
-                    let scored = self.score(work, output.targets);
-                    self.scheduler.advance(work);
-                    match scored {
-                        Ok(()) if work.wants_logits => self.choose(work.index, &output.logits, now),
-                        Ok(()) => {}
-                        Err(error) => {
-                            tracing::error!(%error, "a sequence failed");
-                            self.fail(self.scheduler.running()[work.index].id, error);
-                        }
-                    }
-                }
-            }
+            Ok(answers) => self.take(&plan.work, answers),
             Err(error) => {
                 tracing::error!(%error, sequences = plan.work.len(), "a step failed");
                 for work in &plan.work {
@@ -286,48 +275,62 @@ impl<B: GenerateBackend> Worker<B> {
         Ok(())
     }
 
-    /// Chooses the next token of a sequence, sends it, and ends the sequence if it is complete.
-    fn choose(&mut self, index: usize, logits: &[f32], now: Instant) {
+    /// Takes what a step computed. Tokens are drawn on several threads and sent in the order of the sequences.
+    fn take(&mut self, work: &[Work], answers: Vec<RowOutput>) {
+        let now = Instant::now();
+        let mut draws = Vec::with_capacity(work.len());
+        for (work, output) in work.iter().zip(answers) {
+            let scored = self.score(work, output.targets);
+            self.scheduler.advance(work);
+            let draw = scored.and_then(|()| match work.wants_logits {
+                true => self.prepare(work.index, output.logits, now),
+                false => Ok(None),
+            });
+            match draw {
+                Ok(draw) => draws.extend(draw),
+                Err(error) => self.fail_running(work.index, error),
+            }
+        }
+        let (running, vocabulary) = (self.scheduler.running(), self.limits.vocabulary);
+        let drawn = self.threads.map(draws, |draw| {
+            let sampled = draw.sample(&running[draw.index], vocabulary);
+            (draw, sampled)
+        });
+        for (draw, sampled) in drawn {
+            let index = draw.index;
+            match sampled.map_err(GenerateError::from).and_then(|sampled| self.follow(draw, sampled)) {
+                Ok((sampled, completes)) => self.push(index, sampled, completes, now),
+                Err(error) => self.fail_running(index, error),
+            }
+        }
+    }
+
+    /// What the next token of a sequence is drawn from. None for a sequence that wants no token, which ends.
+    fn prepare(&mut self, index: usize, logits: Logits, now: Instant) -> Result<Option<Draw>, GenerateError> {
         let sequence = &self.scheduler.running()[index];
-        let id = sequence.id;
-        if let Some(client) = self.clients.get_mut(&id)
+        let mut client = self.clients.get_mut(&sequence.id);
+        if let Some(client) = &mut client
             && let Some(prompt) = client.prompt.take()
         {
             client.send(Ok(Event::Prompt(prompt)));
         }
         if sequence.stopping.max_tokens == 0 {
             self.end(index, FinishReason::Length, now);
-            return;
+            return Ok(None);
         }
-        match self.chosen(index, logits) {
-            Ok((sampled, completes)) => self.push(index, sampled, completes, now),
-            Err(error) => {
-                tracing::error!(%error, "a sequence failed");
-                self.fail(id, error);
-            }
-        }
+        let guide = client.and_then(|client| client.guide.take());
+        let constraint = guide.map(Guide::mask).transpose()?;
+        Ok(Some(Draw { index, logits, constraint }))
     }
 
-    /// The next token, and whether the constraint ends the answer with it.
-    fn chosen(&mut self, index: usize, logits: &[f32]) -> Result<(Sampled, bool), GenerateError> {
-        let sequence = &self.scheduler.running()[index];
-        let mut client = self.clients.get_mut(&sequence.id);
-        let guide = client.as_mut().and_then(|client| client.guide.take());
-        let guide = guide.map(Guide::mask).transpose()?;
-        let context = Context {
-            prompt: sequence.prompt(),
-            answer: sequence.answer(),
-            forbidden: sequence.forbidden(),
-            allowed: guide.as_ref().map(|(_, allowed): &(_, TokenSet)| allowed),
-        };
-        let sampled = sampling::sample(logits, self.limits.vocabulary, &sequence.sampling, context)?;
-        let Some((mut constraint, _)) = guide.filter(|_| !sequence.stopping.stop_tokens.contains(&sampled.token))
-        else {
-            return Ok((sampled, false));
-        };
+    /// Follows an answer's constraint by its next token: returns whether the constraint ends the answer with it.
+    fn follow(&mut self, draw: Draw, sampled: Sampled) -> Result<(Sampled, bool), GenerateError> {
+        let sequence = &self.scheduler.running()[draw.index];
+        let constraint = draw.constraint.filter(|_| !sequence.stopping.stop_tokens.contains(&sampled.token));
+        let Some((mut constraint, _)) = constraint else { return Ok((sampled, false)) };
         let completes = constraint.accept(sampled.token)? == constraint::Progress::Complete;
         let is_last = completes || sequence.answer().len() + 1 >= sequence.stopping.max_tokens;
-        if let (Some(client), Some(pool), false) = (client, &self.pool, is_last) {
+        if let (Some(client), Some(pool), false) = (self.clients.get_mut(&sequence.id), &self.pool, is_last) {
             client.guide = Some(pool.guide(constraint));
         }
         Ok((sampled, completes))
@@ -359,6 +362,11 @@ impl<B: GenerateBackend> Worker<B> {
             queued: admitted.saturating_duration_since(client.since),
             computed: now.saturating_duration_since(admitted),
         })));
+    }
+
+    fn fail_running(&mut self, index: usize, error: GenerateError) {
+        tracing::error!(%error, "a sequence failed");
+        self.fail(self.scheduler.running()[index].id, error);
     }
 
     fn fail(&mut self, id: SequenceId, error: GenerateError) {

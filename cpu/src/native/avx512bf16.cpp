@@ -1,0 +1,2 @@
+#define ATHANOR_ISA avx512bf16
+#include "isa.hpp"
