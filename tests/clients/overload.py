@@ -139,10 +139,12 @@ async def run(base, seconds, sequences, seed):
         "latency of admitted, s": {"p50": measured.latency(0.5), "p99": measured.latency(0.99), "bound": bound},
         "latency of refusals, s": {"p50": measured.latency(0.5, measured.refusals), "p99": measured.latency(0.99, measured.refusals)},
     }
+    refusals = [1000 * measured.latency(share, measured.refusals) for share in (0.5, 0.99)]
     print(f"overload: {offered:.1f} requests/s offered ({offered / rate:.1f} times the capacity of {rate:.2f}), {admitted} admitted, "
-          f"{measured.statuses[429]} refused\ngoodput {measured.goodput:.1f} tokens/s, {measured.goodput / best:.1%} of {best:.1f}\n"
-          f"latency of admitted p50 {measured.latency(0.5):.2f} s, p99 {measured.latency(0.99):.2f} s (bound {bound:.2f} s), of refusals p50 "
-          f"{1000 * measured.latency(0.5, measured.refusals):.1f} ms, p99 {1000 * measured.latency(0.99, measured.refusals):.1f} ms", flush=True)
+          f"{measured.statuses[429]} refused\n"
+          f"goodput {measured.goodput:.1f} tokens/s, {measured.goodput / best:.1%} of {best:.1f}\n"
+          f"latency of admitted p50 {measured.latency(0.5):.2f} s, p99 {measured.latency(0.99):.2f} s (bound {bound:.2f} s), "
+          f"of refusals p50 {refusals[0]:.1f} ms, p99 {refusals[1]:.1f} ms", flush=True)
     wrong += measured.failures[:5]
     if measured.without_retry_after:
         wrong.append(f"{measured.without_retry_after} answers with 429 have no Retry-After")
