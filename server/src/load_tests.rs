@@ -91,6 +91,7 @@ async fn smollm2_answers_a_conversation() {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stop: vec![" Paris".into()],
         max_tokens: Some(24),
+        min_tokens: 0,
     };
     let question = json!([{"role": "user", "content": "What is the capital of France?"}]);
     let answers = generator.generate(chat(question)).await.unwrap().complete().await.unwrap();

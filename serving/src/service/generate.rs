@@ -58,6 +58,8 @@ pub struct Generation {
     pub stop: Vec<String>,
     /// Largest number of tokens of an answer. Absent: what the prompt leaves of the context.
     pub max_tokens: Option<usize>,
+    /// Number of tokens before which no token that ends an answer is chosen. A stop string ends it earlier.
+    pub min_tokens: usize,
 }
 
 /// What a conversation's answer may be besides text.
@@ -222,7 +224,8 @@ impl Generator {
             let tokens = prompt.len();
             let left = self.max_length().saturating_sub(tokens);
             let max_tokens = request.max_tokens.unwrap_or(left.max(1));
-            let stopping = Stopping { max_tokens, min_tokens: 0, stop_tokens: self.stop_tokens.to_vec() };
+            let stopping =
+                Stopping { max_tokens, min_tokens: request.min_tokens, stop_tokens: self.stop_tokens.to_vec() };
             let sequences = GenerateRequest {
                 prompt,
                 choices,
@@ -300,6 +303,7 @@ impl Generator {
                     sampling: Sampling { temperature: 0.0, ..Sampling::default() },
                     stop: Vec::new(),
                     max_tokens: Some(4.min(self.max_length().saturating_sub(words)).max(1)),
+                    min_tokens: 0,
                 })
                 .await?;
             answers.complete().await?;

@@ -64,6 +64,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
         sampling: options.sampling,
         stop: options.stop,
         max_tokens: options.max_tokens,
+        min_tokens: options.min_tokens,
     };
     let answers = generator.generate(generation).await.map_err(|error| renamed(error.into()))?;
     let shape = Shape::new(&service.model_name, parameters);
