@@ -71,11 +71,14 @@ def guidellm(base, model, rate, seconds, seed, work):
         for number in range(count):
             print(json.dumps({"prompt": prompt(2_000_000 + 10_000 * seed + number, WORDS), "output_tokens_count": TOKENS}), file=file)
     output.unlink(missing_ok=True)
-    command = [
-        GUIDELLM, "benchmark", "run", "--target", base, "--model", model, "--request-type", "text_completions", "--profile", "poisson",
-        "--rate", str(rate), "--max-seconds", str(seconds), "--random-seed", str(seed), "--data", rows, "--output-path", output,
-        "--disable-console",
-    ]
+    backend = {"kind": "openai_http", "target": base, "model": model, "request_format": "/v1/completions"}
+    settings = {
+        "backend": backend, "profile": {"kind": "poisson", "rate": rate}, "constraint": {"kind": "max_duration", "seconds": seconds},
+        "data": {"kind": "json_file", "path": str(rows)}, "output": {"kind": "json", "path": str(output)},
+    }
+    command = [GUIDELLM, "run", "--disable-console"]
+    for name, value in settings.items():
+        command += [f"--{name}", json.dumps(value)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GUIDELLM")} | {"HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment, timeout=10 * seconds + 300)
     (benchmark,) = json.loads(output.read_text())["benchmarks"]
@@ -108,13 +111,20 @@ def run(model, files, options):
                 ask(base, served, 1, 20, 8)
                 for turn, rate in enumerate(rates):
                     for client, measure in clients.items():
-                        values = measure(base, served, rate, seconds, turn + 1)
+                        try:
+                            values = measure(base, served, rate, seconds, turn + 1)
+                        except (subprocess.SubprocessError, OSError, KeyError, ValueError) as error:
+                            # An independent client that does not run is reported and costs no other measurement.
+                            print(f"{model.name}, {name}, {rate:g} requests/s, by {client}: FAILED: {error!r}", flush=True)
+                            continue
                         found[name, rate, client] = values
                         row = ", ".join(f"{what} {value:.1f}" for what, value in values.items())
                         print(f"{model.name}, {name}, {rate:g} requests/s, by {client}: {row}", flush=True)
     own, peer = servers
     for rate in rates:
         for client in clients:
+            if (own, rate, client) not in found or (peer, rate, client) not in found:
+                continue
             for what in found[own, rate, client]:
                 if what != "requests":
                     a, b = found[own, rate, client][what], found[peer, rate, client][what]
