@@ -85,7 +85,7 @@ def guidellm(base, model, rate, seconds, seed, work):
     metrics = benchmark["metrics"]
     total = metrics["request_totals"]
     if total["errored"] or not total["successful"]:
-        raise RuntimeError(f"guidellm's requests failed: {total}")
+        raise ValueError(f"guidellm's requests failed: {total}")
     found = {"requests": total["successful"]}
     for name, key in (("time to first token", "time_to_first_token_ms"), ("between tokens", "inter_token_latency_ms")):
         for share in ("p50", "p99"):
