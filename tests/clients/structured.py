@@ -35,7 +35,10 @@ FIRST_LIMIT, SECOND_LIMIT, BIAS = 256, 512, 8
 # Longest duration of an answer in seconds, enough for a machine that does other work as well.
 LONGEST = 1200
 CLOSING = ['"', '",', '"}', '"]', "}", "]", "}}", "]}", "0", "null"]
-LIMITS = {"too large": r"\d+ bytes; at most \d+", "too slow": r"not compiled within", "unsatisfiable": r"[Uu]nsatisfiable"}
+LIMITS = {
+    "too large": r"\d+ bytes; at most \d+", "too slow": r"not compiled within", "unsatisfiable": r"[Uu]nsatisfiable",
+    "a regular expression": r"regex parse error",
+}
 
 
 def validate(schema, value):
@@ -192,7 +195,7 @@ def main():
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
-        more = {"engine": {"weights": "Int4", "maxModelLength": 2048}, "limits": {"maxRequestSeconds": LONGEST}}
+        more = {"engine": {"weights": "Int4", "maxModelLength": 2048}, "limits": {"maxRequestSeconds": LONGEST, "maxBodyBytes": 16 << 20}}
         with local.server(work, "schemas", f"file://{local.MODELS}/{options.model}", work / "log", **more) as server:
             found = asyncio.run(run(options, server.base))
     seconds = time.monotonic() - began
