@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-soak test-schemas bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -50,6 +50,12 @@ test-cluster: ## kill tests, bad input, llama.cpp's server on the running cluste
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
+
+test-soak: setup ## ten minutes of mixed requests through the router, then ten times the load the machine can serve (SOAK_SECONDS)
+	@scripts/test-load soak --seconds $${SOAK_SECONDS:-600}
+
+test-schemas: setup ## structured output for 500 schemas, checked by an independent validator
+	@scripts/test-load structured
 
 test-chaos: ## 50 kills at random on the running cluster, the loop under traffic (after `make demo`; CHAOS_KILLS, CHAOS_SEED)
 	@$(CARGO) test --release --workspace --test cluster -- --ignored --nocapture chaos::

@@ -10,7 +10,9 @@ use anyhow::{Context, bail};
 use athanor_contract::serve::{EngineConfig, ServeLimits, Weights};
 use athanor_models::{Batch, CachedRow, CausalLanguageModel, CausalOptions, KvCache, Packing};
 use athanor_serving::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput},
+    backend::{
+        AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput,
+    },
     generate::{EngineLimits, scheduler::StepLimits},
 };
 use tch::{Device, Kind, Tensor};

@@ -92,6 +92,7 @@ async fn smollm2_answers_a_conversation() {
         stop: vec![" Paris".into()],
         max_tokens: Some(24),
         adapter: None,
+        min_tokens: 0,
     };
     let question = json!([{"role": "user", "content": "What is the capital of France?"}]);
     let answers = generator.generate(chat(question)).await.unwrap().complete().await.unwrap();

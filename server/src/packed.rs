@@ -6,7 +6,9 @@ use athanor_contract::serve::{EngineConfig, Weights};
 use athanor_cpu::{Adapter, Decoder, InstructionSet};
 use athanor_models::packed::{self, Bits, PackOptions};
 use athanor_serving::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput},
+    backend::{
+        AdapterId, AdapterWeights, BackendError, GenerateBackend, GenerateLimits, Logits, Logprobs, Row, RowOutput,
+    },
     generate::sampling,
 };
 

@@ -2,26 +2,12 @@
 
 import contextlib
 import json
-import os
-import pathlib
-import socket
 import subprocess
-import time
 
 import pytest
-import requests
 
-TARGET = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release"
-MODELS = pathlib.Path(os.environ["ATHANOR_MODELS"])
-DATA = pathlib.Path(os.environ["ATHANOR_DATA"])
-# Our processes find libtorch by this path; Python must not, it has its own.
-OURS = dict(os.environ, LD_LIBRARY_PATH=f"{os.environ['LIBTORCH']}/lib")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+import local
+from local import DATA, MODELS, OURS, TARGET
 
 
 @pytest.fixture(scope="session")
@@ -69,27 +55,8 @@ def artifact(tmp_path_factory, rows):
 @contextlib.contextmanager
 def serving(folder, name, uri, **more):
     """athanor-server of a model: its addresses by HTTP and gRPC. `more`: further fields of serve.json."""
-    http, grpc = free_port(), free_port()
-    config = folder / "serve.json"
-    serve = {"modelName": name, "revision": f"{name}-1", "modelUri": uri, "httpPort": http, "grpcPort": grpc, **more}
-    config.write_text(json.dumps(serve))
-    process = subprocess.Popen([TARGET / "athanor-server", "--config", config], env=OURS)
-    try:
-        base = f"http://127.0.0.1:{http}"
-        for _ in range(600):
-            try:
-                if requests.get(f"{base}/readyz", timeout=1).status_code == 200:
-                    break
-            except requests.ConnectionError:
-                pass
-            assert process.poll() is None, "athanor-server ended"
-            time.sleep(0.1)
-        else:
-            raise TimeoutError("athanor-server was not ready in 60 s")
-        yield base, f"127.0.0.1:{grpc}"
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    with local.server(folder, name, uri, **more) as server:
+        yield server.base, server.grpc
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,8 @@ pub struct Generation {
     pub max_tokens: Option<usize>,
     /// Absent: the model's own weights.
     pub adapter: Option<Adapter>,
+    /// Number of tokens before which no token that ends an answer is chosen. A stop string ends it earlier.
+    pub min_tokens: usize,
 }
 
 /// What a conversation's answer may be besides text.
@@ -230,7 +232,8 @@ impl Generator {
             let tokens = prompt.len();
             let left = self.max_length().saturating_sub(tokens);
             let max_tokens = request.max_tokens.unwrap_or(left.max(1));
-            let stopping = Stopping { max_tokens, min_tokens: 0, stop_tokens: self.stop_tokens.to_vec() };
+            let stopping =
+                Stopping { max_tokens, min_tokens: request.min_tokens, stop_tokens: self.stop_tokens.to_vec() };
             let sequences = GenerateRequest {
                 prompt,
                 choices,
@@ -311,6 +314,7 @@ impl Generator {
                     stop: Vec::new(),
                     max_tokens: Some(4.min(self.max_length().saturating_sub(words)).max(1)),
                     adapter: None,
+                    min_tokens: 0,
                 })
                 .await?;
             answers.complete().await?;

@@ -71,7 +71,7 @@ async fn a_full_queue_of_a_classifier_refuses_before_it_tokenises() {
 
 fn generation(prompt: Prompt) -> Generation {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Generation { prompt, choices: 1, sampling, stop: Vec::new(), max_tokens: Some(8), adapter: None }
+    Generation { prompt, choices: 1, sampling, stop: Vec::new(), max_tokens: Some(8), min_tokens: 0, adapter: None }
 }
 
 #[tokio::test]

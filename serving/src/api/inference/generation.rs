@@ -110,6 +110,7 @@ fn asked(prompt: Prompt, mut fields: Fields, adapter: Option<Adapter>) -> Result
         sampling: options.sampling,
         stop: options.stop,
         max_tokens: options.max_tokens,
+        min_tokens: options.min_tokens,
         adapter,
     };
     Ok(Asked { generation, is_stream: options.stream })

@@ -54,6 +54,7 @@ pub async fn completions(State(service): State<Arc<Service>>, request: Request) 
         stop: options.stop,
         max_tokens: options.max_tokens,
         adapter: selection.adapter.clone(),
+        min_tokens: options.min_tokens,
     };
     let answers = generator.generate_text(generation, text).await;
     let answers = answers.map_err(|error| ApiError::of_field(error, "prompt"))?;

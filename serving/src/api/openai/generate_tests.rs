@@ -115,6 +115,28 @@ async fn an_answer_ends_at_its_limit_at_the_context_or_at_a_stop_string() {
 }
 
 #[tokio::test]
+async fn an_answer_does_not_end_by_itself_before_its_least_number_of_tokens() {
+    let (app, _, _) = application(limits());
+    for (more, tokens, reason) in [
+        (json!({"max_tokens": 5}), 3, "stop"),
+        (json!({"max_tokens": 5, "min_tokens": 2}), 3, "stop"),
+        (json!({"max_tokens": 9, "min_tokens": 4}), 5, "stop"),
+        (json!({"max_tokens": 5, "min_tokens": 5}), 5, "length"),
+        (json!({"max_tokens": 5, "ignore_eos": true}), 5, "length"),
+        (json!({"max_tokens": 5, "ignore_eos": false}), 3, "stop"),
+        (json!({"max_tokens": 5, "ignore_eos": true, "stop": "b"}), 2, "stop"),
+    ] {
+        let body = ask(&app, CHAT, chat("ab", more.clone())).await;
+        assert_eq!(body["usage"]["completion_tokens"], tokens, "{more}");
+        assert_eq!(body["choices"][0]["finish_reason"], reason, "{more}");
+    }
+    let schema = json!({"type": "json_object"});
+    let (parts, text) = send(&app, CHAT, chat("{}", json!({"ignore_eos": true, "response_format": schema}))).await;
+    assert_eq!(parts.status, 400, "{text}");
+    assert!(text.contains("min_tokens"), "{text}");
+}
+
+#[tokio::test]
 async fn a_stream_has_roles_pieces_reasons_usage_and_done() {
     let (app, _, _) = application(limits());
     let more = json!({"stream": true, "n": 2, "stop": "d!", "stream_options": {"include_usage": true}});
@@ -232,6 +254,8 @@ async fn each_mistake_names_its_parameter() {
         (json!({"max_tokens": 0}), 400, json!("max_tokens"), "invalid_field"),
         (json!({"max_tokens": -1}), 400, json!("max_tokens"), "invalid_field"),
         (json!({"max_tokens": 1000}), 400, json!("max_tokens"), "context_length_exceeded"),
+        (json!({"max_tokens": 4, "min_tokens": 5}), 400, json!("min_tokens"), "invalid_field"),
+        (json!({"ignore_eos": 1}), 400, json!("ignore_eos"), "invalid_field"),
         (json!({"n": 0}), 400, json!("n"), "invalid_field"),
         (json!({"n": 5}), 400, json!("n"), "too_many_answers"),
         (json!({"stream": "yes"}), 400, json!("stream"), "invalid_field"),

@@ -33,6 +33,8 @@ pub struct Options {
     pub choices: usize,
     pub stop: Vec<String>,
     pub max_tokens: Option<usize>,
+    /// Number of tokens before which an answer does not end by itself; `usize::MAX` for `ignore_eos`.
+    pub min_tokens: usize,
     pub stream: bool,
     /// Whether a stream ends with the usage.
     pub includes_usage: bool,
@@ -66,13 +68,24 @@ impl Options {
                 found => limit = limit.or(found),
             }
         }
+        let min_tokens = min_tokens(fields, limit)?;
         let stream = fields.take("stream")?.unwrap_or(false);
         let stream_options: Option<StreamOptions> = fields.take("stream_options")?;
         if stream_options.is_some() && !stream {
             return Err(invalid("stream_options", "requires stream: true"));
         }
         let includes_usage = stream_options.and_then(|options| options.include_usage).unwrap_or(false);
-        Ok(Self { model, sampling, choices, stop, max_tokens: limit, stream, includes_usage })
+        Ok(Self { model, sampling, choices, stop, max_tokens: limit, min_tokens, stream, includes_usage })
+    }
+}
+
+/// vLLM's parameters `min_tokens` and `ignore_eos`, which benchmarks send.
+fn min_tokens(fields: &mut Fields, max_tokens: Option<usize>) -> Result<usize, ApiError> {
+    let least = fields.take::<usize>("min_tokens")?.unwrap_or(0);
+    match max_tokens {
+        Some(most) if least > most => Err(invalid("min_tokens", format!("{least} is more than max_tokens, {most}"))),
+        _ if fields.take::<bool>("ignore_eos")?.unwrap_or(false) => Ok(usize::MAX),
+        _ => Ok(least),
     }
 }
 

@@ -97,6 +97,10 @@ pub struct Sampling {
     pub seed: Option<i64>,
     /// At most four strings, which end an answer and are not part of it.
     pub stop: Option<Texts>,
+    /// Number of tokens before which an answer ends only at a stop string.
+    pub min_tokens: Option<u64>,
+    /// Whether an answer ends only at its limit of tokens or at a stop string.
+    pub ignore_eos: Option<bool>,
     /// Whether the answer is sent as server-sent events.
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,

@@ -71,6 +71,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
         stop: options.stop,
         max_tokens: options.max_tokens,
         adapter: selection.adapter,
+        min_tokens: options.min_tokens,
     };
     let answers = match generator.generate_structured(generation, structure).await {
         Ok(answers) => answers,
