@@ -27,6 +27,10 @@ pub struct ServeConfig {
     /// Engine of a language model; other models do not read it.
     #[serde(default)]
     pub engine: EngineConfig,
+    /// Whether a request may have any `model`, for clients that cannot be given the model's name. The operator does not
+    /// set it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_any_model: bool,
 }
 
 /// How the built-in engine runs a language model.

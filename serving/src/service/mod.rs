@@ -46,6 +46,7 @@ pub struct Service {
     pub limits: ServeLimits,
     /// Seconds since the epoch at which this process loaded the model.
     pub created: i64,
+    accepts_any_model: bool,
     model: Model,
     tokenizing: Tokenizing,
     draining: AtomicBool,
@@ -73,16 +74,17 @@ impl Service {
             revision: config.revision.clone(),
             limits: config.limits,
             created: jiff::Timestamp::now().as_second(),
+            accepts_any_model: config.accept_any_model,
             model,
             tokenizing: Tokenizing::default(),
             draining: AtomicBool::new(false),
         }
     }
 
-    /// Absent and this model's own name are accepted.
+    /// Absent and this model's own name are accepted, and every name if the configuration says so.
     pub fn check_model(&self, asked: Option<&str>) -> Result<(), ServiceError> {
         match asked {
-            Some(asked) if asked != self.model_name => Err(ServiceError::UnknownModel {
+            Some(asked) if asked != self.model_name && !self.accepts_any_model => Err(ServiceError::UnknownModel {
                 asked: asked.chars().take(256).collect(),
                 known: self.model_name.clone(),
             }),

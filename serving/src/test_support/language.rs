@@ -194,6 +194,7 @@ pub fn language_model_with_template(limits: ServeLimits, template: &'static str)
         grpc_port: 0,
         limits,
         engine: Default::default(),
+        accept_any_model: false,
     };
     let gate = Arc::<Gate>::default();
     let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };

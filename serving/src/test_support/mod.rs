@@ -65,6 +65,7 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
         grpc_port: 0,
         limits,
         engine: Default::default(),
+        accept_any_model: false,
     };
     let gate = Arc::<Gate>::default();
     let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
@@ -93,6 +94,7 @@ pub fn embedding_model() -> Arc<Service> {
         grpc_port: 0,
         limits,
         engine: Default::default(),
+        accept_any_model: false,
     };
     let engine = Engine::start(Lengths, &limits).expect("a thread starts");
     Arc::new(Service::new(

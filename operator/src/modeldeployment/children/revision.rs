@@ -49,6 +49,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, revision: &R
             ..ServeLimits::default()
         },
         engine: deployment.engine,
+        accept_any_model: false,
     };
     let (http, grpc) = (i32::from(config.http_port), i32::from(config.grpc_port));
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
