@@ -34,7 +34,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
     let generator = service.generator()?;
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
-    let Asked { structure, reading } = structure::take(&mut fields, generator.call_format())?;
+    let Asked { structure, reading, schema } = structure::take(&mut fields, generator.call_format())?;
     let mut options = Options::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
     service.check_model(options.model.as_deref())?;
     options.sampling.logprobs = logprobs(&mut fields)?;
@@ -52,7 +52,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
         Ok(answers) => answers,
         Err(error) => {
             let functions = reading.as_ref().map(|reading| &*reading.functions);
-            return Err(structure::refused(error, functions, generator).await);
+            return Err(structure::refused(error, functions, schema, generator).await);
         }
     };
     let format = Chat::new(&service, reading);
