@@ -119,10 +119,10 @@ fn message(path: &str, mut fields: serde_json::Map<String, Value>) -> Result<Val
 /// Calls of functions in an earlier answer. Templates read their arguments as an object, clients send them as JSON in
 /// a string.
 fn tool_calls(path: &str, calls: Value) -> Result<Value, ApiError> {
-    let mut calls: Vec<Value> = typed(path, calls)?;
+    let mut calls: Vec<serde_json::Map<String, Value>> = typed(path, calls)?;
     for call in &mut calls {
-        let arguments = call.pointer_mut("/function/arguments");
-        if let Some(arguments) = arguments
+        let function = call.get_mut("function");
+        if let Some(arguments) = function.and_then(|function| function.get_mut("arguments"))
             && let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
         {
             *arguments = parsed;

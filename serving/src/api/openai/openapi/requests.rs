@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
+use serde_json::Value;
 
 /// One text or several.
 #[derive(JsonSchema)]
@@ -68,7 +69,7 @@ pub struct Message {
     pub name: Option<String>,
     pub tool_call_id: Option<String>,
     /// Calls of functions in an earlier answer.
-    pub tool_calls: Option<Vec<BTreeMap<String, serde_json::Value>>>,
+    pub tool_calls: Option<Vec<BTreeMap<String, Value>>>,
     pub reasoning_content: Option<String>,
 }
 
@@ -101,10 +102,9 @@ pub struct Sampling {
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     /// Has no effect.
-    pub user: Option<String>,
-    pub metadata: Option<BTreeMap<String, String>>,
+    pub user: Option<Value>,
     /// Has no effect: nothing is stored.
-    pub store: Option<bool>,
+    pub store: Option<Value>,
 }
 
 /// What a stream has besides the answers.
@@ -133,7 +133,7 @@ pub struct NamedSchema {
     /// Has no effect.
     pub description: Option<String>,
     /// A JSON schema.
-    pub schema: BTreeMap<String, serde_json::Value>,
+    pub schema: BTreeMap<String, Value>,
     /// Has no effect: the schema is always followed.
     pub strict: Option<bool>,
 }
@@ -153,7 +153,7 @@ pub struct Function {
     pub name: String,
     pub description: Option<String>,
     /// A JSON schema of an object; absent: no parameters.
-    pub parameters: Option<BTreeMap<String, serde_json::Value>>,
+    pub parameters: Option<BTreeMap<String, Value>>,
     /// Has no effect: the schema is followed whenever a call is required.
     pub strict: Option<bool>,
 }
@@ -207,6 +207,8 @@ pub struct ChatRequest {
     pub tool_choice: Option<ToolChoice>,
     /// Whether an answer may have several calls; absent: true.
     pub parallel_tool_calls: Option<bool>,
+    /// Has no effect.
+    pub metadata: Option<Value>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -231,6 +233,8 @@ pub struct CompletionRequest {
     /// Number of most probable tokens to report with each token.
     #[schemars(range(max = 20))]
     pub logprobs: Option<u32>,
+    /// Has no effect.
+    pub metadata: Option<Value>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -251,8 +255,10 @@ pub struct InputItem {
     /// `system`, `developer`, `user` or `assistant`
     pub role: String,
     pub content: Content<InputPart>,
-    pub id: Option<String>,
-    pub status: Option<String>,
+    /// Has no effect.
+    pub id: Option<Value>,
+    /// Has no effect.
+    pub status: Option<Value>,
 }
 
 /// A text or a conversation to answer. The response is not stored.
@@ -272,6 +278,7 @@ pub struct ResponseRequest {
     pub top_logprobs: Option<u32>,
     /// `disabled`
     pub truncation: Option<String>,
+    pub metadata: Option<BTreeMap<String, String>>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -286,7 +293,7 @@ pub struct EmbeddingRequest {
     #[schemars(range(min = 1))]
     pub dimensions: Option<u32>,
     /// Has no effect.
-    pub user: Option<String>,
+    pub user: Option<Value>,
 }
 
 /// How a vector is written.
