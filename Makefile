@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-suites bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -49,6 +49,9 @@ test-cluster: ## kill tests and bad input on the running cluster (after `make de
 
 test-clients: setup ## transformers, tritonclient, tensorboard, ... against our artifact and server, in a Python environment of their own
 	@scripts/test-clients
+
+test-suites: setup ## suites of openai, langchain-tests, compatcanary, the AI SDK, schemathesis, ... against our servers (docs/clients.md)
+	@scripts/test-suites
 
 test-chaos: ## 50 kills at random on the running cluster, the loop under traffic (after `make demo`; CHAOS_KILLS, CHAOS_SEED)
 	@$(CARGO) test --release --workspace --test cluster -- --ignored --nocapture chaos::
