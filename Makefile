@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-soak test-schemas bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-suites test-soak test-schemas bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -56,6 +56,9 @@ test-soak: setup ## ten minutes of mixed requests through the router, then ten t
 
 test-schemas: setup ## structured output for 500 schemas, checked by an independent validator
 	@scripts/test-load structured
+
+test-suites: setup ## suites of openai, langchain-tests, compatcanary, the AI SDK, schemathesis, ... against our servers (docs/clients.md)
+	@scripts/test-suites
 
 test-chaos: ## 50 kills at random on the running cluster, the loop under traffic (after `make demo`; CHAOS_KILLS, CHAOS_SEED)
 	@$(CARGO) test --release --workspace --test cluster -- --ignored --nocapture chaos::

@@ -30,6 +30,10 @@ pub struct ServeConfig {
     /// Adapters of a language model that are loaded at the start, which fails if one of them cannot be used.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterConfig>,
+    /// Whether a request may have any `model`, for clients that cannot be given the model's name. The operator does not
+    /// set it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_any_model: bool,
 }
 
 /// A low-rank adapter of a served language model.

@@ -79,3 +79,28 @@ def embedding_model(tmp_path_factory):
     """Addresses of a server of MiniLM, an encoder without a head."""
     with serving(tmp_path_factory.mktemp("embed"), "mini", f"file://{MODELS}/minilm-l6") as addresses:
         yield addresses
+
+
+@pytest.fixture(scope="session")
+def any_model(tmp_path_factory):
+    """Addresses of a server of SmolLM2-135M-Instruct with a short context, which accepts every name of a model."""
+    engine = {"maxModelLength": 96, "kvCacheMemory": 64 << 20, "weights": "Int4"}
+    more = {"acceptAnyModel": True, "limits": {"maxInputs": 4}, "engine": engine}
+    with serving(tmp_path_factory.mktemp("any"), "smol", f"file://{MODELS}/smollm2-135m", **more) as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def any_embedding_model(tmp_path_factory):
+    """Addresses of a server of MiniLM, which accepts every name of a model."""
+    more = {"acceptAnyModel": True}
+    with serving(tmp_path_factory.mktemp("any"), "mini", f"file://{MODELS}/minilm-l6", **more) as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def coder(tmp_path_factory):
+    """Addresses of a server of Qwen2.5-Coder-0.5B-Instruct, whose template shows functions."""
+    more = {"engine": {"maxModelLength": 2048, "kvCacheMemory": 256 << 20, "weights": "Int4"}}
+    with serving(tmp_path_factory.mktemp("coder"), "coder", f"file://{MODELS}/qwen2.5-coder-0.5b", **more) as addresses:
+        yield addresses

@@ -51,6 +51,7 @@ pub struct Service {
     pub limits: ServeLimits,
     /// Seconds since the epoch at which this process loaded the model.
     pub created: i64,
+    accepts_any_model: bool,
     model: Model,
     tokenizing: Tokenizing,
     draining: AtomicBool,
@@ -78,13 +79,14 @@ impl Service {
             revision: config.revision.clone(),
             limits: config.limits,
             created: jiff::Timestamp::now().as_second(),
+            accepts_any_model: config.accept_any_model,
             model,
             tokenizing: Tokenizing::default(),
             draining: AtomicBool::new(false),
         }
     }
 
-    /// Absent, this model's own name and the names of its adapters are accepted.
+    /// Absent, this model's own name and the names of its adapters are accepted, and every name if the configuration says so.
     pub fn check_model(&self, asked: Option<&str>) -> Result<(), ServiceError> {
         self.named(asked).map(drop)
     }

@@ -66,12 +66,16 @@ impl Service {
         })
     }
 
-    /// The adapter that `asked` names. None for this model's own name and without a name.
+    /// The adapter that `asked` names. None for this model's own name, without a name, and for a name that is accepted although
+    /// nothing has it.
     pub(super) fn named(&self, asked: Option<&str>) -> Result<Option<Adapter>, ServiceError> {
         let Some(asked) = asked.filter(|asked| *asked != self.model_name) else { return Ok(None) };
-        self.adapter(asked).map(Some).ok_or_else(|| ServiceError::UnknownModel {
-            asked: asked.chars().take(256).collect(),
-            known: self.model_name.clone(),
-        })
+        match self.adapter(asked) {
+            None if !self.accepts_any_model => Err(ServiceError::UnknownModel {
+                asked: asked.chars().take(256).collect(),
+                known: self.model_name.clone(),
+            }),
+            adapter => Ok(adapter),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What is refused costs no tokenization.
+//! What is refused costs no tokenization; names of models.
 
 use std::{
     sync::{Arc, atomic::Ordering, mpsc},
@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
-use athanor_contract::serve::ServeLimits;
+use athanor_contract::serve::{ServeConfig, ServeLimits};
 use serde_json::json;
 
 use super::{
-    ServiceError,
+    Service, ServiceError,
     generate::{Generation, Prompt},
     inputs::Inputs,
 };
@@ -125,4 +125,18 @@ async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenised() {
     let error = service.generator().unwrap().generate(generation(chat(most))).await.err().unwrap();
     assert!(matches!(error, ServiceError::Generate(GenerateError::TooLong { .. })), "{error}");
     assert_eq!((gate.tokenised.load(Ordering::SeqCst), service.waiting()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_request_may_name_another_model_only_if_the_configuration_says_so() {
+    let service = test_support::embedding_model();
+    assert!(service.check_model(None).is_ok() && service.check_model(Some("vectors")).is_ok());
+    let error = service.check_model(Some("gpt-4o")).unwrap_err();
+    assert!(matches!(error, ServiceError::UnknownModel { .. }), "{error}");
+    let config: ServeConfig = serde_json::from_value(json!({
+        "modelName": "vectors", "revision": "vectors-1", "modelUri": "file:///nowhere", "acceptAnyModel": true
+    }))
+    .unwrap();
+    let service = Service::new(&config, Arc::into_inner(service).unwrap().model);
+    assert!(service.check_model(Some("gpt-4o")).is_ok());
 }

@@ -224,6 +224,7 @@ pub fn language_model_with_template(limits: ServeLimits, template: &'static str)
         limits,
         engine: Default::default(),
         adapters: Vec::new(),
+        accept_any_model: false,
     };
     let gate = Arc::<Gate>::default();
     let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };

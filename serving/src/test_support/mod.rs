@@ -66,6 +66,7 @@ pub fn service() -> (Arc<Service>, Arc<Gate>) {
         limits,
         engine: Default::default(),
         adapters: Vec::new(),
+        accept_any_model: false,
     };
     let gate = Arc::<Gate>::default();
     let engine = Engine::start(Rule(gate.clone()), &limits).expect("a thread starts");
@@ -95,6 +96,7 @@ pub fn embedding_model() -> Arc<Service> {
         limits,
         engine: Default::default(),
         adapters: Vec::new(),
+        accept_any_model: false,
     };
     let engine = Engine::start(Lengths, &limits).expect("a thread starts");
     Arc::new(Service::new(

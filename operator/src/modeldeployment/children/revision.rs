@@ -59,6 +59,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, server: &Ser
             Engine::Container(_) => EngineConfig::default(),
         },
         adapters: Vec::new(),
+        accept_any_model: false,
     };
     let text = serde_json::to_string_pretty(&config).expect("a configuration has string keys only");
     let adapters = AdaptersFile { adapters: server.adapters.clone() };

@@ -35,7 +35,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
     let revision = request.extensions().get().cloned();
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
-    let Asked { structure, reading } = structure::take(&mut fields, generator.call_format())?;
+    let Asked { structure, reading, schema } = structure::take(&mut fields, generator.call_format())?;
     let mut options = Options::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
     let selection = service.select(options.model.as_deref(), revision)?;
     options.sampling.logprobs = logprobs(&mut fields)?;
@@ -59,7 +59,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
         Ok(answers) => answers,
         Err(error) => {
             let functions = reading.as_ref().map(|reading| &*reading.functions);
-            return Err(structure::refused(error, functions, generator).await);
+            return Err(structure::refused(error, functions, schema, generator).await);
         }
     };
     let format = Chat::new(selection, reading);
@@ -126,10 +126,10 @@ fn message(path: &str, mut fields: serde_json::Map<String, Value>) -> Result<Val
 /// Calls of functions in an earlier answer. Templates read their arguments as an object, clients send them as JSON in
 /// a string.
 fn tool_calls(path: &str, calls: Value) -> Result<Value, ApiError> {
-    let mut calls: Vec<Value> = typed(path, calls)?;
+    let mut calls: Vec<serde_json::Map<String, Value>> = typed(path, calls)?;
     for call in &mut calls {
-        let arguments = call.pointer_mut("/function/arguments");
-        if let Some(arguments) = arguments
+        let function = call.get_mut("function");
+        if let Some(arguments) = function.and_then(|function| function.get_mut("arguments"))
             && let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
         {
             *arguments = parsed;

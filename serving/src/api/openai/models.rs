@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
+    http::StatusCode,
 };
 
 use super::{
@@ -19,7 +20,13 @@ pub async fn models(State(service): State<Arc<Service>>) -> Json<ModelList> {
     Json(ModelList { object: "list".into(), data: data.collect() })
 }
 
-pub async fn model(State(service): State<Arc<Service>>, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
+pub async fn model(
+    State(service): State<Arc<Service>>,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Json<Model>, ApiError> {
+    let Path(name) = path.map_err(|rejection| {
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_path", rejection.body_text()).param("model")
+    })?;
     let selection = service.select(Some(&name), None)?;
     Ok(Json(describe(&service, selection.adapter.as_ref())))
 }

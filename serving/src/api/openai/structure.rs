@@ -25,6 +25,8 @@ pub struct Asked {
     pub structure: Structure,
     /// Absent: answers are text.
     pub reading: Option<Reading>,
+    /// Schema of an answer that may also be a call.
+    pub schema: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -90,20 +92,25 @@ pub fn take(fields: &mut Fields, format: CallFormat) -> Result<Asked, ApiError> 
     let choice = choice.unwrap_or(Choice::Auto);
     if functions.is_empty() || choice == Choice::None {
         let structure = Structure { functions: None, grammar };
-        return Ok(Asked { structure, reading: None });
-    }
-    if grammar.is_some() {
-        let message = "only text is supported with tools, unless tool_choice is none";
-        return Err(unsupported("response_format", message));
+        return Ok(Asked { structure, reading: None, schema: None });
     }
     let (callable, several) = match choice {
         Choice::Named(index) => (vec![functions[index].clone()], false),
         _ => (functions, several),
     };
+    // An answer that has to be a call is not the JSON of `response_format`.
     let enforced = choice != Choice::Auto;
-    let grammar = enforced.then(|| Grammar::Lark(format.grammar(&callable, several)));
-    let structure = Structure { functions: Some(definitions), grammar };
-    Ok(Asked { structure, reading: Some(Reading { format, functions: callable.into(), enforced, several }) })
+    let schema = match grammar {
+        Some(Grammar::Json(schema)) if !enforced => Some(schema),
+        _ => None,
+    };
+    let grammar = match &schema {
+        Some(schema) => Some(format.grammar_or_json(&callable, several, schema)),
+        None => enforced.then(|| format.grammar(&callable, several)),
+    };
+    let structure = Structure { functions: Some(definitions), grammar: grammar.map(Grammar::Lark) };
+    let reading = Reading { format, functions: callable.into(), enforced, several };
+    Ok(Asked { structure, reading: Some(reading), schema })
 }
 
 /// The grammar of a format; `None` for text.
@@ -189,7 +196,13 @@ fn choice(choice: Value, functions: &[Function]) -> Result<Choice, ApiError> {
 }
 
 /// The error of a request whose answers were not started. One of a grammar names the parameter that has the schema.
-pub async fn refused(error: ServiceError, functions: Option<&[Function]>, generator: &Generator) -> ApiError {
+/// `schema`: that of [`Asked`].
+pub async fn refused(
+    error: ServiceError,
+    functions: Option<&[Function]>,
+    schema: Option<Value>,
+    generator: &Generator,
+) -> ApiError {
     if !matches!(error, ServiceError::Grammar(_)) {
         return error.into();
     }
@@ -203,6 +216,11 @@ pub async fn refused(error: ServiceError, functions: Option<&[Function]>, genera
         if let Err(error) = generator.check_grammar(&Grammar::Json(function.parameters.clone())).await {
             return named(format!("tools[{index}].function.parameters"), error);
         }
+    }
+    if let Some(schema) = schema
+        && let Err(error) = generator.check_grammar(&Grammar::Json(schema)).await
+    {
+        return named("response_format.json_schema.schema".into(), error);
     }
     // Each of them can be followed by itself: together they are too large.
     named("tools".into(), error)

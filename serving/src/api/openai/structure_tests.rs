@@ -238,6 +238,39 @@ async fn a_call_that_is_required_is_made_whatever_the_model_wants() {
 }
 
 #[tokio::test]
+async fn an_answer_with_a_schema_and_functions_is_json_or_a_call() {
+    let block = "```json\n{\"name\": \"get\", \"arguments\": {\"a\": \"x\"}}\n```";
+    for (template, call) in [("{{ tools }}<tool_call>", GET), (LLAMA, block)] {
+        let app = app(language_model_with_template(limits(), template).0, Router::new());
+        let both = |text: &str, mut more: Value| {
+            more["response_format"] = schema(letters())["response_format"].take();
+            chat(text, tools(more))
+        };
+        let get = json!(["", [["get", "{\"a\": \"x\"}"]]]);
+        let answer = json!([r#"{"a": "y"}"#, []]);
+        for (text, more, expected, reason) in [
+            (call, json!({}), &get, "tool_calls"),
+            (r#"{"a": "y"} and more"#, json!({}), &answer, "stop"),
+            (r#"{"a": "y"} and more"#, json!({"tool_choice": "none"}), &answer, "stop"),
+        ] {
+            let body = both(text, more);
+            let answer = ask(&app, &body).await;
+            assert_eq!((&whole(&answer), &answer["choices"][0]["finish_reason"]), (expected, &json!(reason)), "{body}");
+            let (deltas, streamed) = stream(&app, body.clone()).await;
+            assert_eq!((&joined(&deltas), streamed.as_str()), (expected, reason), "{body}");
+        }
+        // A call that is required is no JSON of the schema.
+        let body = both(r#"{"a": "y"}"#, json!({"tool_choice": "required", "parallel_tool_calls": false}));
+        assert_eq!(ask(&app, &body).await["choices"][0]["finish_reason"], "tool_calls");
+        // The model wants to say something else.
+        let answer = ask(&app, &both("no", json!({"parallel_tool_calls": false}))).await;
+        let found = whole(&answer);
+        let is_json = found[0].as_str().is_some_and(|text| serde_json::from_str::<Value>(text).is_ok());
+        assert!(is_json || found[1].as_array().is_some_and(|calls| calls.len() == 1), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn functions_of_a_model_without_a_place_for_them_are_in_its_messages() {
     let app = app(language_model_with_template(limits(), "{{ messages }}").0, Router::new());
     let function = json!({"name": "f", "description": "x".repeat(100)});
@@ -259,7 +292,8 @@ async fn each_mistake_names_its_parameter() {
     let mut bad = tools(json!({"tool_choice": "required"}));
     bad["tools"][1]["function"]["parameters"] = json!({"type": "object", "if": {}});
     let named = |name: &str| json!({"tool_choice": {"type": "function", "function": {"name": name}}});
-    let both = schema(letters())["response_format"].take();
+    let mut answer = tools(json!({}));
+    answer["response_format"] = schema(json!({"type": "object", "if": {}}))["response_format"].take();
     for (more, param, code) in [
         (format(json!({"type": "xml"})), "response_format.type", "unsupported_parameter"),
         (format(json!({"type": 1})), "response_format.type", "invalid_field"),
@@ -307,7 +341,7 @@ async fn each_mistake_names_its_parameter() {
         (tools(named("none")), "tool_choice.function.name", "invalid_field"),
         (named("get"), "tool_choice.function.name", "invalid_field"),
         (tools(json!({"parallel_tool_calls": 1})), "parallel_tool_calls", "invalid_field"),
-        (tools(json!({"response_format": both})), "response_format", "unsupported_parameter"),
+        (answer, "response_format.json_schema.schema", "invalid_schema"),
         (json!({"functions": [{"name": "f"}]}), "functions", "unsupported_parameter"),
         (json!({"function_call": {"name": "f"}}), "function_call", "unsupported_parameter"),
     ] {

@@ -79,9 +79,12 @@ async fn each_mistake_has_its_status_field_and_code() {
             "{shown}"
         );
     }
-    for (method, path, status) in
-        [(Method::GET, "/v1/classify", 405), (Method::GET, "/v1/none", 404), (Method::GET, "/v1/models/other", 404)]
-    {
+    for (method, path, status) in [
+        (Method::GET, "/v1/classify", 405),
+        (Method::GET, "/v1/none", 404),
+        (Method::GET, "/v1/models/other", 404),
+        (Method::GET, "/v1/models/%FF", 400),
+    ] {
         let (parts, body) = send(&app, method, path, "").await;
         assert_eq!(parts.status.as_u16(), status, "{path}: {body}");
         assert_eq!(parts.headers["x-athanor-revision"], "reviews-1", "{path}");

@@ -38,4 +38,9 @@ fn the_grammar_has_a_rule_for_each_function() {
     assert!(grammar.starts_with("start: call\ncall: \"{\\\"name\\\": \\\"\" ( call_0 ) \"}\"\n"), "{grammar}");
     assert!(grammar.contains(r#"call_0: "a\", \"parameters\": ""#), "{grammar}");
     assert!(CallFormat::Fenced.grammar(&[function("a")], false).starts_with("start: call\n"));
+    let grammar = CallFormat::Llama3.grammar_or_json(&[function("a")], false, &json!({"type": "integer"}));
+    let lines: Vec<&str> = grammar.lines().collect();
+    assert_eq!(lines[0], "start: calls | answer");
+    assert!(lines[1].starts_with(r#"answer: %json {"type":"integer","x-guidance":"#), "{grammar}");
+    assert_eq!(lines[2..4], ["calls: call", r#"call: "```json\n{\"name\": \"" ( call_0 ) "}\n```""#], "{grammar}");
 }

@@ -69,6 +69,14 @@ impl CallFormat {
         format!("{{\"name\": \"{name}\", \"{key}\": ")
     }
 
+    /// Grammar of an answer that is JSON of a schema, or consists of calls of these functions.
+    pub fn grammar_or_json(self, functions: &[Function], several: bool, schema: &Value) -> String {
+        // JSON of the schema may begin as a call of Llama 3 does; a block is read as a call of every model.
+        let format = if self == Self::Llama3 { Self::Fenced } else { self };
+        let calls = format.grammar(functions, several).replacen("start:", "calls:", 1);
+        format!("start: calls | answer\nanswer: %json {}\n{calls}", bounded(schema.clone()))
+    }
+
     /// Grammar of an answer that consists of calls of these functions, of one call or of several. Llama 3 makes one
     /// call at a time.
     pub fn grammar(self, functions: &[Function], several: bool) -> String {

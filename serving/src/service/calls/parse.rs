@@ -34,7 +34,7 @@ pub struct Reading {
     pub format: CallFormat,
     /// Functions that may be called.
     pub functions: Arc<[Function]>,
-    /// Whether the answer follows [`CallFormat::grammar`].
+    /// Whether the answer follows [`CallFormat::grammar`], so that it consists of calls.
     pub enforced: bool,
     /// Whether calls after the first one count.
     pub several: bool,

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
+use serde_json::Value;
 
 /// One text or several.
 #[derive(JsonSchema)]
@@ -68,7 +69,7 @@ pub struct Message {
     pub name: Option<String>,
     pub tool_call_id: Option<String>,
     /// Calls of functions in an earlier answer.
-    pub tool_calls: Option<Vec<BTreeMap<String, serde_json::Value>>>,
+    pub tool_calls: Option<Vec<BTreeMap<String, Value>>>,
     pub reasoning_content: Option<String>,
 }
 
@@ -105,10 +106,9 @@ pub struct Sampling {
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     /// Has no effect.
-    pub user: Option<String>,
-    pub metadata: Option<BTreeMap<String, String>>,
+    pub user: Option<Value>,
     /// Has no effect: nothing is stored.
-    pub store: Option<bool>,
+    pub store: Option<Value>,
 }
 
 /// What a stream has besides the answers.
@@ -137,7 +137,7 @@ pub struct NamedSchema {
     /// Has no effect.
     pub description: Option<String>,
     /// A JSON schema.
-    pub schema: BTreeMap<String, serde_json::Value>,
+    pub schema: BTreeMap<String, Value>,
     /// Has no effect: the schema is always followed.
     pub strict: Option<bool>,
 }
@@ -157,7 +157,7 @@ pub struct Function {
     pub name: String,
     pub description: Option<String>,
     /// A JSON schema of an object; absent: no parameters.
-    pub parameters: Option<BTreeMap<String, serde_json::Value>>,
+    pub parameters: Option<BTreeMap<String, Value>>,
     /// Has no effect: the schema is followed whenever a call is required.
     pub strict: Option<bool>,
 }
@@ -211,6 +211,8 @@ pub struct ChatRequest {
     pub tool_choice: Option<ToolChoice>,
     /// Whether an answer may have several calls; absent: true.
     pub parallel_tool_calls: Option<bool>,
+    /// Has no effect.
+    pub metadata: Option<Value>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -235,6 +237,8 @@ pub struct CompletionRequest {
     /// Number of most probable tokens to report with each token.
     #[schemars(range(max = 20))]
     pub logprobs: Option<u32>,
+    /// Has no effect.
+    pub metadata: Option<Value>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -263,8 +267,10 @@ pub struct MessageItem {
     /// `system`, `developer`, `user` or `assistant`
     pub role: String,
     pub content: Content<InputPart>,
-    pub id: Option<String>,
-    pub status: Option<String>,
+    /// Has no effect.
+    pub id: Option<Value>,
+    /// Has no effect.
+    pub status: Option<Value>,
 }
 
 /// A call of a function in an earlier answer.
@@ -376,7 +382,7 @@ pub struct EmbeddingRequest {
     #[schemars(range(min = 1))]
     pub dimensions: Option<u32>,
     /// Has no effect.
-    pub user: Option<String>,
+    pub user: Option<Value>,
 }
 
 /// How a vector is written.
