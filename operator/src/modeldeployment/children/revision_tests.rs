@@ -17,8 +17,8 @@ fn children(engine: Value, more: Value) -> Result<RevisionChildren, InvalidDeplo
         "metadata": {"name": "m", "namespace": "ns", "uid": "d1"}, "spec": spec,
     }));
     let settings = Settings::parse_from(["athanor-operator", "--server-image=server:1", "--image-pull-secret=pull"]);
-    let revision = RevisionStatus { name: REVISION.into(), model_uri: "s3://models/a".into(), ..Default::default() };
-    validate(&deployment.unwrap()).map(|deployment| build(&deployment, &settings, &revision))
+    let server = Server { name: REVISION.into(), model_uri: "s3://models/a".into(), adapters: Vec::new() };
+    validate(&deployment.unwrap()).map(|deployment| build(&deployment, &settings, &server))
 }
 
 fn engine() -> Value {
@@ -169,4 +169,8 @@ fn the_builtin_engine_is_the_default_and_keeps_its_pods() {
     assert_eq!(found.deployment.spec.unwrap().progress_deadline_seconds, Some(600));
     let both = json!({"builtin": {}, "container": {"image": "vllm:1"}});
     assert_eq!(children(both, json!({})).err(), Some(InvalidDeployment::Engine));
+    let adapters = json!({"adapters": [{"name": "a", "from": "s3://adapters/a"}]});
+    assert_eq!(children(engine(), adapters).err(), Some(InvalidDeployment::AdaptersOfContainer));
+    let base = json!({"model": {"base": {"from": "s3://models/b"}, "from": "s3://adapters/a"}});
+    assert_eq!(children(engine(), base).err(), Some(InvalidDeployment::AdaptersOfContainer));
 }

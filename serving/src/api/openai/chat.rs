@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{
     body, content,
     error::ApiError,
-    fields::{Fields, invalid, typed, unsupported},
+    fields::{Fields, invalid, typed},
     logprobs,
     options::{Options, refuse_unsupported},
     sse::{self, Format},
@@ -39,10 +39,7 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request) -> Resu
     let mut options = Options::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
     let selection = service.select(options.model.as_deref(), revision)?;
     options.sampling.logprobs = logprobs(&mut fields)?;
-    if options.min_tokens > 0 && structure.grammar.is_some() {
-        let message = "neither min_tokens nor ignore_eos is supported with a schema or a required call";
-        return Err(unsupported("min_tokens", message));
-    }
+    structure::check_min_tokens(&structure, options.min_tokens)?;
     refuse_unsupported(&mut fields)?;
     let messages = messages(fields.require("messages")?)?;
     fields.finish()?;

@@ -113,6 +113,15 @@ pub fn take(fields: &mut Fields, format: CallFormat) -> Result<Asked, ApiError> 
     Ok(Asked { structure, reading: Some(reading), schema })
 }
 
+/// Refuses a least number of tokens for an answer that ends by its grammar.
+pub fn check_min_tokens(structure: &Structure, min_tokens: usize) -> Result<(), ApiError> {
+    if min_tokens > 0 && structure.grammar.is_some() {
+        let message = "neither min_tokens nor ignore_eos is supported with a schema or a required call";
+        return Err(unsupported("min_tokens", message));
+    }
+    Ok(())
+}
+
 /// The grammar of a format; `None` for text.
 fn response_format(value: Value) -> Result<Option<Grammar>, ApiError> {
     if !value["type"].is_string() {

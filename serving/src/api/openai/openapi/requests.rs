@@ -368,6 +368,7 @@ pub struct ResponseRequest {
     pub tool_choice: Option<FunctionChoice>,
     /// Whether an answer may have more than one call; absent: true.
     pub parallel_tool_calls: Option<bool>,
+    pub metadata: Option<BTreeMap<String, String>>,
     #[serde(flatten)]
     pub sampling: Sampling,
 }

@@ -43,7 +43,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
     let bytes = body::json(request, service.limits.max_body_bytes).await?;
     let mut fields = Fields::parse(&bytes)?;
     refuse_what_is_missing(&mut fields)?;
-    let (Asked { structure, reading }, repeated) = tools::take(&mut fields, generator.call_format())?;
+    let (Asked { structure, reading, schema }, repeated) = tools::take(&mut fields, generator.call_format())?;
     let metadata: Option<BTreeMap<String, String>> = fields.take("metadata")?;
     let instructions: Option<String> = fields.take("instructions")?;
     let input = fields.require("input")?;
@@ -51,6 +51,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
     let (temperature, top_p) = (number("temperature"), number("top_p"));
     let mut options = Options::take(&mut fields, &["max_output_tokens"])?;
     let selection = service.select(options.model.as_deref(), revision)?;
+    structure::check_min_tokens(&structure, options.min_tokens)?;
     let logprobs = logprobs(&mut fields)?;
     options.sampling.logprobs = logprobs;
     fields.finish()?;
@@ -77,7 +78,7 @@ pub async fn responses(State(service): State<Arc<Service>>, request: Request) ->
         Ok(answers) => answers,
         Err(error) => {
             let functions = reading.as_ref().map(|reading| &*reading.functions);
-            return Err(renamed(tools::renamed(structure::refused(error, functions, generator).await)));
+            return Err(renamed(tools::renamed(structure::refused(error, functions, schema, generator).await)));
         }
     };
     let (shape, output) = (Shape::new(&selection.model, parameters), Output::new(reading));
