@@ -139,10 +139,10 @@ async fn wrong_requests_to_a_language_model_are_refused_with_a_reason() {
     let with = |inputs: Vec<InferInputTensor>| request("writer", "", inputs);
     let mut no_output = ask("", "a", &[]);
     no_output.outputs = vec![InferRequestedOutputTensor { name: "text".into(), ..Default::default() }];
-    let tool = r#"[{"role": "tool", "content": "x"}]"#;
+    let (tool, user) = (r#"[{"role": "tool", "content": "x"}]"#, r#"[{"role": "user", "content": "x"}]"#);
     for (asked, part) in [
         (with(Vec::new()), "one of the inputs"),
-        (with(vec![texts("text_input", &["a"]), texts("messages", &["[]"])]), "one of the inputs"),
+        (with(vec![texts("text_input", &["a"]), texts("messages", &[user])]), "one of the inputs"),
         (with(vec![texts("text_input", &["a", "b"])]), "one element"),
         (with(vec![texts("text_input", &[""])]), "input 0 is empty"),
         (with(vec![texts("messages", &["{"])]), "messages: not JSON"),
