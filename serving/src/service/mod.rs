@@ -58,6 +58,7 @@ pub struct Service {
 }
 
 /// What the model does.
+#[expect(clippy::large_enum_variant, reason = "a process has one")]
 pub enum Model {
     Classifier(Classifier),
     Embedder(Embedder),
