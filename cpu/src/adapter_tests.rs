@@ -202,6 +202,8 @@ fn a_row_does_not_depend_on_the_others() {
     }
 }
 
+type Change = fn(&mut LowRank);
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let mut random = StdRng::seed_from_u64(5);
@@ -212,7 +214,7 @@ fn what_does_not_fit_is_refused() {
         Adapter::new(SIZES, &[AdapterLayer { up: Some(low), ..AdapterLayer::default() }])
     };
     assert!(with(|_| ()).is_ok());
-    let cases: [(fn(&mut LowRank), &str); 5] = [
+    let cases: [(Change, &str); 5] = [
         (|low| low.rank = 0, "layer 0, up: the rank is 0"),
         (|low| low.a.truncate(low.a.len() - 1), "layer 0, up: A has 159 numbers instead of 4 x 40"),
         (|low| low.b.push(0.0), "layer 0, up: B has 225 numbers instead of 56 x 4"),

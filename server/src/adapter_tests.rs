@@ -232,6 +232,8 @@ fn a_row_with_an_adapter_does_not_depend_on_its_batch() {
     }
 }
 
+type Change = fn(&mut LowRank);
+
 #[test]
 fn an_adapter_of_another_model_is_refused() {
     for packs in [false, true] {
@@ -241,7 +243,7 @@ fn an_adapter_of_another_model_is_refused() {
         };
         let good = random("llama", &MODULES, 4, 1);
         let before = backend.step(&[row(&[1, 2], 0, &[0], None)]).unwrap();
-        let cases: [(fn(&mut LowRank), &str); 5] = [
+        let cases: [(Change, &str); 5] = [
             (|low| low.module = "model.layers.2.mlp.up_proj".into(), "model.layers.2.mlp.up_proj"),
             (|low| low.module = "model.layers.0.mlp.experts".into(), "model.layers.0.mlp.experts"),
             (|low| low.module = "transformer.h.0.attn.c_attn".into(), "transformer.h.0.attn.c_attn"),

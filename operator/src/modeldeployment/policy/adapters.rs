@@ -57,7 +57,7 @@ pub fn resolve(
         None => Some(Value::new(State::True, "Resolved", format!("{} adapters are served", served.len()))),
         Some((reason, _)) => {
             let all: Vec<&str> = waiting.iter().map(|(_, why)| why.as_str()).collect();
-            Some(Value::new(State::False, *reason, all.join("; ")))
+            Some(Value::new(State::False, reason, all.join("; ")))
         }
     };
     Adapters { served, condition }

@@ -332,7 +332,7 @@ fn an_adapter_waits_for_its_job_and_stays_when_the_job_is_deleted() {
     assert_eq!(condition::get(&status.conditions, types::ADAPTERS_RESOLVED).unwrap().status, "True");
     for job in [None, Some(lora_job("lora", None, 1, ""))] {
         with(&mut subject, job);
-        assert_eq!(step(&mut subject, 4).adapters.served, [served.clone()]);
+        assert_eq!(step(&mut subject, 4).adapters.served, std::slice::from_ref(&served));
     }
     // Another job is another adapter; without adapters there is no condition.
     subject.deployment.spec.adapters[0].from_job.as_mut().unwrap().name = "other".into();
