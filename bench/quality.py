@@ -5,13 +5,17 @@
 (b) a model from 30 % of the rows by each method of selection, against all of them and against random ones, each with as many steps;
 (c) the distilled student in eight bits.
 
-The rows are those of the demo (four domains, |rating| >= 0.5, binary). Hyperparameters are the defaults or stated below, and the
-best epoch is chosen by validation rows; docs/quality.md lists the decisions that were made after looking at test rows. A run whose
-report exists is not repeated, so an interrupted benchmark continues; --fresh repeats all runs.
+The rows are those of the demo (four domains, |rating| >= 0.5, binary). A hash of the text with a name of this benchmark (DRAW) chooses
+the test rows, which are sources of their own. Change the name before a new table if a decision was made after looking at its rows.
+Hyperparameters are the defaults or stated below, and the best epoch is chosen by validation rows. Every method of selection, Random
+included, takes rows whose label the teacher finds probable. Differences have 95 % intervals by a paired bootstrap over rows and seeds
+(quality_intervals.py). A run whose report exists is not repeated, so an interrupted benchmark continues; --fresh repeats all runs.
 """
 
 import argparse
 import concurrent.futures
+import csv
+import hashlib
 import json
 import os
 import pathlib
@@ -21,36 +25,46 @@ import subprocess
 import sys
 import time
 
+from quality_intervals import correct, interval
+
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ["ATHANOR_CACHE"])
 DOMAINS = ["amazon", "movies", "tweets", "nyt"]
-SPLIT = {"validationPercent": 10, "testPercent": 20}
+DRAW = "quality, 29 November 2026"
+TEST_PERCENT = 20
+SPLIT = {"validationPercent": 12}
 STUDENT = {"keepLayers": [1, 3, 5]}
 # Of (b): learning rate and steps by model, those of one or two epochs of all rows in batches of 32. Fewer rows are read more often.
 SELECTING = {"minilm-l6": (5e-5, 848), "mpnet-base": (3e-5, 424)}
 METHODS = ["Random", "Uncertainty", "ClusterCenter", "GradientMatching"]
-# The methods but Random go by the model's view of the rows, and leave out those whose label the teacher does not find probable.
+# Rows are seen as the model sees them, and those whose label the teacher does not find probable are left out.
 CHOOSING = {"minimumAgreement": "0.5", "viewer": "Model"}
 
 
-def write_rows(folder):
-    """One CSV file a domain."""
-    import csv
+def is_test(text):
+    """Whether a text is a test row, whatever its case and the spaces around it."""
+    digest = hashlib.sha256(f"{DRAW}\n{text.strip().lower()}".encode()).digest()
+    return int.from_bytes(digest[:8]) % 100 < TEST_PERCENT
 
+
+def write_rows(folder):
+    """Writes two CSV files for each domain, and returns the test rows."""
+    tests = []
     for domain in DOMAINS:
-        path = folder / f"{domain}.csv"
-        if path.exists():
-            continue
         text = (pathlib.Path(os.environ["ATHANOR_DATA"]) / "sentiment" / f"{domain}.txt").read_bytes().decode("utf-8", "replace")
         rows = []
         for line in text.splitlines():
             fields = line.split("\t", 2)
             if len(fields) == 3 and abs(float(fields[1])) >= 0.5 and fields[2].strip():
                 rows.append((fields[2].strip(), "positive" if float(fields[1]) > 0 else "negative"))
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(rows)
+        parts = {domain: [row for row in rows if not is_test(row[0])], f"{domain}-test": [row for row in rows if is_test(row[0])]}
+        for name, part in parts.items():
+            with open(folder / f"{name}.csv", "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["text", "label"])
+                writer.writerows(part)
+        tests += parts[f"{domain}-test"]
+    return tests
 
 
 class Bench:
@@ -61,7 +75,7 @@ class Bench:
         if arguments.fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_rows(self.folder)
+        self.tests = write_rows(self.folder)
 
     def run_all(self, specs, jobs):
         """Reports and artifacts' folders by name, `jobs` at a time."""
@@ -72,7 +86,10 @@ class Bench:
         """The report and the artifact's folder of a job."""
         base = {
             "data": {
-                "sources": [{"name": domain, "uri": f"file://{self.folder}/{domain}.csv"} for domain in DOMAINS],
+                "sources": [
+                    {"name": name, "uri": f"file://{self.folder}/{name}.csv", **part}
+                    for domain in DOMAINS for name, part in ((domain, {}), (f"{domain}-test", {"part": "Test"}))
+                ],
                 "split": SPLIT,
                 **spec.pop("data", {}),
             },
@@ -185,11 +202,8 @@ def main():
         specs[f"all-{seed}"] = chosen(seed)
         for method in METHODS:
             select = {"method": method, "keepPercent": 30, "seed": seed}
-            more = {}
-            if method != "Random":
-                select |= CHOOSING
-                more = {"teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": [{"crossEntropy": {}}]}}
-            specs[f"{method.lower()}-{seed}"] = chosen(seed, data={"select": select}, **more)
+            more = {"teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": [{"crossEntropy": {}}]}}
+            specs[f"{method.lower()}-{seed}"] = chosen(seed, data={"select": select | CHOOSING}, **more)
     if arguments.only:
         bench.run_all({name: spec for name, spec in specs.items() if name.startswith(wanted)}, arguments.jobs)
         return
@@ -232,12 +246,26 @@ def main():
             sign, limit = target.split()
             met = " met" if {">=": ratio >= float(limit), "<=": ratio <= float(limit), ">": ratio > float(limit), "<": ratio < float(limit)}[sign] else " **missed**"
         print(f"| {name} | {shown(ours)} | {shown(peer)} | {ratio:.4f} | {target}{met} |")
+    # Answers of the models as they are served, all of them to the same rows.
+    rights = {name: correct(artifact, name, bench.tests) for name, (_, artifact) in found.items()}
+    of = lambda name: [rights[f"{name}-{seed}"] for seed in seeds]
+    differences = [("distilled", "alone"), *((method.lower(), "random") for method in METHODS[1:])]
+    differences += [(method.lower(), "all") for method in METHODS]
+    intervals = {f"{ours} - {theirs}": interval(of(ours), of(theirs)) for ours, theirs in differences}
+    print("\n| difference of accuracies as served, points | mean | 95 % interval |\n|---|---|---|")
+    for name, (difference, low, high) in intervals.items():
+        print(f"| {name} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")
     out = ROOT / "bench/results"
     out.mkdir(exist_ok=True)
     entries = [
         {"name": name, "ours": statistics.mean(ours), "peer": statistics.mean(peer), "unit": "", "ratio": ratio, "target": target,
          "runs": {"ours": ours, "peer": peer}}
         for name, ours, peer, ratio, target in results
+    ]
+    entries += [
+        {"name": f"{name}, points", "ours": difference, "peer": 0, "unit": "points", "ratio": difference, "target": "",
+         "runs": {"interval95": [low, high]}}
+        for name, (difference, low, high) in intervals.items()
     ]
     (out / "quality.json").write_text(json.dumps(entries, indent=1) + "\n")
 
