@@ -15,7 +15,7 @@ import time
 
 import pytest
 import requests
-from conftest import OURS, TARGET, free_port
+from local import OURS, TARGET, free_port
 from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
