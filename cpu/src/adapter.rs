@@ -127,7 +127,7 @@ struct Part<'a> {
     low: Option<&'a LowRank>,
 }
 
-/// Where the update of a matrix is in [`Packing`], in items.
+/// Place of a matrix' update in [`Packing`], in items.
 struct Plan {
     rank: usize,
     a: usize,

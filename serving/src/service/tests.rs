@@ -3,7 +3,6 @@
 use std::{
     sync::{Arc, atomic::Ordering, mpsc},
     thread,
-    time::Duration,
 };
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
@@ -19,7 +18,7 @@ use crate::{
         encode::EngineError,
         generate::{GenerateError, sampling::Sampling},
     },
-    test_support::{self, Gate, LONGEST},
+    test_support::{self, Gate, LONGEST, until},
 };
 
 /// Holds the model until the sender is dropped. A thread has the lock, which must not be held over an await.
@@ -34,16 +33,6 @@ fn hold(gate: &Arc<Gate>) -> mpsc::Sender<()> {
     });
     is_locked.recv().unwrap();
     release
-}
-
-async fn until(what: &str, reached: impl Fn() -> bool) {
-    for _ in 0..10_000 {
-        if reached() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("still not: {what}");
 }
 
 #[tokio::test]

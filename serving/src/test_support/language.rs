@@ -28,7 +28,7 @@ const VOCABULARY: usize = 258;
 /// Tokens of prompt and answer together.
 pub const LONGEST: usize = 256;
 
-/// With the source of a template, of which only the format of calls is read.
+/// Makes the same service with the source of a template, of which only the format of calls is read.
 struct Bytes {
     gate: Arc<Gate>,
     template: &'static str,

@@ -3,7 +3,10 @@
 mod gate;
 mod language;
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 pub use gate::Gate;
 pub use language::{BEGIN, END, LONGEST, language_model, language_model_with_template};
@@ -12,7 +15,7 @@ use athanor_contract::serve::{ServeConfig, ServeLimits};
 
 use crate::{
     engine::{
-        backend::{BackendError, EncodeBackend},
+        backend::{AdapterWeights, BackendError, EncodeBackend, LowRank},
         encode::Engine,
     },
     service::{Classifier, Embedder, Model, Service, Tokenize, Vocabulary},
@@ -103,4 +106,20 @@ pub fn embedding_model() -> Arc<Service> {
         &config,
         Model::Embedder(Embedder::new(limits, 20, 2, Arc::new(Words(Arc::default())), engine)),
     ))
+}
+
+/// Waits until a condition holds, for some ten seconds.
+pub async fn until(what: &str, reached: impl Fn() -> bool) {
+    for _ in 0..10_000 {
+        if reached() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("still not: {what}");
+}
+
+/// The weights of an adapter with which the language model answers in capital letters.
+pub fn shout() -> AdapterWeights {
+    AdapterWeights { modules: vec![LowRank { module: "shout".into(), ..LowRank::default() }] }
 }

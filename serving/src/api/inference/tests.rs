@@ -16,7 +16,7 @@ use super::{
     },
     *,
 };
-use crate::test_support::{self, Gate};
+use crate::test_support::{self, Gate, shout, until};
 
 fn limits() -> ServeLimits {
     ServeLimits { max_inputs: 4, queue_inputs: 8, max_batch_inputs: 8, ..ServeLimits::default() }
@@ -246,16 +246,6 @@ async fn hold(gate: Arc<Gate>) -> std::sync::mpsc::Sender<()> {
     release
 }
 
-async fn until(what: impl Fn() -> bool) {
-    for _ in 0..5000 {
-        if what() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("nothing in 5 s");
-}
-
 #[tokio::test]
 async fn a_stream_that_is_dropped_cancels_its_answers() {
     let (service, gate) = writer();
@@ -267,11 +257,11 @@ async fn a_stream_that_is_dropped_cancels_its_answers() {
         let requests = streams::once(ready(Ok(asked))).chain(streams::pending());
         let mut responses = stream::respond(opened(&service, &Readiness::new()), requests);
         let reading = tokio::spawn(async move { responses.next().await });
-        until(|| gate.batches.load(Ordering::SeqCst) > before).await;
+        until("the model runs", || gate.batches.load(Ordering::SeqCst) > before).await;
         reading.abort();
         assert!(reading.await.unwrap_err().is_cancelled());
         drop(release);
-        until(|| load().running == 0 && load().waiting == 0 && load().used_blocks == 0).await;
+        until("nothing runs", || load().running == 0 && load().waiting == 0 && load().used_blocks == 0).await;
         assert!(gate.batches.load(Ordering::SeqCst) < before + 10, "100 tokens were not generated");
     }
 }
@@ -285,7 +275,7 @@ async fn a_process_that_leaves_completes_answers_and_reads_no_more_requests() {
     let requests = streams::once(std::future::ready(Ok(ask("a", "hello", &[STREAM])))).chain(streams::pending());
     let responses = stream::respond(opened(&service, &ready), requests);
     let reading = tokio::spawn(responses.collect::<Vec<_>>());
-    until(|| gate.batches.load(Ordering::SeqCst) > 0).await;
+    until("the model runs", || gate.batches.load(Ordering::SeqCst) > 0).await;
     ready.set(false);
     drop(release);
     let mut responses = tokio::time::timeout(Duration::from_secs(5), reading).await.unwrap().unwrap();
@@ -333,4 +323,30 @@ async fn the_protocol_is_served_with_metadata_and_streams() {
     }
     drop(sender);
     assert_eq!(responses.message().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn an_adapter_is_chosen_by_the_models_name_and_as_a_revision_by_metadata() {
+    let (service, _) = writer();
+    service.load_adapter("loud", shout()).await.unwrap();
+    let answer = async |model: &str, metadata: Option<&str>| {
+        let mut asked = ask("", "abc", &[]);
+        asked.model_name = model.into();
+        let mut incoming = HeaderMap::new();
+        incoming.extend(metadata.map(|name| (headers::ADAPTER, headers::text(name))));
+        let response = answers::whole(&service, &asked, &incoming).await?;
+        Ok::<_, Status>((shown(&response).0, response.model_name, response.model_version))
+    };
+    let expect = |text: &str, model: &str, version: &str| (text.to_owned(), model.to_owned(), version.to_owned());
+    let own = &service.revision;
+    assert_eq!(answer("writer", None).await.unwrap(), expect("abc", "writer", own));
+    assert_eq!(answer("loud", None).await.unwrap(), expect("ABC", "loud", own));
+    assert_eq!(answer("writer", Some("loud")).await.unwrap(), expect("ABC", "writer", "loud"));
+    let status = answer("writer", Some("gone")).await.unwrap_err();
+    // By the name a router sees that the adapter is not loaded here.
+    assert_eq!(
+        (status.code(), status.metadata().get("x-athanor-revision").unwrap().to_str().unwrap()),
+        (Code::NotFound, &**own)
+    );
+    assert_eq!(answer("gone", None).await.unwrap_err().code(), Code::NotFound);
 }

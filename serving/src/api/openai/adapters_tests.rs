@@ -1,7 +1,5 @@
 //! Adapters over HTTP, with a model by a rule whose adapters answer in capital letters.
 
-use std::time::Duration;
-
 use axum::{
     body::{Body, to_bytes},
     http::response::Parts,
@@ -14,14 +12,9 @@ use super::{
     *,
 };
 use crate::{
-    engine::backend::{AdapterWeights, LowRank},
     service::AdapterError,
-    test_support::{self, Gate},
+    test_support::{self, Gate, shout, until},
 };
-
-fn shout() -> AdapterWeights {
-    AdapterWeights { modules: vec![LowRank { module: "shout".into(), ..LowRank::default() }] }
-}
 
 /// A service with the adapters `loud` and `spare`.
 async fn adapted() -> (Router, Arc<Service>, Arc<Gate>) {
@@ -175,16 +168,6 @@ async fn an_answer_in_progress_keeps_its_adapter() {
     assert_eq!(send(&app, path, None, Some(body)).await.0.status, 200);
 }
 
-async fn until(what: &str, reached: impl Fn() -> bool) {
-    for _ in 0..10_000 {
-        if reached() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("still not: {what}");
-}
-
 #[tokio::test]
 async fn what_cannot_be_an_adapter_is_refused() {
     let (_, service, gate) = adapted().await;
@@ -194,7 +177,7 @@ async fn what_cannot_be_an_adapter_is_refused() {
     }
     let error = service.load_adapter("writer", shout()).await.unwrap_err();
     assert!(matches!(error, AdapterError::ModelName(_)), "{error}");
-    let error = service.load_adapter("other", AdapterWeights::default()).await.unwrap_err();
+    let error = service.load_adapter("other", crate::engine::backend::AdapterWeights::default()).await.unwrap_err();
     assert!(error.to_string().contains("0 modules"), "{error}");
     assert!(service.adapter("other").is_none());
     let error = test_support::service().0.load_adapter("loud", shout()).await.unwrap_err();

@@ -377,7 +377,7 @@ struct Scan {
     depth: usize,
     in_string: bool,
     is_escaped: bool,
-    /// Where the member that is being read begins.
+    /// Beginning of the member that is being read.
     begin: usize,
     /// Key of the member whose value is being read.
     key: Option<Range<usize>>,
