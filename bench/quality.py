@@ -149,6 +149,7 @@ def main():
     parser.add_argument("--trainer", default=str(pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"))
     parser.add_argument("--folder", help="of rows, runs and logs; in the cache without it")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--distilled-seeds", type=int, help="of the distilled students, the longest runs (default: as many as --seeds)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where there is room for more than one (default 1)")
     parser.add_argument("--select-for", choices=SELECTING, default="minilm-l6", help="the model of (b)")
     parser.add_argument("--threads", type=int, help="of each run (default: all)")
@@ -179,7 +180,8 @@ def main():
         "hyperparameters": {"epochs": 1, "learningRate": 3e-5, "maxSequenceLength": 64, "seed": 0},
     })
     wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
-    taught = [seed for seed in seeds if f"distilled-{seed}".startswith(wanted)]
+    distilled_seeds = seeds if arguments.distilled_seeds is None else range(arguments.distilled_seeds)
+    taught = [seed for seed in distilled_seeds if f"distilled-{seed}".startswith(wanted)]
     answers = [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]
     if taught:
         _, assistant = bench.run("assistant", {
@@ -209,12 +211,18 @@ def main():
         return
     found = bench.run_all(specs, arguments.jobs)
 
-    def accuracies(name):
-        return [accuracy(found[f"{name}-{seed}"][0]) for seed in seeds]
+    def names(kind):
+        return [f"{kind}-{seed}" for seed in (distilled_seeds if kind == "distilled" else seeds)]
+
+    def runs(kind):
+        return [found[name] for name in names(kind)]
+
+    def accuracies(kind):
+        return [accuracy(report) for report, _ in runs(kind)]
 
     alone, everything = accuracies("alone"), accuracies("all")
     picked = {method: accuracies(method.lower()) for method in METHODS}
-    forms = [found[f"distilled-{seed}"][0]["forms"] for seed in seeds]
+    forms = [report["forms"] for report, _ in runs("distilled")]
     distilled = [form[0]["test"] for form in forms]
     size, whole = parameters(found["distilled-0"][1]), parameters(teacher_folder)
     losses = [(form[0]["test"] - form[1]["test"]) * 100 for form in forms]
@@ -238,7 +246,7 @@ def main():
          statistics.median(f[1]["milliseconds"] for f in forms) / statistics.median(f[0]["milliseconds"] for f in forms), "< 1"),
     ]
     rows = teacher["summary"]["rows"]
-    print(f"Rows: {rows['train']} train, {rows['validation']} validation, {rows['test']} test; seeds {list(seeds)}\n")
+    print(f"Rows: {rows['train']} train, {rows['validation']} validation, {rows['test']} test; seeds {list(seeds)}; distilled {list(distilled_seeds)}\n")
     print("| what | ours | compared with | result | target |\n|---|---|---|---|---|")
     for name, ours, peer, ratio, target in results:
         met = ""
@@ -248,7 +256,7 @@ def main():
         print(f"| {name} | {shown(ours)} | {shown(peer)} | {ratio:.4f} | {target}{met} |")
     # Answers of the models as they are served, all of them to the same rows.
     rights = {name: correct(artifact, name, bench.tests) for name, (_, artifact) in found.items()}
-    of = lambda name: [rights[f"{name}-{seed}"] for seed in seeds]
+    of = lambda kind: [rights[name] for name in names(kind)]
     differences = [("distilled", "alone"), *((method.lower(), "random") for method in METHODS[1:])]
     differences += [(method.lower(), "all") for method in METHODS]
     intervals = {f"{ours} - {theirs}": interval(of(ours), of(theirs)) for ours, theirs in differences}
