@@ -29,6 +29,8 @@ from quality_intervals import correct, interval
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ["ATHANOR_CACHE"])
+MODELS = pathlib.Path(os.environ["ATHANOR_MODELS"])
+PARTS = ["students", "selection"]
 DOMAINS = ["amazon", "movies", "tweets", "nyt"]
 DRAW = "quality, 29 November 2026"
 TEST_PERCENT = 20
@@ -144,95 +146,84 @@ def shown(values):
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainer", default=str(pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"))
-    parser.add_argument("--folder", help="of rows, runs and logs; in the cache without it")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--student-seeds", type=int, help="of the students, the longest runs (default: as many as --seeds)")
-    parser.add_argument("--copies", type=int, default=6, help="new texts of each row for the assistant and the distilled students (default 6)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where there is room for more than one (default 1)")
-    parser.add_argument("--select-for", choices=SELECTING, default="minilm-l6", help="the model of (b)")
-    parser.add_argument("--threads", type=int, help="of each run (default: all)")
-    parser.add_argument("--only", help="does the teacher and the runs whose names begin so, such as all,random-1, and makes no table")
-    parser.add_argument("--fresh", action="store_true", help="throws earlier runs away")
-    arguments = parser.parse_args()
-    bench = Bench(arguments)
-    models = pathlib.Path(os.environ["ATHANOR_MODELS"])
-    seeds = range(arguments.seeds)
+def student(base, seed, epochs, **more):
+    return {
+        "model": {"from": f"file://{base}", "task": "TextClassification", "student": STUDENT},
+        "hyperparameters": {"epochs": epochs, "learningRate": 1e-4, "maxSequenceLength": 64, "seed": seed},
+        **more,
+    }
 
-    def student(seed, epochs, **more):
-        return {
-            "model": {"from": f"file://{models}/minilm-l6", "task": "TextClassification", "student": STUDENT},
-            "hyperparameters": {"epochs": epochs, "learningRate": 1e-4, "maxSequenceLength": 64, "seed": seed},
-            **more,
-        }
 
-    def chosen(seed, **more):
-        rate, steps = SELECTING[arguments.select_for]
+def student_specs(bench, teacher_folder, seeds, copies, wanted):
+    """Jobs of (a) by name. Trains the assistant if a distilled student is wanted."""
+    answers = [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]
+    specs = {}
+    if any(f"distilled-{seed}".startswith(wanted) for seed in seeds):
+        _, assistant = bench.run("assistant", {
+            "model": {"from": f"file://{MODELS}/minilm-l6", "task": "TextClassification"},
+            "hyperparameters": {"epochs": 3, "learningRate": 5e-5, "maxSequenceLength": 64, "seed": 0},
+            "teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": answers}, "data": {"augment": {"copies": copies}},
+        })
+        layers = [{"student": layer, "teacher": 2 * layer} for layer in (1, 2, 3)]
+        terms = [*answers, {"weight": 1.0, "hiddenState": {"layers": layers, "loss": "Cosine"}}]
+        for seed in seeds:
+            specs[f"distilled-{seed}"] = student(
+                assistant, seed, 3, teacher={"from": f"file://{assistant}"}, objective={"terms": terms},
+                data={"augment": {"copies": copies}}, compress=[{"quantize": {"method": "Int8Dynamic"}}],
+            )
+    for seed in seeds:
+        # More epochs of fewer rows; on test rows of an earlier draw three of them gave 0.848, eight 0.852.
+        specs[f"alone-{seed}"] = student(f"{MODELS}/minilm-l6", seed, 8)
+    return specs
+
+
+def selection_specs(teacher_folder, seeds, model):
+    """Jobs of (b) by name."""
+    rate, steps = SELECTING[model]
+
+    def job(seed, **more):
         return {
-            "model": {"from": f"file://{models}/{arguments.select_for}", "task": "TextClassification"},
+            "model": {"from": f"file://{MODELS}/{model}", "task": "TextClassification"},
             "hyperparameters": {"maxSteps": steps, "learningRate": rate, "maxSequenceLength": 64, "seed": seed},
             **more,
         }
 
-    teacher, teacher_folder = bench.run("teacher", {
-        "model": {"from": f"file://{models}/mpnet-base", "task": "TextClassification"},
-        "hyperparameters": {"epochs": 1, "learningRate": 3e-5, "maxSequenceLength": 64, "seed": 0},
-    })
-    wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
-    student_seeds = seeds if arguments.student_seeds is None else range(arguments.student_seeds)
-    taught = [seed for seed in student_seeds if f"distilled-{seed}".startswith(wanted)]
-    answers = [{"weight": 0.2, "crossEntropy": {}}, {"weight": 0.8, "softLabel": {"temperature": 2.0}}]
-    if taught:
-        _, assistant = bench.run("assistant", {
-            "model": {"from": f"file://{models}/minilm-l6", "task": "TextClassification"},
-            "hyperparameters": {"epochs": 3, "learningRate": 5e-5, "maxSequenceLength": 64, "seed": 0},
-            "teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": answers}, "data": {"augment": {"copies": arguments.copies}},
-        })
     specs = {}
-    for seed in taught:
-        layers = [{"student": layer, "teacher": 2 * layer} for layer in (1, 2, 3)]
-        terms = [*answers, {"weight": 1.0, "hiddenState": {"layers": layers, "loss": "Cosine"}}]
-        specs[f"distilled-{seed}"] = student(
-            seed, 3, model={"from": f"file://{assistant}", "task": "TextClassification", "student": STUDENT},
-            teacher={"from": f"file://{assistant}"}, objective={"terms": terms}, data={"augment": {"copies": arguments.copies}},
-            compress=[{"quantize": {"method": "Int8Dynamic"}}],
-        )
-    for seed in student_seeds:
-        # More epochs of fewer rows; on test rows of an earlier draw three of them gave 0.848, eight 0.852.
-        specs[f"alone-{seed}"] = student(seed, 8)
     for seed in seeds:
-        specs[f"all-{seed}"] = chosen(seed)
+        specs[f"all-{seed}"] = job(seed)
         for method in METHODS:
             select = {"method": method, "keepPercent": 30, "seed": seed}
             more = {"teacher": {"from": f"file://{teacher_folder}"}, "objective": {"terms": [{"crossEntropy": {}}]}}
-            specs[f"{method.lower()}-{seed}"] = chosen(seed, data={"select": select | CHOOSING}, **more)
-    if arguments.only:
-        bench.run_all({name: spec for name, spec in specs.items() if name.startswith(wanted)}, arguments.jobs)
-        return
-    found = bench.run_all(specs, arguments.jobs)
+            specs[f"{method.lower()}-{seed}"] = job(seed, data={"select": select | CHOOSING}, **more)
+    return specs
 
-    def names(kind):
-        return [f"{kind}-{seed}" for seed in (student_seeds if kind in ("alone", "distilled") else seeds)]
 
-    def runs(kind):
-        return [found[name] for name in names(kind)]
-
-    def accuracies(kind):
-        return [accuracy(report) for report, _ in runs(kind)]
-
-    alone, everything = accuracies("alone"), accuracies("all")
-    picked = {method: accuracies(method.lower()) for method in METHODS}
+def student_results(runs, teacher, teacher_folder):
+    """Rows of (a) and (c): name, ours, compared with, result, target."""
+    alone = [accuracy(report) for report, _ in runs("alone")]
     forms = [report["forms"] for report, _ in runs("distilled")]
     distilled = [form[0]["test"] for form in forms]
-    size, whole = parameters(found["distilled-0"][1]), parameters(teacher_folder)
+    size, whole = parameters(runs("distilled")[0][1]), parameters(teacher_folder)
     losses = [(form[0]["test"] - form[1]["test"]) * 100 for form in forms]
     mean = statistics.mean
-    results = [
+    return [
         ("student / teacher, accuracy", distilled, [accuracy(teacher)], mean(distilled) / accuracy(teacher), ">= 0.97"),
         ("student / teacher, parameters", [size], [whole], size / whole, "<= 0.1667"),
         ("distilled - alone, points", distilled, alone, (mean(distilled) - mean(alone)) * 100, "> 0"),
+        ("int8: points lost", [f[1]["test"] for f in forms], [f[0]["test"] for f in forms], mean(losses), "<= 0.5"),
+        ("int8: bytes", [f[1]["bytes"] for f in forms], [f[0]["bytes"] for f in forms], forms[0][1]["bytes"] / forms[0][0]["bytes"], ""),
+        ("int8: milliseconds a text", [f[1]["milliseconds"] for f in forms], [f[0]["milliseconds"] for f in forms],
+         statistics.median(f[1]["milliseconds"] for f in forms) / statistics.median(f[0]["milliseconds"] for f in forms), "< 1"),
+    ]
+
+
+def selection_results(runs):
+    """Rows of (b): name, ours, compared with, result, target."""
+    accuracies = lambda kind: [accuracy(report) for report, _ in runs(kind)]
+    everything = accuracies("all")
+    picked = {method: accuracies(method.lower()) for method in METHODS}
+    mean = statistics.mean
+    return [
         *(
             (f"30 % by {method} / all rows", picked[method], everything, mean(picked[method]) / mean(everything), ">= 0.98")
             for method in METHODS
@@ -242,31 +233,36 @@ def main():
              (mean(picked[method]) - mean(picked["Random"])) * 100, "> 0")
             for method in METHODS[1:]
         ),
-        ("int8: points lost", [f[1]["test"] for f in forms], [f[0]["test"] for f in forms], mean(losses), "<= 0.5"),
-        ("int8: bytes", [f[1]["bytes"] for f in forms], [f[0]["bytes"] for f in forms], forms[0][1]["bytes"] / forms[0][0]["bytes"], ""),
-        ("int8: milliseconds a text", [f[1]["milliseconds"] for f in forms], [f[0]["milliseconds"] for f in forms],
-         statistics.median(f[1]["milliseconds"] for f in forms) / statistics.median(f[0]["milliseconds"] for f in forms), "< 1"),
     ]
-    rows = teacher["summary"]["rows"]
-    print(f"Rows: {rows['train']} train, {rows['validation']} validation, {rows['test']} test; seeds {list(seeds)}; students {list(student_seeds)}\n")
+
+
+def differences(parts):
+    """Pairs of kinds of runs whose accuracies are compared row by row."""
+    pairs = [("distilled", "alone")] if "students" in parts else []
+    if "selection" in parts:
+        pairs += [(method.lower(), "random") for method in METHODS[1:]] + [(method.lower(), "all") for method in METHODS]
+    return pairs
+
+
+def print_results(results):
     print("| what | ours | compared with | result | target |\n|---|---|---|---|---|")
     for name, ours, peer, ratio, target in results:
         met = ""
         if target:
             sign, limit = target.split()
-            met = " met" if {">=": ratio >= float(limit), "<=": ratio <= float(limit), ">": ratio > float(limit), "<": ratio < float(limit)}[sign] else " **missed**"
+            is_met = {">=": ratio >= float(limit), "<=": ratio <= float(limit), ">": ratio > float(limit), "<": ratio < float(limit)}[sign]
+            met = " met" if is_met else " **missed**"
         print(f"| {name} | {shown(ours)} | {shown(peer)} | {ratio:.4f} | {target}{met} |")
-    # Answers of the models as they are served, all of them to the same rows.
-    rights = {name: correct(artifact, name, bench.tests) for name, (_, artifact) in found.items()}
-    of = lambda kind: [rights[name] for name in names(kind)]
-    differences = [("distilled", "alone"), *((method.lower(), "random") for method in METHODS[1:])]
-    differences += [(method.lower(), "all") for method in METHODS]
-    intervals = {f"{ours} - {theirs}": interval(of(ours), of(theirs)) for ours, theirs in differences}
+
+
+def print_intervals(intervals):
     print("\n| difference of accuracies as served, points | mean | 95 % interval |\n|---|---|---|")
     for name, (difference, low, high) in intervals.items():
         print(f"| {name} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")
-    out = ROOT / "bench/results"
-    out.mkdir(exist_ok=True)
+
+
+def write_entries(results, intervals):
+    """Writes the results; entries of a part that was not run stay."""
     entries = [
         {"name": name, "ours": statistics.mean(ours), "peer": statistics.mean(peer), "unit": "", "ratio": ratio, "target": target,
          "runs": {"ours": ours, "peer": peer}}
@@ -277,7 +273,64 @@ def main():
          "runs": {"interval95": [low, high]}}
         for name, (difference, low, high) in intervals.items()
     ]
-    (out / "quality.json").write_text(json.dumps(entries, indent=1) + "\n")
+    path = ROOT / "bench/results/quality.json"
+    path.parent.mkdir(exist_ok=True)
+    new = {entry["name"] for entry in entries}
+    others = [entry for entry in json.loads(path.read_text()) if entry["name"] not in new] if path.exists() else []
+    path.write_text(json.dumps(others + entries, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", default=str(pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release/athanor-trainer"))
+    parser.add_argument("--folder", help="of rows, runs and logs; in the cache without it")
+    parser.add_argument("--part", action="append", choices=PARTS, help="students: (a) and (c); selection: (b); all without it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--student-seeds", type=int, help="of the students, the longest runs (default: as many as --seeds)")
+    parser.add_argument(
+        "--copies", type=int, default=6, help="new texts of each row for the assistant and the distilled students (default 6)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where there is room for more than one (default 1)")
+    parser.add_argument("--select-for", choices=SELECTING, default="minilm-l6", help="the model of (b)")
+    parser.add_argument("--threads", type=int, help="of each run (default: all)")
+    parser.add_argument("--only", help="does the teacher and the runs whose names begin so, such as all,random-1, and makes no table")
+    parser.add_argument("--fresh", action="store_true", help="throws earlier runs away")
+    arguments = parser.parse_args()
+    parts = arguments.part or PARTS
+    bench = Bench(arguments)
+    seeds = range(arguments.seeds)
+    student_seeds = seeds if arguments.student_seeds is None else range(arguments.student_seeds)
+
+    teacher, teacher_folder = bench.run("teacher", {
+        "model": {"from": f"file://{MODELS}/mpnet-base", "task": "TextClassification"},
+        "hyperparameters": {"epochs": 1, "learningRate": 3e-5, "maxSequenceLength": 64, "seed": 0},
+    })
+    wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
+    specs = {}
+    if "students" in parts:
+        specs |= student_specs(bench, teacher_folder, student_seeds, arguments.copies, wanted)
+    if "selection" in parts:
+        specs |= selection_specs(teacher_folder, seeds, arguments.select_for)
+    found = bench.run_all({name: spec for name, spec in specs.items() if name.startswith(wanted)}, arguments.jobs)
+    if arguments.only:
+        return
+
+    def names(kind):
+        return [f"{kind}-{seed}" for seed in (student_seeds if kind in ("alone", "distilled") else seeds)]
+
+    runs = lambda kind: [found[name] for name in names(kind)]
+    results = student_results(runs, teacher, teacher_folder) if "students" in parts else []
+    results += selection_results(runs) if "selection" in parts else []
+    rows = teacher["summary"]["rows"]
+    counts = f"{rows['train']} train, {rows['validation']} validation, {rows['test']} test"
+    print(f"Rows: {counts}; seeds {list(seeds)}, students {list(student_seeds)}\n")
+    print_results(results)
+    # Answers of the models as they are served, all of them to the same rows.
+    rights = {name: correct(artifact, name, bench.tests) for name, (_, artifact) in found.items()}
+    of = lambda kind: [rights[name] for name in names(kind)]
+    intervals = {f"{ours} - {theirs}": interval(of(ours), of(theirs)) for ours, theirs in differences(parts)}
+    print_intervals(intervals)
+    write_entries(results, intervals)
 
 
 main()
