@@ -54,6 +54,7 @@ class Team {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
+      round_.notify_all();
       return;
     }
     wait(round_, round);
@@ -63,13 +64,16 @@ class Team {
   int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
-  // Waits for another value than `old`: actively, then by giving the core to whoever wants it.
+  // Waits for another value than `old`: actively, then by giving the core to whoever wants it, then asleep. With fewer free cores than
+  // threads the one that is waited for gets the core sooner, and waiting does not use up a container's CPU limit.
   static void wait(const std::atomic<uint32_t>& value, uint32_t old) {
     for (int turn = 0; value.load(std::memory_order_acquire) == old; ++turn) {
       if (turn < 2000) {
         _mm_pause();
-      } else {
+      } else if (turn < 2032) {
         sched_yield();
+      } else {
+        value.wait(old, std::memory_order_acquire);
       }
     }
   }
