@@ -2,26 +2,31 @@
 
 import asyncio
 import collections
+import json
 import os
 import pathlib
 import random
 import time
 
-import aiohttp
-
 import local
+from connections import Connections, Lost
 from traffic import words
 
 # Numbers of clients that send one request after the other, to find the largest goodput.
 CLIENTS = (8, 16, 32, 64)
 FACTOR = 10
+# Longest time until an answer, in seconds.
+TIMEOUT = 300
+# Added to the nice value of this process: clients are not on the server's machine, and should not take its threads' places.
+NICER = 5
 
 
 def request(chance):
-    return {
+    body = {
         "messages": [{"role": "user", "content": words(chance, 60)}], "temperature": 1.0, "seed": chance.randrange(1 << 31),
         "max_tokens": chance.choice([32, 64, 96]),
     }
+    return json.dumps(body).encode()
 
 
 class Processors:
@@ -80,22 +85,19 @@ class Measurement:
     def is_over(self):
         return time.monotonic() >= self.until or len(self.failures) > 20
 
-    async def ask(self, session, base, body):
+    async def ask(self, connections, body):
         """Sends a request. Returns the seconds after which the server wants to see it again; 0 if it was not refused."""
         began = time.monotonic()
         is_counted = lambda at: self.since <= at < self.until
         self.sent += is_counted(began)
         try:
-            async with session.post(f"{base}/v1/chat/completions", json=body) as answer:
-                status = answer.status
-                found = await answer.json() if status == 200 else await answer.text()
-                retry_after = answer.headers.get("retry-after", "")
-        except (aiohttp.ClientError, TimeoutError) as error:
+            answer = await connections.post("/v1/chat/completions", body, TIMEOUT)
+        except (Lost, OSError) as error:
             self.failures.append(f"{type(error).__name__}: {error}")
             return 0
-        ended = time.monotonic()
+        ended, status, retry_after = time.monotonic(), answer.status, answer.header("retry-after")
         if status not in (200, 429):
-            self.failures.append(f"{status} {found[:300]}")
+            self.failures.append(f"{status} {answer.body[:300]!r}")
         later = int(retry_after) if status == 429 and retry_after.isdigit() else 0
         self.without_retry_after += status == 429 and later == 0
         self.completed += status == 200
@@ -107,7 +109,7 @@ class Measurement:
         elif is_counted(ended):
             self.statuses[status] += 1
             if status == 200:
-                self.tokens += found["usage"]["completion_tokens"]
+                self.tokens += json.loads(answer.body)["usage"]["completion_tokens"]
                 self.latencies.append(ended - began)
             else:
                 self.refusals.append(ended - began)
@@ -123,20 +125,20 @@ class Measurement:
         return values[min(int(len(values) * share), len(values) - 1)] if values else float("nan")
 
 
-async def closed_loop(session, base, processes, clients, seconds, seed):
+async def closed_loop(connections, processes, clients, seconds, seed):
     """Clients that send their next request when the last one is answered, or at the time that a refusal says."""
     measured = Measurement(processes, seconds, clients)
 
     async def client(number):
         chance = random.Random(seed * 1000 + number)
         while not measured.is_over():
-            await asyncio.sleep(await measured.ask(session, base, request(chance)))
+            await asyncio.sleep(await measured.ask(connections, request(chance)))
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     return measured
 
 
-async def open_loop(session, base, processes, rate, seconds, skipped, seed):
+async def open_loop(connections, processes, rate, seconds, skipped, seed):
     """Requests at random times, so many in a second, whatever is answered."""
     measured = Measurement(processes, seconds, skipped)
     chance = random.Random(seed)
@@ -144,7 +146,7 @@ async def open_loop(session, base, processes, rate, seconds, skipped, seed):
     due = time.monotonic()
     while not measured.is_over():
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(measured.ask(session, base, request(chance)))
+        task = asyncio.create_task(measured.ask(connections, request(chance)))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         due += chance.expovariate(rate)
@@ -158,23 +160,24 @@ async def run(base, processes, seconds, running, wait, seed):
     `processes`: the router and the servers; `running`: answers that run at a time; `wait`: longest expected wait in seconds. The last
     two bound the latency of admitted requests.
     """
-    timeout = aiohttp.ClientTimeout(total=300)
+    os.nice(NICER)
     results, wrong = {"goodput, tokens/s": {}}, []
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        best, rate, mean = 0.0, 0.0, 0.0
-        for clients in CLIENTS:
-            measured = await closed_loop(session, base, processes, clients, seconds, seed)
-            wrong += measured.failures[:3]
-            completed = measured.statuses[200]
-            print(f"{clients:3} clients: {measured.goodput:7.1f} tokens/s, {completed / measured.seconds:6.2f} answers/s, "
-                  f"p50 {measured.latency(0.5):.2f} s, p99 {measured.latency(0.99):.2f} s\n    {measured.processors}", flush=True)
-            results["goodput, tokens/s"][f"{clients} clients"] = measured.goodput
-            if measured.goodput > best:
-                best, rate, mean = measured.goodput, completed / measured.seconds, measured.tokens / max(completed, 1)
-                results["processors at the best goodput"] = measured.processors.shares()
-        # By then the queues are full.
-        skipped = running + int(wait * rate)
-        measured = await open_loop(session, base, processes, FACTOR * rate, 2 * seconds, skipped, seed)
+    connections = Connections(base)
+    best, rate, mean = 0.0, 0.0, 0.0
+    for clients in CLIENTS:
+        measured = await closed_loop(connections, processes, clients, seconds, seed)
+        wrong += measured.failures[:3]
+        completed = measured.statuses[200]
+        print(f"{clients:3} clients: {measured.goodput:7.1f} tokens/s, {completed / measured.seconds:6.2f} answers/s, "
+              f"p50 {measured.latency(0.5):.2f} s, p99 {measured.latency(0.99):.2f} s\n    {measured.processors}", flush=True)
+        results["goodput, tokens/s"][f"{clients} clients"] = measured.goodput
+        if measured.goodput > best:
+            best, rate, mean = measured.goodput, completed / measured.seconds, measured.tokens / max(completed, 1)
+            results["processors at the best goodput"] = measured.processors.shares()
+    # By then the queues are full.
+    skipped = running + int(wait * rate)
+    measured = await open_loop(connections, processes, FACTOR * rate, 2 * seconds, skipped, seed)
+    connections.close()
     offered, admitted = measured.sent / measured.seconds, measured.statuses[200]
     # The longest expected wait, and the time in which as many answers as run end; half as much again for chance.
     bound = 1.5 * (wait + running * mean / best)
