@@ -7,7 +7,6 @@ mod generate;
 mod load;
 mod packed;
 mod packed_encoder;
-mod runtime;
 mod tokenizer;
 mod torch;
 
@@ -24,6 +23,7 @@ use athanor_serving::{
         openai::{self, ApiError},
     },
     lifecycle::{self, Servers},
+    runtime,
     service::Service,
 };
 use athanor_telemetry::Readiness;

@@ -1,7 +1,7 @@
-//! The runtime of connections and tokenization. Its threads yield to those of the model.
+//! The runtime of a router's and of a server's connections. Its threads yield to those of a model on the same processors.
 //!
-//! The model's threads wait for each other hundreds of times in a step, so one of them that is preempted holds up all. A
-//! request that is refused takes little time and may come a little later.
+//! A model's threads wait for each other hundreds of times in a step, so one of them that is preempted holds up all. A
+//! request that is passed on or refused takes little time and may be handled some milliseconds later.
 
 use std::{io, thread};
 
