@@ -1,6 +1,6 @@
 //! The engine over real decoders: tiny random ones (`models/tests/golden/decoders`) and SmolLM2.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use athanor_serving::engine::generate::{
     Engine, Event, GenerateRequest,

@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_error() {
-        let failed = build().unwrap().block_on(on_own_thread(|| panic!("a fault of the test")));
+        let failed = build().unwrap().block_on(on_own_thread::<()>(|| panic!("a fault of the test")));
         assert!(failed.is_err());
     }
 }

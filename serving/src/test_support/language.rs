@@ -232,8 +232,8 @@ pub fn language_model_with_template(limits: ServeLimits, template: &'static str)
     let backend = Rule { limits: sizes, slots: vec![(0, None); sizes.blocks * sizes.block_size], gate: gate.clone() };
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
     let wait = Duration::from_secs(limits.max_queue_seconds);
-    let limits = EngineLimits { queue: limits.queue_inputs, wait, step };
-    let engine = Engine::start(backend, limits, "writer").expect("a thread starts");
+    let bounds = EngineLimits { queue: limits.queue_inputs, wait, step };
+    let engine = Engine::start(backend, bounds, "writer").expect("a thread starts");
     let tokenizer = Bytes { gate: gate.clone(), template };
     let generator = Generator::new(limits, vec![END], Arc::new(tokenizer), engine);
     (Arc::new(Service::new(&config, Model::Generator(generator))), gate)

@@ -83,7 +83,7 @@ mod tests {
     }
 
     fn close(found: f64, expected: f64) -> bool {
-        (found / expected - 1.0).abs() < 0.02
+        (found / expected - 1.0).abs() < 0.05
     }
 
     #[test]
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn the_rate_follows_a_change_within_some_minutes() {
         let mut rate = after(6_000, 0.02, 1, 16);
-        for step in 0..6_000 {
+        for step in 0..12_000 {
             rate.record(seconds(0.02), usize::from(step % 10 == 0), 16);
         }
         assert!(close(rate.interval(), 0.2), "{}", rate.interval());
