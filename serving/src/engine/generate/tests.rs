@@ -314,7 +314,10 @@ async fn a_full_queue_refuses_at_once() {
         thread::yield_now();
     }
     let others = submit(&engine, GenerateRequest { choices: 2, ..request(&[2], 9) }).unwrap();
-    assert_eq!(submit(&engine, request(&[3], 9)).unwrap_err(), GenerateError::QueueFull { capacity: 2, retry_after: 1 });
+    assert_eq!(
+        submit(&engine, request(&[3], 9)).unwrap_err(),
+        GenerateError::QueueFull { capacity: 2, retry_after: 1 }
+    );
     drop(gate);
     for choice in first.into_iter().chain(others) {
         read(choice).await.unwrap();
@@ -325,9 +328,8 @@ async fn a_full_queue_refuses_at_once() {
 #[tokio::test]
 async fn a_request_that_would_wait_too_long_is_refused_unless_nothing_waits() {
     let (engine, seen) = engine(40, EngineLimits { wait: Duration::ZERO, ..limits(100, 1) });
-    let submitted = |count: usize| -> Vec<Choice> {
-        (0..count).flat_map(|_| submit(&engine, request(&[1], 9)).unwrap()).collect()
-    };
+    let submitted =
+        |count: usize| -> Vec<Choice> { (0..count).flat_map(|_| submit(&engine, request(&[1], 9)).unwrap()).collect() };
     // One waits for the other, so that the engine knows how long that takes.
     let gate = seen.gate.lock().unwrap();
     let first = submitted(2);

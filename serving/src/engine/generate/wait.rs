@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn retry_after_is_the_expected_wait_in_whole_seconds() {
-        for (waiting, interval, expected) in [(0, 1.0, 1), (1, 0.2, 1), (4, 0.5, 2), (5, 0.5, 3), (1, f64::MAX, LATEST)] {
+        for (waiting, interval, expected) in [(0, 1.0, 1), (1, 0.2, 1), (4, 0.5, 2), (5, 0.5, 3), (1, f64::MAX, LATEST)]
+        {
             let queue = Queue { waiting, free: 0, interval };
             assert_eq!(queue.retry_after(), expected, "{queue:?}");
         }
