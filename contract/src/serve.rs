@@ -102,6 +102,10 @@ pub struct ServeLimits {
     pub max_inputs: usize,
     /// Largest number of inputs that wait for a batch; a full queue answers 429.
     pub queue_inputs: usize,
+    /// Longest expected time in seconds that a generation waits before it runs; one that would wait longer is answered 429.
+    /// A server of an earlier version does not read it.
+    #[serde(skip_serializing_if = "is_max_queue_seconds")]
+    pub max_queue_seconds: u64,
     /// Largest number of inputs in one batch.
     pub max_batch_inputs: usize,
     /// Largest product of the number of inputs in a batch and the tokens of the longest of them.
@@ -115,6 +119,12 @@ pub struct ServeLimits {
 
 /// Default of `maxRequestSeconds`.
 pub const MAX_REQUEST_SECONDS: u64 = 300;
+/// Default of `maxQueueSeconds`.
+pub const MAX_QUEUE_SECONDS: u64 = 30;
+
+fn is_max_queue_seconds(seconds: &u64) -> bool {
+    *seconds == MAX_QUEUE_SECONDS
+}
 
 impl Default for ServeLimits {
     fn default() -> Self {
@@ -122,6 +132,7 @@ impl Default for ServeLimits {
             max_body_bytes: 1 << 20,
             max_inputs: 256,
             queue_inputs: 2048,
+            max_queue_seconds: MAX_QUEUE_SECONDS,
             max_batch_inputs: 64,
             max_batch_tokens: 8192,
             max_sequence_length: 128,

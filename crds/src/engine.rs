@@ -1,6 +1,6 @@
 //! `spec.engine` of a ModelDeployment: what runs a language model.
 
-use athanor_contract::serve::{EngineConfig, Weights};
+use athanor_contract::serve::{EngineConfig, MAX_QUEUE_SECONDS, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,19 @@ pub struct BuiltinEngine {
     pub kv_cache_memory: Option<String>,
     /// Format of the weights in memory.
     pub weights: Weights,
+    /// Longest expected time in seconds that a request waits before it runs. A request that would wait longer is answered
+    /// 429 with Retry-After. Absent: 30.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub max_queue_seconds: Option<u32>,
+}
+
+impl EngineSpec {
+    /// Longest expected wait of a request to athanor-server, in seconds.
+    pub fn max_queue_seconds(&self) -> u64 {
+        let own = self.builtin.as_ref().and_then(|engine| engine.max_queue_seconds);
+        own.map_or(MAX_QUEUE_SECONDS, u64::from)
+    }
 }
 
 impl BuiltinEngine {

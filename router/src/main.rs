@@ -25,6 +25,7 @@ use athanor_router::{
 use athanor_serving::{
     api::inference::{self, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
     lifecycle::{self, Servers},
+    runtime,
     tls::Tls,
 };
 use athanor_telemetry::Readiness;
@@ -79,9 +80,12 @@ struct Arguments {
     tls: Option<PathBuf>,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    runtime::build().context("the runtime cannot be started")?.block_on(serve(arguments))
+}
+
+async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let _telemetry = athanor_telemetry::init("athanor-router");
     let result = run(arguments).await;
     if let Err(error) = &result {

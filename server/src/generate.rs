@@ -4,6 +4,7 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -230,6 +231,7 @@ pub fn engine_limits(limits: &ServeLimits, device: Device) -> EngineLimits {
     let sequences = limits.max_batch_inputs.max(1);
     EngineLimits {
         queue: limits.queue_inputs,
+        wait: Duration::from_secs(limits.max_queue_seconds),
         step: StepLimits { tokens: limits.max_batch_tokens.min(most), sequences },
     }
 }

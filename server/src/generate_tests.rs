@@ -82,7 +82,8 @@ async fn greedy(engine: &Engine, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<
 
 /// Starts an engine for 8 sequences and few tokens a step, so that it computes prompts in parts next to answers.
 fn start(backend: TorchGenerator) -> Engine {
-    Engine::start(backend, EngineLimits { queue: 64, step: StepLimits { tokens: 20, sequences: 8 } }, "tiny").unwrap()
+    let step = StepLimits { tokens: 20, sequences: 8 };
+    Engine::start(backend, EngineLimits { queue: 64, wait: Duration::MAX, step }, "tiny").unwrap()
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ use athanor_serving::{
         openai::{self, ApiError},
     },
     lifecycle::{self, Servers},
+    runtime,
     service::Service,
 };
 use athanor_telemetry::Readiness;
@@ -63,9 +64,12 @@ enum Command {
     },
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    runtime::build().context("the runtime cannot be started")?.block_on(serve(arguments))
+}
+
+async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let _telemetry = athanor_telemetry::init("athanor-server");
     let result = run(arguments).await;
     if let Err(error) = &result {
@@ -173,7 +177,8 @@ async fn fetch_and_load(
     let manifest = fetch::fetch(config, &folder).await?;
     let max_sequence_length = manifest.and_then(|manifest| manifest.max_sequence_length);
     let config = config.clone();
-    let service = tokio::task::spawn_blocking(move || {
+    // The model's threads begin here, and keep the priority of this one.
+    let service = runtime::on_own_thread(move || {
         load::load(&config, &folder, max_sequence_length).with_context(|| format!("loading {}", config.model_uri))
     })
     .await??;

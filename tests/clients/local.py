@@ -26,6 +26,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def cpu_seconds(process) -> float:
+    """Processor time of a process (its id, or "self") in user and in kernel mode."""
+    # The name of the program, in brackets, may have spaces.
+    fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def end_on_sigterm():
     """SIGTERM becomes an exception, so that the processes that were started are ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -54,6 +61,10 @@ class Process:
             if line.startswith(f"{field}:"):
                 return int(line.split()[1])
         raise KeyError(field)
+
+    def cpu_seconds(self):
+        """Processor time so far, of all threads."""
+        return cpu_seconds(self.process.pid)
 
     def open_files(self):
         """Number of open file descriptors, connections included."""

@@ -29,7 +29,9 @@ import local
 import overload
 from traffic import WORDS, Soak
 
-CLIENTS, BATCH, QUEUE = 16, 16, 32
+CLIENTS, BATCH = 16, 16
+# Sequences that wait at most in the soak, and seconds that a request may be expected to wait under overload.
+QUEUE, WAIT = 32, 6
 MODEL = "smollm2-135m"
 REVISIONS = ("champion", "candidate")
 # Shares of the candidate, in percent, one after the other.
@@ -145,31 +147,46 @@ async def soak(router, servers, file, seconds, seed):
     return results, wrong
 
 
-async def run(options, work):
+@contextlib.contextmanager
+def deployment(work, limits):
+    """A router before a server of each revision, with equal weights. Yields the router, the servers and the file of the weights."""
     engine = {"weights": "Int4", "maxModelLength": 1024, "kvCacheMemory": CACHE}
-    limits = {"maxBatchInputs": BATCH, "queueInputs": QUEUE}
     with contextlib.ExitStack() as stack:
         servers = {}
         for revision in REVISIONS:
             servers[revision] = stack.enter_context(local.server(
-                work, "soak", f"file://{local.MODELS}/{MODEL}", work / f"{revision}.log", revision, engine=engine, limits=limits,
+                work, "soak", f"file://{local.MODELS}/{MODEL}", work / f"{revision}.log", revision,
+                engine=engine, limits={"maxBatchInputs": BATCH} | limits,
             ))
-        weights = {REVISIONS[0]: 50, REVISIONS[1]: 50}
+        weights = dict.fromkeys(REVISIONS, 100 // len(REVISIONS))
         router, file = stack.enter_context(local.router(work, servers, weights, work / "router.log"))
-        results, wrong = {}, []
-        if options.only != "overload":
-            results["soak"], found = await soak(router, list(servers.values()), file, options.seconds, options.seed)
-            wrong += found
-        if options.only != "soak":
-            local.write_weights(file, weights)
-            await asyncio.sleep(1.5)
+        yield router, list(servers.values()), file
+
+
+async def part(options, name, work):
+    """Runs a part with processes of its own."""
+    work.mkdir()
+    with deployment(work, {"queueInputs": QUEUE} if name == "soak" else {"maxQueueSeconds": WAIT}) as (router, servers, file):
+        if name == "soak":
+            results, wrong = await soak(router, servers, file, options.seconds, options.seed)
+        else:
             seconds = min(max(options.seconds / 8, 6), 30)
-            results["overload"], found = await overload.run(router.base, seconds, len(servers) * (BATCH + QUEUE), options.seed)
+            results, wrong = await overload.run(
+                router.base, [router, *servers], seconds, len(servers) * BATCH, WAIT, options.seed,
+            )
+    if wrong:
+        for log in sorted(work.glob("*.log")):
+            lines = [line for line in log.read_text().splitlines() if "ERROR" in line or "panicked" in line]
+            print(f"{log.name}: {len(lines)} errors" + "".join(f"\n  {line[:400]}" for line in lines[:5]), file=sys.stderr)
+    return results, wrong
+
+
+async def run(options, work):
+    results, wrong = {}, []
+    for name in ("soak", "overload"):
+        if options.only in (None, name):
+            results[name], found = await part(options, name, work / name)
             wrong += found
-        if wrong:
-            for log in sorted(work.glob("*.log")):
-                lines = [line for line in log.read_text().splitlines() if "ERROR" in line or "panicked" in line]
-                print(f"{log.name}: {len(lines)} errors" + "".join(f"\n  {line[:400]}" for line in lines[:5]), file=sys.stderr)
     return results, wrong
 
 

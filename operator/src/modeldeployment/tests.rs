@@ -774,16 +774,19 @@ fn a_changed_engine_restarts_the_servers_with_it() {
         let validated = validate(&subject.deployment).unwrap();
         let revision = build::build(&validated, &settings, &decision(subject, 60), "00ff".into()).revisions.remove(0);
         let config: ServeConfig = serde_json::from_str(&revision.config.data.unwrap()["serve.json"]).unwrap();
-        (config.engine, revision.deployment.spec.unwrap().template.metadata.unwrap().annotations)
+        let annotations = revision.deployment.spec.unwrap().template.metadata.unwrap().annotations;
+        ((config.engine, config.limits.max_queue_seconds), annotations)
     };
     let (before, annotations) = built(&subject);
-    assert_eq!(before, EngineConfig::default());
-    let spec = json!({"builtin": {"maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8"}});
+    assert_eq!(before, (EngineConfig::default(), 30));
+    let spec = json!({"builtin": {
+        "maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8", "maxQueueSeconds": 120,
+    }});
     subject.deployment.spec.engine = serde_json::from_value(spec).unwrap();
     let (after, changed) = built(&subject);
     let expected =
         EngineConfig { max_model_length: Some(512), kv_cache_memory: Some(256 << 20), weights: Weights::Int8 };
-    assert_eq!(after, expected);
+    assert_eq!(after, (expected, 120));
     assert_ne!(annotations, changed);
     subject.deployment.spec.engine.builtin.as_mut().unwrap().kv_cache_memory = Some("much".into());
     assert_eq!(validate(&subject.deployment).err(), Some(InvalidDeployment::CacheMemory("much".into())));

@@ -34,6 +34,8 @@ pub struct Endpoint {
     since: Instant,
     /// Milliseconds after `since` until which it is avoided; 0: never was.
     avoided_until: AtomicU64,
+    /// Milliseconds after `since` until which it counts as busy; 0: never was.
+    busy_until: AtomicU64,
     channel: OnceLock<Channel>,
 }
 
@@ -46,6 +48,7 @@ impl Endpoint {
             outstanding: AtomicUsize::new(0),
             since: Instant::now(),
             avoided_until: AtomicU64::new(0),
+            busy_until: AtomicU64::new(0),
             channel: OnceLock::new(),
         }
     }
@@ -67,8 +70,21 @@ impl Endpoint {
 
     /// Leaves the endpoint out for `time` from `now`.
     pub fn avoid(&self, now: Instant, time: Duration) {
-        let until = now.saturating_duration_since(self.since) + time;
-        self.avoided_until.fetch_max(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.avoided_until.fetch_max(self.milliseconds(now + time), Ordering::Relaxed);
+    }
+
+    /// Keeps for `time` from `now` that the endpoint has too much to do.
+    pub fn set_busy(&self, now: Instant, time: Duration) {
+        self.busy_until.fetch_max(self.milliseconds(now + time), Ordering::Relaxed);
+    }
+
+    /// Whether the endpoint has said shortly before `now` that it has too much to do.
+    pub fn is_busy(&self, now: Instant) -> bool {
+        self.milliseconds(now) < self.busy_until.load(Ordering::Relaxed)
+    }
+
+    fn milliseconds(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.since).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// When the endpoint may be used again, if it is to be avoided at `now`.

@@ -22,6 +22,9 @@ use crate::analysis::{Analysis, Counters};
 pub const AVOID: Duration = Duration::from_secs(1);
 /// How long an endpoint is avoided that dropped one request: it may have been that request's connection alone.
 pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
+/// How long a request that was refused by one endpoint does not try another one that has refused one. Every request is
+/// still refused by a server, and a full queue takes longer than this.
+const BUSY: Duration = Duration::from_millis(100);
 
 /// Further attempts of a request that was lost: it may be what ends its servers.
 const MOST_LOST: u32 = 1;
@@ -149,6 +152,9 @@ impl<T> SoFar<T> {
                 return ControlFlow::Break(from.with(answer));
             }
             Attempt::Busy { answer } | Attempt::Lacking { answer } => {
+                if !self.lacking {
+                    endpoint.set_busy(Instant::now(), BUSY);
+                }
                 count(analysis, &from.revision, Counters::refused);
                 self.fallback = Some(from.with(answer));
                 self.busy = true;
@@ -206,7 +212,9 @@ where
             let concerns = |name: &Option<Arc<str>>| name.as_ref().is_none_or(|name| *name == revision.name);
             let tried = tried.iter().filter(|(name, _)| concerns(name)).map(|(_, endpoint)| endpoint.clone());
             let tried: Vec<Arc<Endpoint>> = tried.collect();
-            let endpoint = select::endpoint(&revision.endpoints, &usable, &tried, now, &mut rand::rng())?;
+            let is_refused = so_far.busy && !so_far.lacking;
+            let usable = |endpoint: &Endpoint| usable(endpoint) && !(is_refused && endpoint.is_busy(now));
+            let endpoint = select::endpoint(&revision.endpoints, usable, &tried, now, &mut rand::rng())?;
             Some((revision.name.clone(), revision.adapter.clone(), endpoint))
         });
         let Some((revision, adapter, endpoint)) = chosen else {

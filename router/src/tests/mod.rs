@@ -211,6 +211,23 @@ async fn what_another_endpoint_can_answer_is_retried() {
     let alone = gateway(config(&[("a", 100)]), &[("a", &[busy])]);
     assert_eq!(send(&alone, classify(), r#"{"input": "x"}"#).await.0.status, StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(asked.load(Ordering::Relaxed), 1);
+    // While both are busy a request asks one of them, and after a while the other one as well.
+    let (other, others, _other) = server(([127, 0, 0, 1], 0).into(), StatusCode::TOO_MANY_REQUESTS).await;
+    let full = gateway(config(&[("a", 50), ("b", 50)]), &[("a", &[busy]), ("b", &[other])]);
+    let counts = || asked.load(Ordering::Relaxed) + others.load(Ordering::Relaxed);
+    let refuse = async || send(&full, classify(), r#"{"input": "x"}"#).await.0.status;
+    let before = counts();
+    assert_eq!(refuse().await, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(counts() - before, 2);
+    let (before, begin) = (counts(), Instant::now());
+    for _ in 0..10 {
+        assert_eq!(refuse().await, StatusCode::TOO_MANY_REQUESTS);
+    }
+    assert!(counts() - before == 10 || begin.elapsed() > Duration::from_millis(50), "{}", counts() - before);
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let before = counts();
+    assert_eq!(refuse().await, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(counts() - before, 2);
     // A 500 is the answer: another server would say the same.
     let (broken, asked, _broken) = server(([127, 0, 0, 1], 0).into(), StatusCode::INTERNAL_SERVER_ERROR).await;
     let broken = gateway(config(&[("a", 100)]), &[("a", &[broken, good])]);

@@ -83,7 +83,7 @@ async fn a_full_queue_of_a_language_model_refuses_before_it_tokenises() {
     let waiting = generate(2);
     until("the queue is full", || service.waiting() == 2 && tokenised() == 3).await;
     let refused = generate(1).await.unwrap().unwrap_err();
-    let expected = GenerateError::QueueFull { capacity: 2 };
+    let expected = GenerateError::QueueFull { capacity: 2, retry_after: 1 };
     assert!(matches!(&refused, ServiceError::Generate(error) if *error == expected), "{refused}");
     assert_eq!(tokenised(), 3, "the refused prompt was tokenised");
     drop(held);

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use athanor_contract::serve::{ServeConfig, ServeLimits};
@@ -230,8 +231,9 @@ pub fn language_model_with_template(limits: ServeLimits, template: &'static str)
     let sizes = GenerateLimits { blocks: 256, block_size: 8, max_length: LONGEST, vocabulary: VOCABULARY };
     let backend = Rule { limits: sizes, slots: vec![(0, None); sizes.blocks * sizes.block_size], gate: gate.clone() };
     let step = StepLimits { tokens: 64, sequences: limits.max_batch_inputs };
-    let engine =
-        Engine::start(backend, EngineLimits { queue: limits.queue_inputs, step }, "writer").expect("a thread starts");
+    let wait = Duration::from_secs(limits.max_queue_seconds);
+    let bounds = EngineLimits { queue: limits.queue_inputs, wait, step };
+    let engine = Engine::start(backend, bounds, "writer").expect("a thread starts");
     let tokenizer = Bytes { gate: gate.clone(), template };
     let generator = Generator::new(limits, vec![END], Arc::new(tokenizer), engine);
     (Arc::new(Service::new(&config, Model::Generator(generator))), gate)

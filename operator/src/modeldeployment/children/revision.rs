@@ -52,6 +52,7 @@ pub fn build(deployment: &ValidatedDeployment, settings: &Settings, server: &Ser
         grpc_port: port::GRPC,
         limits: ServeLimits {
             max_request_seconds: deployment.spec.max_request_seconds.into(),
+            max_queue_seconds: deployment.spec.engine.max_queue_seconds(),
             ..ServeLimits::default()
         },
         engine: match deployment.engine {

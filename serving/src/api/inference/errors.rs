@@ -38,7 +38,7 @@ pub fn of_service(error: ServiceError) -> Status {
 pub fn of_generation(error: &GenerateError) -> Status {
     let message = error.to_string();
     match error {
-        GenerateError::QueueFull { .. } => Status::resource_exhausted(message),
+        GenerateError::QueueFull { .. } | GenerateError::LongWait { .. } => Status::resource_exhausted(message),
         GenerateError::EmptyPrompt
         | GenerateError::TooLong { .. }
         | GenerateError::Invalid(_)

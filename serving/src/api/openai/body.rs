@@ -123,7 +123,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             };
             ("invalid_json", message, param)
         };
-        ApiError { status: StatusCode::BAD_REQUEST, message, param, code }
+        ApiError { status: StatusCode::BAD_REQUEST, message, param, code, retry_after: None }
     })?;
     deserializer.end().map_err(|error| {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {error}"))

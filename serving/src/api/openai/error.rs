@@ -22,6 +22,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// A stable name for programs.
     pub code: &'static str,
+    /// Seconds after which the client should try again, of a 429 or 503. Absent: 1.
+    pub retry_after: Option<u64>,
 }
 
 /// The body of an error.
@@ -40,7 +42,7 @@ pub struct ErrorDetail {
 
 impl ApiError {
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code }
+        Self { status, message: message.into(), param: None, code, retry_after: None }
     }
 
     pub fn param(mut self, param: impl Into<String>) -> Self {
@@ -84,10 +86,10 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let status = self.status;
+        let (status, retry_after) = (self.status, self.retry_after.unwrap_or(1));
         let mut response = (status, Json(self.body())).into_response();
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(retry_after));
         }
         response
     }
@@ -145,9 +147,11 @@ impl From<ServiceError> for ApiError {
 
 impl From<GenerateError> for ApiError {
     fn from(error: GenerateError) -> Self {
-        let message = error.to_string();
+        let (message, retry_after) = (error.to_string(), error.retry_after());
         match error {
-            GenerateError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
+            GenerateError::QueueFull { .. } | GenerateError::LongWait { .. } => {
+                Self { retry_after, ..Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message) }
+            }
             GenerateError::EmptyPrompt => Self::new(StatusCode::BAD_REQUEST, "input_empty", message).param("prompt"),
             GenerateError::TooLong { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param("max_tokens")
@@ -162,6 +166,24 @@ impl From<GenerateError> for ApiError {
             }
             GenerateError::TimedOut { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, "request_timeout", message),
             GenerateError::Stopped => Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine_stopped", message),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_when_to_come_back() {
+        for (error, status, expected) in [
+            (GenerateError::LongWait { expected: 41.2, limit: 30.0, retry_after: 42 }, 429, "42"),
+            (GenerateError::QueueFull { capacity: 8, retry_after: 3 }, 429, "3"),
+            (GenerateError::Stopped, 503, "1"),
+        ] {
+            let response = ApiError::from(error).into_response();
+            assert_eq!(response.status(), status);
+            assert_eq!(response.headers()[RETRY_AFTER], expected);
         }
     }
 }

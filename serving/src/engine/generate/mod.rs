@@ -6,6 +6,7 @@
 //! - [`sequence`] holds one answer in progress;
 //! - [`constraint`] restricts the tokens of an answer, such as to JSON of a schema;
 //! - [`adapters`] keeps the model's adapters loaded as long as they are used;
+//! - [`wait`] estimates how long a new request waits, by which it is accepted or refused;
 //! - [`request`] is what a client and the thread exchange; `worker` is the thread.
 //!
 //! An answer does not depend on the other requests in its batch, as far as the backend's logits do not.
@@ -23,6 +24,7 @@ pub mod request;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod wait;
 mod worker;
 
 use std::{
@@ -31,7 +33,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -47,6 +49,7 @@ use self::{
     request::{Item, Message, Place, Progress},
     sampling::{Invalid, MOST_ALTERNATIVES},
     scheduler::StepLimits,
+    wait::Queue,
 };
 use super::backend::{AdapterId, AdapterWeights, GenerateBackend, GenerateLimits};
 
@@ -55,6 +58,8 @@ use super::backend::{AdapterId, AdapterWeights, GenerateBackend, GenerateLimits}
 pub struct EngineLimits {
     /// Largest number of sequences that wait to be admitted.
     pub queue: usize,
+    /// Longest expected wait of a sequence.
+    pub wait: Duration,
     pub step: StepLimits,
 }
 
@@ -77,6 +82,7 @@ pub struct Engine {
     sender: mpsc::UnboundedSender<Message>,
     places: Arc<Semaphore>,
     capacity: usize,
+    wait: Duration,
     limits: GenerateLimits,
     progress: Arc<Progress>,
     stopped: CancellationToken,
@@ -106,7 +112,7 @@ impl Engine {
         })?;
         let places = Arc::new(Semaphore::new(capacity));
         let (model, adapters) = (model.into(), Arc::default());
-        Ok(Self { sender, places, capacity, limits: sizes, progress, stopped, model, adapters })
+        Ok(Self { sender, places, capacity, wait: limits.wait, limits: sizes, progress, stopped, model, adapters })
     }
 
     /// Loads an adapter between two steps; requests name it by the returned handle.
@@ -144,10 +150,17 @@ impl Engine {
         self.limits.vocabulary
     }
 
-    /// Takes places for `sequences` sequences, or fails at once if the queue has fewer. Callers reserve before they
-    /// tokenise, so that a request that is refused costs nothing.
+    /// Takes places for `sequences` sequences, or fails at once if the queue has fewer or the expected wait is too long.
+    /// Callers reserve before they tokenise, so that a request that is refused costs nothing. While nothing waits only
+    /// the number of places counts.
     pub fn reserve(&self, sequences: usize) -> Result<Places, GenerateError> {
-        let full = GenerateError::QueueFull { capacity: self.capacity };
+        let queue = self.queue();
+        let (expected, retry_after) = (queue.expected_wait(), queue.retry_after());
+        if expected > self.wait {
+            let (expected, limit) = (expected.as_secs_f64(), self.wait.as_secs_f64());
+            return Err(GenerateError::LongWait { expected, limit, retry_after });
+        }
+        let full = GenerateError::QueueFull { capacity: self.capacity, retry_after };
         let count = u32::try_from(sequences).map_err(|_| full.clone())?;
         let mut permits = self.places.clone().try_acquire_many_owned(count).map_err(|_| full)?;
         Ok(Places((0..sequences).filter_map(|_| permits.split(1)).map(Place::new).collect()))
@@ -158,7 +171,7 @@ impl Engine {
     pub fn submit(&self, places: &mut Places, request: GenerateRequest) -> Result<Vec<Choice>, GenerateError> {
         self.check(&request)?;
         let first = places.0.len().checked_sub(request.choices);
-        let first = first.ok_or(GenerateError::QueueFull { capacity: self.capacity })?;
+        let first = first.ok_or(GenerateError::QueueFull { capacity: self.capacity, retry_after: 1 })?;
         let mut choices = Vec::with_capacity(request.choices);
         let mut replies = Vec::with_capacity(request.choices);
         for place in places.0.drain(first..) {
@@ -198,9 +211,22 @@ impl Engine {
         Ok(())
     }
 
+    fn waiting(&self) -> usize {
+        self.capacity - self.places.available_permits()
+    }
+
+    /// What a request finds that arrives now.
+    fn queue(&self) -> Queue {
+        Queue {
+            waiting: self.waiting(),
+            free: self.progress.free.load(Ordering::Relaxed),
+            interval: f64::from_bits(self.progress.interval.load(Ordering::Relaxed)),
+        }
+    }
+
     pub fn load(&self) -> Load {
         Load {
-            waiting: self.capacity - self.places.available_permits(),
+            waiting: self.waiting(),
             running: self.progress.running.load(Ordering::Relaxed),
             used_blocks: self.progress.used_blocks.load(Ordering::Relaxed),
         }

@@ -1,7 +1,7 @@
 //! What a client and the engine's thread exchange.
 
 use std::{
-    sync::atomic::AtomicUsize,
+    sync::atomic::{AtomicU64, AtomicUsize},
     time::{Duration, Instant},
 };
 
@@ -62,9 +62,12 @@ pub struct Finished {
 
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum GenerateError {
-    /// The client can try again a little later.
+    /// The client can try again after `retry_after` seconds.
     #[error("the queue is full: at most {capacity} sequences wait")]
-    QueueFull { capacity: usize },
+    QueueFull { capacity: usize, retry_after: u64 },
+    /// A sequence would wait longer than the engine lets it. The client can try again after `retry_after` seconds.
+    #[error("the queue is full: the expected wait is {expected:.1} s; at most {limit} s")]
+    LongWait { expected: f64, limit: f64, retry_after: u64 },
     #[error("the prompt is empty")]
     EmptyPrompt,
     #[error("{prompt} tokens of prompt and {max_tokens} of answer exceed the context of {limit} tokens")]
@@ -86,6 +89,16 @@ pub enum GenerateError {
     Stopped,
 }
 
+impl GenerateError {
+    /// Seconds after which the client should try again, if the engine has too much to do.
+    pub fn retry_after(&self) -> Option<u64> {
+        match self {
+            Self::QueueFull { retry_after, .. } | Self::LongWait { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
+    }
+}
+
 impl From<BackendError> for GenerateError {
     fn from(error: BackendError) -> Self {
         Self::Backend(error.0)
@@ -97,6 +110,10 @@ impl From<BackendError> for GenerateError {
 pub(super) struct Progress {
     pub(super) running: AtomicUsize,
     pub(super) used_blocks: AtomicUsize,
+    /// How many more sequences can run at once; 0 while sequences wait for room.
+    pub(super) free: AtomicUsize,
+    /// Bits of the mean time between two admissions, an `f64` in seconds.
+    pub(super) interval: AtomicU64,
 }
 
 /// A place in the queue, given back when the sequence is admitted or its request goes away.

@@ -46,6 +46,8 @@ pub struct Plan {
     /// Sequences that were admitted for the first time.
     pub admitted: Vec<SequenceId>,
     pub preempted: usize,
+    /// Whether a sequence waits for room: for blocks, for an end of another one, or for its prompt's turn.
+    pub is_backlogged: bool,
 }
 
 #[derive(Debug)]
@@ -70,6 +72,11 @@ impl Scheduler {
 
     pub fn running(&self) -> &[Sequence] {
         &self.running
+    }
+
+    /// Largest number of sequences that run at once.
+    pub fn most_running(&self) -> usize {
+        self.limits.sequences
     }
 
     pub fn waiting(&self) -> usize {
@@ -101,9 +108,10 @@ impl Scheduler {
                 self.assign(index, &mut budget, &mut plan);
             }
         }
-        if plan.preempted == 0 {
-            self.admit(&mut budget, &mut plan);
-        }
+        plan.is_backlogged = match plan.preempted {
+            0 => self.admit(&mut budget, &mut plan),
+            _ => true,
+        };
         plan
     }
 
@@ -142,7 +150,8 @@ impl Scheduler {
         plan.work.push(Work { index, start: sequence.computed, length, wants_logits });
     }
 
-    fn admit(&mut self, budget: &mut usize, plan: &mut Plan) {
+    /// Returns whether a sequence is left that waits for room, and not only for a prompt that it shares.
+    fn admit(&mut self, budget: &mut usize, plan: &mut Plan) -> bool {
         let mut next = 0;
         while *budget > 0 && self.running.len() < self.limits.sequences && next < self.waiting.len() {
             if self.shares_a_prompt_in_progress(&self.waiting[next]) {
@@ -164,6 +173,7 @@ impl Scheduler {
             self.running.push(sequence);
             self.assign(self.running.len() - 1, budget, plan);
         }
+        next < self.waiting.len()
     }
 
     /// Whether another sequence of the same request still computes blocks of the prompt that this one will share.

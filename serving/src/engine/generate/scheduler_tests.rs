@@ -54,6 +54,33 @@ fn no_more_sequences_run_than_allowed_and_the_first_come_is_the_first_served() {
 }
 
 #[test]
+fn a_backlog_is_what_waits_for_room() {
+    let backlogged = |scheduler: &mut Scheduler| {
+        let plan = scheduler.plan();
+        plan.work.iter().for_each(|work| scheduler.advance(work));
+        plan.is_backlogged
+    };
+    // Three that may run at a time, with blocks for all.
+    let mut places = scheduler(100, 4, 100, 3);
+    places.add(sequence(1, 1, &[1; 9], 9));
+    // They share a prompt that is still computed.
+    places.add(sequence(2, 2, &[2; 9], 9));
+    places.add(sequence(3, 2, &[2; 9], 9));
+    assert!(!backlogged(&mut places));
+    places.add(sequence(4, 3, &[3], 9));
+    assert!(backlogged(&mut places), "only three run");
+    let mut blocks = scheduler(3, 4, 100, 3);
+    blocks.add(sequence(1, 1, &[1; 9], 3));
+    assert!(!backlogged(&mut blocks));
+    blocks.add(sequence(2, 2, &[2; 9], 3));
+    assert!(backlogged(&mut blocks), "the cache is full");
+    let mut prompts = scheduler(100, 4, 5, 3);
+    prompts.add(sequence(1, 1, &[1; 9], 9));
+    prompts.add(sequence(2, 2, &[2; 9], 9));
+    assert!(backlogged(&mut prompts), "the first prompt takes the whole step");
+}
+
+#[test]
 fn admission_stops_at_the_first_that_does_not_fit() {
     let mut scheduler = scheduler(4, 2, 100, 8);
     scheduler.add(sequence(1, 1, &[1; 3], 5));

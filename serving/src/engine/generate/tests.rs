@@ -126,7 +126,7 @@ fn engine(blocks: usize, limits: EngineLimits) -> (Engine, Arc<Seen>) {
 }
 
 fn limits(tokens: usize, sequences: usize) -> EngineLimits {
-    EngineLimits { queue: 1000, step: StepLimits { tokens, sequences } }
+    EngineLimits { queue: 1000, wait: Duration::MAX, step: StepLimits { tokens, sequences } }
 }
 
 fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
@@ -306,7 +306,7 @@ async fn a_reader_that_does_not_read_delays_nobody_and_loses_nothing() {
 
 #[tokio::test]
 async fn a_full_queue_refuses_at_once() {
-    let (engine, seen) = engine(40, EngineLimits { queue: 2, step: StepLimits { tokens: 100, sequences: 1 } });
+    let (engine, seen) = engine(40, EngineLimits { queue: 2, ..limits(100, 1) });
     let gate = seen.gate.lock().unwrap();
     let first = submit(&engine, request(&[1], 9)).unwrap();
     // The first leaves the queue when it is admitted, before the model stands still.
@@ -314,12 +314,45 @@ async fn a_full_queue_refuses_at_once() {
         thread::yield_now();
     }
     let others = submit(&engine, GenerateRequest { choices: 2, ..request(&[2], 9) }).unwrap();
-    assert_eq!(submit(&engine, request(&[3], 9)).unwrap_err(), GenerateError::QueueFull { capacity: 2 });
+    assert_eq!(
+        submit(&engine, request(&[3], 9)).unwrap_err(),
+        GenerateError::QueueFull { capacity: 2, retry_after: 1 }
+    );
     drop(gate);
     for choice in first.into_iter().chain(others) {
         read(choice).await.unwrap();
     }
     run(&engine, request(&[3], 9)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_would_wait_too_long_is_refused_unless_nothing_waits() {
+    let (engine, seen) = engine(40, EngineLimits { wait: Duration::ZERO, ..limits(100, 1) });
+    let submitted =
+        |count: usize| -> Vec<Choice> { (0..count).flat_map(|_| submit(&engine, request(&[1], 9)).unwrap()).collect() };
+    // One waits for the other, so that the engine knows how long that takes.
+    let gate = seen.gate.lock().unwrap();
+    let first = submitted(2);
+    drop(gate);
+    for choice in first {
+        read(choice).await.unwrap();
+    }
+    until(&engine, "nothing waits", |load| load == IDLE).await;
+    let gate = seen.gate.lock().unwrap();
+    let running = submitted(1);
+    while engine.load().waiting > 0 {
+        thread::yield_now();
+    }
+    // The engine had room for one before its step; another one waits for that.
+    let waiting = submitted(2);
+    let refused = submit(&engine, request(&[1], 9)).unwrap_err();
+    assert!(matches!(refused, GenerateError::LongWait { limit: 0.0, retry_after: 1, .. }), "{refused}");
+    drop(gate);
+    for choice in running.into_iter().chain(waiting) {
+        read(choice).await.unwrap();
+    }
+    until(&engine, "nothing waits", |load| load == IDLE).await;
+    run(&engine, request(&[1], 9)).await.unwrap();
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use super::{
     sampling::{LogitsError, Logprobs, Sampled},
     scheduler::{Plan, Scheduler, StepLimits, Work},
     sequence::{FinishReason, Sequence, SequenceId},
+    wait::{AdmissionRate, Queue},
 };
 use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Logits, Row, RowOutput};
 
@@ -76,6 +77,9 @@ pub(super) struct Worker<B> {
     threads: Threads,
     sequences: SequenceId,
     requests: u64,
+    rate: AdmissionRate,
+    /// When the last step began, if it left sequences that wait for room.
+    backlog: Option<Instant>,
 }
 
 impl<B: GenerateBackend> Worker<B> {
@@ -101,6 +105,8 @@ impl<B: GenerateBackend> Worker<B> {
             threads: Threads::start(),
             sequences: 0,
             requests: 0,
+            rate: AdmissionRate::default(),
+            backlog: None,
         }
     }
 
@@ -119,6 +125,9 @@ impl<B: GenerateBackend> Worker<B> {
             self.remove_closed();
             if !self.scheduler.is_idle() {
                 self.step();
+            }
+            if self.scheduler.waiting() == 0 {
+                self.backlog = None;
             }
             self.publish();
         }
@@ -197,10 +206,15 @@ impl<B: GenerateBackend> Worker<B> {
     }
 
     fn step(&mut self) {
+        let before = self.scheduler.running().len();
         let plan = self.scheduler.plan();
         // Otherwise the thread would spin for ever; see the scheduler for why each step makes progress.
         assert!(!plan.work.is_empty(), "a step without work while sequences wait");
         let started = Instant::now();
+        if let Some(since) = self.backlog {
+            self.rate.record(started.saturating_duration_since(since), plan.admitted.len(), before);
+        }
+        self.backlog = plan.is_backlogged.then_some(started);
         self.record_admissions(&plan, started);
         let answers = self.compute(&plan.work);
         metrics::histogram!("athanor_server_batch_seconds").record(started.elapsed().as_secs_f64());
@@ -380,12 +394,18 @@ impl<B: GenerateBackend> Worker<B> {
         self.progress.running.store(running, Ordering::Relaxed);
         self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
         let usage = blocks.used() as f64 / blocks.count().max(1) as f64;
-        self.meters.state(running, self.scheduler.waiting(), usage);
+        let waiting = self.scheduler.waiting();
+        let free = if self.backlog.is_some() { 0 } else { self.scheduler.most_running().saturating_sub(running) };
+        let queue = Queue { waiting, free, interval: self.rate.interval() };
+        self.progress.free.store(free, Ordering::Relaxed);
+        self.progress.interval.store(queue.interval.to_bits(), Ordering::Relaxed);
+        metrics::gauge!("athanor_server_expected_wait_seconds").set(queue.expected_wait().as_secs_f64());
+        self.meters.state(running, waiting, usage);
         let adapters =
             self.clients.values().filter_map(|client| Some((client.admitted.is_some(), client.adapter.as_ref()?)));
         self.usage.record(adapters);
         metrics::gauge!("athanor_server_running_sequences").set(running as f64);
-        metrics::gauge!("athanor_server_waiting_sequences").set(self.scheduler.waiting() as f64);
+        metrics::gauge!("athanor_server_waiting_sequences").set(waiting as f64);
         metrics::gauge!("athanor_server_kv_cache_used_blocks").set(blocks.used() as f64);
         metrics::gauge!("athanor_server_kv_cache_usage_ratio").set(usage);
     }
