@@ -87,9 +87,7 @@ impl Pool {
                 loop {
                     let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(Job { mut constraint, reply }) = next else { return };
-                    // A fault is that of one answer, not of the thread. The constraint is not used again after it.
-                    let mask = catch_unwind(AssertUnwindSafe(|| constraint.mask()));
-                    let mask = mask.unwrap_or_else(|_| Err(ConstraintError("a fault in its mask".into())));
+                    let mask = mask(&mut *constraint);
                     // A cancelled answer does not wait for it.
                     let _ = reply.send((constraint, mask));
                 }
@@ -105,6 +103,13 @@ impl Pool {
         let _ = self.jobs.send(Job { constraint, reply });
         Guide { computed }
     }
+}
+
+/// Computes a mask on the calling thread. A fault is that of one answer, not of the thread; the constraint is not used
+/// again after it.
+pub(super) fn mask(constraint: &mut dyn Constraint) -> Result<TokenSet, ConstraintError> {
+    let mask = catch_unwind(AssertUnwindSafe(|| constraint.mask()));
+    mask.unwrap_or_else(|_| Err(ConstraintError("a fault in its mask".into())))
 }
 
 /// The mask of one answer that is being computed.
