@@ -18,6 +18,11 @@ pub trait Constraint: Send + 'static {
     /// Takes the chosen token, which is in the last mask and is no stop token.
     fn accept(&mut self, token: u32) -> Result<Progress, ConstraintError>;
 
+    /// A text like those that follow the rule, such as the names of a schema's fields: answers may repeat parts of it.
+    fn example(&self) -> Arc<[u32]> {
+        Arc::default()
+    }
+
     /// The same rule in the same state, for another answer to the same prompt.
     fn fork(&self) -> Box<dyn Constraint>;
 }

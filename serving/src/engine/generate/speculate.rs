@@ -1,14 +1,15 @@
 //! Speculation: tokens that may come next, proposed from the text so far and checked several at a time in one step.
 //!
 //! A proposal is what followed the latest earlier occurrence of the last tokens, in prompt and answer (prompt lookup
-//! decoding, <https://github.com/apoorvumang/prompt-lookup-decoding>). The tokens of the answer are drawn as they would be
+//! decoding, <https://github.com/apoorvumang/prompt-lookup-decoding>), or in an example of what an answer has to be, such as
+//! the names of a schema's fields. The tokens of the answer are drawn as they would be
 //! without it, so the text is the same. Only the time differs: a step with proposed tokens takes longer and may yield
 //! several tokens.
 //!
 //! Whether that pays is decided from what was measured: how often the proposals of a sequence were right ([`Record`]),
 //! also when no step computed them, and how long steps of each size took ([`Costs`]). No clock, no thread, no model.
 
-use std::iter;
+use std::{iter, sync::Arc};
 
 /// Largest number of tokens that are proposed for a sequence in a step.
 pub const MOST: usize = 15;
@@ -27,12 +28,12 @@ pub struct Proposal {
     pub matched: usize,
 }
 
-/// What followed the longest match of the last tokens, of equally long ones the latest, at most `most` tokens. Where the
-/// text ends, the proposal continues with itself, so that a repetition is proposed as far as `most` allows.
-pub fn propose(tokens: &[u32], most: usize) -> Proposal {
+/// The place behind the longest match of the last of `tokens` in `text`, of equally long ones the latest, and its length.
+/// Something follows there.
+fn find(text: &[u32], tokens: &[u32]) -> (usize, usize) {
     let (mut follows, mut matched) = (0, 0);
-    for end in (1..tokens.len()).rev() {
-        let pairs = iter::zip(tokens[..end].iter().rev(), tokens.iter().rev()).take(LONGEST);
+    for end in (1..text.len()).rev() {
+        let pairs = iter::zip(text[..end].iter().rev(), tokens.iter().rev()).take(LONGEST);
         let common = pairs.take_while(|(earlier, last)| earlier == last).count();
         if common > matched {
             (follows, matched) = (end, common);
@@ -40,6 +41,19 @@ pub fn propose(tokens: &[u32], most: usize) -> Proposal {
         if matched == LONGEST {
             break;
         }
+    }
+    (follows, matched)
+}
+
+/// What followed the longest match of the last tokens, of equally long ones the latest, at most `most` tokens. `example` is
+/// read as if it stood before the tokens. Where the tokens end, the proposal continues with itself, so that a repetition is
+/// proposed as far as `most` allows.
+pub fn propose(tokens: &[u32], example: &[u32], most: usize) -> Proposal {
+    let (follows, matched) = find(tokens, tokens);
+    let in_example = find(example, tokens);
+    if in_example.1 > matched {
+        let tokens = example[in_example.0..].iter().copied().take(most).collect();
+        return Proposal { tokens, matched: in_example.1 };
     }
     let mut proposed: Vec<u32> = Vec::new();
     if matched > 0 {
@@ -90,6 +104,8 @@ impl Record {
 /// What speculation has been for one sequence.
 #[derive(Clone, Debug, Default)]
 pub struct History {
+    /// A text that the answer may repeat parts of.
+    example: Arc<[u32]>,
     record: Record,
     proposal: Proposal,
     /// Steps by which the answer is ahead of itself without speculation: tokens gained less time lost.
@@ -102,9 +118,14 @@ impl History {
     /// Memory of the engine.
     const MEMORY_OF_ALL: f64 = 0.995;
 
+    /// `example`: a text that the answer may repeat parts of.
+    pub fn new(example: Arc<[u32]>) -> Self {
+        Self { example, ..Self::default() }
+    }
+
     /// Proposes at most `most` next tokens, none of them a stop token: what follows one is not drawn.
     pub fn propose(&mut self, tokens: &[u32], most: usize, stop_tokens: &[u32], all: &Record) -> Candidate {
-        self.proposal = propose(tokens, most.min(MOST));
+        self.proposal = propose(tokens, &self.example, most.min(MOST));
         if let Some(stop) = self.proposal.tokens.iter().position(|token| stop_tokens.contains(token)) {
             self.proposal.tokens.truncate(stop);
         }

@@ -1,7 +1,7 @@
 use super::*;
 
 fn proposed(tokens: &[u32], most: usize) -> (Vec<u32>, usize) {
-    let Proposal { tokens, matched } = propose(tokens, most);
+    let Proposal { tokens, matched } = propose(tokens, &[], most);
     (tokens, matched)
 }
 
@@ -25,6 +25,22 @@ fn the_proposal_is_what_followed_the_longest_match_and_of_equal_ones_the_latest(
     }
     let long: Vec<u32> = (0..20).chain(0..20).collect();
     assert_eq!(proposed(&long, 3), (vec![0, 1, 2], LONGEST));
+}
+
+#[test]
+fn an_example_is_read_as_if_it_stood_before_the_tokens() {
+    let example = [7, 8, 1, 2, 3, 4];
+    for (tokens, expected) in [
+        (&[9, 1, 2] as &[u32], (vec![3, 4], 2)),
+        // As long a match in the tokens themselves comes first, a longer one in the example before it.
+        (&[1, 2, 6, 1, 2], (vec![6, 1], 2)),
+        (&[2, 6, 1, 2], (vec![3, 4], 2)),
+        (&[3, 4], (vec![], 0)),
+        (&[2, 3], (vec![4], 2)),
+    ] {
+        let found = propose(tokens, &example, 2);
+        assert_eq!((found.tokens, found.matched), expected, "{tokens:?}");
+    }
 }
 
 #[test]

@@ -182,7 +182,7 @@ impl<B: GenerateBackend> Worker<B> {
                 admitted: None,
                 last_token: None,
                 guide,
-                history: History::default(),
+                history: History::new(constraint.as_ref().map(|one| one.example()).unwrap_or_default()),
                 adapter: item.request.adapter.clone(),
             };
             self.clients.insert(self.sequences, client);
