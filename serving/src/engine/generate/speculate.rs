@@ -13,8 +13,8 @@ use std::{iter, sync::Arc};
 
 /// Largest number of tokens that are proposed for a sequence in a step.
 pub const MOST: usize = 15;
-/// Largest number of sequences in a step with proposed tokens. With more of them a row costs about as much as it can gain.
-pub const MOST_SEQUENCES: usize = 16;
+/// Largest number of sequences in a step with proposed tokens. With more of them a row costs about as much as it gains.
+pub const MOST_SEQUENCES: usize = 8;
 /// Largest number of rows in a step with proposed tokens.
 pub const MOST_ROWS: usize = 64;
 /// Longer matches count as matches of this length.
@@ -238,7 +238,7 @@ pub struct Candidate {
 }
 
 /// What is expected to be gained at least, as a share of the speed without: estimates are never exact.
-const MARGIN: f64 = 1.1;
+const MARGIN: f64 = 1.15;
 
 /// Number of proposed tokens that a step computes for each sequence: those of the highest probabilities, as many as make
 /// the sequences fastest together and none of them slower than it would be without speculation. None if that is no
