@@ -70,17 +70,19 @@ impl Grammars {
             return Err(GrammarError::TooLarge { bytes, limit: MOST_BYTES });
         }
         let example = match grammar {
-            Grammar::Json(schema) => self.tokenizer.encode(&example(schema)).unwrap_or_default(),
+            Grammar::Json(schema) => example(schema),
             // The functions that may be called are in the prompt.
-            Grammar::Lark(_) => Vec::new(),
+            Grammar::Lark(_) => String::new(),
         };
+        let tokenizer = self.tokenizer.clone();
         let grammar = match grammar.clone() {
             Grammar::Json(schema) => TopLevelGrammar::from_json_schema(bounded(schema)),
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text),
         };
         let compile = move |factory: &ParserFactory| -> Result<Box<dyn Constraint>, GrammarError> {
             let parser = factory.create_parser(grammar).map_err(|error| GrammarError::Invalid(message(&error)))?;
-            Ok(Box::new(Following { matcher: Matcher::new(Ok(parser)), example: example.into() }))
+            let example = tokenizer.encode(&example).unwrap_or_default().into();
+            Ok(Box::new(Following { matcher: Matcher::new(Ok(parser)), example }))
         };
         timeout(COMPILING, self.run(compile))
             .await

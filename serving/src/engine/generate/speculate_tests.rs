@@ -165,3 +165,83 @@ fn no_sequence_is_slowed_for_another_unless_it_is_ahead() {
     let delayed = choose(&[likely, candidate(0.0, 0, 0.4)], &costs, 512);
     assert!((1..=2).contains(&delayed[0]), "it is delayed by no more than it is ahead: {delayed:?}");
 }
+
+/// Numbers in [0, 1) that a seed determines (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// One of `count` tokens, low ones far more often than high ones.
+    fn token(&mut self, count: f64) -> u32 {
+        count.powf(self.next()) as u32
+    }
+}
+
+/// A prompt of 250 tokens and an answer of 160, of which `copied` is the share that repeats the prompt.
+fn text(numbers: &mut Numbers, copied: f64) -> (Vec<u32>, Vec<u32>) {
+    let prompt: Vec<u32> = (0..250).map(|_| numbers.token(3000.0)).collect();
+    let one = |place: usize| if numbers.next() < copied { prompt[20 + place] } else { numbers.token(3000.0) };
+    let answer = (0..160).map(one).collect();
+    (prompt, answer)
+}
+
+/// Milliseconds of a step of SmolLM2 with four bits on two cores, more or less, next to other work.
+fn milliseconds(rows: usize, noise: f64, numbers: &mut Numbers) -> f64 {
+    const FEW: [f64; 8] = [4.1, 5.3, 6.9, 8.0, 9.3, 9.9, 11.2, 10.9];
+    let still = FEW.get(rows - 1).copied().unwrap_or(10.9 + 0.62 * (rows as f64 - 8.0));
+    let delay = if numbers.next() < 0.02 { 3.0 * numbers.next() } else { 0.0 };
+    still * (1.0 + noise * (numbers.next() - 0.5 + delay))
+}
+
+/// Milliseconds that the answers of `count` sequences with such texts take, several times one after the other.
+fn simulated(copied: f64, count: usize, noise: f64, speculates: bool) -> f64 {
+    let (mut texts, mut times) = (Numbers(7), Numbers(11));
+    let (mut costs, mut all, mut time) = (Costs::default(), Record::default(), 0.0);
+    for _ in 0..6 {
+        let mut running: Vec<_> = (0..count).map(|_| (text(&mut texts, copied), 0, History::default())).collect();
+        while !running.is_empty() {
+            let propose = |((tokens, answer), at, history): &mut ((Vec<u32>, Vec<u32>), usize, History)| {
+                let most = if speculates { answer.len() - *at - 1 } else { 0 };
+                history.propose(tokens, most, &[], &all)
+            };
+            let candidates: Vec<Candidate> = running.iter_mut().map(propose).collect();
+            let lengths = choose(&candidates, &costs, 512);
+            let (plain, rows) = (running.len(), running.len() + lengths.iter().sum::<usize>());
+            let step = milliseconds(rows, noise, &mut times);
+            costs.add(rows, step);
+            time += step;
+            let delay = if rows > plain { costs.seconds(rows) / costs.seconds(plain) - 1.0 } else { 0.0 };
+            for (((tokens, answer), at, history), length) in running.iter_mut().zip(lengths) {
+                let right = iter::zip(history.proposed(length), &answer[*at..]).take_while(|(a, b)| a == b).count();
+                let drawn = &answer[*at..=*at + right];
+                tokens.extend(drawn);
+                history.learn(drawn.iter().copied(), delay, &mut all);
+                *at += drawn.len();
+            }
+            running.retain(|((_, answer), at, _)| *at < answer.len());
+        }
+    }
+    time
+}
+
+#[test]
+fn answers_that_repeat_their_prompt_are_faster_and_no_others_are_slower() {
+    for noise in [0.0, 0.3, 1.0] {
+        for count in [1, 2, 4, 8] {
+            let gain = |copied| simulated(copied, count, noise, false) / simulated(copied, count, noise, true);
+            for copied in [0.0, 0.3, 0.6, 0.8, 0.95] {
+                let gain = gain(copied);
+                assert!(gain > 0.97, "{count} sequences, {copied} copied, noise {noise}: {gain}");
+            }
+            let least = [1.8, 1.5, 1.4, 1.15][count.ilog2() as usize];
+            let gain = gain(0.95);
+            assert!(gain > least, "{count} sequences, noise {noise}: {gain}");
+        }
+    }
+}
