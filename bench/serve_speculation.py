@@ -73,7 +73,7 @@ def run(model, _files, options):
     streams = (1, 4) if options.quick else STREAMS
     sizes = Sizes(max(streams), 1024)
     results = []
-    with ours(model, "Int4", sizes) as (auto, name, _), ours(model, "Int4", sizes, speculation="Off") as (off, _, _):
+    with ours(model, "Int4", sizes) as (auto, name, _), ours(model, "Int4", sizes, speculation="Disabled") as (off, _, _):
         for kind in TARGETS:
             for count in streams:
                 speeds = {auto: [], off: []}
@@ -91,8 +91,8 @@ def run(model, _files, options):
                       f"ratio {ratio:.2f}; {right} of {proposed} proposed tokens were right", flush=True)
                 results.append({
                     "name": f"{model.name}, {what}", "ours": statistics.median(speeds[auto]), "peer": statistics.median(speeds[off]),
-                    "ours_name": "athanor Int4", "peer_name": "athanor Int4, speculation Off", "unit": "tokens/s", "ratio": ratio,
+                    "ours_name": "athanor Int4", "peer_name": "athanor Int4, speculation Disabled", "unit": "tokens/s", "ratio": ratio,
                     "target": TARGETS[kind], "proposed": proposed, "right": right,
-                    "runs": {"Auto": speeds[auto], "Off": speeds[off]},
+                    "runs": {"Auto": speeds[auto], "Disabled": speeds[off]},
                 })
     return results

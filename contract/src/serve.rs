@@ -78,7 +78,8 @@ pub enum Speculation {
     #[default]
     Auto,
     /// Never.
-    Off,
+    // Not `Off`, which is a boolean in YAML 1.1.
+    Disabled,
 }
 
 impl Speculation {

@@ -127,7 +127,7 @@ fn logits_of_proposed_tokens_are_those_of_single_steps() {
             }
         }
     }
-    let off = EngineConfig { speculation: Speculation::Off, ..config(Weights::Int8) };
+    let off = EngineConfig { speculation: Speculation::Disabled, ..config(Weights::Int8) };
     let off = PackedGenerator::load(&folder("qwen2"), &off, 8, 1, (Bits::Eight, InstructionSet::Avx2)).unwrap();
     assert!(!off.checks_proposals());
 }

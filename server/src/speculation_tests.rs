@@ -84,7 +84,7 @@ fn counted(kind: &str, model: &str) -> u64 {
 #[tokio::test]
 async fn smollm2_answers_the_same_with_proposed_tokens_alone_and_in_batches() {
     let _metrics = athanor_telemetry::metrics();
-    let plain = service("plain", "Off");
+    let plain = service("plain", "Disabled");
     let mut expected = Vec::new();
     for request in requests() {
         expected.push(answer(&plain, request).await);

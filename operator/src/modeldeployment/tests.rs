@@ -778,15 +778,14 @@ fn a_changed_engine_restarts_the_servers_with_it() {
     };
     let (before, annotations) = built(&subject);
     assert_eq!(before, EngineConfig::default());
-    let spec =
-        json!({"builtin": {"maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8", "speculation": "Off"}});
+    let spec = json!({"builtin": {"maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8", "speculation": "Disabled"}});
     subject.deployment.spec.engine = serde_json::from_value(spec).unwrap();
     let (after, changed) = built(&subject);
     let expected = EngineConfig {
         max_model_length: Some(512),
         kv_cache_memory: Some(256 << 20),
         weights: Weights::Int8,
-        speculation: Speculation::Off,
+        speculation: Speculation::Disabled,
     };
     assert_eq!(after, expected);
     assert_ne!(annotations, changed);

@@ -60,12 +60,13 @@ impl Constraint for Others {
 fn random_repeating(random: &mut StdRng) -> GenerateRequest {
     let mut request = random_request(random);
     request.stopping.max_tokens = random.random_range(1..44);
+    request.stopping.min_tokens = random.random_range(0..30);
     request.stopping.stop_tokens.retain(|_| random.random_bool(0.5));
     request.sampling.temperature = [0.0, 0.0, 0.3, 1.0][random.random_range(0..4)];
     request.sampling.logprobs = random.random_bool(0.5).then_some(2);
     request.sampling.presence_penalty = [0.0, 0.2][random.random_range(0..2)];
     if random.random_bool(0.3) {
-        request.sampling.logit_bias = vec![(random.random_range(0..20), 2.0)];
+        request.sampling.logit_bias = vec![(random.random_range(0..4), 2.0)];
     }
     if random.random_bool(0.3) {
         let fails = random.random_bool(0.2).then(|| random.random_range(0..20));
