@@ -69,7 +69,7 @@ fn random_repeating(random: &mut StdRng) -> GenerateRequest {
         request.sampling.logit_bias = vec![(random.random_range(0..4), 2.0)];
     }
     if random.random_bool(0.3) {
-        let fails = random.random_bool(0.2).then(|| random.random_range(0..20));
+        let fails = random.random_bool(0.5).then(|| random.random_range(0..20));
         let length = random.random_range(1..50);
         request.stopping.min_tokens = 0;
         request.constraint = Some(Box::new(Others { sum: 0, left: length, fails, last: None }));
