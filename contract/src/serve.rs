@@ -66,6 +66,26 @@ pub struct EngineConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_memory: Option<u64>,
     pub weights: Weights,
+    // Left out by default, so that the pods of servers without the setting are not replaced.
+    #[serde(skip_serializing_if = "Speculation::is_auto")]
+    pub speculation: Speculation,
+}
+
+/// Whether a step checks several tokens that may come next in an answer. No text depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Speculation {
+    /// Where it is faster by what was measured.
+    #[default]
+    Auto,
+    /// Never.
+    // Not `Off`, which is a boolean in YAML 1.1.
+    Disabled,
+}
+
+impl Speculation {
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// Format of a language model's weights in memory.

@@ -1,6 +1,6 @@
 //! `spec.engine` of a ModelDeployment: what runs a language model.
 
-use athanor_contract::serve::{EngineConfig, MAX_QUEUE_SECONDS, Weights};
+use athanor_contract::serve::{EngineConfig, MAX_QUEUE_SECONDS, Speculation, Weights};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,9 @@ pub struct BuiltinEngine {
         regex(pattern = r"^([1-9][0-9]{0,14}|[1-9][0-9]{0,8}(Ki|Mi|k|M)|[1-9][0-9]{0,5}(Gi|Ti|G|T))$")
     )]
     pub kv_cache_memory: Option<String>,
+    /// Whether a step checks several tokens that may come next in an answer, of models that are computed by packed weights
+    /// (Int8, Int4) on a CPU. No text depends on it.
+    pub speculation: Speculation,
     /// Format of the weights in memory.
     pub weights: Weights,
     /// Longest expected time in seconds that a request waits before it runs. A request that would wait longer is answered
@@ -64,6 +67,7 @@ impl BuiltinEngine {
             max_model_length: self.max_model_length.map(|length| length as usize),
             kv_cache_memory: memory.map(|text| bytes(text).ok_or_else(|| text.clone())).transpose()?,
             weights: self.weights,
+            speculation: self.speculation,
         })
     }
 }

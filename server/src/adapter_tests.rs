@@ -28,7 +28,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn config(weights: Weights) -> EngineConfig {
-    EngineConfig { max_model_length: None, kv_cache_memory: Some(8 << 20), weights }
+    EngineConfig { kv_cache_memory: Some(8 << 20), weights, ..EngineConfig::default() }
 }
 
 fn torch(path: &Path, weights: Weights) -> TorchGenerator {
@@ -81,7 +81,7 @@ fn random(family: &str, modules: &[&str], rank: usize, seed: u64) -> AdapterWeig
 
 fn row<'a>(tokens: &'a [u32], start: usize, blocks: &'a [u32], adapter: Option<u64>) -> Row<'a> {
     let adapter = adapter.map(AdapterId);
-    Row { tokens, start, blocks, wants_logits: true, targets: &[], top: 0, adapter }
+    Row { tokens, start, blocks, logits: 1, targets: &[], top: 0, adapter }
 }
 
 /// Logits behind `tokens`, computed `chunk` tokens a step, stored in the blocks from `block` on.
@@ -94,7 +94,7 @@ fn logits(
     let blocks: Vec<u32> = (block..block + tokens.len().div_ceil(16) as u32).collect();
     let mut last = Vec::new();
     for (index, part) in tokens.chunks(chunk).enumerate() {
-        last = backend.step(&[row(part, index * chunk, &blocks, adapter)]).unwrap().remove(0).logits.to_vec();
+        last = backend.step(&[row(part, index * chunk, &blocks, adapter)]).unwrap().remove(0).logits[0].to_vec();
     }
     last
 }
@@ -142,8 +142,8 @@ fn a_model_with_an_adapter_answers_as_the_merged_model() {
             row(&tokens, 0, &blocks[2], Some(3)),
         ];
         let found = adapted.step(&rows).unwrap();
-        assert!(difference(&found[0].logits, &own) < 1e-3, "{name}");
-        assert!(difference(&found[2].logits, &expected) < 1e-3, "{name}");
+        assert!(difference(&found[0].logits[0], &own) < 1e-3, "{name}");
+        assert!(difference(&found[2].logits[0], &expected) < 1e-3, "{name}");
     }
 }
 
@@ -222,13 +222,13 @@ fn a_row_with_an_adapter_does_not_depend_on_its_batch() {
                 .collect();
             let found = backend.step(&rows).unwrap();
             for index in [0, 2, 3, 4, 5] {
-                assert_eq!(found[index].logits.to_vec(), alone[order[index]], "{what} {order:?} row {index}");
+                assert_eq!(found[index].logits[0].to_vec(), alone[order[index]], "{what} {order:?} row {index}");
             }
         }
         // Log-probabilities of a prompt are computed with its adapter.
         let scored = Row { targets: &tokens[1..], ..row(&tokens[..44], 0, &tables[0], Some(1)) };
         let scored = backend.step(&[scored]).unwrap().remove(0);
-        assert_eq!(scored.logits.to_vec(), logits(&mut backend, &tokens[..44], Some(1), (64, 9)), "{what}");
+        assert_eq!(scored.logits[0].to_vec(), logits(&mut backend, &tokens[..44], Some(1), (64, 9)), "{what}");
     }
 }
 

@@ -120,7 +120,7 @@ impl TorchGenerator {
         let batch = Batch::cached(&cached, self.device).with_adapters(&adapters);
         let few = tokens.iter().map(Vec::len).sum::<usize>() <= ONE_THREAD_TOKENS;
         athanor_torch::set_num_threads(if few { 1 } else { self.threads });
-        let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.wants_logits).map(|(index, _)| index).collect();
+        let wanted: Vec<i64> = (0..).zip(rows).filter(|(_, row)| row.logits > 0).map(|(index, _)| index).collect();
         let (logits, mut scores) = tch::no_grad(|| {
             let hidden = self.model.forward(&batch, Some(&mut self.cache), false);
             let scores = self.scores(&hidden, rows);
@@ -140,7 +140,7 @@ impl TorchGenerator {
         });
         std::iter::zip(rows, &mut scores)
             .map(|(row, scores)| RowOutput {
-                logits: if row.wants_logits { found.next().unwrap_or_default() } else { Logits::default() },
+                logits: if row.logits > 0 { found.next().into_iter().collect() } else { Vec::new() },
                 targets: std::mem::take(scores),
             })
             .collect()

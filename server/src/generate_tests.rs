@@ -40,7 +40,7 @@ fn golden() -> Golden {
 }
 
 fn config(weights: Weights) -> EngineConfig {
-    EngineConfig { max_model_length: None, kv_cache_memory: Some(8 << 20), weights }
+    EngineConfig { kv_cache_memory: Some(8 << 20), weights, ..EngineConfig::default() }
 }
 
 fn load(family: &str, config: &EngineConfig) -> anyhow::Result<TorchGenerator> {
@@ -118,9 +118,8 @@ async fn a_cache_without_room_for_all_changes_no_answer() {
 /// Logits of a prompt's last token.
 fn logits(backend: &mut TorchGenerator, prompt: &[u32]) -> Vec<f32> {
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-    let row =
-        Row { tokens: prompt, start: 0, blocks: &blocks, wants_logits: true, targets: &[], top: 0, adapter: None };
-    backend.step(&[row]).unwrap().remove(0).logits.to_vec()
+    let row = Row { tokens: prompt, start: 0, blocks: &blocks, logits: 1, targets: &[], top: 0, adapter: None };
+    backend.step(&[row]).unwrap().remove(0).logits[0].to_vec()
 }
 
 #[test]
@@ -130,15 +129,8 @@ fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
     // More than are computed at a time.
     let prompt: Vec<u32> = (0..SCORED_TOKENS as u32 + 6).map(|index| index * 7 % vocabulary).collect();
     let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-    let row = Row {
-        tokens: &prompt,
-        start: 0,
-        blocks: &blocks,
-        wants_logits: false,
-        targets: &prompt[1..],
-        top: 3,
-        adapter: None,
-    };
+    let row =
+        Row { tokens: &prompt, start: 0, blocks: &blocks, logits: 0, targets: &prompt[1..], top: 3, adapter: None };
     let found = backend.step(&[row]).unwrap().remove(0);
     assert!(found.logits.is_empty());
     assert_eq!(found.targets.len(), prompt.len() - 1);
@@ -150,9 +142,9 @@ fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
             assert!((found - expected).abs() < 1e-4, "{end}: {found}, {expected}");
         }
     }
-    let row = Row { tokens: &[1, 2], start: 0, blocks: &[0], wants_logits: true, targets: &[2], top: 0, adapter: None };
+    let row = Row { tokens: &[1, 2], start: 0, blocks: &[0], logits: 1, targets: &[2], top: 0, adapter: None };
     let found = backend.step(&[row]).unwrap().remove(0);
-    assert_eq!((found.logits.len(), found.targets[0].top.len()), (vocabulary as usize, 0));
+    assert_eq!((found.logits[0].len(), found.targets[0].top.len()), (vocabulary as usize, 0));
 }
 
 #[test]
@@ -174,7 +166,7 @@ fn a_failed_step_is_an_error_and_the_next_one_works() {
     let mut backend = load("llama", &config(Weights::FP32)).unwrap();
     let expected = logits(&mut backend, &[1, 2, 3]);
     let outside = [backend.limits.vocabulary as u32];
-    let row = Row { tokens: &outside, start: 0, blocks: &[0], wants_logits: true, targets: &[], top: 0, adapter: None };
+    let row = Row { tokens: &outside, start: 0, blocks: &[0], logits: 1, targets: &[], top: 0, adapter: None };
     let error = backend.step(&[row]).unwrap_err();
     assert!(!error.0.is_empty() && !error.0.contains('\n'), "{error}");
     assert_eq!(logits(&mut backend, &[1, 2, 3]), expected);

@@ -81,7 +81,12 @@ fn vectors_are_the_mean_of_training_scaled_to_length_one() {
 
 #[tokio::test]
 async fn smollm2_answers_a_conversation() {
-    let engine = EngineConfig { max_model_length: Some(256), kv_cache_memory: Some(64 << 20), weights: Weights::FP32 };
+    let engine = EngineConfig {
+        max_model_length: Some(256),
+        kv_cache_memory: Some(64 << 20),
+        weights: Weights::FP32,
+        ..EngineConfig::default()
+    };
     let service = load(&ServeConfig { engine, ..config() }, &models("smollm2-135m"), None).unwrap();
     let generator = service.generator().unwrap();
     assert_eq!(service.max_length(), 256);

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
-use athanor_contract::serve::{EngineConfig, Weights};
+use athanor_contract::serve::{EngineConfig, Speculation, Weights};
 use athanor_cpu::{Adapter, Decoder, InstructionSet};
 use athanor_models::packed::{self, Bits, PackOptions};
 use athanor_serving::engine::{
@@ -21,6 +21,7 @@ use crate::{
 pub struct PackedGenerator {
     decoder: Decoder,
     logits: Arc<Vec<f32>>,
+    speculates: bool,
     adapters: HashMap<AdapterId, Arc<Adapter>>,
 }
 
@@ -69,7 +70,8 @@ impl PackedGenerator {
             );
         }
         tracing::info!(?bits, ?instruction_set, threads, blocks, max_length, "language model packed");
-        Ok(Self { decoder, logits: Arc::default(), adapters: HashMap::new() })
+        let speculates = config.speculation == Speculation::Auto;
+        Ok(Self { decoder, logits: Arc::default(), speculates, adapters: HashMap::new() })
     }
 }
 
@@ -97,11 +99,15 @@ impl GenerateBackend for PackedGenerator {
         self.compute(&others)?;
         let mut logits = Logits::rows(&self.logits, self.decoder.config().vocabulary);
         for (row, output) in rows.iter().zip(&mut outputs) {
-            if row.targets.is_empty() && row.wants_logits {
-                output.logits = logits.next().unwrap_or_default();
+            if row.targets.is_empty() {
+                output.logits.extend(logits.by_ref().take(row.logits));
             }
         }
         Ok(outputs)
+    }
+
+    fn checks_proposals(&self) -> bool {
+        self.speculates
     }
 
     fn load_adapter(&mut self, id: AdapterId, weights: AdapterWeights) -> Result<(), BackendError> {
@@ -137,8 +143,9 @@ impl PackedGenerator {
             let scores = std::iter::zip(targets.next().unwrap_or_default(), self.logits.chunks_exact(vocabulary));
             output.targets.extend(scores.map(|(&target, logits)| score(logits, target, row.top)));
         }
-        if row.wants_logits {
-            output.logits = self.logits.chunks_exact(vocabulary).next_back().unwrap_or_default().to_vec().into();
+        if row.logits > 0 {
+            let last = self.logits.chunks_exact(vocabulary).next_back().unwrap_or_default();
+            output.logits.push(last.to_vec().into());
         }
         Ok(output)
     }
@@ -153,8 +160,8 @@ impl PackedGenerator {
 }
 
 fn native<'a>(row: &Row<'a>, adapter: Option<&'a Adapter>) -> athanor_cpu::Row<'a> {
-    let Row { tokens, start, blocks, wants_logits, .. } = *row;
-    athanor_cpu::Row { tokens, start, blocks, logits: wants_logits.into(), adapter }
+    let Row { tokens, start, blocks, logits, .. } = *row;
+    athanor_cpu::Row { tokens, start, blocks, logits, adapter }
 }
 
 /// NaN where a logit is not finite, which the engine finds.
@@ -168,3 +175,7 @@ fn score(logits: &[f32], target: u32, top: usize) -> Logprobs {
 #[cfg(test)]
 #[path = "packed_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "speculation_tests.rs"]
+mod speculation_tests;

@@ -14,7 +14,7 @@ fn folder(family: &str) -> PathBuf {
 }
 
 fn config(weights: Weights) -> EngineConfig {
-    EngineConfig { max_model_length: None, kv_cache_memory: Some(8 << 20), weights }
+    EngineConfig { kv_cache_memory: Some(8 << 20), weights, ..EngineConfig::default() }
 }
 
 fn packed(path: &Path, bits: Bits, instruction_set: InstructionSet, threads: usize) -> PackedGenerator {
@@ -28,7 +28,7 @@ fn instruction_sets() -> Vec<InstructionSet> {
 }
 
 fn row<'a>(tokens: &'a [u32], start: usize, blocks: &'a [u32]) -> Row<'a> {
-    Row { tokens, start, blocks, wants_logits: true, targets: &[], top: 0, adapter: None }
+    Row { tokens, start, blocks, logits: 1, targets: &[], top: 0, adapter: None }
 }
 
 /// Logits behind `tokens`, computed `chunk` tokens a step, stored in the blocks from `block` on.
@@ -37,7 +37,7 @@ fn logits(backend: &mut impl GenerateBackend, tokens: &[u32], chunk: usize, bloc
     let mut last = Vec::new();
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let row = row(part, index * chunk, &blocks);
-        last = backend.step(&[row]).unwrap().remove(0).logits.to_vec();
+        last = backend.step(&[row]).unwrap().remove(0).logits[0].to_vec();
     }
     last
 }
@@ -87,9 +87,49 @@ fn a_result_does_not_depend_on_its_batch() {
             let others: Vec<Vec<u32>> = (0..5).map(|row| tokens[row * 4..].to_vec()).collect();
             let rows: Vec<Row<'_>> =
                 std::iter::zip(&others, &tables).map(|(tokens, blocks)| row(tokens, 0, blocks)).collect();
-            assert_eq!(*backend.step(&rows).unwrap()[0].logits, *alone, "{set:?} {bits:?} with other rows");
+            assert_eq!(*backend.step(&rows).unwrap()[0].logits[0], *alone, "{set:?} {bits:?} with other rows");
         }
     }
+}
+
+/// To the last bit: tokens that are proposed have the logits of steps of their own, and wrong ones change nothing later.
+#[test]
+fn logits_of_proposed_tokens_are_those_of_single_steps() {
+    for set in instruction_sets() {
+        for bits in [Bits::Eight, Bits::Four] {
+            let mut backend = packed(&folder("qwen2"), bits, set, 2);
+            assert!(backend.checks_proposals());
+            let tokens = tokens(45, backend.limits().vocabulary);
+            let single = |backend: &mut PackedGenerator, start: usize, blocks: &[u32]| -> Vec<Vec<f32>> {
+                let step = |place| backend.step(&[row(&tokens[place..=place], place, blocks)]).unwrap().remove(0);
+                (start..45).map(step).map(|output| output.logits[0].to_vec()).collect()
+            };
+            backend.step(&[row(&tokens[..30], 0, &[0, 1, 2])]).unwrap();
+            let expected = single(&mut backend, 30, &[0, 1, 2]);
+            for count in [2, 3, 5, 15] {
+                backend.step(&[row(&tokens[..30], 0, &[3, 4, 5])]).unwrap();
+                let other = [7, 7];
+                // The first proposed token is right, the others are wrong.
+                let mut proposed = vec![9; count];
+                proposed[..2].copy_from_slice(&tokens[30..32]);
+                let wrong = Row { logits: count, ..row(&proposed, 30, &[3, 4, 5]) };
+                let found = backend.step(&[wrong, row(&other, 0, &[6])]).unwrap();
+                assert_eq!((found[0].logits.len(), found[1].logits.len()), (count, 1));
+                for (place, expected) in expected.iter().take(2).enumerate() {
+                    assert_eq!(*found[0].logits[place], **expected, "{set:?} {bits:?} {count}, {place}");
+                }
+                let rest = &tokens[32..][..count.min(13)];
+                let right = Row { logits: rest.len(), ..row(rest, 32, &[3, 4, 5]) };
+                let found = backend.step(&[right]).unwrap().remove(0).logits;
+                for (found, expected) in found.iter().zip(&expected[2..]) {
+                    assert_eq!(**found, **expected, "{set:?} {bits:?} {count}");
+                }
+            }
+        }
+    }
+    let off = EngineConfig { speculation: Speculation::Disabled, ..config(Weights::Int8) };
+    let off = PackedGenerator::load(&folder("qwen2"), &off, 8, 1, (Bits::Eight, InstructionSet::Avx2)).unwrap();
+    assert!(!off.checks_proposals());
 }
 
 /// Those of a prompt are the ones that its tokens would have as answers, whatever they are computed with.
@@ -107,8 +147,8 @@ fn log_probabilities_of_a_prompt_are_those_of_its_logits() {
         let expected = sampling::logprobs(&logits, tokens[place + 1] as usize, 2);
         assert_eq!(found[0].targets[place], expected, "token {place}");
     }
-    assert_eq!(*found[0].logits, *logits(&mut backend, &tokens[..99], 16, 8));
-    assert_eq!(*found[1].logits, *logits(&mut backend, &tokens[..5], 16, 8));
+    assert_eq!(*found[0].logits[0], *logits(&mut backend, &tokens[..99], 16, 8));
+    assert_eq!(*found[1].logits[0], *logits(&mut backend, &tokens[..5], 16, 8));
 }
 
 #[test]

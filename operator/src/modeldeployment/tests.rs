@@ -8,7 +8,7 @@ use athanor_contract::{
     Decimal,
     serve::{
         EngineConfig, LatencyHistogram, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig,
-        Verdict, Weights,
+        Speculation, Verdict, Weights,
     },
     train::{OffsetRange, TrainSummary},
 };
@@ -780,12 +780,16 @@ fn a_changed_engine_restarts_the_servers_with_it() {
     let (before, annotations) = built(&subject);
     assert_eq!(before, (EngineConfig::default(), 30));
     let spec = json!({"builtin": {
-        "maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8", "maxQueueSeconds": 120,
+        "maxModelLength": 512, "kvCacheMemory": "256Mi", "weights": "Int8", "maxQueueSeconds": 120, "speculation": "Disabled",
     }});
     subject.deployment.spec.engine = serde_json::from_value(spec).unwrap();
     let (after, changed) = built(&subject);
-    let expected =
-        EngineConfig { max_model_length: Some(512), kv_cache_memory: Some(256 << 20), weights: Weights::Int8 };
+    let expected = EngineConfig {
+        max_model_length: Some(512),
+        kv_cache_memory: Some(256 << 20),
+        weights: Weights::Int8,
+        speculation: Speculation::Disabled,
+    };
     assert_eq!(after, (expected, 120));
     assert_ne!(annotations, changed);
     subject.deployment.spec.engine.builtin.as_mut().unwrap().kv_cache_memory = Some("much".into());

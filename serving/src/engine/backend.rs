@@ -31,6 +31,13 @@ pub trait GenerateBackend: Send + 'static {
     /// An error fails every request of the step; the engine continues with the others.
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError>;
 
+    /// Whether a row may want the logits of several tokens, so that the engine checks proposed tokens. Such logits must be
+    /// the same, to the last bit, as if each token were computed in a step of its own: otherwise answers would depend on
+    /// what is proposed.
+    fn checks_proposals(&self) -> bool {
+        false
+    }
+
     /// Takes an adapter, which rows name by `id` from now on. Called between steps.
     ///
     /// # Errors
@@ -88,7 +95,9 @@ pub struct Row<'a> {
     /// Block table of the sequence: position `p` is stored in block `blocks[p / block_size]`. It covers at least
     /// `start + tokens.len()` positions.
     pub blocks: &'a [u32],
-    pub wants_logits: bool,
+    /// Number of last tokens whose logits are wanted. More than one only of a backend that checks proposals, in a row
+    /// without targets.
+    pub logits: usize,
     /// Tokens whose log-probabilities are wanted: `targets[i]` stands behind `tokens[i]`. Empty for most rows.
     pub targets: &'a [u32],
     /// Number of most probable tokens to report in the place of each target.
@@ -100,8 +109,8 @@ pub struct Row<'a> {
 /// What a step returns for a row.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RowOutput {
-    /// Logits `[vocabulary]` of the row's last token where `wants_logits` is set, else empty.
-    pub logits: Logits,
+    /// Logits `[vocabulary]` of each of the row's last tokens that wants them, in order.
+    pub logits: Vec<Logits>,
     /// Log-probabilities of the row's targets, in order. A long prompt has many targets, so a backend computes these
     /// without the logits of all of them at once.
     pub targets: Vec<Logprobs>,

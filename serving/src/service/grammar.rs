@@ -15,7 +15,7 @@ use llguidance::{
 use serde_json::{Value, json};
 use tokio::{sync::Semaphore, time::timeout};
 
-use super::{error::GrammarError, tokenize::ChatTokenize};
+use super::{error::GrammarError, example::example, tokenize::ChatTokenize};
 use crate::engine::generate::constraint::{Constraint, ConstraintError, Progress, TokenSet};
 
 /// Most bytes of a grammar, schemas included.
@@ -69,13 +69,20 @@ impl Grammars {
         if bytes > MOST_BYTES {
             return Err(GrammarError::TooLarge { bytes, limit: MOST_BYTES });
         }
+        let example = match grammar {
+            Grammar::Json(schema) => example(schema),
+            // The functions that may be called are in the prompt.
+            Grammar::Lark(_) => String::new(),
+        };
+        let tokenizer = self.tokenizer.clone();
         let grammar = match grammar.clone() {
             Grammar::Json(schema) => TopLevelGrammar::from_json_schema(bounded(schema)),
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text),
         };
         let compile = move |factory: &ParserFactory| -> Result<Box<dyn Constraint>, GrammarError> {
             let parser = factory.create_parser(grammar).map_err(|error| GrammarError::Invalid(message(&error)))?;
-            Ok(Box::new(Following(Matcher::new(Ok(parser)))))
+            let example = tokenizer.encode(&example).unwrap_or_default().into();
+            Ok(Box::new(Following { matcher: Matcher::new(Ok(parser)), example }))
         };
         timeout(COMPILING, self.run(compile))
             .await
@@ -154,21 +161,28 @@ fn message(error: &dyn std::fmt::Display) -> String {
 }
 
 /// An answer that follows a grammar.
-struct Following(Matcher);
+struct Following {
+    matcher: Matcher,
+    example: Arc<[u32]>,
+}
 
 impl Constraint for Following {
     fn mask(&mut self) -> Result<TokenSet, ConstraintError> {
-        let mask = self.0.compute_mask().map_err(|error| ConstraintError(message(&error)))?;
+        let mask = self.matcher.compute_mask().map_err(|error| ConstraintError(message(&error)))?;
         Ok(TokenSet::from_words(mask.as_slice().to_vec()))
     }
 
     fn accept(&mut self, token: u32) -> Result<Progress, ConstraintError> {
-        self.0.consume_token(token).map_err(|error| ConstraintError(message(&error)))?;
-        Ok(if self.0.is_stopped() { Progress::Complete } else { Progress::Continues })
+        self.matcher.consume_token(token).map_err(|error| ConstraintError(message(&error)))?;
+        Ok(if self.matcher.is_stopped() { Progress::Complete } else { Progress::Continues })
+    }
+
+    fn example(&self) -> Arc<[u32]> {
+        self.example.clone()
     }
 
     fn fork(&self) -> Box<dyn Constraint> {
-        Box::new(Self(self.0.deep_clone()))
+        Box::new(Self { matcher: self.matcher.deep_clone(), example: self.example.clone() })
     }
 }
 

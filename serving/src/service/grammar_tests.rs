@@ -127,6 +127,17 @@ async fn tokens_of_several_bytes_are_allowed_and_special_ones_are_no_text() {
 }
 
 #[tokio::test]
+async fn the_fields_of_a_schema_are_an_example_of_its_answers() {
+    let schema = json!({"type": "object", "properties": {"name": {"type": "string"}, "open": {"type": "boolean"}}});
+    let constraint = grammars().compile(&Grammar::Json(schema)).await.unwrap();
+    let text: Vec<u32> = br#"{"name": "", "open": true}"#.iter().copied().map(u32::from).collect();
+    assert_eq!(*constraint.example(), *text);
+    assert_eq!(constraint.fork().example(), constraint.example());
+    let lark = grammars().compile(&Grammar::Lark("start: \"a\"".into())).await.unwrap();
+    assert!(lark.example().is_empty());
+}
+
+#[tokio::test]
 async fn a_fork_goes_its_own_way() {
     let schema = json!({"enum": ["ab", "ac"]});
     let mut first = grammars().compile(&Grammar::Json(schema)).await.unwrap();

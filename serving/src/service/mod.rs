@@ -15,6 +15,7 @@ pub mod calls;
 pub mod classify;
 pub mod embed;
 pub mod error;
+mod example;
 pub mod generate;
 pub mod grammar;
 mod inputs;

@@ -195,12 +195,12 @@ impl GenerateBackend for Rule {
                 let targets = (row.start + 1..).zip(row.targets);
                 let targets = targets.map(|(end, &token)| logprobs(&behind(row, end).1, token as usize, row.top));
                 let mut output = RowOutput { targets: targets.collect(), ..RowOutput::default() };
-                if row.wants_logits {
+                if row.logits > 0 {
                     let (next, logits) = behind(row, row.start + row.tokens.len());
                     if next == u32::from(b'!') {
                         return Err(BackendError("out of memory".into()));
                     }
-                    output.logits = logits.into();
+                    output.logits.push(logits.into());
                 }
                 Ok(output)
             })

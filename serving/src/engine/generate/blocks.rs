@@ -152,6 +152,12 @@ impl Blocks {
         true
     }
 
+    /// Gives up the blocks of a table behind its first `tokens` positions.
+    pub fn trim(&mut self, table: &mut Vec<u32>, tokens: usize) {
+        let mut surplus = table.split_off(self.needed(tokens).min(table.len()));
+        self.release(&mut surplus);
+    }
+
     /// Takes a free block, an empty one before one with content.
     fn take(&mut self) -> Option<u32> {
         let block = match self.empty.pop() {

@@ -18,6 +18,11 @@ pub trait Constraint: Send + 'static {
     /// Takes the chosen token, which is in the last mask and is no stop token.
     fn accept(&mut self, token: u32) -> Result<Progress, ConstraintError>;
 
+    /// A text like those that follow the rule, such as the names of a schema's fields: answers may repeat parts of it.
+    fn example(&self) -> Arc<[u32]> {
+        Arc::default()
+    }
+
     /// The same rule in the same state, for another answer to the same prompt.
     fn fork(&self) -> Box<dyn Constraint>;
 }
@@ -87,9 +92,7 @@ impl Pool {
                 loop {
                     let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(Job { mut constraint, reply }) = next else { return };
-                    // A fault is that of one answer, not of the thread. The constraint is not used again after it.
-                    let mask = catch_unwind(AssertUnwindSafe(|| constraint.mask()));
-                    let mask = mask.unwrap_or_else(|_| Err(ConstraintError("a fault in its mask".into())));
+                    let mask = mask(&mut *constraint);
                     // A cancelled answer does not wait for it.
                     let _ = reply.send((constraint, mask));
                 }
@@ -105,6 +108,13 @@ impl Pool {
         let _ = self.jobs.send(Job { constraint, reply });
         Guide { computed }
     }
+}
+
+/// Computes a mask on the calling thread. A fault is that of one answer, not of the thread; the constraint is not used
+/// again after it.
+pub(super) fn mask(constraint: &mut dyn Constraint) -> Result<TokenSet, ConstraintError> {
+    let mask = catch_unwind(AssertUnwindSafe(|| constraint.mask()));
+    mask.unwrap_or_else(|_| Err(ConstraintError("a fault in its mask".into())))
 }
 
 /// The mask of one answer that is being computed.

@@ -1,7 +1,7 @@
 //! Draws the tokens of a step on several threads. A draw depends on its own sequence only, so the number of threads changes
 //! no token.
 
-use std::thread;
+use std::{borrow::Cow, thread};
 
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
@@ -9,8 +9,9 @@ use rayon::{
 };
 
 use super::{
-    constraint::{Constraint, TokenSet},
-    sampling::{self, Context, LogitsError, Sampled},
+    constraint::{self, Constraint, Progress, TokenSet},
+    request::GenerateError,
+    sampling::{self, Context, Sampled},
     sequence::Sequence,
 };
 use crate::engine::backend::Logits;
@@ -18,29 +19,73 @@ use crate::engine::backend::Logits;
 /// Fewer draws than this take less time than waking a thread.
 const FEW: usize = 4;
 
-/// What the next token of a sequence is drawn from.
+/// What the next tokens of a sequence are drawn from.
 pub(super) struct Draw {
     /// The sequence's place among the running ones.
     pub index: usize,
-    /// [vocabulary].
-    pub logits: Logits,
+    /// [1 + proposed tokens, vocabulary]: those behind the last token, and behind each proposed one.
+    pub logits: Vec<Logits>,
     /// What restricts the answer, and the tokens that it allows next.
     pub constraint: Option<(Box<dyn Constraint>, TokenSet)>,
 }
 
+/// The next tokens of a sequence.
+pub(super) struct Drawn {
+    /// The sequence's place among the running ones.
+    pub index: usize,
+    /// All but the last are the first proposed tokens.
+    pub tokens: Vec<Sampled>,
+    /// What restricts the answer behind these tokens; absent if they are the last ones.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// Whether the constraint ends the answer with these tokens.
+    pub completes: bool,
+    /// Why no token could be drawn behind these.
+    pub error: Option<GenerateError>,
+}
+
 impl Draw {
-    /// Draws the token.
-    ///
-    /// # Errors
-    /// The logits cannot be drawn from.
-    pub fn sample(&self, sequence: &Sequence, vocabulary: usize) -> Result<Sampled, LogitsError> {
-        let context = Context {
-            prompt: sequence.prompt(),
-            answer: sequence.answer(),
-            forbidden: sequence.forbidden(),
-            allowed: self.constraint.as_ref().map(|(_, allowed)| allowed),
+    /// Draws the next token, and as long as the drawn tokens are the proposed ones, the token behind them.
+    pub fn sample(self, sequence: &Sequence, vocabulary: usize) -> Drawn {
+        let Self { index, logits, constraint } = self;
+        let (mut constraint, mut allowed) = constraint.unzip();
+        let mut drawn = Drawn { index, tokens: Vec::with_capacity(1), constraint: None, completes: false, error: None };
+        let known = match sequence.proposed.is_empty() {
+            true => Cow::Borrowed(&sequence.tokens),
+            false => Cow::Owned([sequence.tokens.as_slice(), &sequence.proposed].concat()),
         };
-        sampling::sample(&self.logits, vocabulary, &sequence.sampling, context)
+        for (place, logits) in logits.iter().enumerate() {
+            if place > 0
+                && let Some(constraint) = &mut constraint
+            {
+                match constraint::mask(&mut **constraint) {
+                    Ok(mask) => allowed = Some(mask),
+                    Err(error) => return Drawn { error: Some(error.into()), ..drawn },
+                }
+            }
+            let answer = &known[sequence.prompt_length..sequence.tokens.len() + place];
+            let (prompt, forbidden) = (sequence.prompt(), sequence.forbidden(answer.len()));
+            let context = Context { prompt, answer, forbidden, allowed: allowed.as_ref() };
+            let sampled = match sampling::sample(logits, vocabulary, &sequence.sampling, context) {
+                Ok(sampled) => sampled,
+                Err(error) => return Drawn { error: Some(error.into()), ..drawn },
+            };
+            let token = sampled.token;
+            let stops = sequence.stopping.stop_tokens.contains(&token);
+            if !stops && let Some(constraint) = &mut constraint {
+                match constraint.accept(token) {
+                    Ok(progress) => drawn.completes = progress == Progress::Complete,
+                    Err(error) => return Drawn { error: Some(error.into()), ..drawn },
+                }
+            }
+            drawn.tokens.push(sampled);
+            if stops || drawn.completes || answer.len() + 1 >= sequence.stopping.max_tokens {
+                return drawn;
+            }
+            if sequence.proposed.get(place) != Some(&token) {
+                break;
+            }
+        }
+        Drawn { constraint, ..drawn }
     }
 }
 

@@ -17,6 +17,7 @@ impl Meters {
         for name in ["vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:num_preemptions_total"] {
             meters.count(name, 0);
         }
+        meters.proposed(0, 0, 0);
         meters.state(0, 0, 0.0);
         meters
     }
@@ -41,6 +42,13 @@ impl Meters {
 
     pub(super) fn preempted(&self, sequences: usize) {
         self.count("vllm:num_preemptions_total", sequences);
+    }
+
+    /// Tokens that were proposed for a number of sequences and computed, and those of them that were right.
+    pub(super) fn proposed(&self, sequences: usize, tokens: usize, right: usize) {
+        self.count("vllm:spec_decode_num_drafts_total", sequences);
+        self.count("vllm:spec_decode_num_draft_tokens_total", tokens);
+        self.count("vllm:spec_decode_num_accepted_tokens_total", right);
     }
 
     /// A token of an answer, as many seconds after the request if it is the first one, else after the token before it.

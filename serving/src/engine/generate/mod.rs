@@ -4,6 +4,7 @@
 //!   are stored;
 //! - [`sampling`] chooses tokens from logits, `draw` for several sequences at a time;
 //! - [`sequence`] holds one answer in progress;
+//! - [`speculate`] proposes tokens that may come next and decides how many of them a step checks;
 //! - [`constraint`] restricts the tokens of an answer, such as to JSON of a schema;
 //! - [`adapters`] keeps the model's adapters loaded as long as they are used;
 //! - [`wait`] estimates how long a new request waits, by which it is accepted or refused;
@@ -24,6 +25,7 @@ pub mod request;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod speculate;
 pub mod wait;
 mod worker;
 

@@ -10,6 +10,9 @@
 //! - When an answer needs a block and none is free, the youngest running sequence gives up its blocks, returns to the
 //!   front of the queue and is computed again later. The oldest is never the youngest unless it is alone, and alone
 //!   every accepted sequence fits; so each step makes progress.
+//! - Proposed tokens are added to a step that is planned already, where blocks are free. What the step computes of them is
+//!   kept only as far as the answer continues with them: other positions are written again before they are read, their
+//!   blocks are never sealed, and blocks beyond the answer are given up after the step.
 
 use std::collections::VecDeque;
 
@@ -37,6 +40,8 @@ pub struct Work {
     pub length: usize,
     /// Whether these are the last pending tokens, so that the next token can be chosen.
     pub wants_logits: bool,
+    /// Number of proposed tokens behind them.
+    pub proposed: usize,
 }
 
 /// What a step does.
@@ -147,7 +152,7 @@ impl Scheduler {
         }
         *budget -= length;
         let wants_logits = length == sequence.pending();
-        plan.work.push(Work { index, start: sequence.computed, length, wants_logits });
+        plan.work.push(Work { index, start: sequence.computed, length, wants_logits, proposed: 0 });
     }
 
     /// Returns whether a sequence is left that waits for room, and not only for a prompt that it shares.
@@ -182,7 +187,29 @@ impl Scheduler {
         self.running.iter().any(|other| other.request == sequence.request && other.sealed < shared)
     }
 
-    /// Records that the work was computed: full blocks become available to other sequences.
+    /// Adds proposed tokens to work that wants logits, as many as free blocks have room for: no sequence is preempted for
+    /// them. The caller sees to it that the answer may have one more token than these.
+    pub fn propose(&mut self, work: &mut Work, tokens: &[u32]) {
+        let sequence = &mut self.running[work.index];
+        let length = sequence.tokens.len();
+        self.blocks.extend(&mut sequence.table, length + tokens.len());
+        let room = sequence.table.len() * self.blocks.size() - length;
+        sequence.proposed = tokens[..tokens.len().min(room)].to_vec();
+        work.proposed = sequence.proposed.len();
+    }
+
+    /// Keeps what was computed for the first `right` proposed tokens, which the sequence has by now, and gives up the rest.
+    pub fn settle(&mut self, index: usize, right: usize) {
+        let sequence = &mut self.running[index];
+        if std::mem::take(&mut sequence.proposed).is_empty() {
+            return;
+        }
+        sequence.computed += right;
+        self.blocks.trim(&mut sequence.table, sequence.computed);
+        self.seal(index);
+    }
+
+    /// Records that the work was computed, without proposed tokens: full blocks become available to other sequences.
     pub fn advance(&mut self, work: &Work) {
         let sequence = &mut self.running[work.index];
         let targets = sequence.targets(work.start, work.length).len();
@@ -190,7 +217,11 @@ impl Scheduler {
             sequence.scored = sequence.scored.max(work.start + targets);
         }
         sequence.computed = work.start + work.length;
-        let size = self.blocks.size();
+        self.seal(work.index);
+    }
+
+    fn seal(&mut self, index: usize) {
+        let (sequence, size) = (&mut self.running[index], self.blocks.size());
         while (sequence.sealed + 1) * size <= sequence.computed {
             let first = sequence.sealed * size;
             let tokens = &sequence.tokens[first..first + size];

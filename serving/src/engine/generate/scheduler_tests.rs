@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::generate::{sampling::Sampling, sequence::Stopping};
+use crate::engine::generate::{blocks::Prefix, sampling::Sampling, sequence::Stopping};
 
 fn sequence(id: u64, request: u64, prompt: &[u32], answer: usize) -> Sequence {
     let stopping = Stopping { max_tokens: answer, min_tokens: 0, stop_tokens: vec![] };
@@ -136,6 +136,48 @@ fn a_prompt_with_log_probabilities_is_computed_although_the_cache_has_it() {
     assert_eq!(scheduler.running()[0].targets(0, 9), [0_u32; 0], "all are there");
 }
 
+/// The plan's only work with these tokens proposed, of which the first `right` come next, and one more token.
+fn step_with_proposed(scheduler: &mut Scheduler, proposed: &[u32], right: usize) -> usize {
+    let mut work = scheduler.plan().work[0];
+    scheduler.propose(&mut work, proposed);
+    scheduler.advance(&work);
+    let right = right.min(work.proposed);
+    proposed[..right].iter().for_each(|&token| scheduler.push(work.index, token));
+    scheduler.push(work.index, 9);
+    scheduler.settle(work.index, right);
+    work.proposed
+}
+
+#[test]
+fn proposed_tokens_are_kept_as_far_as_they_are_right() {
+    let mut scheduler = scheduler(8, 2, 100, 8);
+    scheduler.add(sequence(1, 1, &[1, 2, 3], 20));
+    assert_eq!(step(&mut scheduler), [(1, 0, 3, true)]);
+    // Tokens 1 2 3 9; the last one is computed with three more, of which one is right.
+    assert_eq!(step_with_proposed(&mut scheduler, &[4, 5, 6], 1), 3);
+    assert_eq!(scheduler.running()[0].tokens, [1, 2, 3, 9, 4, 9]);
+    assert_eq!((scheduler.running()[0].pending(), scheduler.blocks().used()), (1, 3));
+    assert_eq!(scheduler.blocks().find(Prefix::Empty(None), &[1, 2, 3, 9, 4, 5, 6]).len(), 2);
+    assert_eq!(step_with_proposed(&mut scheduler, &[5, 6], 0), 2);
+    assert_eq!(scheduler.running()[0].tokens, [1, 2, 3, 9, 4, 9, 9]);
+    assert_eq!(scheduler.blocks().find(Prefix::Empty(None), &[1, 2, 3, 9, 4, 9, 0]).len(), 3);
+    assert_eq!(scheduler.blocks().find(Prefix::Empty(None), &[1, 2, 3, 9, 4, 5, 6]).len(), 2);
+}
+
+#[test]
+fn no_sequence_is_preempted_for_proposed_tokens() {
+    let mut scheduler = scheduler(5, 2, 100, 8);
+    scheduler.add(sequence(1, 1, &[1, 2, 3], 6));
+    scheduler.add(sequence(2, 2, &[4, 5, 6], 6));
+    step(&mut scheduler);
+    // Each has two blocks and a place in the second one; one block is free.
+    assert_eq!(step_with_proposed(&mut scheduler, &[7, 7, 7], 0), 0, "no room for all");
+    assert_eq!((scheduler.running().len(), scheduler.blocks().used()), (2, 4));
+    let mut work = scheduler.plan().work[0];
+    scheduler.propose(&mut work, &[7]);
+    assert_eq!((work.proposed, scheduler.blocks().used()), (1, 5), "the block that it needs itself has room");
+}
+
 #[test]
 fn a_removed_sequence_frees_its_blocks_waiting_or_running() {
     let mut scheduler = scheduler(8, 2, 100, 1);
@@ -161,11 +203,14 @@ proptest! {
         blocks in 6usize..12,
         tokens in 1usize..12,
         sequences in 1usize..6,
+        // Numbers of proposed tokens, and of those that are right.
+        proposals in proptest::collection::vec((0usize..6, 0usize..6), 1..20),
     ) {
         let mut scheduler = scheduler(blocks, 3, tokens, sequences);
         let mut id = 0;
         let mut most = 0;
         let mut arrivals = arrivals.into_iter();
+        let mut proposals = proposals.into_iter().cycle();
         loop {
             for (choices, prompt, answer, cancel) in arrivals.by_ref().take(2) {
                 // At most 9 + 7 tokens fit into 6 blocks of 3.
@@ -181,24 +226,41 @@ proptest! {
             if scheduler.is_idle() {
                 break;
             }
-            let plan = scheduler.plan();
+            let mut plan = scheduler.plan();
             prop_assert!(!plan.work.is_empty(), "a step without work");
             prop_assert!(plan.work.iter().map(|work| work.length).sum::<usize>() <= tokens.max(sequences + 1));
             prop_assert!(scheduler.running().len() <= sequences);
+            let running = scheduler.running().len();
+            for work in plan.work.iter_mut().filter(|work| work.wants_logits && work.length == 1) {
+                let sequence = &scheduler.running()[work.index];
+                let left = sequence.stopping.max_tokens - sequence.answer().len() - 1;
+                let length = proposals.next().map_or(0, |(length, _)| length).min(left);
+                scheduler.propose(work, &vec![1; length]);
+                prop_assert!(work.proposed <= length);
+            }
+            prop_assert_eq!(scheduler.running().len(), running);
             let size = scheduler.blocks().size();
             let mut written = std::collections::HashSet::new();
             for work in &plan.work {
                 let sequence = &scheduler.running()[work.index];
-                prop_assert!(sequence.table.len() * size >= work.start + work.length);
-                for block in &sequence.table[work.start / size..=(work.start + work.length - 1) / size] {
+                let end = work.start + work.length + work.proposed;
+                prop_assert!(sequence.table.len() * size >= end);
+                for block in &sequence.table[work.start / size..=(end - 1) / size] {
                     prop_assert_eq!(scheduler.blocks().references(*block), 1, "a shared block is written");
                     prop_assert!(written.insert(*block));
                 }
             }
             for work in &plan.work {
                 scheduler.advance(work);
+                let right = proposals.next().map_or(0, |(_, right)| right).min(work.proposed);
                 if work.wants_logits {
-                    scheduler.push(work.index, 1);
+                    (0..=right).for_each(|_| scheduler.push(work.index, 1));
+                }
+                scheduler.settle(work.index, right);
+                if work.proposed > 0 {
+                    let sequence = &scheduler.running()[work.index];
+                    prop_assert_eq!(sequence.pending(), 1);
+                    prop_assert_eq!(sequence.table.len(), sequence.computed.div_ceil(size));
                 }
             }
             scheduler.retain(|sequence| sequence.finished().is_none());

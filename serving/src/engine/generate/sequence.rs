@@ -44,6 +44,8 @@ pub struct Sequence {
     pub(super) scored: usize,
     /// Number of tokens whose keys and values are in the cache.
     pub(super) computed: usize,
+    /// Proposed next tokens that a step computes with the last token; none between steps.
+    pub(super) proposed: Vec<u32>,
     pub(super) table: Vec<u32>,
     /// Number of blocks of the table that are sealed, and the identity of the last of them.
     pub(super) sealed: usize,
@@ -65,6 +67,7 @@ impl Sequence {
             adapter: None,
             scored: 0,
             computed: 0,
+            proposed: Vec::new(),
             table: Vec::new(),
             sealed: 0,
             prefix: Prefix::Empty(None),
@@ -116,9 +119,9 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
-    /// Tokens that must not come next.
-    pub fn forbidden(&self) -> &[u32] {
-        match self.answer().len() < self.stopping.min_tokens {
+    /// Tokens that must not come behind an answer of so many tokens.
+    pub fn forbidden(&self, answer: usize) -> &[u32] {
+        match answer < self.stopping.min_tokens {
             true => &self.stopping.stop_tokens,
             false => &[],
         }

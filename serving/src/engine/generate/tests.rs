@@ -1,6 +1,7 @@
 mod adapters;
 mod metrics;
 mod prompt;
+mod speculation;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,7 +13,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::engine::{
-    backend::{AdapterId, AdapterWeights, BackendError, Logits, LowRank, Row, RowOutput},
+    backend::{AdapterId, AdapterWeights, BackendError, LowRank, Row, RowOutput},
     generate::{
         sampling::{Context, LogitsError, Sampling},
         sequence::{FinishReason, Stopping},
@@ -33,6 +34,23 @@ struct Fake {
     /// `(position, token)` of each slot.
     slots: Vec<Option<(usize, u32)>>,
     seen: Arc<Seen>,
+    checks_proposals: bool,
+    /// Least time of a step, as a model whose weights are read from memory has it.
+    pause: Duration,
+    logits: fn(&[(usize, u32)]) -> Vec<f32>,
+}
+
+impl Fake {
+    fn new(blocks: usize, seen: Arc<Seen>) -> Self {
+        Self {
+            limits: GenerateLimits { blocks, block_size: 4, max_length: 64, vocabulary: VOCABULARY },
+            slots: vec![None; blocks * 4],
+            seen,
+            checks_proposals: false,
+            pause: Duration::ZERO,
+            logits: |prefix| logits(prefix.iter().copied()),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -40,6 +58,8 @@ struct Seen {
     /// A test that holds it stops the model before its next step.
     gate: Mutex<()>,
     tokens: AtomicU64,
+    /// Rows that wanted logits of several tokens.
+    several: AtomicU64,
     /// Adapters that the model has.
     adapters: Mutex<BTreeSet<AdapterId>>,
 }
@@ -82,8 +102,15 @@ impl GenerateBackend for Fake {
         self.seen.adapters.lock().unwrap().remove(&id);
     }
 
+    fn checks_proposals(&self) -> bool {
+        self.checks_proposals
+    }
+
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         let _gate = self.seen.gate.lock();
+        if !self.pause.is_zero() {
+            thread::sleep(self.pause);
+        }
         let size = self.limits.block_size;
         let slot = |blocks: &[u32], position: usize| blocks[position / size] as usize * size + position % size;
         for row in rows {
@@ -92,6 +119,7 @@ impl GenerateBackend for Fake {
                 return Err(BackendError("out of memory".into()));
             }
             self.seen.tokens.fetch_add(row.tokens.len() as u64, Ordering::SeqCst);
+            self.seen.several.fetch_add(u64::from(row.logits > 1), Ordering::SeqCst);
             for (position, token) in (row.start..).zip(row.tokens) {
                 self.slots[slot(row.blocks, position)] = Some((position + offset(row.adapter), *token));
             }
@@ -105,10 +133,11 @@ impl GenerateBackend for Fake {
                 return vec![f32::NAN; VOCABULARY];
             }
             // A slot that was never written reads as something that no prefix has.
-            logits((0..end).map(|position| self.slots[slot(row.blocks, position)].unwrap_or((usize::MAX, 0))))
+            let read = |position| self.slots[slot(row.blocks, position)].unwrap_or((usize::MAX, 0));
+            (self.logits)(&(0..end).map(read).collect::<Vec<_>>())
         };
         let answer = |row: &Row<'_>| RowOutput {
-            logits: if row.wants_logits { behind(row, row.start + row.tokens.len()).into() } else { Logits::default() },
+            logits: (0..row.logits).rev().map(|back| behind(row, row.start + row.tokens.len() - back).into()).collect(),
             targets: (row.start + 1..)
                 .zip(row.targets)
                 .map(|(end, &token)| sampling::logprobs(&behind(row, end), token as usize, row.top))
@@ -120,9 +149,7 @@ impl GenerateBackend for Fake {
 
 fn engine(blocks: usize, limits: EngineLimits) -> (Engine, Arc<Seen>) {
     let seen = Arc::<Seen>::default();
-    let limits_of_model = GenerateLimits { blocks, block_size: 4, max_length: 64, vocabulary: VOCABULARY };
-    let backend = Fake { limits: limits_of_model, slots: vec![None; blocks * 4], seen: seen.clone() };
-    (Engine::start(backend, limits, "fake").unwrap(), seen)
+    (Engine::start(Fake::new(blocks, seen.clone()), limits, "fake").unwrap(), seen)
 }
 
 fn limits(tokens: usize, sequences: usize) -> EngineLimits {

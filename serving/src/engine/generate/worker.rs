@@ -11,13 +11,14 @@ use tokio::sync::mpsc;
 use super::{
     adapters::{Adapter, Usage},
     blocks::Blocks,
-    constraint::{self, ConstraintError, Guide, Pool},
-    draw::{Draw, Threads},
+    constraint::{ConstraintError, Guide, Pool},
+    draw::{Draw, Drawn, Threads},
     meters::Meters,
     request::{Event, Finished, GenerateError, Item, Message, Place, Progress},
     sampling::{LogitsError, Logprobs, Sampled},
     scheduler::{Plan, Scheduler, StepLimits, Work},
     sequence::{FinishReason, Sequence, SequenceId},
+    speculate::{self, Costs, History, Record},
     wait::{AdmissionRate, Queue},
 };
 use crate::engine::backend::{BackendError, GenerateBackend, GenerateLimits, Logits, Row, RowOutput};
@@ -36,6 +37,7 @@ struct Client {
     last_token: Option<Instant>,
     /// What restricts the next token. Like the tokens so far, it outlives a preemption.
     guide: Option<Guide>,
+    history: History,
     /// Kept, so that the model keeps the adapter until the answer ends.
     adapter: Option<Adapter>,
 }
@@ -67,11 +69,16 @@ pub(super) struct Worker<B> {
     backend: B,
     receiver: mpsc::UnboundedReceiver<Message>,
     limits: GenerateLimits,
+    /// Largest number of tokens in a step.
+    step_tokens: usize,
     scheduler: Scheduler,
     clients: HashMap<SequenceId, Client>,
     progress: Arc<Progress>,
     meters: Meters,
     usage: Usage,
+    /// How often proposed tokens were right in all answers, and the times of steps.
+    record: Record,
+    costs: Costs,
     /// Started with the first request that has a constraint.
     pool: Option<Pool>,
     threads: Threads,
@@ -96,11 +103,14 @@ impl<B: GenerateBackend> Worker<B> {
             backend,
             receiver,
             limits,
+            step_tokens: step.tokens,
             scheduler,
             clients: HashMap::new(),
             progress,
             meters,
             usage,
+            record: Record::default(),
+            costs: Costs::default(),
             pool: None,
             threads: Threads::start(),
             sequences: 0,
@@ -181,6 +191,7 @@ impl<B: GenerateBackend> Worker<B> {
                 admitted: None,
                 last_token: None,
                 guide,
+                history: History::new(constraint.as_ref().map(|one| one.example()).unwrap_or_default()),
                 adapter: item.request.adapter.clone(),
             };
             self.clients.insert(self.sequences, client);
@@ -207,7 +218,7 @@ impl<B: GenerateBackend> Worker<B> {
 
     fn step(&mut self) {
         let before = self.scheduler.running().len();
-        let plan = self.scheduler.plan();
+        let mut plan = self.scheduler.plan();
         // Otherwise the thread would spin for ever; see the scheduler for why each step makes progress.
         assert!(!plan.work.is_empty(), "a step without work while sequences wait");
         let started = Instant::now();
@@ -216,7 +227,8 @@ impl<B: GenerateBackend> Worker<B> {
         }
         self.backlog = plan.is_backlogged.then_some(started);
         self.record_admissions(&plan, started);
-        let answers = self.compute(&plan.work);
+        let speculates = self.propose(&mut plan.work);
+        let answers = self.compute(&plan.work, speculates);
         metrics::histogram!("athanor_server_batch_seconds").record(started.elapsed().as_secs_f64());
         match answers {
             Ok(answers) => self.take(&plan.work, answers),
@@ -248,22 +260,60 @@ impl<B: GenerateBackend> Worker<B> {
         }
     }
 
-    fn compute(&mut self, work: &[Work]) -> Result<Vec<RowOutput>, BackendError> {
+    /// Proposes tokens for a step in which every sequence computes its last token, and adds them to its work where that is
+    /// expected to be faster. Returns whether the step is of this kind.
+    fn propose(&mut self, work: &mut [Work]) -> bool {
+        let decodes = |work: &Work| work.wants_logits && work.length == 1;
+        if !self.backend.checks_proposals() || work.len() > speculate::MOST_SEQUENCES || !work.iter().all(decodes) {
+            self.clients.values_mut().for_each(|client| client.history.pass());
+            return false;
+        }
+        let mut candidates = Vec::with_capacity(work.len());
+        for work in &*work {
+            let sequence = &self.scheduler.running()[work.index];
+            let Some(client) = self.clients.get_mut(&sequence.id) else { return false };
+            let most = sequence.stopping.max_tokens.saturating_sub(sequence.answer().len() + 1);
+            let (tokens, stop_tokens) = (&sequence.tokens, &sequence.stopping.stop_tokens);
+            candidates.push(client.history.propose(tokens, most, stop_tokens, &self.record));
+        }
+        let lengths = speculate::choose(&candidates, &self.costs, self.step_tokens);
+        for (work, length) in work.iter_mut().zip(lengths).filter(|(_, length)| *length > 0) {
+            let id = self.scheduler.running()[work.index].id;
+            if let Some(client) = self.clients.get(&id) {
+                self.scheduler.propose(work, client.history.proposed(length));
+            }
+        }
+        true
+    }
+
+    /// `speculates`: see [`Self::propose`].
+    fn compute(&mut self, work: &[Work], speculates: bool) -> Result<Vec<RowOutput>, BackendError> {
         let running = self.scheduler.running();
-        let rows: Vec<Row<'_>> = work
+        let own = |work: &Work| &running[work.index].tokens[work.start..work.start + work.length];
+        let with_proposed: Vec<Vec<u32>> = work
             .iter()
-            .map(|work| Row {
-                tokens: &running[work.index].tokens[work.start..work.start + work.length],
+            .map(|work| match work.proposed {
+                0 => Vec::new(),
+                _ => [own(work), &running[work.index].proposed].concat(),
+            })
+            .collect();
+        let rows: Vec<Row<'_>> = std::iter::zip(work, &with_proposed)
+            .map(|(work, with_proposed)| Row {
+                tokens: if work.proposed > 0 { with_proposed } else { own(work) },
                 start: work.start,
                 blocks: &running[work.index].table,
-                wants_logits: work.wants_logits,
+                logits: if work.wants_logits { 1 + work.proposed } else { 0 },
                 targets: running[work.index].targets(work.start, work.length),
                 top: running[work.index].prompt_logprobs.unwrap_or_default(),
                 adapter: running[work.index].adapter,
             })
             .collect();
         metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
+        let started = Instant::now();
         let answers = self.backend.step(&rows)?;
+        if speculates {
+            self.costs.add(rows.iter().map(|row| row.tokens.len()).sum(), started.elapsed().as_secs_f64());
+        }
         if answers.len() != rows.len() {
             return Err(BackendError(format!("{} rows of logits for {} rows of tokens", answers.len(), rows.len())));
         }
@@ -297,7 +347,7 @@ impl<B: GenerateBackend> Worker<B> {
             let scored = self.score(work, output.targets);
             self.scheduler.advance(work);
             let draw = scored.and_then(|()| match work.wants_logits {
-                true => self.prepare(work.index, output.logits, now),
+                true => self.prepare(work, output.logits, now),
                 false => Ok(None),
             });
             match draw {
@@ -307,20 +357,23 @@ impl<B: GenerateBackend> Worker<B> {
         }
         let (running, vocabulary) = (self.scheduler.running(), self.limits.vocabulary);
         let drawn = self.threads.map(draws, |draw| {
-            let sampled = draw.sample(&running[draw.index], vocabulary);
-            (draw, sampled)
-        });
-        for (draw, sampled) in drawn {
             let index = draw.index;
-            match sampled.map_err(GenerateError::from).and_then(|sampled| self.follow(draw, sampled)) {
-                Ok((sampled, completes)) => self.push(index, sampled, completes, now),
-                Err(error) => self.fail_running(index, error),
-            }
+            draw.sample(&running[index], vocabulary)
+        });
+        let proposed = work.iter().map(|work| work.proposed).sum::<usize>();
+        let delay = self.costs.seconds(work.len() + proposed) / self.costs.seconds(work.len()) - 1.0;
+        for drawn in drawn {
+            self.follow(drawn, if proposed > 0 { delay } else { 0.0 }, now);
         }
     }
 
     /// What the next token of a sequence is drawn from. None for a sequence that wants no token, which ends.
-    fn prepare(&mut self, index: usize, logits: Logits, now: Instant) -> Result<Option<Draw>, GenerateError> {
+    fn prepare(&mut self, work: &Work, logits: Vec<Logits>, now: Instant) -> Result<Option<Draw>, GenerateError> {
+        let index = work.index;
+        if logits.len() != 1 + work.proposed {
+            let message = format!("{} rows of logits for {} tokens", logits.len(), 1 + work.proposed);
+            return Err(GenerateError::Backend(message));
+        }
         let sequence = &self.scheduler.running()[index];
         let mut client = self.clients.get_mut(&sequence.id);
         if let Some(client) = &mut client
@@ -337,17 +390,27 @@ impl<B: GenerateBackend> Worker<B> {
         Ok(Some(Draw { index, logits, constraint }))
     }
 
-    /// Follows an answer's constraint by its next token: returns whether the constraint ends the answer with it.
-    fn follow(&mut self, draw: Draw, sampled: Sampled) -> Result<(Sampled, bool), GenerateError> {
-        let sequence = &self.scheduler.running()[draw.index];
-        let constraint = draw.constraint.filter(|_| !sequence.stopping.stop_tokens.contains(&sampled.token));
-        let Some((mut constraint, _)) = constraint else { return Ok((sampled, false)) };
-        let completes = constraint.accept(sampled.token)? == constraint::Progress::Complete;
-        let is_last = completes || sequence.answer().len() + 1 >= sequence.stopping.max_tokens;
-        if let (Some(client), Some(pool), false) = (self.clients.get_mut(&sequence.id), &self.pool, is_last) {
-            client.guide = Some(pool.guide(constraint));
+    /// Appends the drawn tokens to their sequence. `delay`: what proposed tokens added to the step, as a share of it.
+    fn follow(&mut self, drawn: Drawn, delay: f64, now: Instant) {
+        let (index, count) = (drawn.index, drawn.tokens.len());
+        let sequence = &self.scheduler.running()[index];
+        if let Some(client) = self.clients.get_mut(&sequence.id) {
+            client.history.learn(drawn.tokens.iter().map(|sampled| sampled.token), delay, &mut self.record);
+            if let (Some(pool), Some(constraint)) = (&self.pool, drawn.constraint) {
+                client.guide = Some(pool.guide(constraint));
+            }
         }
-        Ok((sampled, completes))
+        let right = count.saturating_sub(1);
+        if !sequence.proposed.is_empty() {
+            self.meters.proposed(1, sequence.proposed.len(), right);
+        }
+        for (place, sampled) in (1..).zip(drawn.tokens) {
+            self.push(index, sampled, drawn.completes && place == count, now);
+        }
+        self.scheduler.settle(index, right);
+        if let Some(error) = drawn.error {
+            self.fail_running(index, error);
+        }
     }
 
     /// Appends a token to a sequence and sends it, with the end if it is the last one.

@@ -111,12 +111,7 @@ fn vllms_metric_names_the_adapters_in_use() {
 #[tokio::test]
 async fn the_metric_begins_with_the_first_adapter() {
     let metrics = athanor_telemetry::metrics();
-    let backend = Fake {
-        limits: GenerateLimits { blocks: 20, block_size: 4, max_length: 64, vocabulary: VOCABULARY },
-        slots: vec![None; 80],
-        seen: Arc::default(),
-    };
-    let engine = Engine::start(backend, limits(9, 77), "with adapters").unwrap();
+    let engine = Engine::start(Fake::new(20, Arc::default()), limits(9, 77), "with adapters").unwrap();
     assert!(!metrics.render().contains(r#"max_lora="77""#));
     let _adapter = engine.load_adapter("one", weights()).await.unwrap();
     let line = r#"vllm:lora_requests_info{max_lora="77",running_lora_adapters="",waiting_lora_adapters=""} "#;
