@@ -275,8 +275,11 @@ class Encoder final : public athanor::Encoder, Machine {
         int64_t i = 0;
         for (; i + 16 <= dense.inputs; i += 16) total = fused(load<f32x16>(x + i), load<f32x16>(weight + i), total);
         for (; i < dense.inputs; ++i) rest += x[i] * weight[i];
-        y[output] = activate(dense.activation, all(sum(total) + rest + dense.bias[output]))[0];
+        y[output] = sum(total) + rest + dense.bias[output];
       }
+      int64_t done = 0;
+      for (; done + 16 <= dense.outputs; done += 16) store(y + done, activate(dense.activation, load<f32x16>(y + done)));
+      for (; done < dense.outputs; ++done) y[done] = activate(dense.activation, all(y[done]))[0];
       x = y;
     }
   }
