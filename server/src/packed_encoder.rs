@@ -70,9 +70,8 @@ impl EncodeBackend for PackedEncoder {
         self.0.encode(rows).map_err(|error| BackendError(error.to_string()))
     }
 
-    /// Texts are not padded, and a call costs little more than its tokens.
-    fn call_cost(&self) -> usize {
-        2
+    fn call_cost(&self) -> Option<usize> {
+        None
     }
 }
 
@@ -213,7 +212,8 @@ mod tests {
 
     #[test]
     fn texts_that_cannot_be_read_are_errors() {
-        let mut packed = PackedEncoder::load(&golden("tiny-bert"), None, (Format::BF16, InstructionSet::Avx2), 1).unwrap();
+        let mut packed =
+            PackedEncoder::load(&golden("tiny-bert"), None, (Format::BF16, InstructionSet::Avx2), 1).unwrap();
         for (row, part) in [(vec![], "0 tokens"), (vec![1; 10_000], "10000 tokens"), (vec![1 << 30], "vocabulary")] {
             let error = packed.forward(&[&row]).unwrap_err();
             assert!(error.to_string().contains(part), "{error}");

@@ -1,8 +1,8 @@
 // Products of rows with a packed matrix. `pack.rs` has the layout: tiles of 16 outputs, groups of 32 inputs, four
 // consecutive inputs of an output side by side. Included once for each instruction set.
 //
-// Rows are rounded to eight bits by groups of 32; float_product.hpp has the products of others. A row's result is computed by the same operations in the same order
-// whatever the other rows are, so that an answer does not depend on its batch.
+// Rows are rounded to eight bits by groups of 32; float_product.hpp has the products of others. A row's result is computed by
+// the same operations in the same order whatever the other rows are, so that an answer does not depend on its batch.
 #pragma once
 
 constexpr int64_t kTile = 16;
