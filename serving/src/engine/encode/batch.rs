@@ -4,6 +4,9 @@
 //! sorting by length an optimal grouping is a cut into runs, which dynamic programming finds. Without padding the fewest batches
 //! are best, in the order in which the inputs came.
 
+/// Tokens of a batch without padding: more would not be computed faster, and every answer of a batch waits for the whole of it.
+const PACKED_TOKENS: usize = 1024;
+
 /// Bounds of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
@@ -25,11 +28,12 @@ pub fn plan(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
 /// Batches in the order of the inputs, each as large as the limits allow.
 fn plan_packed(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
     let mut batches: Vec<Vec<usize>> = Vec::new();
+    let most = limits.tokens.min(PACKED_TOKENS);
     let mut tokens = 0usize;
     for (index, &length) in lengths.iter().enumerate() {
         tokens = tokens.saturating_add(length);
         match batches.last_mut() {
-            Some(batch) if batch.len() < limits.inputs && tokens <= limits.tokens => batch.push(index),
+            Some(batch) if batch.len() < limits.inputs && tokens <= most => batch.push(index),
             _ => {
                 batches.push(vec![index]);
                 tokens = length;
@@ -52,10 +56,7 @@ fn plan_padded(lengths: &[usize], limits: BatchLimits, call_cost: usize) -> Vec<
         let fits = limits.tokens.checked_div(longest).unwrap_or(limits.inputs).clamp(1, limits.inputs.max(1));
         let best = (end.saturating_sub(fits)..end)
             .map(|begin| {
-                (
-                    cost[begin].saturating_add((end - begin).saturating_mul(longest)).saturating_add(call_cost),
-                    begin,
-                )
+                (cost[begin].saturating_add((end - begin).saturating_mul(longest)).saturating_add(call_cost), begin)
             })
             .min()
             .unwrap_or_default();
@@ -122,10 +123,7 @@ mod tests {
         // Against every cut of a sorted sequence: bit i of the mask says that a batch ends after input i.
         let lengths = [3, 4, 9, 10, 30, 31, 31, 60];
         let price = |batches: &[Vec<usize>]| -> usize {
-            batches
-                .iter()
-                .map(|batch| batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap() + CALL_COST)
-                .sum()
+            batches.iter().map(|batch| batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap() + CALL_COST).sum()
         };
         let allowed = |batch: &Vec<usize>| {
             batch.len() <= LIMITS.inputs
