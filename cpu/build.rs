@@ -2,12 +2,13 @@
 
 use std::env;
 
-const HEADERS: [&str; 10] = [
+const HEADERS: [&str; 11] = [
     "abi.hpp",
     "adapter.hpp",
     "attention.hpp",
     "decoder.hpp",
     "encoder.hpp",
+    "float_product.hpp",
     "isa.hpp",
     "machine.hpp",
     "product.hpp",

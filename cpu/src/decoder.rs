@@ -261,7 +261,11 @@ fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&M
     };
     let matrix = |what: &str, matrix: &Matrix, outputs: usize, inputs: usize| {
         expect(&format!("outputs of {what}"), matrix.outputs(), outputs)?;
-        expect(&format!("inputs of {what}"), matrix.inputs(), inputs)
+        expect(&format!("inputs of {what}"), matrix.inputs(), inputs)?;
+        match outputs == 0 || !matrix.format(0).is_float() {
+            true => Ok(()),
+            false => Err(Error::Invalid(format!("{what}: {:?}; a decoder has eight or four bits", matrix.format(0)))),
+        }
     };
     let Config { hidden, intermediate, heads, key_value_heads, head_dim, vocabulary, .. } = *config;
     for (what, value) in

@@ -111,8 +111,10 @@ impl Encoder {
     /// `words`: [V, C]. `head`: layers over a text's first token, of which the first reads C numbers; empty: an output
     /// is the mean of the text's tokens, scaled to length 1.
     ///
+    /// The matrices of the layers have whole numbers of eight or four bits, or all BF16, or all FP32; `words` has any format.
+    ///
     /// # Errors
-    /// The sizes do not fit together, there is no memory, or the machine lacks `instruction_set`.
+    /// Sizes or formats do not fit together, there is no memory, or the machine lacks `instruction_set`.
     pub fn new(
         instruction_set: InstructionSet,
         config: EncoderConfig,
@@ -235,7 +237,7 @@ fn check(config: &EncoderConfig, words: &Matrix, layers: &[EncoderLayer], head: 
         expect("weights of a norm", norm.weight.len(), hidden)?;
         expect("shifts of a norm", norm.shift.len(), hidden)
     };
-    if hidden == 0 || heads == 0 || max_length == 0 || hidden % heads != 0 {
+    if hidden == 0 || intermediate == 0 || heads == 0 || max_length == 0 || hidden % heads != 0 {
         return Err(Error::Invalid(format!("hidden {hidden}, {heads} heads, {max_length} positions")));
     }
     expect("inputs of words", words.inputs(), hidden)?;
@@ -244,11 +246,21 @@ fn check(config: &EncoderConfig, words: &Matrix, layers: &[EncoderLayer], head: 
     if let Some(relative) = &config.relative {
         expect("relative biases", relative.len(), heads * (2 * max_length - 1))?;
     }
+    // Rows of activations are BF16 or FP32 as the weights are, or else rounded to eight bits.
+    let rows = |matrix: &Matrix| Some(matrix.format(0)).filter(|format| format.is_float());
     for layer in layers {
-        matrix("qkv", &layer.qkv, 3 * hidden, hidden)?;
-        matrix("output", &layer.output, hidden, hidden)?;
-        matrix("up", &layer.up, intermediate, hidden)?;
-        matrix("down", &layer.down, hidden, intermediate)?;
+        let matrices = [
+            ("qkv", &layer.qkv, 3 * hidden, hidden),
+            ("output", &layer.output, hidden, hidden),
+            ("up", &layer.up, intermediate, hidden),
+            ("down", &layer.down, hidden, intermediate),
+        ];
+        for (what, found, outputs, inputs) in matrices {
+            matrix(what, found, outputs, inputs)?;
+            if rows(found) != rows(&layers[0].qkv) {
+                return Err(Error::Invalid(format!("{what}: BF16 or FP32 and another format in one encoder")));
+            }
+        }
         norm(&layer.attention_norm)?;
         norm(&layer.output_norm)?;
     }

@@ -5,9 +5,12 @@
 //! byte holds that of `i` in its low half and that of `i + 4` in its high half. Behind the numbers of a tile come its
 //! scales, in FP16: for each group 16 scales, and for four bits 16 minimums as well.
 //!
+//! BF16 and FP32 have no scales. In a group of FP32 the 16 outputs of an input are side by side, one input behind the
+//! other; of BF16 the inputs `2 i` and `2 i + 1` of output `o` are side by side at byte `64 i + 4 o`.
+//!
 //! Outputs and inputs that the matrix lacks are zeros.
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::{Error, ffi, memory::Memory};
 
@@ -23,13 +26,34 @@ pub enum Format {
     Int8,
     /// `scale * q + minimum`, q from 0 to 15: 5 bits a weight.
     Int4,
+    /// Rounded to the nearest: 16 bits a weight. For encoders.
+    BF16,
+    /// As they are: 32 bits a weight. For encoders.
+    FP32,
 }
 
 impl Format {
+    /// The number of `native/abi.hpp`.
+    const fn number(self) -> i32 {
+        match self {
+            Self::Int8 => 0,
+            Self::Int4 => 1,
+            Self::BF16 => 2,
+            Self::FP32 => 3,
+        }
+    }
+
+    /// Whether weights are floating-point numbers.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::BF16 | Self::FP32)
+    }
+
     const fn numbers(self) -> usize {
         match self {
             Self::Int8 => TILE * GROUP,
             Self::Int4 => TILE * GROUP / 2,
+            Self::BF16 => TILE * GROUP * 2,
+            Self::FP32 => TILE * GROUP * 4,
         }
     }
 
@@ -37,6 +61,7 @@ impl Format {
         match self {
             Self::Int8 => TILE * 2,
             Self::Int4 => TILE * 4,
+            Self::BF16 | Self::FP32 => 0,
         }
     }
 
@@ -66,17 +91,18 @@ pub struct Matrix {
 
 impl Matrix {
     /// A matrix of zeros whose outputs `parts[0].0` first ones have the format `parts[0].1`, and so on. A tile in which
-    /// formats meet has eight bits.
+    /// formats meet has eight bits. A matrix of floating-point numbers has one format.
     ///
     /// # Errors
-    /// There is no memory.
+    /// There is no memory, or `parts` have a format of floating-point numbers and another one.
     pub fn zeros(parts: &[(usize, Format)], inputs: usize) -> Result<Self, Error> {
         let each: Vec<Format> =
             parts.iter().flat_map(|&(outputs, format)| std::iter::repeat_n(format, outputs)).collect();
-        let formats: Vec<Format> = each
-            .chunks(TILE)
-            .map(|tile| if tile.contains(&Format::Int8) { Format::Int8 } else { Format::Int4 })
-            .collect();
+        if each.iter().any(|format| format.is_float()) && each.iter().any(|&format| format != each[0]) {
+            return Err(Error::Invalid("BF16 or FP32 and another format in one matrix".into()));
+        }
+        let formats: Vec<Format> =
+            each.chunks(TILE).map(|tile| if tile.contains(&Format::Int8) { Format::Int8 } else { tile[0] }).collect();
         let groups = inputs.div_ceil(GROUP);
         let mut bytes = 0;
         let mut offsets = Vec::with_capacity(formats.len());
@@ -130,12 +156,13 @@ impl Matrix {
                     let group = four_bits(&values);
                     self.put(output, index, &group.q, group.scale, group.minimum);
                 }
+                Format::BF16 | Format::FP32 => self.put_floats(output, index, &values),
             }
         }
         Ok(())
     }
 
-    /// Stores the weights of an output as they are, or rounds them to eight bits where its tile has them.
+    /// Stores the weights of an output as they are, or rounds them to the format of its tile if it has not four bits.
     ///
     /// # Errors
     /// See [`Self::set_row`].
@@ -144,7 +171,7 @@ impl Matrix {
     /// `output` or the number of groups is not the matrix's.
     pub fn set_groups(&mut self, output: usize, groups: &[Group]) -> Result<(), Error> {
         assert_eq!(groups.len(), self.inputs.div_ceil(GROUP), "a row has as many groups as the matrix");
-        if self.format(output) == Format::Int8 {
+        if self.format(output) != Format::Int4 {
             let mut weights: Vec<f32> = groups.iter().flat_map(values).collect();
             weights.truncate(self.inputs);
             return self.set_row(output, &weights);
@@ -186,13 +213,28 @@ impl Matrix {
         }
         for (index, &q) in q.iter().enumerate() {
             let at = index / 4 * 64 + lane * 4 + index % 4;
-            match format {
-                Format::Int8 => numbers[at] = q,
-                Format::Int4 if index < GROUP / 2 => numbers[at] = numbers[at] & 0xf0 | q,
-                Format::Int4 => {
-                    let at = at - 256;
-                    numbers[at] = numbers[at] & 0x0f | q << 4;
-                }
+            if format == Format::Int8 {
+                numbers[at] = q;
+            } else if index < GROUP / 2 {
+                numbers[at] = numbers[at] & 0xf0 | q;
+            } else {
+                let at = at - 256;
+                numbers[at] = numbers[at] & 0x0f | q << 4;
+            }
+        }
+    }
+
+    fn put_floats(&mut self, output: usize, group: usize, values: &[f32; GROUP]) {
+        let (format, lane) = (self.formats[output / TILE], output % TILE);
+        let start = self.offsets[output / TILE] + group * format.numbers();
+        let numbers = &mut self.data.bytes_mut()[start..][..format.numbers()];
+        for (index, value) in values.iter().enumerate() {
+            if format == Format::BF16 {
+                let at = (index / 2 * TILE + lane) * 4 + index % 2 * 2;
+                numbers[at..at + 2].copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+            } else {
+                let at = (index * TILE + lane) * 4;
+                numbers[at..at + 4].copy_from_slice(&value.to_le_bytes());
             }
         }
     }
@@ -201,7 +243,7 @@ impl Matrix {
     pub(crate) fn native(&self, tables: &mut Vec<Vec<ffi::Tile>>) -> ffi::Matrix {
         let tile = |(&offset, &format): (&usize, &Format)| ffi::Tile {
             data: self.data.as_ptr().wrapping_add(offset),
-            format: i32::from(format == Format::Int4),
+            format: format.number(),
         };
         let table: Vec<ffi::Tile> = self.offsets.iter().zip(&self.formats).map(tile).collect();
         let found = ffi::Matrix {

@@ -15,17 +15,27 @@ fn unpacked(matrix: &Matrix, output: usize) -> Vec<f32> {
         .map(|input| {
             let (group, i) = (input / GROUP, input % GROUP);
             let scales = groups * format.numbers() + group * format.scales();
+            let numbers = &tile[group * format.numbers()..];
+            match format {
+                Format::BF16 => {
+                    let at = i / 2 * 64 + lane * 4 + i % 2 * 2;
+                    return bf16::from_le_bytes([numbers[at], numbers[at + 1]]).to_f32();
+                }
+                Format::FP32 => {
+                    let at = i * 64 + lane * 4;
+                    return f32::from_le_bytes(numbers[at..at + 4].try_into().unwrap());
+                }
+                Format::Int8 | Format::Int4 => {}
+            }
             let byte = tile[group * format.numbers()
                 + if format == Format::Int8 { i / 4 } else { i / 4 % 4 } * 64
                 + lane * 4
                 + i % 4];
-            match format {
-                Format::Int8 => half(scales + lane * 2) * (f32::from(byte) - 128.0),
-                Format::Int4 => {
-                    let q = if i < 16 { byte & 15 } else { byte >> 4 };
-                    half(scales + lane * 2) * f32::from(q) + half(scales + (TILE + lane) * 2)
-                }
+            if format == Format::Int8 {
+                return half(scales + lane * 2) * (f32::from(byte) - 128.0);
             }
+            let q = if i < 16 { byte & 15 } else { byte >> 4 };
+            half(scales + lane * 2) * f32::from(q) + half(scales + (TILE + lane) * 2)
         })
         .collect()
 }
@@ -36,7 +46,7 @@ proptest! {
     #[test]
     fn rounding_is_near(values in proptest::collection::vec(-3.0_f32..3.0, 70), outputs in 1_usize..40, pick in 0_usize..40) {
         let output = pick % outputs;
-        for format in [Format::Int8, Format::Int4] {
+        for format in [Format::Int8, Format::Int4, Format::BF16, Format::FP32] {
             let mut matrix = Matrix::zeros(&[(outputs, format)], 70).unwrap();
             matrix.set_row(output, &values).unwrap();
             let found = unpacked(&matrix, output);
@@ -52,6 +62,10 @@ proptest! {
                         let bound = most.max(-least) / 127.0 * 0.5 + rounding;
                         prop_assert!(errors.clone().all(|error| error <= bound), "group {group}: {was:?} became {is:?}");
                     }
+                    Format::BF16 => {
+                        prop_assert!(was.iter().zip(is).all(|(was, is)| bf16::from_f32(*was).to_f32() == *is), "{was:?}, {is:?}");
+                    }
+                    Format::FP32 => prop_assert_eq!(was, is),
                     Format::Int4 => {
                         let bound = ((most - least) / 15.0 * 0.5 + rounding).powi(2) * GROUP as f32;
                         let squared: f32 = errors.map(|error| error * error).sum();
@@ -94,6 +108,14 @@ fn a_tile_in_which_formats_meet_has_eight_bits() {
     let matrix = Matrix::zeros(&[(24, Format::Int4), (24, Format::Int8)], 32).unwrap();
     assert_eq!([0, 16, 32].map(|output| matrix.format(output)), [Format::Int4, Format::Int8, Format::Int8]);
     assert_eq!(unpacked(&matrix, 20), vec![0.0; 32]);
+}
+
+#[test]
+fn a_matrix_of_floating_point_numbers_has_one_format() {
+    for other in [Format::Int8, Format::Int4, Format::FP32] {
+        let parts = [(32, other), (32, Format::BF16)];
+        assert!(matches!(Matrix::zeros(&parts, 32), Err(Error::Invalid(_))), "{other:?}");
+    }
 }
 
 #[test]

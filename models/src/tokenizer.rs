@@ -205,7 +205,12 @@ impl Tokenizer {
     /// Ids of each text with the special tokens around them, at most `max_length` of them: longer texts lose their end.
     pub fn encode_batch<T: AsRef<str>>(&self, texts: &[T], max_length: usize) -> Result<Vec<Vec<u32>>, LoadError> {
         let inputs: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
-        let encodings = self.inner.encode_batch_fast(inputs, false).map_err(unreadable)?;
+        // A batch goes through a pool of threads, which for one text takes longer than the text.
+        let encodings = match inputs.as_slice() {
+            [text] => self.inner.encode_fast(*text, false).map(|encoding| vec![encoding]),
+            _ => self.inner.encode_batch_fast(inputs, false),
+        }
+        .map_err(unreadable)?;
         let room = max_length.saturating_sub(self.specials);
         encodings
             .into_iter()

@@ -38,6 +38,7 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
         return Ok(Service::new(&config, service::Model::Generator(model)));
     }
     let encoder = EncoderConfig::load(&path)?;
+    let format = PackedEncoder::format(&encoder, config.engine.weights, device)?;
     let own = encoder.max_length();
     let limits = &mut config.limits;
     limits.max_sequence_length =
@@ -46,8 +47,8 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
     let tokenizer = Arc::new(TextTokenizer(Tokenizer::load(&path)?));
     let engine = "starting the engine's thread";
     let model = if encoder.architectures.iter().any(|name| *name == format!("{}{PLAIN}", encoder.model_type.name)) {
-        let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
-            Some(set) => encode::Engine::start(PackedEncoder::load(&path, None, set, threads)?, &limits),
+        let engine = match format {
+            Some(format) => encode::Engine::start(PackedEncoder::load(&path, None, format, threads)?, &limits),
             None => encode::Engine::start(TorchEmbedder::load(&path, device)?, &limits),
         }
         .context(engine)?;
@@ -56,9 +57,9 @@ pub fn load(config: &ServeConfig, folder: &Path, max_sequence_length: Option<u32
         service::Model::Embedder(service::Embedder::new(limits, vocabulary, size, tokenizer, engine))
     } else {
         let labels = Classifier::labels_of(&path, &encoder)?;
-        let engine = match PackedEncoder::applies(&encoder, config.engine.weights, device) {
-            Some(set) => {
-                encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), set, threads)?, &limits)
+        let engine = match format {
+            Some(format) => {
+                encode::Engine::start(PackedEncoder::load(&path, Some(labels.clone()), format, threads)?, &limits)
             }
             None => encode::Engine::start(TorchClassifier::new(Classifier::load(&path, device)?, device), &limits),
         }

@@ -60,6 +60,13 @@ async fn the_folder_says_what_the_model_does() {
     }
 }
 
+#[tokio::test]
+async fn an_encoder_has_no_weights_of_four_bits() {
+    let engine = EngineConfig { weights: Weights::Int4, ..EngineConfig::default() };
+    let error = load(&ServeConfig { engine, ..config() }, &tiny("tiny-bert"), None).err().unwrap();
+    assert!(error.to_string().starts_with("engine.weights: Int4"), "{error:#}");
+}
+
 #[test]
 fn vectors_are_the_mean_of_training_scaled_to_length_one() {
     let folder = as_architecture("tiny-bert", "BertModel");

@@ -31,8 +31,8 @@ impl EncodeBackend for TorchClassifier {
         })
     }
 
-    fn call_cost(&self) -> usize {
-        call_cost(self.device)
+    fn call_cost(&self) -> Option<usize> {
+        Some(call_cost(self.device))
     }
 }
 
@@ -68,8 +68,8 @@ impl EncodeBackend for TorchEmbedder {
         })
     }
 
-    fn call_cost(&self) -> usize {
-        call_cost(self.device)
+    fn call_cost(&self) -> Option<usize> {
+        Some(call_cost(self.device))
     }
 }
 

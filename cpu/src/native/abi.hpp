@@ -5,7 +5,7 @@
 
 namespace athanor {
 
-enum Format : int32_t { kInt8 = 0, kInt4 = 1 };
+enum Format : int32_t { kInt8 = 0, kInt4 = 1, kBF16 = 2, kFP32 = 3 };
 
 // Sixteen outputs of a matrix; see pack.rs.
 struct Tile {
@@ -21,6 +21,8 @@ struct Matrix {
 
   int64_t count() const { return (outputs + 15) / 16; }
   int64_t groups() const { return (inputs + 31) / 32; }
+  // BF16 or FP32; all tiles of such a matrix have one format.
+  bool is_float() const { return tiles[0].format == kBF16 || tiles[0].format == kFP32; }
 };
 
 struct Layer {

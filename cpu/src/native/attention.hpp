@@ -55,11 +55,6 @@ static inline void store_key_value(const CacheShape& shape, uint16_t* keys, uint
 
 #if defined(__AVX512BF16__)
 
-static inline f32x16 pair_product(f32x16 to, u32x16 a, uint32_t b) {
-  const __m512i all = _mm512_set1_epi32(static_cast<int32_t>(b));
-  return reinterpret_cast<f32x16>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(to), (__m512bh)a, (__m512bh)all));
-}
-
 // 2^x with a relative error below 2^-14 for x <= 0, which is enough for BF16. NaN stays NaN, and -inf gives 0.
 static inline f32x16 power_of_two(f32x16 x) {
   // The second operand is returned if one is NaN.

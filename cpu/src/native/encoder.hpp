@@ -60,6 +60,9 @@ static inline void layer_norm(float* x, const float* weight, const float* shift,
   for (; i < count; ++i) x[i] = (x[i] - mean) * scale * weight[i] + shift[i];
 }
 
+// Queries of a head that are computed together.
+constexpr int kAsking = 4;
+
 class Encoder final : public athanor::Encoder, Machine {
  public:
   Encoder(const EncoderShape& shape, const EncoderLayer* layers, const EncoderEmbeddings& embeddings, const Dense* head, int64_t heads)
@@ -80,8 +83,8 @@ class Encoder final : public athanor::Encoder, Machine {
     qkv_.of(n * 3 * c);
     context_.of(n * c);
     inner_.of(n * shape_.intermediate);
-    hidden_ = &rounded_hidden_.of(n, c);
-    activated_ = &rounded_inner_.of(n, shape_.intermediate);
+    hidden_ = &rounded_hidden_.of(n, c, format());
+    activated_ = &rounded_inner_.of(n, shape_.intermediate, format());
     scratch_.of(team_.threads() * scratch_size());
     outputs_ = outputs;
     team_.run([this](int thread) { compute(thread); });
@@ -96,13 +99,15 @@ class Encoder final : public athanor::Encoder, Machine {
     int64_t first, length;
   };
 
+  // All matrices of the layers have whole numbers, or all have one other format.
+  int32_t format() const { return layers_.empty() ? kInt8 : layers_[0].qkv.tiles[0].format; }
   int64_t head_dim() const { return shape_.hidden / shape_.heads; }
   int64_t padded() const { return (longest_ + 15) / 16 * 16; }
-  // Keys of a head with the tokens side by side, and the scores of one query; or two layers of the head.
+  // Keys of a head with the tokens side by side, and the scores of some queries; or two layers of the head.
   int64_t scratch_size() const {
     int64_t widest = shape_.hidden;
     for (const Dense& dense : head_) widest = std::max(widest, dense.outputs);
-    return std::max((head_dim() + 1) * padded(), 2 * (widest + 15) / 16 * 16) + 64;
+    return std::max((head_dim() + kAsking) * padded(), 2 * (widest + 15) / 16 * 16) + 64;
   }
 
   void compute(int thread) {
@@ -116,7 +121,7 @@ class Encoder final : public athanor::Encoder, Machine {
         const float* position = embeddings_.positions + tokens_[t].place * c;
         for (int64_t i = 0; i < c; ++i) x[t * c + i] += position[i];
         layer_norm(x + t * c, embeddings_.weight, embeddings_.shift, c, shape_.eps);
-        round_row(x + t * c, c, *hidden_, t);
+        prepare_row(x + t * c, c, *hidden_, t);
       }
     });
     for (int64_t l = 0; l < shape_.layers; ++l) {
@@ -140,14 +145,14 @@ class Encoder final : public athanor::Encoder, Machine {
              [&](int64_t row, int64_t at, f32x16 y) { put(qkv + row * 3 * c, at, 3 * c, y); });
     share(texts * shape_.heads, 1, [&](int64_t piece, int64_t) { attend(texts_[piece / shape_.heads], piece % shape_.heads, scratch, narrow); });
     share(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) round_row(context + place(r) * c, c, *hidden_, r);
+      for (int64_t r = begin; r < end; ++r) prepare_row(context + place(r) * c, c, *hidden_, r);
     });
     multiply(layer.output, *hidden_, rows, [&](int64_t row, int64_t at, f32x16 y) { add(x + place(row) * c, at, c, y); });
     const auto normalise = [&](const float* weight, const float* shift) {
       share(rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
           layer_norm(x + place(r) * c, weight, shift, c, shape_.eps);
-          round_row(x + place(r) * c, c, *hidden_, r);
+          prepare_row(x + place(r) * c, c, *hidden_, r);
         }
       });
     };
@@ -155,7 +160,7 @@ class Encoder final : public athanor::Encoder, Machine {
     multiply(layer.up, *hidden_, rows,
              [&](int64_t row, int64_t at, f32x16 y) { put(inner_.get() + row * inner, at, inner, activate(shape_.activation, y)); });
     share(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) round_row(inner_.get() + r * inner, inner, *activated_, r);
+      for (int64_t r = begin; r < end; ++r) prepare_row(inner_.get() + r * inner, inner, *activated_, r);
     });
     multiply(layer.down, *activated_, rows, [&](int64_t row, int64_t at, f32x16 y) { add(x + place(row) * c, at, c, y); });
     normalise(layer.output_weight, layer.output_shift);
@@ -164,57 +169,81 @@ class Encoder final : public athanor::Encoder, Machine {
   // One head of one text: [T, D] to its columns of `context`.
   void attend(const Range& text, int64_t head, float* scratch, bool narrow) {
     const int64_t c = shape_.hidden, d = head_dim(), t = text.length, width = (t + 15) / 16 * 16;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     float *keys = scratch, *scores = scratch + d * width;
     const float* qkv = qkv_.get() + text.first * 3 * c + head * d;
     for (int64_t i = 0; i < d; ++i) {
       for (int64_t place = 0; place < width; ++place) keys[i * width + place] = place < t ? qkv[place * 3 * c + c + i] : 0.0f;
     }
-    for (int64_t asking = 0; asking < (narrow ? 1 : t); ++asking) {
-      const float* query = qkv + asking * 3 * c;
-      f32x16 most = all(-INFINITY);
-      for (int64_t place = 0; place < width; place += 16) {
-        f32x16 dots{};
-        for (int64_t i = 0; i < d; ++i) dots = fused(load<f32x16>(keys + i * width + place), all(query[i]), dots);
-        dots *= scale;
-        if (embeddings_.relative != nullptr || place + 16 > t) {
-          float whole[16];
-          store(whole, dots);
-          for (int64_t i = 0; i < 16; ++i) {
-            if (place + i >= t) {
-              whole[i] = -INFINITY;
-            } else if (embeddings_.relative != nullptr) {
-              whole[i] += embeddings_.relative[head * (2 * shape_.max_length - 1) + place + i - asking + shape_.max_length - 1];
-            }
-          }
-          dots = load<f32x16>(whole);
-        }
-        store(scores + place, dots);
-        most = larger(most, dots);
+    const int64_t queries = narrow ? 1 : t;
+    int64_t first = 0;
+    for (; first + kAsking <= queries; first += kAsking) attend_some<kAsking>(text, head, first, keys, scores);
+    for (; first < queries; ++first) attend_some<1>(text, head, first, keys, scores);
+  }
+
+  // As `attend`, for N queries from `first` on: the sums of one query wait for each other. `keys`: [D, width], zeros behind
+  // the text. `scores`: room for [N, width].
+  template <int N>
+  void attend_some(const Range& text, int64_t head, int64_t first, const float* keys, float* scores) {
+    const int64_t c = shape_.hidden, d = head_dim(), t = text.length, width = (t + 15) / 16 * 16;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    const float* qkv = qkv_.get() + text.first * 3 * c + head * d;
+    f32x16 most[N];
+    for (int n = 0; n < N; ++n) most[n] = all(-INFINITY);
+    for (int64_t place = 0; place < width; place += 16) {
+      f32x16 dots[N] = {};
+      for (int64_t i = 0; i < d; ++i) {
+        const f32x16 key = load<f32x16>(keys + i * width + place);
+        for (int n = 0; n < N; ++n) dots[n] = fused(key, all(qkv[(first + n) * 3 * c + i]), dots[n]);
       }
-      const f32x16 top = all(largest(most));
-      f32x16 total{};
-      for (int64_t place = 0; place < width; place += 16) {
-        const f32x16 weight = exponential(load<f32x16>(scores + place) - top);
-        store(scores + place, weight);
-        total += weight;
-      }
-      const float inverse = 1.0f / sum(total);
-      float* out = context_.get() + (text.first + asking) * c + head * d;
-      int64_t column = 0;
-      for (; column + 16 <= d; column += 16) {
-        f32x16 values{};
-        for (int64_t place = 0; place < t; ++place) {
-          values = fused(load<f32x16>(qkv + place * 3 * c + 2 * c + column), all(scores[place]), values);
-        }
-        store(out + column, values * inverse);
-      }
-      for (; column < d; ++column) {
-        float value = 0;
-        for (int64_t place = 0; place < t; ++place) value += qkv[place * 3 * c + 2 * c + column] * scores[place];
-        out[column] = value * inverse;
+      for (int n = 0; n < N; ++n) {
+        f32x16 score = dots[n] * scale;
+        if (embeddings_.relative != nullptr || place + 16 > t) score = biased(score, text, head, first + n, place);
+        store(scores + n * width + place, score);
+        most[n] = larger(most[n], score);
       }
     }
+    float inverse[N];
+    for (int n = 0; n < N; ++n) {
+      const f32x16 top = all(largest(most[n]));
+      f32x16 total{};
+      for (int64_t place = 0; place < width; place += 16) {
+        const f32x16 weight = exponential(load<f32x16>(scores + n * width + place) - top);
+        store(scores + n * width + place, weight);
+        total += weight;
+      }
+      inverse[n] = 1.0f / sum(total);
+    }
+    float* out = context_.get() + (text.first + first) * c + head * d;
+    int64_t column = 0;
+    for (; column + 16 <= d; column += 16) {
+      f32x16 values[N] = {};
+      for (int64_t place = 0; place < t; ++place) {
+        const f32x16 value = load<f32x16>(qkv + place * 3 * c + 2 * c + column);
+        for (int n = 0; n < N; ++n) values[n] = fused(value, all(scores[n * width + place]), values[n]);
+      }
+      for (int n = 0; n < N; ++n) store(out + n * c + column, values[n] * inverse[n]);
+    }
+    for (; column < d; ++column) {
+      for (int n = 0; n < N; ++n) {
+        float value = 0;
+        for (int64_t place = 0; place < t; ++place) value += qkv[place * 3 * c + 2 * c + column] * scores[n * width + place];
+        out[n * c + column] = value * inverse[n];
+      }
+    }
+  }
+
+  // Sixteen scores of a query with the bias of their distances, and -inf behind the text.
+  f32x16 biased(f32x16 score, const Range& text, int64_t head, int64_t asking, int64_t place) const {
+    float whole[16];
+    store(whole, score);
+    for (int64_t i = 0; i < 16; ++i) {
+      if (place + i >= text.length) {
+        whole[i] = -INFINITY;
+      } else if (embeddings_.relative != nullptr) {
+        whole[i] += embeddings_.relative[head * (2 * shape_.max_length - 1) + place + i - asking + shape_.max_length - 1];
+      }
+    }
+    return load<f32x16>(whole);
   }
 
   // A text's output: the head's layers over its first token, or without a head the mean of its tokens with length 1.
@@ -246,8 +275,11 @@ class Encoder final : public athanor::Encoder, Machine {
         int64_t i = 0;
         for (; i + 16 <= dense.inputs; i += 16) total = fused(load<f32x16>(x + i), load<f32x16>(weight + i), total);
         for (; i < dense.inputs; ++i) rest += x[i] * weight[i];
-        y[output] = activate(dense.activation, all(sum(total) + rest + dense.bias[output]))[0];
+        y[output] = sum(total) + rest + dense.bias[output];
       }
+      int64_t done = 0;
+      for (; done + 16 <= dense.outputs; done += 16) store(y + done, activate(dense.activation, load<f32x16>(y + done)));
+      for (; done < dense.outputs; ++done) y[done] = activate(dense.activation, all(y[done]))[0];
       x = y;
     }
   }

@@ -19,6 +19,7 @@ namespace athanor::ATHANOR_ISA {
 namespace {
 #include "vector.hpp"
 #include "product.hpp"
+#include "float_product.hpp"
 #include "machine.hpp"
 #include "attention.hpp"
 #include "adapter.hpp"

@@ -52,9 +52,17 @@ class Zeros {
 
 class RoundedBuffer {
  public:
-  // Room for rows of `columns` numbers.
-  Rounded& of(int64_t rows, int64_t columns) {
+  // Room for rows of `columns` numbers, in the format that products with tiles of `format` read.
+  Rounded& of(int64_t rows, int64_t columns, int32_t format = kInt8) {
     rounded_.groups = (columns + kGroup - 1) / kGroup;
+    if (format == kBF16 && kHasBF16) {
+      rounded_.bf16 = bf16_.of(rows * rounded_.groups * kGroup);
+      return rounded_;
+    }
+    if (format == kBF16 || format == kFP32) {
+      rounded_.fp32 = scales_.of(rows * rounded_.groups * kGroup);
+      return rounded_;
+    }
     rounded_.q = q_.of(rows * rounded_.groups * kGroup);
     rounded_.scales = scales_.of(rows * rounded_.groups);
     rounded_.sums = sums_.of(rows * rounded_.groups);
@@ -65,6 +73,7 @@ class RoundedBuffer {
  private:
   Rounded rounded_;
   Buffer<int8_t> q_;
+  Buffer<uint16_t> bf16_;
   Buffer<float> scales_, sums_;
   Buffer<int32_t> starts_;
 };
@@ -115,7 +124,11 @@ class Machine {
   void multiply(const Matrix& m, const Rounded& x, int64_t rows, Each each, int64_t first = 0) {
     share(m.count(), piece(m.count()), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
-        if (tile + 2 <= end && alike(m, tile)) {
+        if (m.is_float()) {
+          float_tiles(m, tile, std::min<int64_t>(end - tile, 2), x, first, rows,
+                      [&](int64_t row, int64_t at, f32x16 y) { each(row - first, at * kTile, y); });
+          ++tile;
+        } else if (tile + 2 <= end && alike(m, tile)) {
           tiles_of_rows<2, kRows<2>>(m, tile, x, first, rows, [&](int64_t row, auto y) {
             each(row - first, tile * kTile, y(0));
             each(row - first, (tile + 1) * kTile, y(1));
@@ -150,6 +163,7 @@ class Machine {
 
   // Row `token` of a table.
   static void row(const Matrix& m, uint32_t token, float* to) {
+    if (m.is_float()) return float_row(m, token, to);
     const bool four = m.tiles[token / kTile].format == kInt4;
     const uint8_t* numbers = m.tiles[token / kTile].data;
     const auto* scales = reinterpret_cast<const uint16_t*>(numbers + m.groups() * (four ? kNumbers<kInt4> : kNumbers<kInt8>));

@@ -1,16 +1,18 @@
 // Products of rows with a packed matrix. `pack.rs` has the layout: tiles of 16 outputs, groups of 32 inputs, four
 // consecutive inputs of an output side by side. Included once for each instruction set.
 //
-// Rows are rounded to eight bits by groups of 32. A row's result is computed by the same operations in the same order
-// whatever the other rows are, so that an answer does not depend on its batch.
+// Rows are rounded to eight bits by groups of 32; float_product.hpp has the products of others. A row's result is computed by
+// the same operations in the same order whatever the other rows are, so that an answer does not depend on its batch.
 #pragma once
 
 constexpr int64_t kTile = 16;
 constexpr int64_t kGroup = 32;
 
-// Rows of activations, rounded to eight bits: value = scale * q.
+// Rows of activations, rounded to eight bits (value = scale * q), or one of `bf16` and `fp32`: see float_product.hpp.
 struct Rounded {
   int64_t groups = 0;
+  uint16_t* bf16 = nullptr;    // [rows, groups * 32]
+  float* fp32 = nullptr;       // [rows, groups * 32]
   int8_t* q = nullptr;         // [rows, groups * 32]
   float* scales = nullptr;     // [rows, groups]
   float* sums = nullptr;       // [rows, groups], scale * (q[0] + ... + q[31])

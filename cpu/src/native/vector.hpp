@@ -90,6 +90,16 @@ static inline void to_bf16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t j = i; j < count; ++j) to[j] = rounded[j - i];
 }
 
+#if defined(__AVX512BF16__)
+
+// `to` and the products of sixteen pairs of BF16 with the pair `b`.
+static inline f32x16 pair_product(f32x16 to, u32x16 a, uint32_t b) {
+  const __m512i all = _mm512_set1_epi32(static_cast<int32_t>(b));
+  return reinterpret_cast<f32x16>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(to), (__m512bh)a, (__m512bh)all));
+}
+
+#endif
+
 static inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
 // Folds the sixteen numbers by halves, always in the same order.

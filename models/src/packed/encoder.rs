@@ -1,4 +1,4 @@
-//! An encoder with packed weights of eight bits.
+//! An encoder with packed weights.
 
 use athanor_cpu::{Activation, Dense, Encoder, EncoderConfig, EncoderLayer, Format, InstructionSet, Matrix, Norm};
 use tch::{Kind, Tensor};
@@ -11,11 +11,16 @@ use crate::{
 };
 
 /// Packs a model with a head over the first token, or without a head. Its outputs are those of [`Model::forward`], or of
-/// [`Model::embedding`] scaled to length 1.
+/// [`Model::embedding`] scaled to length 1. `format`: that of the layers' matrices and of the table of words; all else is FP32.
 ///
 /// # Errors
 /// A weight is not finite, or there is no memory.
-pub fn pack(model: &Model, instruction_set: InstructionSet, threads: usize) -> Result<Encoder, LoadError> {
+pub fn pack(
+    model: &Model,
+    format: Format,
+    instruction_set: InstructionSet,
+    threads: usize,
+) -> Result<Encoder, LoadError> {
     let config = model.config();
     let (encoder, head) = model.parts();
     let backbone = encoder.backbone();
@@ -45,20 +50,20 @@ pub fn pack(model: &Model, instruction_set: InstructionSet, threads: usize) -> R
         norm: norm(backbone.embeddings_norm())?,
         relative,
     };
-    let words = matrix(&[&backbone.word_embeddings().weight], &[])?;
-    let layers = backbone.layers().iter().map(layer).collect::<Result<Vec<_>, _>>()?;
+    let words = matrix(&[&backbone.word_embeddings().weight], &[], format)?;
+    let layers = backbone.layers().iter().map(|each| layer(each, format)).collect::<Result<Vec<_>, _>>()?;
     let head = head.map(|head| head.layers()).unwrap_or_default();
     let head = head.into_iter().map(dense).collect::<Result<Vec<_>, _>>()?;
     Ok(Encoder::new(instruction_set, sizes, words, layers, head)?)
 }
 
-fn layer(layer: &Layer) -> Result<EncoderLayer, LoadError> {
+fn layer(layer: &Layer, format: Format) -> Result<EncoderLayer, LoadError> {
     let [query, key, value, output, up, down] = layer.linears();
     let [attention_norm, output_norm] = layer.norms();
     let linears = |linears: &[&Linear]| {
         let weights: Vec<&Tensor> = linears.iter().map(|linear| &linear.weight).collect();
         let biases: Vec<&Tensor> = linears.iter().map(|linear| &linear.bias).collect();
-        matrix(&weights, &biases)
+        matrix(&weights, &biases, format)
     };
     Ok(EncoderLayer {
         qkv: linears(&[query, key, value])?,
@@ -71,10 +76,10 @@ fn layer(layer: &Layer) -> Result<EncoderLayer, LoadError> {
 }
 
 /// Matrices [outputs, inputs] one below the other, and their biases.
-fn matrix(weights: &[&Tensor], biases: &[&Tensor]) -> Result<Matrix, LoadError> {
+fn matrix(weights: &[&Tensor], biases: &[&Tensor], format: Format) -> Result<Matrix, LoadError> {
     let inputs = weights[0].size()[1] as usize;
-    let parts: Vec<(usize, Format)> = weights.iter().map(|weight| (weight.size()[0] as usize, Format::Int8)).collect();
-    let mut matrix = Matrix::zeros(&parts, inputs)?;
+    let outputs = weights.iter().map(|weight| weight.size()[0] as usize).sum();
+    let mut matrix = Matrix::zeros(&[(outputs, format)], inputs)?;
     let mut output = 0;
     for weight in weights {
         for row in numbers(weight)?.chunks_exact(inputs) {

@@ -4,12 +4,13 @@ use std::{fmt, ops, sync::Arc};
 
 /// A model that reads each input once.
 pub trait EncodeBackend: Send + 'static {
-    /// Logits `[batch, labels]` of token ids `[batch, differing lengths]`; the backend pads.
+    /// Logits `[batch, labels]` of token ids `[batch, differing lengths]`; the backend pads if it has to.
     fn forward(&mut self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, BackendError>;
 
-    /// Fixed cost of a call, expressed as the number of tokens that take as long.
-    fn call_cost(&self) -> usize {
-        16
+    /// Fixed cost of a call, expressed as the number of tokens that take as long. `None`: inputs are not padded, so one call
+    /// costs less than two whatever the lengths.
+    fn call_cost(&self) -> Option<usize> {
+        Some(16)
     }
 }
 

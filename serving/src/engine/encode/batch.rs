@@ -1,21 +1,50 @@
 //! Which waiting inputs share a batch: pure arithmetic over lengths.
 //!
-//! Inputs of one batch are padded to its longest, so a batch costs `inputs * longest` tokens plus a fixed price for the call. After
-//! sorting by length an optimal grouping is a cut into runs, which dynamic programming finds.
+//! Where inputs of one batch are padded to its longest, a batch costs `inputs * longest` tokens plus a fixed price for the call. After
+//! sorting by length an optimal grouping is a cut into runs, which dynamic programming finds. Without padding the fewest batches
+//! are best, in the order in which the inputs came.
+
+/// Tokens of a batch without padding: more would not be computed faster, and every answer of a batch waits for the whole of it.
+const PACKED_TOKENS: usize = 1024;
 
 /// Bounds of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
     pub inputs: usize,
-    /// Inputs times the longest of them. A single input longer than this is still a batch of its own.
+    /// Tokens, padding included. A single input longer than this is still a batch of its own.
     pub tokens: usize,
-    /// What a call costs besides its tokens, in tokens: high on a GPU, low on a CPU.
-    pub call_cost: usize,
+    /// What a call costs besides its tokens, in tokens: high on a GPU, low on a CPU. `None`: inputs are not padded.
+    pub call_cost: Option<usize>,
 }
 
-/// Cuts inputs of these `lengths` into batches (indices into `lengths`) with the least padded tokens and calls, shortest batch first.
-/// Every index appears exactly once.
+/// Cuts inputs of these `lengths` into batches (indices into `lengths`). Every index appears exactly once.
 pub fn plan(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
+    match limits.call_cost {
+        Some(call_cost) => plan_padded(lengths, limits, call_cost),
+        None => plan_packed(lengths, limits),
+    }
+}
+
+/// Batches in the order of the inputs, each as large as the limits allow.
+fn plan_packed(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let most = limits.tokens.min(PACKED_TOKENS);
+    let mut tokens = 0usize;
+    for (index, &length) in lengths.iter().enumerate() {
+        tokens = tokens.saturating_add(length);
+        match batches.last_mut() {
+            Some(batch) if batch.len() < limits.inputs && tokens <= most => batch.push(index),
+            _ => {
+                batches.push(vec![index]);
+                tokens = length;
+            }
+        }
+    }
+    batches
+}
+
+/// Batches with the least padded tokens and calls, shortest first.
+fn plan_padded(lengths: &[usize], limits: BatchLimits, call_cost: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     // Stable, so that inputs of one length keep the order they came in.
     order.sort_by_key(|&index| lengths[index]);
@@ -27,10 +56,7 @@ pub fn plan(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
         let fits = limits.tokens.checked_div(longest).unwrap_or(limits.inputs).clamp(1, limits.inputs.max(1));
         let best = (end.saturating_sub(fits)..end)
             .map(|begin| {
-                (
-                    cost[begin].saturating_add((end - begin).saturating_mul(longest)).saturating_add(limits.call_cost),
-                    begin,
-                )
+                (cost[begin].saturating_add((end - begin).saturating_mul(longest)).saturating_add(call_cost), begin)
             })
             .min()
             .unwrap_or_default();
@@ -50,7 +76,8 @@ pub fn plan(lengths: &[usize], limits: BatchLimits) -> Vec<Vec<usize>> {
 mod tests {
     use super::*;
 
-    const LIMITS: BatchLimits = BatchLimits { inputs: 4, tokens: 100, call_cost: 10 };
+    const CALL_COST: usize = 10;
+    const LIMITS: BatchLimits = BatchLimits { inputs: 4, tokens: 100, call_cost: Some(CALL_COST) };
 
     #[test]
     fn cuts_by_length_and_limits() {
@@ -74,14 +101,29 @@ mod tests {
     }
 
     #[test]
+    fn without_padding_batches_are_as_large_as_the_limits_allow() {
+        let cases: &[(&[usize], &[&[usize]])] = &[
+            (&[], &[]),
+            // Lengths differ, and a second call would gain nothing.
+            (&[5, 90, 2, 3], &[&[0, 1, 2, 3]]),
+            // At most four inputs.
+            (&[5, 5, 5, 5, 5], &[&[0, 1, 2, 3], &[4]]),
+            // At most 100 tokens.
+            (&[50, 50, 1, 99], &[&[0, 1], &[2, 3]]),
+            // Longer than the limit of tokens: alone.
+            (&[5, 500, 5], &[&[0], &[1], &[2]]),
+        ];
+        for (lengths, expected) in cases {
+            assert_eq!(&plan(lengths, BatchLimits { call_cost: None, ..LIMITS }), expected, "{lengths:?}");
+        }
+    }
+
+    #[test]
     fn no_cut_is_cheaper() {
         // Against every cut of a sorted sequence: bit i of the mask says that a batch ends after input i.
         let lengths = [3, 4, 9, 10, 30, 31, 31, 60];
         let price = |batches: &[Vec<usize>]| -> usize {
-            batches
-                .iter()
-                .map(|batch| batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap() + LIMITS.call_cost)
-                .sum()
+            batches.iter().map(|batch| batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap() + CALL_COST).sum()
         };
         let allowed = |batch: &Vec<usize>| {
             batch.len() <= LIMITS.inputs
