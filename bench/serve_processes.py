@@ -92,7 +92,7 @@ def free_port():
 
 
 def wait(address, process):
-    for _ in range(600):
+    for _ in range(3000):
         with contextlib.suppress(requests.ConnectionError):
             if requests.get(address, timeout=2).status_code == 200:
                 return
@@ -131,20 +131,22 @@ def ours(model, weights, sizes):
 
 
 @contextlib.contextmanager
-def theirs(file, flash, sizes):
-    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"."""
+def theirs(file, flash, sizes, threads=None):
+    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"; `threads`: by default one a core."""
     program = (
-        "import sys, time, xllamacpp as xlc\n"
+        "import sys, xllamacpp as xlc\n"
         "params = xlc.CommonParams()\n"
         f"params.model.path = {str(file)!r}\n"
         f"params.n_parallel = {sizes.streams}\nparams.n_ctx = {sizes.streams * sizes.context}\n"
-        f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {len(os.sched_getaffinity(0))}\n"
+        f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {threads or len(os.sched_getaffinity(0))}\n"
         f"params.flash_attn_type = xlc.llama_flash_attn_type.{FLASH[flash]}\n"
         "server = xlc.Server(params)\n"
         "print(server.listening_address, flush=True)\n"
-        "time.sleep(3600)\n"
+        # Ends with this program, whatever ends it.
+        "sys.stdin.read()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
     try:
         address = process.stdout.readline().strip()
         if not address.startswith("http"):
