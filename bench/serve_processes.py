@@ -93,7 +93,7 @@ def free_port():
 
 def wait(address, process):
     for _ in range(3000):
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.RequestException):
             if requests.get(address, timeout=2).status_code == 200:
                 return
         if process is not None and process.poll() is not None:
@@ -118,7 +118,11 @@ def server(folder, **more):
             yield port, process.pid
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextlib.contextmanager

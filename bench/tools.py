@@ -87,7 +87,8 @@ class Answers:
 
 def same_prompts(mine, other, cases):
     """Number of cases whose prompt has the same number of tokens in both servers, and number of cases that both answered."""
-    answered = [pair for case in cases if all("usage" in answer for answer in (pair := (mine.by_id[case.id], other.by_id[case.id])))]
+    pairs = [(mine.by_id[case.id], other.by_id[case.id]) for case in cases]
+    answered = [(a, b) for a, b in pairs if "usage" in a and "usage" in b]
     return sum(a["usage"]["prompt_tokens"] == b["usage"]["prompt_tokens"] for a, b in answered), len(answered)
 
 
