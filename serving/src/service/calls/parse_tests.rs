@@ -149,7 +149,8 @@ fn one_mark_may_hold_several_calls() {
     let list = format!("[\n  {CALL},\n  {put}\n]");
     let block = |inner: &str| format!("Both:\n```json\n{inner}\n```\n");
     let [in_block, alone] = [block(&list), block(&format!("[{put}]"))];
-    let [lines, commas, twice] = [block(&format!("{CALL}\n{put}")), block(&format!("{CALL},\n{put}")), block(CALL) + &block(put)];
+    let [lines, commas, twice] =
+        [block(&format!("{CALL}\n{put}")), block(&format!("{CALL},\n{put}")), block(CALL) + &block(put)];
     let many = Reading { several: true, ..reading(CallFormat::Hermes) };
     check(
         &many,
