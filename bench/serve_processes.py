@@ -126,10 +126,10 @@ def server(folder, **more):
 
 
 @contextlib.contextmanager
-def ours(model, weights, sizes):
-    """Our server with a language model in one format of weights: its address, its name of the model, its process."""
+def ours(model, weights, sizes, **limits):
+    """Our server with a language model in one format of weights, and further limits: its address, its name of the model, its process."""
     engine = {"weights": weights, "maxModelLength": sizes.context, "kvCacheMemory": 4 << 30}
-    limits = {"maxBatchInputs": sizes.streams, "queueInputs": 4 * sizes.streams}
+    limits |= {"maxBatchInputs": sizes.streams, "queueInputs": 4 * sizes.streams}
     with server(model.path, engine=engine, limits=limits) as (port, process):
         yield f"http://127.0.0.1:{port}", "bench", process
 

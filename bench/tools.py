@@ -11,7 +11,7 @@ bench/results/tools.json, and fails if ours is below llama.cpp's with 95 % confi
 `served` of irrelevance alone does not fail it: a server that finds no call at all is always right there.
 """
 
-import argparse, collections, concurrent.futures, hashlib, importlib.metadata, json, os, pathlib, sys, time
+import argparse, collections, concurrent.futures, hashlib, importlib.metadata, json, os, pathlib, signal, sys, time
 
 import numpy as np
 import openai
@@ -20,10 +20,12 @@ import tools_bfcl
 from serve_processes import SERVER, Model, Sizes, ours, theirs
 
 RESULTS = pathlib.Path(__file__).parent / "results/tools.json"
-CACHE = pathlib.Path(os.environ["ATHANOR_CACHE"]) / "tools"
+CACHE = pathlib.Path(os.environ["ATHANOR_CACHE"]) / "bfcl"
 MODEL = Model("Qwen2.5-Coder-1.5B", "qwen2.5-coder-1.5b", ())
 SETTINGS = {"tool_choice": "auto", "temperature": 0, "max_tokens": 512}
 CONTEXT = 4096
+# Of one answer. An idle machine needs some seconds.
+SECONDS = 3600
 SCORES = {"served": tools_bfcl.served_calls, "written": tools_bfcl.all_calls}
 RESAMPLES = 10_000
 
@@ -48,13 +50,16 @@ class Answers:
 
     def ask(self, cases, base, model, streams):
         """Asks for the cases that have no answer yet."""
-        client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=1800)
+        client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=SECONDS)
         started, count = time.monotonic(), len(cases)
 
         def one(case):
             try:
                 return case, client.chat.completions.create(model=model, **case.request(), **SETTINGS).model_dump()
             except openai.APIStatusError as error:
+                # A busy or slow server has not answered: the next run asks it again.
+                if error.status_code in (429, 503, 504):
+                    raise
                 return case, {"error": f"{error.status_code}: {error.message}"}
 
         with open(self.file, "a") as kept, concurrent.futures.ThreadPoolExecutor(streams) as pool:
@@ -153,6 +158,8 @@ def main():
     parser.add_argument("--no-results", action="store_true", help="leaves bench/results/tools.json as it is")
     options = parser.parse_args()
 
+    # As an exception, so that the servers are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     drawn = {name: tools_bfcl.cases(name, options.cases) for name in tools_bfcl.CATEGORIES}
     # An interrupted run has about as many cases of each category.
     cases = [drawn[name][at] for at in range(options.cases) for name in drawn if at < len(drawn[name])]
@@ -160,7 +167,7 @@ def main():
     peer = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
     servers = {}
     if options.only != "llama.cpp":
-        servers["ours"] = f"{digest(SERVER)} {options.weights}", lambda: ours(MODEL, options.weights, sizes)
+        servers["ours"] = f"{digest(SERVER)} {options.weights}", lambda: ours(MODEL, options.weights, sizes, maxRequestSeconds=SECONDS)
     if options.only != "ours":
         servers["llama.cpp"] = peer, lambda: theirs(MODEL.gguf, "enabled", sizes, options.threads)
     answers = {}

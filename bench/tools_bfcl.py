@@ -7,7 +7,7 @@ is the draw of cases and the search for calls in text (`calls_in_text`).
 import hashlib, json, os, pathlib, re, sys, types
 
 # bfcl-eval makes folders for results next to itself unless it is given another place; its client refuses to start without a key.
-os.environ.setdefault("BFCL_PROJECT_ROOT", os.path.join(os.environ["ATHANOR_CACHE"], "tools"))
+os.environ.setdefault("BFCL_PROJECT_ROOT", os.path.join(os.environ["ATHANOR_CACHE"], "bfcl"))
 os.environ.setdefault("OPENAI_API_KEY", "none")
 sys.path.insert(0, str(pathlib.Path(os.environ["ATHANOR_DATA"]) / "bfcl-eval-2026.3.23"))
 
