@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-suites test-soak test-schemas bench-data bench-quality bench-train bench-drift bench-serve bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
+.PHONY: help setup fmt lint test test-unit test-apiserver test-cluster test-chaos test-chart test-clients test-suites test-soak test-schemas bench-data bench-quality bench-train bench-drift bench-serve bench-tools bench-operator build images generate demo demo-chat demo-down cluster cluster-down cluster-status kubeconfig
 
 ENV := . scripts/env &&
 CARGO := $(ENV) cargo
@@ -76,6 +76,9 @@ bench-drift: setup ## detection of drift and false alarms on 200 streams, side b
 
 bench-serve: setup ## tokens and requests a second side by side with llama.cpp and onnxruntime
 	@scripts/bench serve
+
+bench-tools: setup ## calls of functions side by side with llama.cpp: bfcl-eval with Qwen2.5-Coder-1.5B (TOOLS_CASES)
+	@scripts/bench tools --cases $${TOOLS_CASES:-40}
 
 bench-operator: setup ## thousands of jobs on nodes played by kwok, side by side with Kubeflow Trainer and JobSet
 	@scripts/bench operator

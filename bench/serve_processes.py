@@ -92,8 +92,8 @@ def free_port():
 
 
 def wait(address, process):
-    for _ in range(600):
-        with contextlib.suppress(requests.ConnectionError):
+    for _ in range(3000):
+        with contextlib.suppress(requests.RequestException):
             if requests.get(address, timeout=2).status_code == 200:
                 return
         if process is not None and process.poll() is not None:
@@ -118,33 +118,40 @@ def server(folder, **more):
             yield port, process.pid
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextlib.contextmanager
-def ours(model, weights, sizes, **more):
-    """Our server with a language model in one format of weights: its address, its name of the model, its process. `more`: of `engine`."""
+def ours(model, weights, sizes, limits=None, **more):
+    """Our server with a language model in one format of weights: its address, its name of the model, its process.
+    `limits`: further ones of `serve.json`; `more`: of `engine`."""
     engine = {"weights": weights, "maxModelLength": sizes.context, "kvCacheMemory": 4 << 30, **more}
-    limits = {"maxBatchInputs": sizes.streams, "queueInputs": 4 * sizes.streams}
+    limits = {"maxBatchInputs": sizes.streams, "queueInputs": 4 * sizes.streams, **(limits or {})}
     with server(model.path, engine=engine, limits=limits) as (port, process):
         yield f"http://127.0.0.1:{port}", "bench", process
 
 
 @contextlib.contextmanager
-def theirs(file, flash, sizes):
-    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"."""
+def theirs(file, flash, sizes, threads=None):
+    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"; `threads`: by default one a core."""
     program = (
-        "import sys, time, xllamacpp as xlc\n"
+        "import sys, xllamacpp as xlc\n"
         "params = xlc.CommonParams()\n"
         f"params.model.path = {str(file)!r}\n"
         f"params.n_parallel = {sizes.streams}\nparams.n_ctx = {sizes.streams * sizes.context}\n"
-        f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {len(os.sched_getaffinity(0))}\n"
+        f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {threads or len(os.sched_getaffinity(0))}\n"
         f"params.flash_attn_type = xlc.llama_flash_attn_type.{FLASH[flash]}\n"
         "server = xlc.Server(params)\n"
         "print(server.listening_address, flush=True)\n"
-        "time.sleep(3600)\n"
+        # Ends with this program, whatever ends it.
+        "sys.stdin.read()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
     try:
         address = process.stdout.readline().strip()
         if not address.startswith("http"):

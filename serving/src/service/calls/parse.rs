@@ -63,21 +63,30 @@ enum Mark {
     None,
 }
 
+/// What follows one mark: a call, several, or a list of them.
+#[derive(Clone, Debug)]
+struct Marked {
+    mark: Mark,
+    /// Where the mark ends in `held`, which begins with space and the mark.
+    from: usize,
+    /// Whether a list has begun and not ended.
+    in_list: bool,
+    /// Names and arguments of the complete calls.
+    calls: Vec<(String, String)>,
+}
+
 #[derive(Clone, Debug)]
 enum State {
     Content,
-    /// `held` begins with space and a mark; the object follows from `from` on.
+    /// The object of the next call is read.
     Object {
-        mark: Mark,
-        from: usize,
+        marked: Marked,
         scan: Scan,
     },
-    /// `held` is the whole call so far: its object ends at `end`.
+    /// The last call's object, or the list, ends at `end`.
     After {
-        mark: Mark,
+        marked: Marked,
         end: usize,
-        name: String,
-        arguments: String,
     },
     /// A grammar's call, whose arguments begin `held`.
     Arguments {
@@ -86,6 +95,14 @@ enum State {
     },
     /// A grammar's call whose arguments are complete: its end follows.
     Closing,
+}
+
+impl State {
+    /// A mark ends at `from` in `held`.
+    fn marked(mark: Mark, from: usize) -> Self {
+        let marked = Marked { mark, from, in_list: false, calls: Vec::new() };
+        Self::Object { marked, scan: Scan::new(from) }
+    }
 }
 
 /// Whether a character may stand between calls.
@@ -130,11 +147,11 @@ impl CallParser {
                 State::Content => break,
                 // A grammar's call was given out as far as it goes.
                 State::Arguments { .. } | State::Closing => self.held.clear(),
-                State::After { name, arguments, .. } => {
+                State::After { marked, .. } => {
                     self.held.clear();
-                    self.give(name, arguments, &mut parts);
+                    self.give(marked.calls, &mut parts);
                 }
-                State::Object { mark, from, .. } => self.refuse(mark, from, &mut parts),
+                State::Object { marked, .. } => self.refuse(&marked, &mut parts),
             }
             while let Step::Again = self.step(&mut parts) {}
         }
@@ -153,8 +170,8 @@ impl CallParser {
         }
         match std::mem::replace(&mut self.state, State::Content) {
             State::Content => self.look(parts),
-            State::Object { mark, from, scan } => self.object(mark, from, scan, parts),
-            State::After { mark, end, name, arguments } => self.after(mark, end, name, arguments, parts),
+            State::Object { marked, scan } => self.object(marked, scan, parts),
+            State::After { marked, end } => self.after(marked, end, parts),
             State::Arguments { given, scan } => self.arguments(given, scan, parts),
             State::Closing => self.closing(),
         }
@@ -175,9 +192,8 @@ impl CallParser {
             if rest.is_empty() {
                 return Step::Wait;
             }
-            if rest.starts_with('{') {
-                let from = self.held.len() - rest.len();
-                self.state = State::Object { mark: Mark::None, from, scan: Scan::new(from) };
+            if rest.starts_with(['{', '[']) {
+                self.state = State::marked(Mark::None, self.held.len() - rest.len());
                 return Step::Again;
             }
         }
@@ -187,8 +203,7 @@ impl CallParser {
             let given = self.held[..at].trim_end().len();
             let before: String = self.held.drain(..given).collect();
             self.content(before, parts);
-            let from = at - given + length;
-            self.state = State::Object { mark, from, scan: Scan::new(from) };
+            self.state = State::marked(mark, at - given + length);
             return Step::Again;
         }
         // What may be the beginning of a mark is held, and so is the space that would be before a call.
@@ -210,30 +225,38 @@ impl CallParser {
     }
 
     /// What began like a call is content after all: its mark is, and the rest is looked at once more.
-    fn refuse(&mut self, mark: Mark, from: usize, parts: &mut Vec<Part>) {
+    fn refuse(&mut self, marked: &Marked, parts: &mut Vec<Part>) {
         self.state = State::Content;
         self.may_be_bare = false;
-        let length = if mark == Mark::None { from + 1 } else { from };
+        let length = if marked.mark == Mark::None { marked.from + 1 } else { marked.from };
         let text: String = self.held.drain(..length).collect();
         self.content(text, parts);
     }
 
-    fn object(&mut self, mark: Mark, from: usize, mut scan: Scan, parts: &mut Vec<Part>) -> Step {
+    fn object(&mut self, mut marked: Marked, mut scan: Scan, parts: &mut Vec<Part>) -> Step {
         if self.reading.enforced {
-            return self.head(mark, from, scan, parts);
+            return self.head(marked, scan, parts);
+        }
+        let rest = self.held[scan.position..].trim_start();
+        if marked.calls.is_empty() && !marked.in_list && scan.depth == 0 && rest.starts_with('[') {
+            marked.in_list = true;
+            scan = Scan::new(self.held.len() - rest.len() + 1);
         }
         scan.advance(&self.held);
         if scan.failed || !self.is_plausible(&scan) {
-            self.refuse(mark, from, parts);
+            self.refuse(&marked, parts);
             return Step::Again;
         }
         let Some(end) = scan.end else {
-            self.state = State::Object { mark, from, scan };
+            self.state = State::Object { marked, scan };
             return Step::Wait;
         };
         match self.call(&scan) {
-            Some((name, arguments)) => self.state = State::After { mark, end, name, arguments },
-            None => self.refuse(mark, from, parts),
+            Some(call) => {
+                marked.calls.push(call);
+                self.state = State::After { marked, end };
+            }
+            None => self.refuse(&marked, parts),
         }
         Step::Again
     }
@@ -277,47 +300,65 @@ impl CallParser {
         self.is_function(&name).then_some((name, arguments))
     }
 
-    /// Waits for the end of a complete call.
-    fn after(&mut self, mark: Mark, end: usize, name: String, arguments: String, parts: &mut Vec<Part>) -> Step {
-        let rest = self.held[end..].trim_start();
-        let close = match mark {
-            Mark::Tag => END_TAG,
-            Mark::Block => "```",
-            Mark::None | Mark::Python => "",
+    /// Waits for the end of complete calls, or for another one.
+    fn after(&mut self, mut marked: Marked, end: usize, parts: &mut Vec<Part>) -> Step {
+        let (close, separator): (&str, fn(char) -> bool) = match marked.mark {
+            _ if marked.in_list => ("]", char::is_whitespace),
+            Mark::Tag => (END_TAG, |c| separates(c) || c == ','),
+            Mark::Block => ("```", |c| separates(c) || c == ','),
+            Mark::None | Mark::Python => ("", char::is_whitespace),
         };
+        let rest = self.held[end..].trim_start_matches(separator);
+        let at = self.held.len() - rest.len();
+        let next = match rest.chars().next() {
+            Some(',') if marked.in_list => Some(at + 1),
+            Some('{') if !marked.in_list && !close.is_empty() => Some(at),
+            _ => None,
+        };
+        if let Some(next) = next {
+            self.state = State::Object { marked, scan: Scan::new(next) };
+            return Step::Again;
+        }
         let is_over = match close {
             // Nothing but another call may follow.
             "" => rest.starts_with([';', '{']) || rest.starts_with(PYTHON),
             close => rest.starts_with(close),
         };
+        if is_over && marked.in_list {
+            marked.in_list = false;
+            self.state = State::After { marked, end: at + close.len() };
+            return Step::Again;
+        }
         if is_over {
-            let length = self.held.len() - rest.len() + close.len();
-            self.held.drain(..length);
-            self.give(name, arguments, parts);
+            self.held.drain(..at + close.len());
+            self.give(marked.calls, parts);
             return Step::Again;
         }
         if rest.is_empty() || close.starts_with(rest) || (close.is_empty() && PYTHON.starts_with(rest)) {
-            self.state = State::After { mark, end, name, arguments };
+            self.state = State::After { marked, end };
             return Step::Wait;
         }
-        let from = self.held.find('{').unwrap_or_default();
-        self.refuse(mark, from, parts);
+        self.refuse(&marked, parts);
         Step::Again
     }
 
-    fn give(&mut self, name: String, arguments: String, parts: &mut Vec<Part>) {
-        self.calls += 1;
+    fn give(&mut self, calls: Vec<(String, String)>, parts: &mut Vec<Part>) {
+        for (name, arguments) in calls {
+            if self.calls == 0 || self.reading.several {
+                self.calls += 1;
+                parts.extend([Part::Call { name }, Part::Arguments(arguments)]);
+            }
+        }
         self.may_be_bare = true;
-        parts.extend([Part::Call { name }, Part::Arguments(arguments)]);
     }
 
     /// Waits for the beginning of a grammar's call, up to its arguments.
-    fn head(&mut self, mark: Mark, from: usize, scan: Scan, parts: &mut Vec<Part>) -> Step {
-        let text = self.held[from..].trim_start();
+    fn head(&mut self, marked: Marked, scan: Scan, parts: &mut Vec<Part>) -> Step {
+        let text = self.held[marked.from..].trim_start();
         let head = |function: &Function| (function.name.clone(), self.reading.format.head(&function.name));
         let begun = self.reading.functions.iter().map(head).find(|(_, head)| text.starts_with(head));
         let Some((name, head)) = begun else {
-            self.state = State::Object { mark, from, scan };
+            self.state = State::Object { marked, scan };
             return Step::Wait;
         };
         let length = self.held.len() - text.len() + head.len();

@@ -143,6 +143,47 @@ fn calls_in_blocks_are_read_of_every_model() {
 }
 
 #[test]
+fn one_mark_may_hold_several_calls() {
+    let put = r#"{"name": "put", "arguments": {"y": [2, {}]}}"#;
+    let calls = [("get", r#"{"x": 1}"#), ("put", r#"{"y": [2, {}]}"#)];
+    let list = format!("[\n  {CALL},\n  {put}\n]");
+    let block = |inner: &str| format!("Both:\n```json\n{inner}\n```\n");
+    let [in_block, alone] = [block(&list), block(&format!("[{put}]"))];
+    let [lines, commas, twice] =
+        [block(&format!("{CALL}\n{put}")), block(&format!("{CALL},\n{put}")), block(CALL) + &block(put)];
+    let many = Reading { several: true, ..reading(CallFormat::Hermes) };
+    check(
+        &many,
+        &[
+            (&in_block, "Both:", &calls),
+            (&alone, "Both:", &calls[1..]),
+            (&lines, "Both:", &calls),
+            (&commas, "Both:", &calls),
+            (&twice, "Both:\nBoth:", &calls),
+            (&list, "", &calls),
+            (&format!("<tool_call>\n{CALL}\n{put}\n</tool_call>"), "", &calls),
+            (&format!("<tool_call>{list}</tool_call>\n"), "", &calls),
+        ],
+    );
+    // One member that is no call makes all of them content, and so does a text behind a list without a mark.
+    for text in [
+        block(&format!("[{CALL}, 1]")),
+        block(&format!("[{CALL}, {{\"name\": \"no\"}}]")),
+        block(&format!("[{CALL} {put}]")),
+        block(&format!("{CALL}\nand {put}")),
+        block(&format!("[[{CALL}]]")),
+        block("[]"),
+        format!("[{CALL}, {}", &put[..put.len() - 1]),
+        format!("{list} are calls."),
+        "[1] is a note.".to_owned(),
+    ] {
+        check(&many, &[(&text, &text, &[])]);
+    }
+    let one = Reading { several: false, ..many };
+    check(&one, &[(&in_block, "Both:", &calls[..1]), (&list, "", &calls[..1])]);
+}
+
+#[test]
 fn one_call_is_all_if_several_are_not_asked_for() {
     let tagged = format!("Now.<tool_call>{CALL}</tool_call>");
     let three = format!("{tagged}{tagged}{tagged} more");
@@ -184,8 +225,9 @@ fn fragments() -> impl Strategy<Value = String> {
         Just(r#"{"name": "put", "parameters": {"s": "a}\"{"}}"#.to_owned()),
         Just(r#"{"name": "no"}"#.to_owned()),
         Just(";".to_owned()),
+        Just(format!("[{CALL}, {CALL}]")),
         "[ \\n]{0,2}",
-        "[{}a\":,é]{0,4}",
+        "[\\[\\]{}a\":,é]{0,4}",
     ];
     proptest::collection::vec(fragment, 0..8).prop_map(|fragments| fragments.concat())
 }
