@@ -11,7 +11,7 @@ bench/results/tools.json, and fails if ours is below llama.cpp's with 95 % confi
 `served` of irrelevance alone does not fail it: a server that finds no call at all is always right there.
 """
 
-import argparse, collections, concurrent.futures, hashlib, importlib.metadata, json, os, pathlib, signal, sys, time
+import argparse, collections, concurrent.futures, contextlib, hashlib, importlib.metadata, json, os, pathlib, signal, sys, time
 
 import numpy as np
 import openai
@@ -62,8 +62,12 @@ class Answers:
                     raise
                 return case, {"error": f"{error.status_code}: {error.message}"}
 
-        with open(self.file, "a") as kept, concurrent.futures.ThreadPoolExecutor(streams) as pool:
-            for done, (case, answer) in enumerate(pool.map(one, cases), 1):
+        with contextlib.ExitStack() as stack:
+            kept = stack.enter_context(open(self.file, "a"))
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(streams))
+            # Closed before the pool, so that an interrupted run waits for no request that has not begun.
+            answers = stack.enter_context(contextlib.closing(pool.map(one, cases)))
+            for done, (case, answer) in enumerate(answers, 1):
                 self.by_id[case.id] = answer
                 kept.write(json.dumps({"id": case.id, "answer": answer}) + "\n")
                 kept.flush()
