@@ -1,7 +1,8 @@
 //! What Athanor's processes say to each other: plain serde and schemars types, no I/O.
 //!
 //! - [`train`]: the training part of a `FineTuneJob`, what the operator mounts into a trainer, and what comes back;
-//! - [`serve`]: configuration of server, router and monitor, and the monitor's verdict;
+//! - [`serve`]: configuration of server and router;
+//! - [`monitor`]: configuration of the monitor, and its verdict;
 //! - [`process`]: environment variables, ports, files and names that two processes share;
 //! - [`event`]: the CloudEvents on a deployment's Kafka topic;
 //! - [`hexadecimal`]: bytes as digits;
@@ -12,6 +13,7 @@ pub mod artifact;
 mod decimal;
 pub mod event;
 pub mod hexadecimal;
+pub mod monitor;
 pub mod process;
 pub mod redaction;
 pub mod serve;

@@ -133,7 +133,7 @@ pub mod file {
     pub const ADAPTERS: &str = "adapters.json";
     /// [`RouterConfig`](crate::serve::RouterConfig).
     pub const ROUTER: &str = "router.json";
-    /// [`MonitorConfig`](crate::serve::MonitorConfig).
+    /// [`MonitorConfig`](crate::monitor::MonitorConfig).
     pub const MONITOR: &str = "monitor.json";
     /// Key of the Secret with signing keys: what is signed now.
     pub const CURRENT_KEY: &str = "key";

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use athanor_contract::{
     Decimal,
-    serve::{MonitorSpec, MonitorStatus},
+    monitor::{MonitorSpec, MonitorStatus},
     train::{OffsetRange, most_samples},
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};

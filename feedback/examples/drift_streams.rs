@@ -8,7 +8,7 @@ use std::io::{BufRead, Write};
 use athanor_contract::{
     artifact::{ClassReference, Reference},
     event::{Event, EventData, Feedback, Judgement, Prediction},
-    serve::{MonitorSpec, Verdict},
+    monitor::{MonitorSpec, Verdict},
 };
 use athanor_feedback::{cloudevents::event_time, window::Window};
 use serde::{Deserialize, Serialize};

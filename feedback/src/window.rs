@@ -19,7 +19,7 @@ use athanor_contract::{
     Decimal,
     artifact::{ClassReference, Reference, sha256_hex},
     event::{Event, EventData, Feedback, Generation, Judgement, Prediction, Rating},
-    serve::{MonitorSpec, MonitorStatus, Statistic, Verdict},
+    monitor::{MonitorSpec, MonitorStatus, Statistic, Verdict},
     train::OffsetRange,
 };
 

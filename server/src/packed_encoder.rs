@@ -138,12 +138,13 @@ mod tests {
         }
     }
 
-    /// Vectors of texts of 1 to 150 tokens by libtorch, and the least cosine with them of each format.
-    fn check_vectors(name: &str) {
+    /// Vectors of MiniLM-L6 of texts of 1 to 150 tokens by libtorch, and the least cosine with them of each format.
+    #[test]
+    fn packed_vectors_are_near_libtorchs() {
         let Some(models) = std::env::var_os("ATHANOR_MODELS") else {
             panic!("ATHANOR_MODELS is not set: run `make setup` and `. scripts/env`");
         };
-        let folder = PathBuf::from(models).join(name);
+        let folder = PathBuf::from(models).join("minilm-l6");
         let lengths = (1..24).chain([150]);
         let rows: Vec<Vec<u32>> = lengths
             .map(|length| (0..length).map(|place| 1000 + (length * 37 + place * 101) % 20_000).collect())
@@ -157,23 +158,12 @@ mod tests {
                 let found = packed.forward(&rows).unwrap();
                 let cosine = |a: &[f32], b: &[f32]| std::iter::zip(a, b).map(|(a, b)| a * b).sum::<f32>();
                 let least = std::iter::zip(&found, &exact).map(|(a, b)| cosine(a, b)).fold(f32::INFINITY, f32::min);
-                println!("{name}, {set:?}, {format:?}: least cosine {least}");
-                assert!(least > bound, "{name} {set:?} {format:?}: {least}");
+                assert!(least > bound, "{set:?} {format:?}: least cosine {least}");
                 for pick in [0, 6, 13, 23] {
                     assert_eq!(packed.forward(&rows[pick..=pick]).unwrap()[0], found[pick], "{set:?} {format:?}");
                 }
             }
         }
-    }
-
-    #[test]
-    fn packed_vectors_are_near_libtorchs() {
-        check_vectors("minilm-l6");
-    }
-
-    #[test]
-    fn packed_vectors_of_mpnet_are_near_libtorchs() {
-        check_vectors("mpnet-base");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use athanor_contract::serve::MonitorConfig;
+use athanor_contract::monitor::MonitorConfig;
 
 /// Between attempts after an error, and between looks at the configuration.
 pub const PAUSE: Duration = Duration::from_secs(1);

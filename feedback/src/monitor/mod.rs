@@ -10,7 +10,7 @@ mod session;
 use std::{convert::Infallible, net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
-use athanor_contract::serve::MonitorConfig;
+use athanor_contract::monitor::MonitorConfig;
 use athanor_telemetry::Readiness;
 use tokio_util::sync::CancellationToken;
 
@@ -87,7 +87,10 @@ async fn repeat(session: Session, readiness: Readiness) -> Infallible {
 mod tests {
     use std::{path::Path, time::Duration};
 
-    use athanor_contract::serve::{EventsConfig, MonitorSpec, MonitoredRevision};
+    use athanor_contract::{
+        monitor::{MonitorSpec, MonitoredRevision},
+        serve::EventsConfig,
+    };
     use tokio::{sync::mpsc, time::timeout};
 
     use super::*;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use athanor_contract::{process::api, serve::MonitorStatus};
+use athanor_contract::{monitor::MonitorStatus, process::api};
 use kube::{
     Api, Client,
     api::{ApiResource, DynamicObject, Patch, PatchParams},

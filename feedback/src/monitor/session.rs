@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 use athanor_contract::{
     artifact::{REFERENCE, Reference},
-    serve::{MonitorConfig, MonitorStatus, MonitoredRevision, Verdict},
+    monitor::{MonitorConfig, MonitorStatus, MonitoredRevision, Verdict},
 };
 use athanor_feedback::{
     cloudevents,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use athanor_contract::{
     Decimal,
-    serve::{MonitorSpec, Statistic},
+    monitor::{MonitorSpec, Statistic},
 };
 
 use crate::drift::{FallDetector, RecoveryDetector, lower_bound};

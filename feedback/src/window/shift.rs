@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use athanor_contract::{artifact::ClassReference, serve::MonitorSpec};
+use athanor_contract::{artifact::ClassReference, monitor::MonitorSpec};
 
 use crate::drift::{WindowDetector, confidences_p_value, labels_p_value, population_stability_index};
 

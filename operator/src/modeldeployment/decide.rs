@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use athanor_contract::serve::{MonitorStatus, Verdict};
+use athanor_contract::monitor::{MonitorStatus, Verdict};
 use athanor_crds::{ModelDeploymentStatus, ObservedSource, RETRY_ROLLOUT_ANNOTATION};
 use jiff::Timestamp;
 use kube::ResourceExt;

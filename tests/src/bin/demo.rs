@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use athanor_contract::{event, serve::Verdict};
+use athanor_contract::{event, monitor::Verdict};
 use athanor_tests::{
     cluster::{Cluster, wait},
     events, otlp, paths, prometheus,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use athanor_contract::{
     artifact::sha256_hex,
     event::{self, attribute},
-    serve::Verdict,
+    monitor::Verdict,
 };
 use athanor_crds::ModelDeploymentStatus;
 use athanor_tests::{

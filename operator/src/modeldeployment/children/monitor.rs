@@ -1,8 +1,9 @@
 //! The monitor: it compares the recorded events with the model's reference.
 
 use athanor_contract::{
+    monitor::{MonitorConfig, MonitoredRevision},
     process::{api, file, path, port, variable},
-    serve::{EventsConfig, MonitorConfig, MonitoredRevision},
+    serve::EventsConfig,
 };
 use athanor_crds::label;
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::ConfigMap};

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use athanor_contract::{
-    serve::{MonitorStatus, Verdict},
+    monitor::{MonitorStatus, Verdict},
     train::OffsetRange,
 };
 use athanor_crds::{
