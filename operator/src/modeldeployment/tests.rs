@@ -6,10 +6,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use athanor_contract::{
     Decimal,
-    serve::{
-        EngineConfig, LatencyHistogram, MonitorConfig, MonitorStatus, RevisionAnalysis, RouterConfig, ServeConfig,
-        Speculation, Verdict, Weights,
-    },
+    monitor::{MonitorConfig, MonitorStatus, Verdict},
+    serve::{EngineConfig, LatencyHistogram, RevisionAnalysis, RouterConfig, ServeConfig, Speculation, Weights},
     train::{OffsetRange, TrainSummary},
 };
 use athanor_crds::{
