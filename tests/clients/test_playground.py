@@ -224,7 +224,8 @@ def test_a_key_is_asked_for_and_sent(page, tmp_path, language_model):
         expect(page.get_by_role("alert")).to_contain_text("the API key is not valid")
         key.fill("a-secret-key")
         key.press("Enter")
-        page.get_by_label("Most tokens").fill("4")
+        page.get_by_label("Most tokens").fill("1")
+        page.get_by_label("Seed").fill("1")
         assert facts(ask(page, "Hello"))["Finish reason"] == "length"
         # It survives a reload, and not its removal.
         page.reload()
