@@ -87,10 +87,11 @@ impl Speculation {
     }
 }
 
-/// Format of a language model's weights in memory.
+/// Format of a model's weights in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Weights {
-    /// BF16 on a GPU and on a CPU that multiplies bfloat16 in hardware, FP32 elsewhere.
+    /// BF16 on a GPU (encoders: FP32) and on a CPU that multiplies bfloat16 in hardware, FP32 elsewhere. An encoder that was
+    /// compressed to eight bits with rounded inputs has Int8 on a CPU.
     #[default]
     Auto,
     /// 32-bit floating-point numbers.
@@ -100,7 +101,7 @@ pub enum Weights {
     /// 8-bit integers. CPU only.
     Int8,
     /// 4-bit integers for the matrices of the layers, 8-bit integers for embeddings and output head. A tensor that a
-    /// GGUF file stores with more than 4 bits has 8. CPU only.
+    /// GGUF file stores with more than 4 bits has 8. Language models on a CPU only.
     Int4,
 }
 
