@@ -1,8 +1,14 @@
 //! Revisions that are adapters of one model and share its servers, and adapters that clients select.
 
+use athanor_serving::api::inference::generation;
+use athanor_telemetry::Readiness;
 use axum::http::HeaderMap;
 
-use super::{streams::chat, *};
+use super::{
+    grpc::{Client, ask, generations, parameter, text},
+    streams::{chat, until},
+    *,
+};
 
 /// A server that has loaded some adapters. Its answer has the header and the `model` of the request, and as revision the
 /// adapter of the header or `base`, as those of athanor-server have.
@@ -156,4 +162,92 @@ async fn an_event_has_the_adapter_that_a_client_selected() {
         assert_eq!(parts.status, StatusCode::ACCEPTED, "{answer}");
     }
     assert_eq!(gateway.analysis.read().revisions["a"].feedback_total, 1, "the other feedback is about the adapter");
+}
+
+/// A language model over gRPC that has loaded these adapters, which answer in capital letters.
+async fn grpc_base(loaded: &[&str]) -> SocketAddr {
+    let (service, _) = test_support::language_model(Default::default());
+    for name in loaded {
+        service.load_adapter(name, test_support::shout()).await.unwrap();
+    }
+    serve_grpc(Inference::new(service, Readiness::new())).await
+}
+
+/// A router over gRPC before such servers.
+async fn grpc_router(config: RouterConfig, servers: &[SocketAddr]) -> (Arc<Gateway>, SocketAddr) {
+    let gateway = gateway(config, &[]);
+    let address = |&server: &SocketAddr| Address { http: server, grpc: Some(server), draining: false };
+    gateway.registry.set_endpoints("base", servers.iter().map(address).collect());
+    let router = serve_grpc(Passing::new(gateway.clone(), Readiness::new())).await;
+    (gateway, router)
+}
+
+/// Revision and text of an answer to "hi", over one call and over a stream.
+async fn ask_twice(router: SocketAddr, model: &str, metadata: &[(&'static str, &str)]) -> [(String, String); 2] {
+    let mut asked = ask("1", "hi", false);
+    asked.model_name = model.into();
+    let mut client = GrpcInferenceServiceClient::connect(format!("http://{router}")).await.unwrap();
+    let mut request = tonic::Request::new(asked.clone());
+    for (name, value) in metadata {
+        request.metadata_mut().insert(*name, value.parse().unwrap());
+    }
+    let response = client.model_infer(request).await.unwrap();
+    let revision = response.metadata().get("x-athanor-revision").unwrap().to_str().unwrap().to_owned();
+    let one = (revision, generation::decode(response.get_ref()).unwrap().0);
+    let mut stream = Client::connect(router, metadata).await.unwrap();
+    stream.send(asked);
+    let responses = stream.answer().await;
+    [one, (parameter(&responses[0], "x-athanor-revision"), text(&responses))]
+}
+
+#[tokio::test]
+async fn calls_over_grpc_choose_adapters_as_those_over_http() {
+    let mut config = shared(&[("a", 50), ("b", 50)]);
+    config.events = Some(EventsConfig::new("nowhere:9092", "t"));
+    let (gateway, router) = grpc_router(config, &[grpc_base(&["a", "b", "legal"]).await]).await;
+    let kept = Arc::new(Kept::default());
+    gateway.events.set(Some(kept.clone()));
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..30 {
+        for (revision, answer) in ask_twice(router, "writer", &[("x-athanor-adapter", "nobody")]).await {
+            assert_eq!(answer, "HI", "the router says which adapter answers, and no client does");
+            seen.insert(revision);
+        }
+    }
+    assert_eq!(Vec::from_iter(seen), ["a", "b"]);
+    let total = || gateway.analysis.read().revisions.values().map(|counts| counts.requests).sum::<u64>();
+    assert_eq!(total(), 60);
+    for answer in ask_twice(router, "writer", &[("x-athanor-revision", "b")]).await {
+        assert_eq!(answer, ("b".into(), "HI".into()));
+    }
+
+    kept.events.lock().unwrap().clear();
+    for (_, answer) in ask_twice(router, "legal", &[]).await {
+        assert_eq!(answer, "HI");
+    }
+    assert_eq!(total(), 60, "an answer of an adapter that the client selected is not the revision's");
+    until("the events", || generations(&kept).len() == 2).await;
+    assert!(generations(&kept).iter().all(|generation| generation.adapter.as_deref() == Some("legal")));
+}
+
+#[tokio::test]
+async fn a_call_over_grpc_leaves_a_server_that_lacks_its_adapter() {
+    let (poor, rich) = (grpc_base(&["a"]).await, grpc_base(&["a", "b", "legal"]).await);
+    let (_, router) = grpc_router(shared(&[("a", 100), ("b", 0)]), &[poor, rich]).await;
+    for _ in 0..10 {
+        for answer in ask_twice(router, "writer", &[("x-athanor-revision", "b")]).await {
+            assert_eq!(answer, ("b".into(), "HI".into()));
+        }
+        for (_, answer) in ask_twice(router, "legal", &[]).await {
+            assert_eq!(answer, "HI");
+        }
+    }
+
+    // No server has it: the same server answers as the other revision, and the refusal counts against the first one.
+    let (gateway, router) = grpc_router(shared(&[("a", 0), ("b", 100)]), &[poor]).await;
+    for answer in ask_twice(router, "writer", &[]).await {
+        assert_eq!(answer, ("a".into(), "HI".into()));
+    }
+    let counted = gateway.analysis.read().revisions;
+    assert_eq!((counted["b"].refused, counted["b"].requests, counted["a"].requests), (2, 0, 2));
 }

@@ -66,7 +66,7 @@ fn inner(response: &ModelStreamInferResponse) -> &ModelInferResponse {
     response.infer_response.as_ref().unwrap()
 }
 
-fn parameter(response: &ModelStreamInferResponse, name: &str) -> String {
+pub fn parameter(response: &ModelStreamInferResponse, name: &str) -> String {
     match &inner(response).parameters[name].parameter_choice {
         Some(ParameterChoice::StringParam(text)) => text.clone(),
         other => panic!("{other:?}"),
@@ -136,7 +136,7 @@ async fn writer() -> SocketAddr {
     serve_grpc(Inference::new(service, Readiness::new())).await
 }
 
-fn generations(kept: &Kept) -> Vec<Generation> {
+pub fn generations(kept: &Kept) -> Vec<Generation> {
     let events = kept.events.lock().unwrap();
     let generation = |event: &Event| match &event.data {
         EventData::Generation(generation) => Some(generation.clone()),
