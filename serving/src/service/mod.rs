@@ -13,6 +13,7 @@ pub mod adapters;
 pub mod answer;
 pub mod calls;
 pub mod classify;
+pub mod closed;
 pub mod embed;
 pub mod error;
 mod example;

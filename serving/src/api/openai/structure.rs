@@ -10,6 +10,7 @@ use super::{
 use crate::service::{
     Generator, ServiceError,
     calls::{CallFormat, Function, parse::Reading},
+    closed::close,
     generate::Structure,
     grammar::Grammar,
 };
@@ -129,7 +130,11 @@ fn response_format(value: Value) -> Result<Option<Grammar>, ApiError> {
     }
     let format: ResponseFormat = typed("response_format", value)?;
     match (format.r#type.as_str(), format.json_schema) {
-        ("json_schema", Some(JsonSchema { schema, .. })) => Ok(Some(Grammar::Json(schema.into()))),
+        ("json_schema", Some(JsonSchema { schema, .. })) => {
+            let mut schema = Value::from(schema);
+            close(&mut schema);
+            Ok(Some(Grammar::Json(schema)))
+        }
         ("json_schema", None) => Err(invalid("response_format.json_schema", "missing")),
         (_, Some(_)) => Err(invalid("response_format.json_schema", "requires type \"json_schema\"")),
         ("json_object", None) => Ok(Some(Grammar::Json(json!({"type": "object"})))),
@@ -162,17 +167,17 @@ fn functions(definitions: &[Value]) -> Result<Vec<Function>, ApiError> {
         if functions.iter().any(|function| function.name == name) {
             return Err(invalid(format!("{path}.function.name"), format!("{name:?} is the name of two functions")));
         }
-        let mut parameters = tool.function.parameters.unwrap_or_else(|| {
-            let none = json!({"properties": {}, "additionalProperties": false});
-            none.as_object().cloned().unwrap_or_default()
-        });
+        let none = || Map::from_iter([("properties".to_owned(), json!({}))]);
+        let mut parameters = tool.function.parameters.unwrap_or_else(none);
         match parameters.get("type") {
             Some(kind) if kind != "object" => {
                 return Err(invalid(format!("{path}.function.parameters.type"), "\"object\" is expected"));
             }
             _ => parameters.insert("type".into(), "object".into()),
         };
-        functions.push(Function { name, parameters: parameters.into() });
+        let mut parameters = Value::from(parameters);
+        close(&mut parameters);
+        functions.push(Function { name, parameters });
     }
     Ok(functions)
 }
