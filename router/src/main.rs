@@ -118,7 +118,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(keys) = &keys {
         ops = ops.merge(hand_over::routes(gateway.clone(), keys.clone()));
     }
-    servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, None);
+    servers.ops(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, hand_over::LARGEST);
     let listener = lifecycle::listen(&arguments.address, arguments.http_port).await?;
     servers.http(listener, http::app(gateway.clone()), tls.clone());
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -75,8 +75,9 @@ where
         };
         let held = Arc::<Mutex<Held>>::default();
         let (capacity, kept) = (self.capacity.clone(), held.clone());
-        let mut request = request
-            .map(|body| Body::new(Metered { body: Body::new(body), capacity, held: kept, is_refused: false, messages }));
+        let mut request = request.map(|body| {
+            Body::new(Metered { body: Body::new(body), capacity, held: kept, is_refused: false, messages })
+        });
         request.extensions_mut().insert(self.capacity.clone());
         let answer = self.app.clone().oneshot(request);
         async move {

@@ -82,17 +82,31 @@ impl Servers {
     /// Serves HTTP/1.1 until [`Servers::run`] drains, with a certificate if there is one.
     pub fn http(&mut self, listener: TcpListener, app: axum::Router, tls: Option<Tls>) {
         let app = parting(app, self.leaving.clone());
-        self.listen(listener, app, Bounds::new(Protocol::Http1), tls);
+        self.listen(listener, app, Protocol::Http1, self.capacity.clone(), tls);
+    }
+
+    /// Serves a process' operations until [`Servers::run`] drains. Bodies there have memory of their own, so that clients
+    /// cannot use it up.
+    pub fn ops(&mut self, listener: TcpListener, app: axum::Router, memory: usize) {
+        let app = parting(app, self.leaving.clone());
+        self.listen(listener, app, Protocol::Http1, Capacity::new(memory), None);
     }
 
     /// Serves gRPC until [`Servers::run`] drains, with a certificate if there is one.
     pub fn grpc(&mut self, listener: TcpListener, routes: tonic::service::Routes, tls: Option<Tls>) {
-        self.listen(listener, routes.prepare().into_axum_router(), Bounds::new(Protocol::Http2), tls);
+        self.listen(listener, routes.prepare().into_axum_router(), Protocol::Http2, self.capacity.clone(), tls);
     }
 
-    fn listen(&mut self, listener: TcpListener, app: axum::Router, bounds: Bounds, tls: Option<Tls>) {
+    fn listen(
+        &mut self,
+        listener: TcpListener,
+        app: axum::Router,
+        protocol: Protocol,
+        capacity: Capacity,
+        tls: Option<Tls>,
+    ) {
         let stop = self.stop.clone();
-        let bounds = Bounds { capacity: self.capacity.clone(), ..bounds };
+        let bounds = Bounds { capacity, ..Bounds::new(protocol) };
         self.tasks.spawn(async move {
             accept(listener, app, bounds, tls, stop).await;
             Ok(())

@@ -221,14 +221,8 @@ where
     let mut tried: Vec<(Option<Arc<str>>, Arc<Endpoint>)> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
-    let mut so_far = SoFar {
-        fallback: None,
-        failure: None,
-        busy: false,
-        lacking: false,
-        lost: 0,
-        tally: Tally::new(analysis),
-    };
+    let mut so_far =
+        SoFar { fallback: None, failure: None, busy: false, lacking: false, lost: 0, tally: Tally::new(analysis) };
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();

@@ -6,7 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_contract::{event::TokenUsage, process::{failure, header}, serve::Scope};
+use athanor_contract::{
+    event::TokenUsage,
+    process::{failure, header},
+    serve::Scope,
+};
 use athanor_serving::api::inference::{
     contents,
     generation::{self, Ending},

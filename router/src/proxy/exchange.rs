@@ -17,7 +17,9 @@ use athanor_serving::{
         inference::{
             generation::{is_final, is_generation, reported_tokens, set},
             label,
-            protocol::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice},
+            protocol::{
+                ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
+            },
             stream::{MOST_AT_ONCE, STATUS_ERRORS, hold, leaving, message, wants_status},
         },
     },

@@ -202,7 +202,8 @@ fn outcome<T>(
             // The last is llama.cpp's for what a model or its options do not offer.
             status if status.is_client_error() || status == StatusCode::NOT_IMPLEMENTED => Attempt::Refused { answer },
             status if status.is_server_error() => {
-                let is_not_finite = answer.headers().get(headers::FAILURE).is_some_and(|why| why == failure::NOT_FINITE);
+                let is_not_finite =
+                    answer.headers().get(headers::FAILURE).is_some_and(|why| why == failure::NOT_FINITE);
                 let worth = if is_not_finite { Worth::NotFinite } else { Worth::Failed };
                 Attempt::Answer { answer, worth }
             }

@@ -153,7 +153,8 @@ impl GrpcInferenceService for Inference {
         let id = headers::request_id(&incoming).to_str().unwrap_or_default().to_owned();
         let (service, ready) = (self.service.clone(), self.ready.clone());
         let revision = answers::revision(&service, &incoming);
-        let opened = stream::Opened { service, request_id: id.clone(), incoming, ready, capacity: Capacity::of(&extensions) };
+        let opened =
+            stream::Opened { service, request_id: id.clone(), incoming, ready, capacity: Capacity::of(&extensions) };
         let mut response = Response::new(stream::respond(opened, requests));
         let revision = revision.as_ref().map_or(self.service.revision.as_str(), |adapter| adapter.name());
         label(response.metadata_mut(), &id, revision);
