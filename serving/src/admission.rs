@@ -211,10 +211,6 @@ impl Messages {
         Self { is_stream, limit, deadline, prefix: 0, length: 0, left: 0 }
     }
 
-    fn is_between(&self) -> bool {
-        self.prefix == 0 && self.left == 0
-    }
-
     /// Takes note of bytes. If they complete messages of a stream, it returns how many of them belong to the next one.
     fn arrived(&mut self, mut data: &[u8]) -> Option<usize> {
         let mut next = None;
@@ -242,9 +238,10 @@ impl Messages {
         if !self.is_stream {
             return None;
         }
-        if self.is_between() {
+        let is_between = self.prefix == 0 && self.left == 0;
+        if is_between && next.is_some() {
             self.deadline = None;
-        } else if next.is_some() || self.deadline.is_none() {
+        } else if !is_between && (next.is_some() || self.deadline.is_none()) {
             self.deadline = Some(Box::pin(sleep(self.limit)));
         }
         next
@@ -308,6 +305,9 @@ mod tests {
             }
             assert_eq!((held, messages.prefix, messages.left), (4, 4, 0), "chunks of {size}");
         }
+        let mut silent = Messages::new(true, Duration::from_secs(60));
+        assert_eq!(silent.arrived(&[]), None);
+        assert!(silent.deadline.is_some(), "an empty frame is no message");
         let mut unary = Messages::new(false, Duration::from_secs(60));
         assert_eq!(unary.arrived(&bytes), None);
         assert!(unary.deadline.is_some(), "a call of one message has to end as well");
