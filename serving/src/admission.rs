@@ -74,17 +74,14 @@ where
             },
         };
         let held = Arc::<Mutex<Held>>::default();
-        let (capacity, kept) = (self.capacity.clone(), held.clone());
+        let (capacity, shared) = (self.capacity.clone(), held.clone());
         let mut request = request.map(|body| {
-            Body::new(Metered { body: Body::new(body), capacity, held: kept, is_refused: false, messages })
+            Body::new(Metered { body: Body::new(body), capacity, held: shared, is_refused: false, messages })
         });
         request.extensions_mut().insert(self.capacity.clone());
         let answer = self.app.clone().oneshot(request);
-        async move {
-            let response = answer.await?;
-            Ok(response.map(|body| Body::new(Kept { body, _kept: (held, place, running) })))
-        }
-        .boxed()
+        let kept = (held, place, running);
+        async move { answer.await.map(|response| response.map(|body| Body::new(Kept { body, _kept: kept }))) }.boxed()
     }
 }
 
@@ -160,8 +157,9 @@ impl HttpBody for Metered {
             let late = ready!(messages.poll_late(context));
             return Poll::Ready(Some(Err(late.into())));
         };
-        let Some(Ok(frame)) = frame else {
-            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        let frame = match frame {
+            Some(Ok(frame)) => frame,
+            other => return Poll::Ready(other.map(|frame| frame.map_err(Into::into))),
         };
         if let Some(data) = frame.data_ref().filter(|_| !this.is_refused) {
             let partial = this.messages.as_mut().and_then(|messages| messages.arrived(data));
@@ -174,7 +172,7 @@ impl HttpBody for Metered {
                 Err(full) => {
                     this.is_refused = true;
                     let is_grpc = this.messages.is_some();
-                    let error = if is_grpc { Status::from(full).into() } else { BoxError::from(full) };
+                    let error: BoxError = if is_grpc { Status::from(full).into() } else { full.into() };
                     return Poll::Ready(Some(Err(error)));
                 }
             }

@@ -90,10 +90,10 @@ fn refused(what: &'static str, full: Full) -> Full {
 impl Held {
     /// Takes over what another one holds of the same kind.
     pub fn add(&mut self, other: Self) {
-        match (&mut self.0, other.0) {
-            (Some(permit), Some(other)) => permit.merge(other),
-            (own @ None, other) => *own = other,
-            (Some(_), None) => {}
+        let Some(other) = other.0 else { return };
+        match &mut self.0 {
+            Some(permit) => permit.merge(other),
+            own => *own = Some(other),
         }
     }
 }
