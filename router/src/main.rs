@@ -103,10 +103,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let metrics = athanor_telemetry::metrics();
     let ready = Readiness::new();
     let keys = signing::keys_of_environment().context("the signing keys cannot be read")?;
-    let mut gateway = Gateway::new(request_ids(keys.as_ref()));
-    gateway.access = access(&arguments)?;
-    gateway.capacity = Capacity::new(arguments.body_memory);
-    let gateway = Arc::new(gateway);
+    let (access, capacity) = (access(&arguments)?, Capacity::new(arguments.body_memory));
+    let gateway = Arc::new(Gateway { access, capacity, ..Gateway::new(request_ids(keys.as_ref())) });
     let registry = gateway.registry.clone();
     let tls = arguments.tls.clone().map(Tls::read).transpose()?;
     if let Some(tls) = &tls {
