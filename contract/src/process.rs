@@ -53,6 +53,8 @@ pub mod variable {
     pub const ACCESS: &str = "ATHANOR_ACCESS";
     /// Folder with the hashes of API keys, a file for each caller.
     pub const API_KEYS: &str = "ATHANOR_API_KEYS";
+    /// Bytes of bodies of requests and answers that a server or router holds at the same time. Absent: 134217728 (128 MiB).
+    pub const BODY_MEMORY: &str = "ATHANOR_BODY_MEMORY";
     /// Folder with a router's certificate and its private key. Absent: the router serves without TLS.
     pub const TLS: &str = "ATHANOR_TLS";
 
@@ -182,6 +184,14 @@ pub mod header {
     pub const REVISION: &str = "x-athanor-revision";
     /// In a request to a server: the adapter that shall answer. It takes precedence over `model`.
     pub const ADAPTER: &str = "x-athanor-adapter";
+    /// In an error of a server: what failed, if the router counts it apart ([`failure`](super::failure)).
+    pub const FAILURE: &str = "x-athanor-failure";
+}
+
+/// Values of [`header::FAILURE`].
+pub mod failure {
+    /// The model's output has a number that is not finite.
+    pub const NOT_FINITE: &str = "not_finite";
 }
 
 /// The API group and its kinds.

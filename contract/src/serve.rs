@@ -378,14 +378,28 @@ impl LatencyHistogram {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RevisionAnalysis {
-    /// Number of attempts to run the model, including failed ones, without refusals.
+    /// Number of requests that the revision answered or should have answered, without refusals. A request that another
+    /// revision had to answer counts for both.
     pub requests: u64,
-    /// Number of attempts that failed, were answered with a 5xx, or whose answer broke off.
+    /// Number of these requests that the revision did not answer, answered with a 5xx, or whose answer broke off.
     pub errors: u64,
-    /// Number of attempts that were answered with a 4xx, such as 429 of a full queue. A router of an earlier version
+    /// Number of requests that were answered with a 4xx or 501: `busy` and `rejected`. A router of an earlier version
     /// does not report it.
     #[serde(default)]
     pub refused: u64,
+    /// Number of requests that were answered with 429, as by a full queue. A router of an earlier version does not report it,
+    /// nor the three below.
+    #[serde(default)]
+    pub busy: u64,
+    /// Number of requests that were answered with another 4xx or 501.
+    #[serde(default)]
+    pub rejected: u64,
+    /// Number of errors in which no server answered: the request was lost, reached none, or ran out of time.
+    #[serde(default)]
+    pub missing: u64,
+    /// Number of errors in which the model's output was not finite, as athanor-server reports them.
+    #[serde(default)]
+    pub non_finite: u64,
     /// Latencies of the answers. A router of an earlier version does not report them.
     #[serde(default)]
     pub latency: LatencyHistogram,

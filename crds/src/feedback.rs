@@ -28,14 +28,11 @@ pub struct FeedbackSpec {
     #[schemars(length(max = 16), inner(length(min = 1, max = 256)), extend("x-kubernetes-list-type" = "atomic"))]
     pub redact: Vec<String>,
     /// Largest percentage of the feedback in a drift verdict, and of the rows in a retraining, that may come from one
-    /// caller of access.apiKeys. With 25, a verdict requires the feedback of four callers at least.
-    #[serde(default = "default_share")]
+    /// caller of access.apiKeys. With 25, a verdict requires the feedback of four callers at least. Absent: 50 if two or
+    /// more callers may give feedback, else 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100))]
-    pub maximum_caller_percent: u32,
-}
-
-fn default_share() -> u32 {
-    100
+    pub maximum_caller_percent: Option<u32>,
 }
 
 fn default_sample() -> u32 {

@@ -13,6 +13,7 @@ use athanor_contract::{
     redaction::Redaction,
     serve::RouterLimits,
 };
+use athanor_serving::capacity::Capacity;
 
 use crate::{
     access::Access,
@@ -33,6 +34,8 @@ use crate::{
 pub struct Gateway {
     pub registry: Arc<Registry>,
     pub client: Client,
+    /// Memory for bodies.
+    pub capacity: Capacity,
     pub ids: RequestIds,
     /// Absent: everyone may use the router.
     pub access: Option<Arc<Access>>,
@@ -99,6 +102,7 @@ impl Gateway {
         Self {
             registry: Arc::default(),
             client: Client::default(),
+            capacity: Capacity::default(),
             ids,
             access: None,
             analysis: Arc::default(),

@@ -24,6 +24,7 @@ use athanor_router::{
 };
 use athanor_serving::{
     api::inference::{self, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
+    capacity::{self, Capacity},
     lifecycle::{self, Servers},
     runtime,
     tls::Tls,
@@ -75,6 +76,9 @@ struct Arguments {
     /// Folder with a file for each caller, named as the caller, with lines sha256:<hash of an API key>.
     #[arg(long, env = variable::API_KEYS)]
     api_keys: Option<PathBuf>,
+    /// Bytes of bodies of requests and answers that are held at the same time; what is beyond is answered 429.
+    #[arg(long, env = variable::BODY_MEMORY, default_value_t = capacity::BODY_MEMORY)]
+    body_memory: usize,
     /// Folder with tls.crt and tls.key. Absent: HTTP and gRPC without TLS.
     #[arg(long, env = variable::TLS)]
     tls: Option<PathBuf>,
@@ -99,21 +103,20 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let metrics = athanor_telemetry::metrics();
     let ready = Readiness::new();
     let keys = signing::keys_of_environment().context("the signing keys cannot be read")?;
-    let mut gateway = Gateway::new(request_ids(keys.as_ref()));
-    gateway.access = access(&arguments)?;
-    let gateway = Arc::new(gateway);
+    let (access, capacity) = (access(&arguments)?, Capacity::new(arguments.body_memory));
+    let gateway = Arc::new(Gateway { access, capacity, ..Gateway::new(request_ids(keys.as_ref())) });
     let registry = gateway.registry.clone();
     let tls = arguments.tls.clone().map(Tls::read).transpose()?;
     if let Some(tls) = &tls {
         tokio::spawn(tls.clone().follow());
     }
 
-    let mut servers = Servers::default();
+    let mut servers = Servers::new(gateway.capacity.clone());
     let mut ops = athanor_telemetry::ops_router(metrics, ready.clone()).merge(http::analysis(gateway.clone()));
     if let Some(keys) = &keys {
         ops = ops.merge(hand_over::routes(gateway.clone(), keys.clone()));
     }
-    servers.http(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, None);
+    servers.ops(lifecycle::listen(&arguments.address, arguments.ops_port).await?, ops, hand_over::LARGEST);
     let listener = lifecycle::listen(&arguments.address, arguments.http_port).await?;
     servers.http(listener, http::app(gateway.clone()), tls.clone());
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -22,6 +22,7 @@ use athanor_serving::{
         inference::{self, Inference, protocol::grpc_inference_service_server::GrpcInferenceServiceServer},
         openai::{self, ApiError},
     },
+    capacity::{self, Capacity},
     lifecycle::{self, Servers},
     runtime,
     service::Service,
@@ -46,6 +47,9 @@ struct Arguments {
     /// Address to listen on.
     #[arg(long, default_value = "0.0.0.0")]
     address: String,
+    /// Bytes of request bodies that are held at the same time; what is beyond is answered 429.
+    #[arg(long, env = variable::BODY_MEMORY, default_value_t = capacity::BODY_MEMORY)]
+    body_memory: usize,
     /// Folder for the fetched model; a temporary one without it.
     #[arg(long, env = variable::CACHE_DIR)]
     cache: Option<PathBuf>,
@@ -96,7 +100,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (current, app) = watch::channel(ops.clone().fallback(async || {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "loading", "the model is being loaded").into_response()
     }));
-    let mut servers = Servers::default();
+    let mut servers = Servers::new(Capacity::new(arguments.body_memory));
     let listener = lifecycle::listen(&arguments.address, config.http_port).await?;
     servers.http(listener, Router::new().fallback(dispatch).with_state(app), None);
 

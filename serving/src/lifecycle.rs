@@ -25,16 +25,32 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::tls::{Protocol, Tls};
+use crate::{
+    admission::{Admission, Calls},
+    capacity::Capacity,
+    tls::{Protocol, Tls},
+};
 
 /// Seconds that a process goes on serving after SIGTERM: endpoints and routers need about that long to look elsewhere.
 pub const GRACE_SECONDS: u64 = 3;
 
-/// Most connections of one listener; further ones wait until another ends.
+/// Most connections of one listener; further ones wait until another ends. One of HTTP/2 has many requests at a time.
 const MOST_CONNECTIONS: usize = 4096;
+const MOST_CONNECTIONS_HTTP2: usize = 1024;
 /// Longest time in which a connection may send nothing or only a part of a request's head. It is longer than the
-/// router's pool keeps an idle connection, so that the router does not use one that is being closed.
+/// router's pool keeps an idle connection, so that the router does not use one that is being closed. Over HTTP/2 it is
+/// the time up to the first request; the head of a later one is limited by [`PING`], which nobody can answer in the midst of it.
 const LONGEST_HEAD: Duration = Duration::from_secs(60);
+/// Longest time in which a message of gRPC arrives.
+const LONGEST_MESSAGE: Duration = Duration::from_secs(60);
+/// How long a connection of HTTP/2 may be without requests. Then its client is asked to go, and loses nothing by it.
+const LONGEST_ABSENCE: Duration = Duration::from_secs(600);
+/// Most bytes of heads, and of what was not read of a body, that a connection of HTTP/1 holds.
+const MOST_UNREAD: usize = 64 << 10;
+/// Most bytes that a connection of HTTP/2 holds, and each of its streams, before they are read.
+const WINDOW: u32 = 256 << 10;
+/// Most bytes of an answer that wait for the client, for each stream of HTTP/2.
+const MOST_UNSENT: usize = 64 << 10;
 /// Between two questions whether the other end of a connection of HTTP/2 is still there, and the wait for an answer.
 const PING: Duration = Duration::from_secs(30);
 /// Most requests at the same time on one connection of HTTP/2.
@@ -48,12 +64,8 @@ pub struct Servers {
     /// Cancelled when the process is no longer ready.
     leaving: CancellationToken,
     stop: CancellationToken,
-}
-
-impl Default for Servers {
-    fn default() -> Self {
-        Self { tasks: JoinSet::new(), leaving: CancellationToken::new(), stop: CancellationToken::new() }
-    }
+    /// What all listeners together take.
+    capacity: Capacity,
 }
 
 /// Listens on `address:port`.
@@ -62,19 +74,39 @@ pub async fn listen(address: &str, port: u16) -> anyhow::Result<TcpListener> {
 }
 
 impl Servers {
+    pub fn new(capacity: Capacity) -> Self {
+        let (leaving, stop) = (CancellationToken::new(), CancellationToken::new());
+        Self { tasks: JoinSet::new(), leaving, stop, capacity }
+    }
+
     /// Serves HTTP/1.1 until [`Servers::run`] drains, with a certificate if there is one.
     pub fn http(&mut self, listener: TcpListener, app: axum::Router, tls: Option<Tls>) {
         let app = parting(app, self.leaving.clone());
-        self.listen(listener, app, Bounds::new(Protocol::Http1), tls);
+        self.listen(listener, app, Protocol::Http1, self.capacity.clone(), tls);
+    }
+
+    /// Serves a process' operations until [`Servers::run`] drains. Bodies there have memory of their own, so that clients
+    /// cannot use it up.
+    pub fn ops(&mut self, listener: TcpListener, app: axum::Router, memory: usize) {
+        let app = parting(app, self.leaving.clone());
+        self.listen(listener, app, Protocol::Http1, Capacity::new(memory), None);
     }
 
     /// Serves gRPC until [`Servers::run`] drains, with a certificate if there is one.
     pub fn grpc(&mut self, listener: TcpListener, routes: tonic::service::Routes, tls: Option<Tls>) {
-        self.listen(listener, routes.prepare().into_axum_router(), Bounds::new(Protocol::Http2), tls);
+        self.listen(listener, routes.prepare().into_axum_router(), Protocol::Http2, self.capacity.clone(), tls);
     }
 
-    fn listen(&mut self, listener: TcpListener, app: axum::Router, bounds: Bounds, tls: Option<Tls>) {
+    fn listen(
+        &mut self,
+        listener: TcpListener,
+        app: axum::Router,
+        protocol: Protocol,
+        capacity: Capacity,
+        tls: Option<Tls>,
+    ) {
         let stop = self.stop.clone();
+        let bounds = Bounds { capacity, ..Bounds::new(protocol) };
         self.tasks.spawn(async move {
             accept(listener, app, bounds, tls, stop).await;
             Ok(())
@@ -133,21 +165,41 @@ fn parting(app: axum::Router, leaving: CancellationToken) -> axum::Router {
 }
 
 /// What one listener takes.
-#[derive(Clone, Copy)]
-struct Bounds {
-    protocol: Protocol,
-    connections: usize,
-    head: Duration,
+#[derive(Clone)]
+pub(crate) struct Bounds {
+    pub protocol: Protocol,
+    pub connections: usize,
+    pub head: Duration,
+    pub message: Duration,
+    pub absence: Duration,
+    pub capacity: Capacity,
 }
 
 impl Bounds {
-    fn new(protocol: Protocol) -> Self {
-        Self { protocol, connections: MOST_CONNECTIONS, head: LONGEST_HEAD }
+    pub fn new(protocol: Protocol) -> Self {
+        let connections = match protocol {
+            Protocol::Http1 => MOST_CONNECTIONS,
+            Protocol::Http2 => MOST_CONNECTIONS_HTTP2,
+        };
+        Self {
+            protocol,
+            connections,
+            head: LONGEST_HEAD,
+            message: LONGEST_MESSAGE,
+            absence: LONGEST_ABSENCE,
+            capacity: Capacity::default(),
+        }
     }
 }
 
 /// Accepts connections until `stop`, then waits for the requests in progress.
-async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, tls: Option<Tls>, stop: CancellationToken) {
+pub(crate) async fn accept(
+    listener: TcpListener,
+    app: axum::Router,
+    bounds: Bounds,
+    tls: Option<Tls>,
+    stop: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(bounds.connections));
     let connections = TaskTracker::new();
     loop {
@@ -161,7 +213,7 @@ async fn accept(listener: TcpListener, app: axum::Router, bounds: Bounds, tls: O
         };
         match accepted {
             Ok((stream, _)) => {
-                let served = secure(stream, app.clone(), bounds, tls.clone(), stop.clone());
+                let served = secure(stream, app.clone(), bounds.clone(), tls.clone(), stop.clone());
                 connections.spawn(async move {
                     served.await;
                     drop(place);
@@ -204,18 +256,37 @@ where
         Protocol::Http1 => builder.http1_only(),
         Protocol::Http2 => builder.http2_only(),
     };
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(bounds.head);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(bounds.head).max_buf_size(MOST_UNREAD);
     let mut http2 = builder.http2();
     http2.timer(TokioTimer::new()).keep_alive_interval(PING).keep_alive_timeout(PING);
-    http2.max_concurrent_streams(MOST_STREAMS);
-    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    http2.max_concurrent_streams(MOST_STREAMS).max_send_buf_size(MOST_UNSENT);
+    http2.initial_connection_window_size(WINDOW).initial_stream_window_size(WINDOW);
+    let Bounds { protocol, head, message, absence, capacity, .. } = bounds;
+    let calls = Calls::default();
+    let admission = Admission { app, protocol, capacity, message, calls: calls.clone() };
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(admission));
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut is_asked_to_go = false;
+    let ended = loop {
+        // Of HTTP/1 hyper limits the time of each head itself.
+        let absent = async {
+            match protocol {
+                Protocol::Http1 => std::future::pending().await,
+                Protocol::Http2 => calls.absent(head, if is_asked_to_go { head } else { absence }).await,
+            }
+        };
+        tokio::select! {
+            ended = connection.as_mut() => break ended,
+            () = stop.cancelled(), if !is_asked_to_go => {}
+            () = absent => {
+                if is_asked_to_go || calls.is_new() {
+                    tracing::debug!("a connection sent no request in time");
+                    return;
+                }
+            }
         }
+        connection.as_mut().graceful_shutdown();
+        is_asked_to_go = true;
     };
     if let Err(error) = ended {
         tracing::debug!(error, "a connection ended early");

@@ -825,3 +825,24 @@ fn a_wrong_name_or_source_is_refused() {
     assert_eq!(names::revision("m", Some("ABCDEF0123"), ""), "m-abcdef01");
     assert_ne!(names::revision("m", None, "s3://a"), names::revision("m", None, "s3://b"));
 }
+
+#[test]
+fn one_of_several_callers_gives_at_most_half_of_the_feedback_by_default() {
+    let share = |callers: serde_json::Value, percent: Option<u32>| {
+        let mut spec = retraining_spec();
+        if !callers.is_null() {
+            spec["access"] = json!({"apiKeys": {"secretName": "keys", "callers": callers}});
+        }
+        if let Some(percent) = percent {
+            spec["feedback"]["maximumCallerPercent"] = json!(percent);
+        }
+        validate(&deployment(spec)).unwrap().events.unwrap().maximum_caller_percent
+    };
+    let two = json!([{"name": "a"}, {"name": "b", "scopes": ["feedback"]}]);
+    assert_eq!(share(json!(null), None), 100);
+    assert_eq!(share(json!([{"name": "a"}]), None), 100);
+    assert_eq!(share(json!([{"name": "a"}, {"name": "b", "scopes": ["infer"]}]), None), 100);
+    assert_eq!(share(two.clone(), None), 50);
+    assert_eq!(share(two.clone(), Some(100)), 100);
+    assert_eq!(share(two, Some(10)), 10);
+}

@@ -3,7 +3,7 @@
 
 use athanor_contract::{
     redaction::{InvalidPattern, Redaction},
-    serve::{EngineConfig, EventsConfig},
+    serve::{EngineConfig, EventsConfig, Scope},
 };
 use athanor_crds::{
     ContainerEngine, EngineSpec, ModelDeployment, ModelDeploymentSpec, schema::LONGEST_DEPLOYMENT_NAME,
@@ -117,7 +117,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidatedDeployment, Inv
         topic_config: feedback.kafka.topic_config.clone(),
         sample_percent: feedback.sample_percent,
         redact: feedback.redact.clone(),
-        maximum_caller_percent: feedback.maximum_caller_percent,
+        maximum_caller_percent: feedback.maximum_caller_percent.unwrap_or_else(|| default_share(spec)),
         durable_predictions: feedback.durable_predictions,
     });
     if let Some(events) = &events {
@@ -156,6 +156,14 @@ fn engine(spec: &EngineSpec) -> Result<Engine, InvalidDeployment> {
             Ok(Engine::Builtin(config))
         }
     }
+}
+
+/// Largest percentage of the feedback that may come from one caller, if the user has set none. A single caller with the
+/// scope is all the feedback there is.
+fn default_share(spec: &ModelDeploymentSpec) -> u32 {
+    let keys = spec.access.as_ref().and_then(|access| access.api_keys.as_ref());
+    let callers = keys.iter().flat_map(|keys| &keys.callers);
+    if callers.filter(|caller| caller.scopes.contains(&Scope::Feedback)).count() > 1 { 50 } else { 100 }
 }
 
 /// Returns whether a name has the form of those of Kafka's topic configurations.

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use athanor_serving::capacity::{Capacity, Held};
 use axum::{
     body::Body,
     http::{Method, Request, Response, StatusCode},
@@ -21,12 +22,26 @@ const IDLE: Duration = Duration::from_secs(4);
 #[derive(Clone)]
 pub struct Client(legacy::Client<HttpConnector, Body>);
 
+/// A whole body and what it takes of the capacity.
+struct Whole {
+    bytes: Vec<u8>,
+    _held: Held,
+}
+
+impl AsRef<[u8]> for Whole {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// Why a server gave no whole answer.
 #[derive(Debug)]
 pub enum ClientError {
     /// No connection came about: the server has not seen the request.
     Connect(String),
     Lost(String),
+    /// There is no memory left for the answer.
+    Full(String),
 }
 
 impl Default for Client {
@@ -54,28 +69,37 @@ impl Client {
         Ok(response.map(Body::new))
     }
 
-    /// Sends a request and reads the whole answer, of at most `limit` bytes.
-    pub async fn send(&self, request: Request<Body>, limit: usize) -> Result<Response<Bytes>, ClientError> {
+    /// Sends a request and reads the whole answer, of at most `limit` bytes. They take from `capacity` until the last
+    /// clone of the body is dropped.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        limit: usize,
+        capacity: &Capacity,
+    ) -> Result<Response<Bytes>, ClientError> {
         let (parts, body) = self.open(request).await?.into_parts();
-        let mut whole = bytes::BytesMut::new();
+        let mut whole = Vec::new();
+        let mut held = Held::default();
         let mut chunks = body.into_data_stream();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|error| ClientError::Lost(describe(&error)))?;
             if whole.len() + chunk.len() > limit {
                 return Err(ClientError::Lost(format!("the answer is larger than {limit} bytes")));
             }
+            held.add(capacity.hold(chunk.len()).map_err(|full| ClientError::Full(full.to_string()))?);
             whole.extend_from_slice(&chunk);
         }
-        Ok(Response::from_parts(parts, whole.freeze()))
+        Ok(Response::from_parts(parts, Bytes::from_owner(Whole { bytes: whole, _held: held })))
     }
 
-    /// The body of a 200 answer within two seconds.
+    /// The body of a 200 answer within two seconds, for the router's own use.
     pub async fn get(&self, address: SocketAddr, path: &str, limit: usize) -> Result<Bytes, String> {
+        let capacity = Capacity::new(limit);
         let request = Request::builder().method(Method::GET).uri(format!("http://{address}{path}"));
         let request = request.body(Body::empty()).map_err(|error| error.to_string())?;
-        match tokio::time::timeout(Duration::from_secs(2), self.send(request, limit)).await {
+        match tokio::time::timeout(Duration::from_secs(2), self.send(request, limit, &capacity)).await {
             Err(_) => Err("no answer within 2 s".into()),
-            Ok(Err(ClientError::Connect(error) | ClientError::Lost(error))) => Err(error),
+            Ok(Err(ClientError::Connect(error) | ClientError::Lost(error) | ClientError::Full(error))) => Err(error),
             Ok(Ok(response)) if response.status() != StatusCode::OK => Err(format!("status {}", response.status())),
             Ok(Ok(response)) => Ok(response.into_body()),
         }

@@ -5,7 +5,6 @@
 
 use std::{
     future::Future,
-    ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use super::{
     endpoints::{Endpoint, Outstanding, Registry, Snapshot},
     select::{self, Target},
 };
-use crate::analysis::{Analysis, Counters};
+use crate::analysis::{self, Analysis, Outcome, Tally};
 
 /// How long an endpoint is avoided that could not be reached or said that it is unavailable.
 pub const AVOID: Duration = Duration::from_secs(1);
@@ -58,8 +57,8 @@ impl Policy {
 
 /// The outcome of one attempt.
 pub enum Attempt<T> {
-    /// The answer to hand on; `ok` is false when it is the server's fault.
-    Answer { answer: T, ok: bool },
+    /// The answer to hand on.
+    Answer { answer: T, worth: analysis::Answer },
     /// The server refuses this request, as any other would: the answer to hand on.
     Refused { answer: T },
     /// The server has too much to do: another may take it now, else this is the answer.
@@ -69,6 +68,8 @@ pub enum Attempt<T> {
     Lacking { answer: T },
     /// The server answered that it cannot: another should, else this is the answer.
     Unavailable { answer: T },
+    /// The server answered, and the router has no memory left for the answer.
+    Unheld { failure: String },
     /// The request was lost on its way or on the way back.
     Lost { failure: String },
     /// No server was reached.
@@ -103,21 +104,25 @@ pub enum ForwardError {
     Failed { revision: String, failure: String },
     #[error("no answer within {seconds} s")]
     Timeout { revision: String, seconds: u64 },
+    /// The router cannot hold the answer.
+    #[error("{failure}")]
+    Overloaded { revision: String, failure: String },
 }
 
 impl ForwardError {
     /// The revision that should have answered.
     pub fn revision(&self) -> &str {
         match self {
-            Self::NoEndpoint { revision, .. } | Self::Failed { revision, .. } | Self::Timeout { revision, .. } => {
-                revision
-            }
+            Self::NoEndpoint { revision, .. }
+            | Self::Failed { revision, .. }
+            | Self::Timeout { revision, .. }
+            | Self::Overloaded { revision, .. } => revision,
         }
     }
 }
 
 /// The outcomes of a request's attempts so far.
-struct SoFar<T> {
+struct SoFar<'a, T> {
     /// The newest answer that is worth less than another attempt.
     fallback: Option<Forwarded<T>>,
     /// The newest failure.
@@ -128,64 +133,76 @@ struct SoFar<T> {
     lacking: bool,
     /// Attempts that were lost after a server had been reached.
     lost: u32,
+    /// What counts in the analysis.
+    tally: Tally<'a>,
 }
 
-impl<T> SoFar<T> {
-    /// Counts an attempt and keeps what is to be known of it: the answer to hand on, or whether the server took the
-    /// request on. `from`: where it went, and how long it took.
-    fn record(
-        &mut self,
-        outcome: Attempt<T>,
-        endpoint: &Endpoint,
-        from: Forwarded<()>,
-        analysis: Option<&Analysis>,
-    ) -> ControlFlow<Forwarded<T>, bool> {
+/// What follows an attempt.
+enum Then<T> {
+    /// This is what the client gets.
+    End(Result<Forwarded<T>, ForwardError>),
+    /// Another attempt. `was_taken_on`: the server took the request on.
+    Another { was_taken_on: bool },
+}
+
+impl<T> SoFar<'_, T> {
+    /// Counts an attempt and keeps what is to be known of it. `from`: where it went, and how long it took.
+    fn record(&mut self, outcome: Attempt<T>, endpoint: &Endpoint, from: Forwarded<()>) -> Then<T> {
         self.busy = false;
         self.lacking = matches!(outcome, Attempt::Lacking { .. });
+        let revision = from.revision.clone();
         match outcome {
-            Attempt::Answer { answer, ok } => {
-                count(analysis, &from.revision, |counters| counters.answered(from.latency, ok));
-                return ControlFlow::Break(from.with(answer));
+            Attempt::Answer { answer, worth } => {
+                self.tally.add(&revision, Outcome::Answered { latency: from.latency, answer: worth });
+                return Then::End(Ok(from.with(answer)));
             }
             Attempt::Refused { answer } => {
-                count(analysis, &from.revision, Counters::refused);
-                return ControlFlow::Break(from.with(answer));
+                self.tally.add(&revision, Outcome::Rejected);
+                return Then::End(Ok(from.with(answer)));
             }
-            Attempt::Busy { answer } | Attempt::Lacking { answer } => {
-                if !self.lacking {
-                    endpoint.set_busy(Instant::now(), BUSY);
-                }
-                count(analysis, &from.revision, Counters::refused);
+            // The router's own trouble, which counts for no revision.
+            Attempt::Unheld { failure } => {
+                return Then::End(Err(ForwardError::Overloaded { revision: revision.to_string(), failure }));
+            }
+            Attempt::Busy { answer } => {
+                endpoint.set_busy(Instant::now(), BUSY);
+                self.tally.add(&revision, Outcome::Busy);
+                self.fallback = Some(from.with(answer));
+                self.busy = true;
+            }
+            Attempt::Lacking { answer } => {
+                self.tally.add(&revision, Outcome::Rejected);
                 self.fallback = Some(from.with(answer));
                 self.busy = true;
             }
             Attempt::Unavailable { answer } => {
-                count(analysis, &from.revision, Counters::failed);
+                self.tally.add(&revision, Outcome::Unavailable);
                 endpoint.avoid(Instant::now(), AVOID);
                 self.fallback = Some(from.with(answer));
                 // It has not begun, as a server that is starting or going: like one that was not reached.
-                return ControlFlow::Continue(false);
+                return Then::Another { was_taken_on: false };
             }
             Attempt::Lost { failure } => {
-                count(analysis, &from.revision, Counters::failed);
+                self.tally.add(&revision, Outcome::Missing);
                 endpoint.avoid(Instant::now(), AVOID_SHORTLY);
                 self.failure = Some(failure);
                 self.lost += 1;
             }
             Attempt::Unreached { failure } => {
-                count(analysis, &from.revision, Counters::failed);
+                self.tally.add(&revision, Outcome::Missing);
                 endpoint.avoid(Instant::now(), AVOID);
                 self.failure = Some(failure);
-                return ControlFlow::Continue(false);
+                return Then::Another { was_taken_on: false };
             }
         }
-        ControlFlow::Continue(true)
+        Then::Another { was_taken_on: true }
     }
 }
 
 /// Runs `attempt` on one endpoint after the other until there is an answer; it also takes the adapter of the revision that the
 /// endpoint answers for. `usable` leaves endpoints out, such as those without
-/// a gRPC port. Attempts are counted in `analysis`; requests that do not run the model are not counted anywhere.
+/// a gRPC port. The request is counted in `analysis`, once for each revision that took part; absent: nowhere, as of requests that do
+/// not run the model.
 pub async fn forward<T, F>(
     registry: &Registry,
     analysis: Option<&Analysis>,
@@ -204,7 +221,8 @@ where
     let mut tried: Vec<(Option<Arc<str>>, Arc<Endpoint>)> = Vec::new();
     let mut left = policy.retries;
     let mut give_up: Option<Instant> = None;
-    let mut so_far = SoFar { fallback: None, failure: None, busy: false, lacking: false, lost: 0 };
+    let mut so_far =
+        SoFar { fallback: None, failure: None, busy: false, lacking: false, lost: 0, tally: Tally::new(analysis) };
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
@@ -221,8 +239,8 @@ where
             let until = (*give_up.get_or_insert(now + policy.wait)).min(deadline);
             if so_far.busy || now >= until {
                 let revision = first(&snapshot, target);
-                if so_far.failure.is_none() && so_far.fallback.is_none() && snapshot.revision(&revision).is_some() {
-                    count(analysis, &revision.as_str().into(), Counters::failed);
+                if so_far.tally.is_empty() && snapshot.revision(&revision).is_some() {
+                    so_far.tally.add(&revision.as_str().into(), Outcome::Missing);
                 }
                 return so_far.fallback.ok_or(ForwardError::NoEndpoint { revision, failure: so_far.failure });
             }
@@ -242,9 +260,9 @@ where
         let ended = Instant::now();
         let latency = ended.saturating_duration_since(now);
         let from = Forwarded { answer: (), revision: revision.clone(), latency, outstanding };
-        let was_taken_on = match so_far.record(outcome, &endpoint, from, analysis) {
-            ControlFlow::Break(answer) => return Ok(answer),
-            ControlFlow::Continue(was_taken_on) => was_taken_on,
+        let was_taken_on = match so_far.record(outcome, &endpoint, from) {
+            Then::End(end) => return end,
+            Then::Another { was_taken_on } => was_taken_on,
         };
         if ended >= deadline {
             let error = ForwardError::Timeout { revision: revision.to_string(), seconds: policy.timeout.as_secs() };
@@ -266,12 +284,6 @@ where
         );
         metrics::counter!("athanor_router_retries_total").increment(1);
         tried.push((so_far.lacking.then_some(revision), endpoint));
-    }
-}
-
-fn count(analysis: Option<&Analysis>, revision: &Arc<str>, event: impl FnOnce(&Counters)) {
-    if let Some(analysis) = analysis {
-        event(&analysis.of(revision));
     }
 }
 

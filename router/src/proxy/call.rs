@@ -6,7 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use athanor_contract::{event::TokenUsage, process::header, serve::Scope};
+use athanor_contract::{
+    event::TokenUsage,
+    process::{failure, header},
+    serve::Scope,
+};
 use athanor_serving::api::inference::{
     contents,
     generation::{self, Ending},
@@ -22,6 +26,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use super::pass::{passed_on, target, with_adapter};
 use crate::{
     access::{Caller, Denied, Meter},
+    analysis::Answer as Worth,
     balance::{
         endpoints::{Endpoint, Snapshot},
         forward::{self, Attempt, ForwardError, Forwarded, Policy},
@@ -169,11 +174,12 @@ fn status(error: ForwardError) -> Status {
     match error {
         ForwardError::NoEndpoint { .. } | ForwardError::Failed { .. } => Status::unavailable(message),
         ForwardError::Timeout { .. } => Status::deadline_exceeded(message),
+        ForwardError::Overloaded { .. } => Status::resource_exhausted(message),
     }
 }
 
 fn outcome<A>(endpoint: &Endpoint, answer: Result<Response<A>, Status>) -> Attempt<Result<Response<A>, Status>> {
-    let Err(status) = &answer else { return Attempt::Answer { answer, ok: true } };
+    let Err(status) = &answer else { return Attempt::Answer { answer, worth: Worth::Good } };
     // A status with a source was made on this side: the call did not get through, or its connection was lost.
     if status.source().is_some() {
         let failure = format!("{}: {}", endpoint.http, status.message());
@@ -195,9 +201,12 @@ fn outcome<A>(endpoint: &Endpoint, answer: Result<Response<A>, Status>) -> Attem
         | Code::Unauthenticated => Attempt::Refused { answer },
         // DeadlineExceeded: an answer of a language model took longer than the server lets it.
         Code::Internal | Code::Unknown | Code::DataLoss | Code::DeadlineExceeded => {
-            Attempt::Answer { answer, ok: false }
+            let why = status.metadata().get(header::FAILURE).map(|why| why.as_bytes());
+            let is_not_finite = why == Some(failure::NOT_FINITE.as_bytes());
+            let worth = if is_not_finite { Worth::NotFinite } else { Worth::Failed };
+            Attempt::Answer { answer, worth }
         }
-        _ => Attempt::Answer { answer, ok: true },
+        _ => Attempt::Answer { answer, worth: Worth::Good },
     }
 }
 

@@ -11,14 +11,19 @@ use std::{
 };
 
 use athanor_contract::serve::Scope;
-use athanor_serving::api::{
-    headers,
-    inference::{
-        generation::{is_final, is_generation, reported_tokens, set},
-        label,
-        protocol::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice},
-        stream::{MOST_AT_ONCE, STATUS_ERRORS, leaving, message, wants_status},
+use athanor_serving::{
+    api::{
+        headers,
+        inference::{
+            generation::{is_final, is_generation, reported_tokens, set},
+            label,
+            protocol::{
+                ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
+            },
+            stream::{MOST_AT_ONCE, STATUS_ERRORS, hold, leaving, message, wants_status},
+        },
     },
+    capacity::Capacity,
 };
 use athanor_telemetry::Readiness;
 use axum::http::HeaderMap;
@@ -53,6 +58,8 @@ struct Exchange {
     /// Metadata of the stream.
     incoming: HeaderMap,
     sender: Sender,
+    /// Where the bytes of the requests are taken from; absent: nowhere.
+    capacity: Option<Capacity>,
 }
 
 /// Takes a client's stream.
@@ -64,7 +71,7 @@ pub fn open(
     ready: Readiness,
     request: Request<Streaming<ModelInferRequest>>,
 ) -> Result<Response<Responses>, Status> {
-    let (metadata, _, requests) = request.into_parts();
+    let (metadata, extensions, requests) = request.into_parts();
     let incoming = metadata.into_headers();
     let id = gateway.ids.generate().unproven();
     if let Some(access) = &gateway.access
@@ -75,7 +82,8 @@ pub fn open(
         return Err(status);
     }
     let (sender, mut receiver) = mpsc::channel(1);
-    tokio::spawn(read(Arc::new(Exchange { gateway, incoming, sender }), ready, requests).in_current_span());
+    let exchange = Exchange { gateway, incoming, sender, capacity: Capacity::of(&extensions) };
+    tokio::spawn(read(Arc::new(exchange), ready, requests).in_current_span());
     let responses = stream::poll_fn(move |context| receiver.poll_recv(context)).boxed();
     let mut response = Response::new(responses);
     label(response.metadata_mut(), &id, "");
@@ -165,6 +173,10 @@ impl Exchange {
     /// Answers one request.
     async fn answer(&self, request: ModelInferRequest) {
         let gateway = &self.gateway;
+        let _held = match hold(self.capacity.as_ref(), &request) {
+            Ok(held) => held,
+            Err(status) => return self.fail(&request, "", "", status).await,
+        };
         let began = Instant::now();
         // A shutdown waits for answers of language models.
         let _running = is_generation(&request).then(|| gateway.running.begin());

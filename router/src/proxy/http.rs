@@ -136,7 +136,7 @@ async fn classify(State(gateway): State<Arc<Gateway>>, request: Request) -> Resp
         let body = body::read(&parts.headers, body, gateway.limits().max_body_bytes).await?;
         let id = pass::id(&parts)?;
         let way = Way { policy: Policy::new(&gateway.limits()), is_counted: true, selects: false };
-        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
+        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES, &gateway.capacity);
         let forwarded = pass::pass_on(&gateway, &parts, &id, &body, way, send).await?;
         Ok::<_, ApiErrorOf>((id, body, forwarded))
     };
@@ -188,7 +188,7 @@ async fn plain(State(gateway): State<Arc<Gateway>>, request: Request) -> Respons
         let body = body::read(&parts.headers, body, limits.max_body_bytes).await?;
         let selects = pass::selects_adapter(&gateway, &body);
         let way = Way { policy: Policy::new(&limits), is_counted: false, selects };
-        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES);
+        let send = |request| gateway.client.send(request, MAX_ANSWER_BYTES, &gateway.capacity);
         pass::pass_on(&gateway, &parts, &pass::id(&parts)?, &body, way, send).await
     };
     answer.await.map_or_else(IntoResponse::into_response, respond)

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use athanor_contract::process::failure;
 use athanor_serving::api::{headers, openai::ApiError};
 use axum::{
     body::Body,
@@ -20,6 +21,7 @@ use bytes::Bytes;
 use crate::{
     access::Caller,
     adapter,
+    analysis::Answer as Worth,
     balance::{
         client::ClientError,
         endpoints::{Endpoint, Snapshot},
@@ -89,6 +91,7 @@ impl From<ForwardError> for ApiErrorOf {
             ForwardError::NoEndpoint { .. } => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_endpoint", message),
             ForwardError::Failed { .. } => ApiError::new(StatusCode::BAD_GATEWAY, "no_answer", message),
             ForwardError::Timeout { .. } => ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message),
+            ForwardError::Overloaded { .. } => ApiError::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", message),
         };
         Self { error, revision }
     }
@@ -198,9 +201,16 @@ fn outcome<T>(
             }
             // The last is llama.cpp's for what a model or its options do not offer.
             status if status.is_client_error() || status == StatusCode::NOT_IMPLEMENTED => Attempt::Refused { answer },
-            status => Attempt::Answer { answer, ok: !status.is_server_error() },
+            status if status.is_server_error() => {
+                let is_not_finite =
+                    answer.headers().get(headers::FAILURE).is_some_and(|why| why == failure::NOT_FINITE);
+                let worth = if is_not_finite { Worth::NotFinite } else { Worth::Failed };
+                Attempt::Answer { answer, worth }
+            }
+            _ => Attempt::Answer { answer, worth: Worth::Good },
         },
         Err(ClientError::Connect(error)) => Attempt::Unreached { failure: format!("{}: {error}", endpoint.http) },
+        Err(ClientError::Full(failure)) => Attempt::Unheld { failure },
         Err(ClientError::Lost(error)) => Attempt::Lost { failure: format!("{}: {error}", endpoint.http) },
     }
 }

@@ -23,6 +23,7 @@ use athanor_feedback::{
     signing::{LENGTH, Purpose, SharedKeys},
     spill,
 };
+use athanor_serving::capacity::Capacity;
 use axum::{
     Router,
     body::{Body, Bytes},
@@ -37,7 +38,9 @@ use crate::{balance::client::Client, gateway::Gateway};
 /// Header with the signature of the body, in hexadecimal digits.
 const SIGNATURE: &str = "x-athanor-signature";
 /// Most bytes of a request: a segment of 8 MiB and the events of one more fsync.
-const LARGEST: usize = 128 << 20;
+pub const LARGEST: usize = 128 << 20;
+/// Most bytes of the answer to it.
+const ANSWER: usize = 1 << 20;
 /// Time limit of a request.
 const REQUEST: Duration = Duration::from_secs(15);
 /// Time in which Kafka is tried between two attempts at the other routers.
@@ -112,6 +115,7 @@ impl Sender {
     pub(crate) async fn give(&self, peers: &[SocketAddr], events: &[Event]) -> Result<(), String> {
         let body: Bytes = serde_json::to_vec(events).map_err(|error| error.to_string())?.into();
         let signature = hexadecimal::encode(&self.keys.get().sign(Purpose::HandOver, &[&body]));
+        let capacity = Capacity::new(ANSWER);
         let mut reason = "no other router is ready".to_owned();
         for peer in peers {
             let request = Request::builder()
@@ -120,7 +124,7 @@ impl Sender {
                 .header(SIGNATURE, &signature)
                 .body(Body::from(body.clone()))
                 .map_err(|error| error.to_string())?;
-            reason = match tokio::time::timeout(REQUEST, self.client.send(request, 1 << 20)).await {
+            reason = match tokio::time::timeout(REQUEST, self.client.send(request, ANSWER, &capacity)).await {
                 Ok(Ok(response)) if response.status() == StatusCode::NO_CONTENT => return Ok(()),
                 Ok(Ok(response)) => format!("{peer}: status {}", response.status()),
                 Ok(Err(error)) => format!("{peer}: {error:?}"),

@@ -7,6 +7,7 @@ use uuid::Uuid;
 pub const REQUEST_ID: HeaderName = HeaderName::from_static(header::REQUEST_ID);
 pub const REVISION: HeaderName = HeaderName::from_static(header::REVISION);
 pub const ADAPTER: HeaderName = HeaderName::from_static(header::ADAPTER);
+pub const FAILURE: HeaderName = HeaderName::from_static(header::FAILURE);
 
 /// The caller's request id if it is usable (1 to 128 letters, digits, `-_.:`), else a new UUIDv7.
 pub fn request_id(headers: &HeaderMap) -> HeaderValue {

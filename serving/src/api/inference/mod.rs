@@ -27,6 +27,7 @@ use tracing::Instrument;
 
 use crate::{
     api::{headers, observe},
+    capacity::Capacity,
     service::{Kind, Service},
 };
 
@@ -147,12 +148,13 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<stream::Responses>, Status> {
-        let (metadata, _, requests) = request.into_parts();
+        let (metadata, extensions, requests) = request.into_parts();
         let incoming = metadata.into_headers();
         let id = headers::request_id(&incoming).to_str().unwrap_or_default().to_owned();
         let (service, ready) = (self.service.clone(), self.ready.clone());
         let revision = answers::revision(&service, &incoming);
-        let opened = stream::Opened { service, request_id: id.clone(), incoming, ready };
+        let opened =
+            stream::Opened { service, request_id: id.clone(), incoming, ready, capacity: Capacity::of(&extensions) };
         let mut response = Response::new(stream::respond(opened, requests));
         let revision = revision.as_ref().map_or(self.service.revision.as_str(), |adapter| adapter.name());
         label(response.metadata_mut(), &id, revision);

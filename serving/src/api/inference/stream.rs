@@ -18,6 +18,7 @@ use futures::{
     Stream, StreamExt,
     stream::{self, BoxStream},
 };
+use prost::Message;
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
 
@@ -26,7 +27,11 @@ use super::{
     generation::{FINAL, is_final, set},
     protocol::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice},
 };
-use crate::{api::observe, service::Service};
+use crate::{
+    api::observe,
+    capacity::{Capacity, Held},
+    service::Service,
+};
 
 /// The responses to all requests of a stream.
 pub type Responses = BoxStream<'static, Result<ModelStreamInferResponse, Status>>;
@@ -46,6 +51,8 @@ pub struct Opened {
     /// Metadata of the stream.
     pub incoming: HeaderMap,
     pub ready: Readiness,
+    /// Where the bytes of the requests are taken from; absent: nowhere.
+    pub capacity: Option<Capacity>,
 }
 
 /// Whether the metadata of a stream asks for errors as statuses.
@@ -92,8 +99,18 @@ pub fn respond(
     answered.chain(end.filter_map(ready)).boxed()
 }
 
+/// Takes a request's bytes from the capacity.
+///
+/// # Errors
+/// Fewer are left.
+pub fn hold(capacity: Option<&Capacity>, request: &ModelInferRequest) -> Result<Held, Status> {
+    let held = capacity.map(|capacity| capacity.hold(request.encoded_len())).transpose()?;
+    Ok(held.unwrap_or_default())
+}
+
 /// One request in progress.
 struct Answering {
+    _held: Held,
     responses: answers::Responses,
     id: String,
     wants_status: bool,
@@ -104,12 +121,19 @@ struct Answering {
 }
 
 fn one(opened: Arc<Opened>, request: ModelInferRequest) -> Responses {
-    let Opened { service, request_id, incoming, .. } = &*opened;
+    let Opened { service, request_id, incoming, capacity, .. } = &*opened;
+    let (id, wants_status) = (request.id.clone(), wants_status(incoming));
+    let held = match hold(capacity.as_ref(), &request) {
+        Ok(held) => held,
+        Err(status) if wants_status => return stream::once(ready(Err(status))).boxed(),
+        Err(status) => return stream::once(ready(Ok(message(id, &status)))).boxed(),
+    };
     let span = answers::span(service, ROUTE, request_id, incoming);
     let answering = Answering {
-        id: request.id.clone(),
+        _held: held,
+        id,
         responses: answers::parts(service.clone(), request, incoming.clone()),
-        wants_status: wants_status(incoming),
+        wants_status,
         span,
         started: Instant::now(),
         code: Code::Cancelled,

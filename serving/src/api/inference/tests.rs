@@ -168,6 +168,10 @@ async fn wrong_requests_to_a_language_model_are_refused_with_a_reason() {
     }
     let status = answers::whole(&service, &ask("", "ab!", &[]), &HeaderMap::new()).await.unwrap_err();
     assert_eq!((status.code(), status.message().contains("out of memory")), (Code::Internal, true), "{status}");
+    assert!(!status.metadata().contains_key("x-athanor-failure"));
+    let status = answers::whole(&service, &ask("", "ab?", &[]), &HeaderMap::new()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Internal);
+    assert_eq!(status.metadata().get("x-athanor-failure").unwrap(), "not_finite");
     let mut both = ask("", "hello", &[]);
     both.raw_input_contents = vec![Bytes::from_static(b"\x01\0\0\0a")];
     assert_eq!(answers::whole(&service, &both, &HeaderMap::new()).await.unwrap_err().code(), Code::InvalidArgument);
@@ -180,7 +184,7 @@ async fn wrong_requests_to_a_language_model_are_refused_with_a_reason() {
 
 fn opened(service: &Arc<Service>, ready: &Readiness) -> stream::Opened {
     let (service, ready) = (service.clone(), ready.clone());
-    stream::Opened { service, request_id: "r".into(), incoming: Default::default(), ready }
+    stream::Opened { service, request_id: "r".into(), incoming: Default::default(), ready, capacity: None }
 }
 
 /// Whether a response is the last one to its request.

@@ -15,6 +15,7 @@ use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
+use crate::capacity::Full;
 
 /// What is read of a body that is too large, in bytes and in time.
 const DISCARDED: usize = 64 << 20;
@@ -53,9 +54,17 @@ async fn read_all(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes
     }
     let mut whole = BytesMut::new();
     while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| {
-            ApiError::new(StatusCode::BAD_REQUEST, "body_incomplete", format!("the body could not be read: {error}"))
-        })?;
+        let chunk = match chunk {
+            Ok(chunk) => chunk,
+            Err(error) => {
+                if let Some(full) = Full::cause_of(&error) {
+                    discard(chunks).await;
+                    return Err(full.into());
+                }
+                let message = format!("the body could not be read: {error}");
+                return Err(ApiError::new(StatusCode::BAD_REQUEST, "body_incomplete", message));
+            }
+        };
         if whole.len() + chunk.len() > limit {
             discard(chunks).await;
             return Err(too_large());
@@ -123,7 +132,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             };
             ("invalid_json", message, param)
         };
-        ApiError { status: StatusCode::BAD_REQUEST, message, param, code, retry_after: None }
+        ApiError { status: StatusCode::BAD_REQUEST, message, param, code, retry_after: None, failure: None }
     })?;
     deserializer.end().map_err(|error| {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {error}"))

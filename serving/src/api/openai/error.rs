@@ -1,5 +1,6 @@
 //! The one place where an error becomes an HTTP answer, in OpenAI's shape.
 
+use athanor_contract::process::failure;
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
@@ -9,7 +10,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    engine::{encode::EngineError, generate::GenerateError},
+    api::headers,
+    capacity::Full,
+    engine::{
+        encode::EngineError,
+        generate::{GenerateError, sampling::LogitsError},
+    },
     service::ServiceError,
 };
 
@@ -24,6 +30,8 @@ pub struct ApiError {
     pub code: &'static str,
     /// Seconds after which the client should try again, of a 429 or 503. Absent: 1.
     pub retry_after: Option<u64>,
+    /// Value of the header `x-athanor-failure`: what failed, for a router that counts it apart.
+    pub failure: Option<&'static str>,
 }
 
 /// The body of an error.
@@ -42,12 +50,18 @@ pub struct ErrorDetail {
 
 impl ApiError {
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code, retry_after: None }
+        Self { status, message: message.into(), param: None, code, retry_after: None, failure: None }
     }
 
     pub fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
+    }
+
+    /// An error of a model whose output is not finite.
+    fn not_finite(message: String) -> Self {
+        let error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message);
+        Self { failure: Some(failure::NOT_FINITE), ..error }
     }
 
     /// An error of the service whose inputs are in this field of the request.
@@ -86,10 +100,13 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let (status, retry_after) = (self.status, self.retry_after.unwrap_or(1));
+        let (status, retry_after, failure) = (self.status, self.retry_after.unwrap_or(1), self.failure);
         let mut response = (status, Json(self.body())).into_response();
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(retry_after));
+        }
+        if let Some(failure) = failure {
+            response.headers_mut().insert(headers::FAILURE, HeaderValue::from_static(failure));
         }
         response
     }
@@ -137,11 +154,18 @@ impl From<ServiceError> for ApiError {
             ServiceError::Engine(EngineError::Stopped) => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine_stopped", message)
             }
-            ServiceError::Engine(EngineError::Backend(_))
-            | ServiceError::NotFinite { .. }
-            | ServiceError::Tokenizer(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message),
+            ServiceError::NotFinite { .. } => Self::not_finite(message),
+            ServiceError::Engine(EngineError::Backend(_)) | ServiceError::Tokenizer(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
+            }
             ServiceError::Generate(error) => error.into(),
         }
+    }
+}
+
+impl From<Full> for ApiError {
+    fn from(full: Full) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", full.to_string())
     }
 }
 
@@ -161,6 +185,7 @@ impl From<GenerateError> for ApiError {
             }
             // The grammar is the client's.
             GenerateError::Constraint(_) => Self::new(StatusCode::BAD_REQUEST, "constraint_failed", message),
+            GenerateError::Logits(LogitsError::NotFinite { .. }) => Self::not_finite(message),
             GenerateError::Logits(_) | GenerateError::Backend(_) | GenerateError::Adapter(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "model_failed", message)
             }

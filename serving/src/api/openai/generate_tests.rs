@@ -174,9 +174,10 @@ async fn a_stream_has_roles_pieces_reasons_usage_and_done() {
 #[tokio::test]
 async fn an_error_of_the_engine_is_a_500_or_the_last_event_of_a_stream() {
     let (app, _, _) = application(limits());
-    for (answer, part) in [("ab!", "out of memory"), ("ab?", "not finite")] {
+    for (answer, part, failure) in [("ab!", "out of memory", None), ("ab?", "not finite", Some("not_finite"))] {
         let (parts, text) = send(&app, CHAT, chat(answer, json!({}))).await;
         assert_eq!(parts.status, 500, "{text}");
+        assert_eq!(parts.headers.get("x-athanor-failure").map(|why| why.to_str().unwrap()), failure);
         let error: Value = serde_json::from_str(&text).unwrap();
         assert!(error["error"]["message"].as_str().unwrap().contains(part), "{text}");
         assert_eq!(error["error"]["type"], "server_error");
