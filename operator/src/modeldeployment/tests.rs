@@ -95,7 +95,7 @@ fn revision(name: &str, ready: bool) -> RevisionStatus {
 }
 
 fn workload(available: i32) -> Workload {
-    Workload { desired: 1, available, replicas: 1, stuck: None }
+    Workload { desired: 1, available, answering: available, replicas: 1, stuck: None }
 }
 
 fn observed(deployment: ModelDeployment) -> Observed {
@@ -242,6 +242,9 @@ fn a_canary_goes_on_holds_or_rolls_back() {
             None,
             "RolledBack",
         ),
+        ("dead before the pause is over", at_step(2, 100, 59), 0, counts(41, 3, 0.0), 60, OLD, None, "RolledBack"),
+        ("dead, and a router is silent", at_step(2, 100, 59), 0, None, 60, OLD, None, "RolledBack"),
+        ("dead with half of the traffic", at_step(1, 50, 59), 0, counts(41, 3, 0.0), 60, OLD, Some(50), "Canary"),
         ("last step", at_step(2, 100, 55), 1, counts(140, 3, 0.0), 60, NEW, None, "Promoted"),
     ];
     for (case, candidate, available, counts, now, current, weight, reason) in table {
@@ -259,6 +262,23 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
         assert!(decision.remove.is_empty(), "{case}: nothing that has or just lost traffic is deleted");
     }
+}
+
+#[test]
+fn a_candidate_whose_deployment_changes_is_not_dead() {
+    let mut subject = canary(at_step(2, 100, 59));
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 41, errors: 3, ..RevisionAnalysis::default() })].into());
+    let mut reason = |workload: Option<Workload>| {
+        subject.revisions.remove(NEW);
+        subject.revisions.extend(workload.map(|workload| (NEW.to_owned(), workload)));
+        decision(&subject, 60).rollout.progressing.reason
+    };
+    // Another number of replicas that has not been observed yet, or a new template whose pods start.
+    assert_eq!(reason(Some(Workload { answering: 1, ..workload(0) })), "Canary");
+    assert_eq!(reason(Some(Workload { desired: 0, ..workload(0) })), "Canary", "the user scaled it to zero");
+    assert_eq!(reason(Some(workload(0))), "RolledBack");
+    assert_eq!(reason(None), "RolledBack", "somebody deleted the Deployment");
 }
 
 #[test]
@@ -388,7 +408,7 @@ fn a_revision_that_never_answered_is_replaced_without_a_canary() {
 #[test]
 fn a_revision_that_answers_with_some_of_its_pods_is_kept() {
     let mut subject = canary(None);
-    subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, replicas: 3, stuck: None });
+    subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, answering: 2, replicas: 3, stuck: None });
     let status = subject.deployment.status.as_mut().unwrap();
     status.current_revision.as_mut().unwrap().ready_at = None;
     let decision = decision(&subject, 60);
@@ -426,7 +446,7 @@ fn what_failed_stays_failed_however_much_fails_after_it() {
         assert_eq!(candidate.revision.job, Some(format!("r{number}")));
         subject.deployment.status = Some(status::next(subject, &decided, Ok(&Applied::assumed()), at(5_000)));
         // Its pods crash.
-        let stuck = Workload { desired: 1, available: 0, replicas: 1, stuck: Some("crashed".into()) };
+        let stuck = Workload { stuck: Some("crashed".into()), ..workload(0) };
         subject.revisions.insert(candidate.revision.name, stuck);
         let over = decision(subject, 5_001);
         assert_eq!(over.rollout.progressing.reason, "RolledBack");

@@ -12,6 +12,8 @@ pub struct Workload {
     pub desired: i32,
     /// Available pods of the newest template.
     pub available: i32,
+    /// Available pods of any template, whether the newest generation has been observed or not.
+    pub answering: i32,
     pub replicas: i32,
     /// The message of an exceeded progress deadline.
     pub stuck: Option<String>,
@@ -22,7 +24,8 @@ impl Workload {
         let desired = workload.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
         let Some(status) = &workload.status else { return Self { desired, ..Self::default() } };
         let is_current = status.observed_generation >= workload.metadata.generation;
-        let available = status.available_replicas.unwrap_or(0).min(status.updated_replicas.unwrap_or(0));
+        let answering = status.available_replicas.unwrap_or(0);
+        let available = answering.min(status.updated_replicas.unwrap_or(0));
         let stuck = status.conditions.iter().flatten().find(|condition| {
             condition.type_ == "Progressing"
                 && condition.status == "False"
@@ -31,9 +34,16 @@ impl Workload {
         Self {
             desired,
             available: if is_current { available } else { 0 },
+            answering,
             replicas: status.replicas.unwrap_or(0),
             stuck: stuck.filter(|_| is_current).map(|condition| condition.message.clone().unwrap_or_default()),
         }
+    }
+
+    /// Returns whether pods are wanted and none is available. It is not affected by a change of the specification that
+    /// the controller of Deployments has not observed yet.
+    pub fn is_dead(&self) -> bool {
+        self.desired > 0 && self.answering == 0
     }
 
     /// Returns whether there is at least one pod and all of them are available.
@@ -86,7 +96,11 @@ mod tests {
         assert_eq!((current.available, current.replicas, current.stuck.as_deref()), (2, 3, Some("late")));
         assert!(current.is_ready() && !workload(2, 1).is_ready());
         let old = workload(1, 3);
-        assert_eq!((old.desired, old.available, old.stuck), (2, 0, None));
+        assert_eq!((old.desired, old.available, &old.stuck), (2, 0, &None));
+        // The pods answer although the newest generation has not been observed.
+        assert!(!old.is_dead() && !old.is_ready());
+        assert!(workload(2, 0).is_dead() && workload(1, 0).is_dead());
+        assert!(!Workload::default().is_dead(), "scaled to zero");
     }
 
     #[test]

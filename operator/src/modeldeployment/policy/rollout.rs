@@ -242,8 +242,22 @@ impl Canary<'_> {
         self.begin(next, index, percent)
     }
 
+    /// Whether the candidate has all of the traffic and no pod of it answers. A missing workload counts as one without
+    /// pods. Servers that the champion shares are no fault of the candidate.
+    fn is_dead(&self, next: &Rollout) -> bool {
+        let base = self.candidate.revision.base.as_ref();
+        let is_shared = base.is_some() && next.current.as_ref().and_then(|current| current.base.as_ref()) == base;
+        let workload = self.inputs.workloads.get(&self.candidate.revision.name);
+        self.candidate.weight == 100 && !is_shared && workload.is_none_or(Workload::is_dead)
+    }
+
     /// Judges a candidate that has traffic: rolls it back, holds it, or takes it to the next step.
     fn judge(self, mut next: Rollout) -> Rollout {
+        if self.is_dead(&next) {
+            // No other revision answers: neither the pause nor the number of requests matters.
+            let why = format!("no pod of it answers at 100 %: {}", self.workload.progress());
+            return self.roll_back(next, &why);
+        }
         if self.inputs.counts.is_none() {
             return self.hold(next, "Inconclusive", "on hold: not all routers answer".into());
         }
@@ -266,11 +280,6 @@ impl Canary<'_> {
             // Without the counts: the status would be written with every request.
             let message = format!("{at} lasts {} s", self.pause.as_secs());
             return self.hold(next, "Canary", message);
-        }
-        if self.candidate.weight == 100 && self.workload.available == 0 {
-            // No other revision answers: the number of requests does not matter.
-            let message = self.workload.progress();
-            return self.roll_back(next, &message);
         }
         let minimum = self.spec.analysis.minimum_requests;
         if requests < minimum {
