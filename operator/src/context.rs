@@ -23,7 +23,7 @@ pub struct Context {
     pub stores: Stores,
     pub memory: Memory,
     pub reports: Arc<Reports>,
-    /// Client for the routers' counts.
+    /// Client for pods.
     pub http: reqwest::Client,
     /// Which the loops of this process beat.
     pub liveness: Liveness,

@@ -14,7 +14,7 @@ use futures::{Stream, StreamExt, stream};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
-        apps::v1::Deployment,
+        apps::v1::{Deployment, ReplicaSet},
         batch::v1::Job,
         core::v1::{ConfigMap, Pod, Service},
     },
@@ -111,7 +111,8 @@ async fn control<K: Kind>(
 
 async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Queues) {
     let namespace = context.settings.namespace_watch.as_deref();
-    let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = feeds;
+    let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, replica_sets, services, config_maps } =
+        feeds;
     let ours = || watcher::Config::default().labels(OURS);
     let deployments = &context.stores.model_deployments;
     let fine_tune_jobs =
@@ -144,6 +145,14 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
     let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, prune::workload, |workload| {
         queues.deployments.wake(owners(workload));
     });
+    // A pod is trusted once its ReplicaSet is known. The events of both wake nobody: those of the Deployment do.
+    let replica_sets = watch::<PartialObjectMeta<ReplicaSet>>(
+        api(client, namespace),
+        ours(),
+        replica_sets,
+        prune::replica_set,
+        |_| {},
+    );
     let services =
         watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, prune::metadata, |service| {
             queues.deployments.wake(owners(service));
@@ -157,7 +166,7 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
             queues.deployments.wake(owners(config_map));
         },
     );
-    futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps);
+    futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, replica_sets, services, config_maps);
 }
 
 fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>

@@ -9,6 +9,7 @@ use athanor_operator::{
     context::Context,
     controllers,
     lease::Election,
+    modeldeployment,
     ops::{self, Ops},
     progress::{ProgressService, Reports, proto::progress_server::ProgressServer},
     settings::Settings,
@@ -42,9 +43,7 @@ async fn main() -> anyhow::Result<()> {
 async fn run(settings: Settings) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
     let client = kube::Client::try_default().await.context("connecting to Kubernetes")?;
-    // Routers answer themselves: a redirect could send the operator anywhere.
-    let http = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build();
-    let http = http.context("making the HTTP client")?;
+    let http = modeldeployment::pod_client().context("making the HTTP client")?;
     let (changed, mut reported) = mpsc::channel(REPORTED);
     let reports = Arc::new(Reports::new(changed));
     let (stores, feeds) = Stores::new();

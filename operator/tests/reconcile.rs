@@ -149,6 +149,7 @@ fn operator_of(client: Client) -> (Arc<Context>, Feeds) {
     list_nothing(&mut feeds.batch_jobs);
     list_nothing(&mut feeds.pods);
     list_nothing(&mut feeds.workloads);
+    list_nothing(&mut feeds.replica_sets);
     list_nothing(&mut feeds.services);
     list_nothing(&mut feeds.config_maps);
     let settings = Settings::parse_from(["athanor-operator"]);

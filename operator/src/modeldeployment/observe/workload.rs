@@ -1,10 +1,14 @@
 //! The state of a Kubernetes Deployment and of its pods.
 
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
-use kube::ResourceExt;
+use std::collections::BTreeSet;
 
-/// Label of a pod with the hash of its template, which the ReplicaSet's name ends with.
-const TEMPLATE_HASH: &str = "pod-template-hash";
+use k8s_openapi::api::{
+    apps::v1::{Deployment, ReplicaSet},
+    core::v1::Pod,
+};
+use kube::{Resource, ResourceExt};
+
+use crate::cluster::is_owned_by;
 
 /// The state of a Kubernetes Deployment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,12 +68,30 @@ pub fn is_ready(pod: &Pod) -> bool {
         && conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// Returns whether a pod belongs to a ReplicaSet of the workload with this name.
-pub fn is_of(pod: &Pod, workload: &str) -> bool {
-    let Some(hash) = pod.labels().get(TEMPLATE_HASH) else { return false };
-    let set = format!("{workload}-{hash}");
-    let is_set = |kind: &str, name: &str| kind == "ReplicaSet" && name == set;
-    pod.owner_references().iter().any(|owner| owner.controller == Some(true) && is_set(&owner.kind, &owner.name))
+/// UIDs of the ReplicaSets of one workload.
+///
+/// A pod is the workload's if its controller is one of them. Names and labels prove nothing: whoever may create pods
+/// chooses them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReplicaSets(BTreeSet<String>);
+
+impl ReplicaSets {
+    /// Takes those of `sets` whose controller is the workload with this UID.
+    pub fn of<'a, K: Resource + 'a>(sets: impl IntoIterator<Item = &'a K>, workload: &str) -> Self {
+        let own = sets.into_iter().filter(|set| is_owned_by(*set, workload));
+        Self(own.filter_map(|set| set.uid()).collect())
+    }
+
+    /// Returns whether the pod's controller is one of them.
+    pub fn control(&self, pod: &Pod) -> bool {
+        let mut owners = pod.owner_references().iter();
+        owners.any(|owner| {
+            owner.controller == Some(true)
+                && owner.kind == ReplicaSet::kind(&())
+                && owner.api_version == ReplicaSet::api_version(&())
+                && self.0.contains(&owner.uid)
+        })
+    }
 }
 
 #[cfg(test)]
@@ -104,18 +126,33 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_its_replica_sets() {
-        let pod = |kind: &str, name: &str, controller: bool| -> Pod {
+    fn a_pod_is_its_replica_sets_by_uid() {
+        let owned = |name: &str, version: &str, kind: &str, uid: &str, controller: bool| {
             let owner =
-                json!({"apiVersion": "apps/v1", "kind": kind, "name": name, "uid": "u", "controller": controller});
-            let metadata = json!({"name": "p", "labels": {"pod-template-hash": "5d9c"}, "ownerReferences": [owner]});
-            serde_json::from_value(json!({"metadata": metadata})).unwrap()
+                json!({"apiVersion": version, "kind": kind, "name": "any", "uid": uid, "controller": controller});
+            json!({"metadata": {"name": name, "uid": format!("uid-{name}"), "ownerReferences": [owner]}})
         };
-        assert!(is_of(&pod("ReplicaSet", "m-1-5d9c", true), "m-1"));
-        assert!(!is_of(&pod("ReplicaSet", "m-1-5d9c", true), "m-2"), "another workload's");
-        assert!(!is_of(&pod("ReplicaSet", "m-1-x", true), "m-1"), "the ReplicaSet of another template");
-        assert!(!is_of(&pod("ReplicaSet", "m-1-5d9c", false), "m-1"));
-        assert!(!is_of(&pod("Job", "m-1-5d9c", true), "m-1"));
-        assert!(!is_of(&Pod::default(), "m-1"), "a pod that nobody controls");
+        let set = |name: &str, workload: &str| -> ReplicaSet {
+            serde_json::from_value(owned(name, "apps/v1", "Deployment", workload, true)).unwrap()
+        };
+        let sets = [set("router-1", "d1"), set("router-2", "d1"), set("other-1", "d2"), ReplicaSet::default()];
+        let own = ReplicaSets::of(&sets, "d1");
+        let pod = |version: &str, kind: &str, set: &str, controller: bool| -> Pod {
+            serde_json::from_value(owned("p", version, kind, set, controller)).unwrap()
+        };
+        for set in ["uid-router-1", "uid-router-2"] {
+            assert!(own.control(&pod("apps/v1", "ReplicaSet", set, true)), "{set}");
+        }
+        let mut invented = pod("apps/v1", "ReplicaSet", "invented", true);
+        assert!(!own.control(&invented), "a name and an invented UID");
+        invented.labels_mut().insert("pod-template-hash".into(), "1".into());
+        invented.owner_references_mut()[0].name = "router-1".into();
+        assert!(!own.control(&invented), "with the labels and the name of a real one");
+        assert!(!own.control(&pod("apps/v1", "ReplicaSet", "uid-other-1", true)), "another workload's");
+        assert!(!own.control(&pod("apps/v1", "ReplicaSet", "uid-router-1", false)), "not its controller");
+        assert!(!own.control(&pod("batch/v1", "Job", "uid-router-1", true)), "another kind");
+        assert!(!own.control(&pod("example.com/v1", "ReplicaSet", "uid-router-1", true)), "another group");
+        assert!(!own.control(&Pod::default()), "a pod that nobody controls");
+        assert!(!ReplicaSets::of(&sets, "").control(&pod("apps/v1", "ReplicaSet", "", true)));
     }
 }
