@@ -144,7 +144,7 @@ fn a_candidate_that_fails_three_times_as_often_is_caught() {
 /// As well in docs/canary.md.
 #[test]
 fn a_candidate_that_is_slower_than_the_limit_is_caught() {
-    for (candidate, requests) in [(0.1, 1_500), (0.15, 500), (0.3, 100)] {
+    for (candidate, requests) in [(0.1, 1_000), (0.15, 300), (0.3, 60)] {
         is_caught([0.01, candidate], requests, true);
     }
 }
