@@ -360,9 +360,21 @@ impl LatencyHistogram {
         }
     }
 
+    /// Number of answers.
+    pub fn total(&self) -> u64 {
+        self.0.iter().fold(0, |total, &count| total.saturating_add(count))
+    }
+
+    /// Number of answers that certainly took longer: those of the latency's own bucket, which ends at most a twelfth
+    /// above it, do not count.
+    pub fn slower_than(&self, milliseconds: f64) -> u64 {
+        let slower = self.0.iter().skip(Self::bucket(milliseconds) + 1);
+        slower.fold(0, |total, &count| total.saturating_add(count))
+    }
+
     /// The upper end, in milliseconds, of the bucket that holds this share of the answers; 0 without answers.
     pub fn percentile(&self, share: f64) -> f64 {
-        let total: u64 = self.0.iter().fold(0, |total, &count| total.saturating_add(count));
+        let total = self.total();
         if total == 0 {
             return 0.0;
         }

@@ -92,13 +92,13 @@ pub struct FineTuneJobStatus {
     /// Number of restarts after a preemption, which do not count.
     #[serde(default)]
     pub preemptions: u32,
-    /// Number of preemptions in a row before which the training made no progress; too many end the job.
+    /// Number of preemptions in a row between which no further checkpoint was written; too many end the job.
     #[serde(default, skip_serializing_if = "crate::is_default")]
     pub fruitless_preemptions: u32,
     /// Time of the last preemption.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preempted_at: Option<Time>,
-    /// Number of optimizer steps that had been done then.
+    /// Step of the newest checkpoint then.
     #[serde(default, skip_serializing_if = "crate::is_default")]
     pub preempted_at_step: u64,
     /// Number of the current attempt, from 0; its Kubernetes Job is named {name}-{attempt}.

@@ -167,12 +167,11 @@ pub struct CanarySpec {
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "atomic", "x-kubernetes-validations" = [
         {"rule": "self.map(s, s.trafficPercent).isSorted()", "message": "trafficPercent must not decrease from step to step"}]))]
     pub steps: Vec<CanaryStep>,
-    /// Limits on the candidate's traffic. Within them the rollout continues; beyond them it is rolled back; with too
-    /// few requests it waits. Errors are counted from the start of each step, latency over all answers of the
-    /// candidate.
+    /// Limits on the candidate's traffic. Within them the rollout continues; if it is shown to be beyond them it is rolled
+    /// back; with too few requests it waits. Everything is counted from the start of each step.
     pub analysis: AnalysisSpec,
-    /// Seconds after which a rollout without a verdict is rolled back, from the creation of the candidate. Absent: it may
-    /// hold for ever.
+    /// Seconds after which a rollout without a verdict is rolled back, from the creation of the candidate. Absent: seven
+    /// days and the pauses of all steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub deadline_seconds: Option<u32>,
@@ -211,7 +210,9 @@ pub struct AnalysisSpec {
     /// Largest percentage of failed requests. A candidate is rolled back if it is shown to exceed it, unless the current
     /// revision may exceed it too; it does not continue while more of its requests failed.
     pub max_error_percent: Decimal,
-    /// Largest 95th percentile of latency in milliseconds. Absent: no limit.
+    /// Largest 95th percentile of latency in milliseconds. A candidate is rolled back if more than 5 percent of its
+    /// answers are shown to take longer, unless as many of the current revision's may; it does not continue while more
+    /// of its answers take longer. Absent: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 600_000))]
     pub max_latency_p95_ms: Option<u32>,
@@ -437,6 +438,9 @@ pub struct CandidateStatus {
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub routers: String,
+    /// maxLatencyP95Ms as of the start of the step: with another value the step begins again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_limit_ms: Option<u32>,
 }
 
 /// Counts of the routers for one revision.
@@ -453,6 +457,10 @@ pub struct RevisionCounts {
     pub judged: u64,
     /// Number of wrong answers among them.
     pub wrong: u64,
+    /// Number of answers whose latency was measured.
+    pub answered: u64,
+    /// Number of answers among them that took longer than maxLatencyP95Ms.
+    pub slow: u64,
 }
 
 /// A revision that is answering its last requests.

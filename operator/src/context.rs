@@ -9,7 +9,8 @@ use std::{
 use kube::{Client, runtime::controller::Action};
 
 use crate::{
-    cluster::Cluster, lease::Leadership, memory::Memory, progress::Reports, settings::Settings, stores::Stores,
+    cluster::Cluster, lease::Leadership, liveness::Liveness, memory::Memory, progress::Reports, settings::Settings,
+    stores::Stores,
 };
 
 /// Longest pause between two attempts to reconcile an object.
@@ -22,8 +23,10 @@ pub struct Context {
     pub stores: Stores,
     pub memory: Memory,
     pub reports: Arc<Reports>,
-    /// Client for the routers' counts.
+    /// Client for pods.
     pub http: reqwest::Client,
+    /// Which the loops of this process beat.
+    pub liveness: Liveness,
     leadership: Leadership,
     failures: Mutex<HashMap<String, u32>>,
 }
@@ -37,8 +40,8 @@ impl Context {
         http: reqwest::Client,
         leadership: Leadership,
     ) -> Self {
-        let (memory, failures) = Default::default();
-        Self { client, settings, stores, memory, reports, http, leadership, failures }
+        let (memory, liveness, failures) = Default::default();
+        Self { client, settings, stores, memory, reports, http, liveness, leadership, failures }
     }
 
     /// Returns the writer for the object with this key.

@@ -3,14 +3,18 @@
 //! There is one watch for each resource. It fills the cache that reconciles read, and after that wakes what depends on
 //! the object: its owner, the deployments that serve a job's model, the search that a trial belongs to.
 
-use std::{pin::pin, sync::Arc, time::Instant};
+use std::{
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use athanor_crds::{FineTuneJob, ModelDeployment, label};
 use futures::{Stream, StreamExt, stream};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
-        apps::v1::Deployment,
+        apps::v1::{Deployment, ReplicaSet},
         batch::v1::Job,
         core::v1::{ConfigMap, Pod, Service},
     },
@@ -26,6 +30,7 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,6 +43,8 @@ use crate::{
 
 /// Reconciles of each kind that may run at the same time.
 const CONCURRENCY: u16 = 16;
+/// Time between two heartbeats of a controller.
+const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Labels of children.
 const OURS: &str = "app.kubernetes.io/managed-by=athanor";
 
@@ -70,21 +77,32 @@ pub async fn run(
     }
 }
 
-/// Runs the controller of one kind on the objects of a stream.
+/// Runs the controller of one kind on the objects of a stream, and beats with each object that it is done with.
+///
+/// A heartbeat is an object that does not exist: it passes the queue and takes a place among the running reconciles, and
+/// the controller finds that it is not in the cache. It passes once the first list of the cache is complete.
 async fn control<K: Kind>(
     objects: impl Stream<Item = ObjectRef<K>> + Send + 'static,
     context: Arc<Context>,
     shutdown: CancellationToken,
 ) {
+    context.liveness.beat(K::NAME, Instant::now());
     let cache = K::cache(&context.stores).store();
+    let mut ticks = tokio::time::interval(HEARTBEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let heartbeats = stream::poll_fn(move |task| ticks.poll_tick(task).map(|_| Some(ObjectRef::new("heartbeat"))));
     Controller::for_stream(stream::pending(), cache)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .reconcile_on(objects)
+        .reconcile_on(stream::select(objects, heartbeats))
         .graceful_shutdown_on(shutdown.cancelled_owned())
         .run(reconciler::reconcile::<K>, reconciler::failed::<K>, context.clone())
         .for_each(async |result: Result<_, Error<ReconcileError, watcher::Error>>| {
+            context.liveness.beat(K::NAME, Instant::now());
             // Errors of reconciles are logged by the error policy; the streams of watches are not the controller's.
-            if let Err(Error::ObjectNotFound(gone)) = result {
+            // A heartbeat has no namespace.
+            if let Err(Error::ObjectNotFound(gone)) = result
+                && gone.namespace.is_some()
+            {
                 context.forget(&record_key(K::NAME, gone.namespace.as_deref(), &gone.name));
             }
         })
@@ -93,7 +111,8 @@ async fn control<K: Kind>(
 
 async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Queues) {
     let namespace = context.settings.namespace_watch.as_deref();
-    let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = feeds;
+    let Feeds { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, replica_sets, services, config_maps } =
+        feeds;
     let ours = || watcher::Config::default().labels(OURS);
     let deployments = &context.stores.model_deployments;
     let fine_tune_jobs =
@@ -126,6 +145,14 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
     let workloads = watch::<Deployment>(api(client, namespace), ours(), workloads, prune::workload, |workload| {
         queues.deployments.wake(owners(workload));
     });
+    // A pod is trusted once its ReplicaSet is known. The events of both wake nobody: those of the Deployment do.
+    let replica_sets = watch::<PartialObjectMeta<ReplicaSet>>(
+        api(client, namespace),
+        ours(),
+        replica_sets,
+        prune::replica_set,
+        |_| {},
+    );
     let services =
         watch::<PartialObjectMeta<Service>>(api(client, namespace), ours(), services, prune::metadata, |service| {
             queues.deployments.wake(owners(service));
@@ -139,7 +166,7 @@ async fn watch_all(client: &Client, context: &Context, feeds: Feeds, queues: &Qu
             queues.deployments.wake(owners(config_map));
         },
     );
-    futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps);
+    futures::join!(fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, replica_sets, services, config_maps);
 }
 
 fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
@@ -188,4 +215,44 @@ fn interested(deployments: &Cache<ModelDeployment>, job: &FineTuneJob) -> Vec<Ob
     });
     let serving = serving.map(|deployment| ObjectRef::from_obj(&*deployment));
     serving.chain(named_by(job, label::DEPLOYMENT)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::{lease::Leadership, liveness, progress::Reports, settings::Settings, stores::Stores};
+
+    #[tokio::test]
+    async fn a_controller_without_objects_beats_once_its_cache_is_filled() {
+        let (stores, mut feeds) = Stores::new();
+        let settings = Settings::parse_from(["athanor-operator"]);
+        let client = Client::try_from(kube::Config::new("http://127.0.0.1:9".parse().unwrap())).unwrap();
+        let reports = Arc::new(Reports::new(tokio::sync::mpsc::channel(1).0));
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let leadership = Leadership::without_election();
+        let context = Arc::new(Context::new(client, settings, stores, reports, http, leadership));
+        let stop = CancellationToken::new();
+        let running = control::<FineTuneJob>(stream::pending(), context.clone(), stop.clone());
+        let running = tokio::spawn(running);
+        let wait = || tokio::time::sleep(Duration::from_millis(50));
+        wait().await;
+        // The controller has begun, and its time passes.
+        let long_ago = Instant::now().checked_sub(liveness::LIMIT * 2).unwrap();
+        context.liveness.beat(FineTuneJob::NAME, long_ago);
+        wait().await;
+        let stalled = context.liveness.stalled(Instant::now());
+        assert_eq!(stalled.map(|one| one.name), Some(FineTuneJob::NAME), "the first list is not complete");
+        feeds.fine_tune_jobs.take(&watcher::Event::Init, Instant::now());
+        feeds.fine_tune_jobs.take(&watcher::Event::InitDone, Instant::now());
+        let beats = async {
+            while context.liveness.stalled(Instant::now()).is_some() {
+                wait().await;
+            }
+        };
+        tokio::time::timeout(HEARTBEAT, beats).await.expect("the first heartbeat passes");
+        stop.cancel();
+        tokio::time::timeout(HEARTBEAT, running).await.expect("ends at shutdown").unwrap();
+    }
 }

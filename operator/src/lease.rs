@@ -17,6 +17,8 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::liveness::Liveness;
+
 /// Time without a renewal after which another process takes the Lease.
 const DURATION: Duration = Duration::from_secs(15);
 /// Time without a renewal after which the holder gives up its leadership, well before another process takes the Lease.
@@ -64,6 +66,7 @@ pub struct Election {
     /// The record as last read, and when it was first read with this content.
     seen: Option<(Record, Instant)>,
     leadership: Leadership,
+    liveness: Liveness,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +94,17 @@ impl Election {
             identity,
             seen: None,
             leadership: Leadership::default(),
+            liveness: Liveness::default(),
         }
+    }
+
+    /// Beats this from now on, once for each attempt to take or renew the Lease.
+    pub fn beat(&mut self, liveness: Liveness) {
+        self.liveness = liveness;
+    }
+
+    fn has_turned(&self) {
+        self.liveness.beat("the election", std::time::Instant::now());
     }
 
     /// What writers ask before they write.
@@ -104,15 +117,17 @@ impl Election {
     pub async fn acquire(&mut self, shutdown: &CancellationToken, mut reached: impl FnMut()) -> bool {
         loop {
             let began = Instant::now();
-            match self.attempt().await {
-                Ok(outcome) => {
+            self.has_turned();
+            match timeout(RENEW_DEADLINE, self.attempt()).await {
+                Ok(Ok(outcome)) => {
                     reached();
                     if outcome == Outcome::Held {
                         self.leadership.renew(began);
                         return true;
                     }
                 }
-                Err(error) => tracing::warn!(%error, lease = self.name, "the Lease could not be taken"),
+                Ok(Err(error)) => tracing::warn!(%error, lease = self.name, "the Lease could not be taken"),
+                Err(_) => tracing::warn!(lease = self.name, "the API server does not answer"),
             }
             tokio::select! {
                 () = shutdown.cancelled() => return false,
@@ -132,6 +147,7 @@ impl Election {
             }
             let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
             let began = Instant::now();
+            self.has_turned();
             match timeout(left.max(Duration::from_millis(1)), self.attempt()).await {
                 Ok(Ok(Outcome::Held)) => {
                     renewed = began;

@@ -9,13 +9,13 @@ use athanor_operator::{
     context::Context,
     controllers,
     lease::Election,
-    object_metrics,
+    modeldeployment,
+    ops::{self, Ops},
     progress::{ProgressService, Reports, proto::progress_server::ProgressServer},
     settings::Settings,
     stores::{Feeds, Stores},
 };
 use athanor_telemetry::Readiness;
-use axum::{http::header::CONTENT_TYPE, routing::get};
 use clap::Parser;
 use futures::{Stream, stream};
 use kube::runtime::reflector::ObjectRef;
@@ -43,27 +43,29 @@ async fn main() -> anyhow::Result<()> {
 async fn run(settings: Settings) -> anyhow::Result<()> {
     let shutdown = athanor_telemetry::shutdown_signal();
     let client = kube::Client::try_default().await.context("connecting to Kubernetes")?;
-    // Routers answer themselves: a redirect could send the operator anywhere.
-    let http = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build();
-    let http = http.context("making the HTTP client")?;
+    let http = modeldeployment::pod_client().context("making the HTTP client")?;
     let (changed, mut reported) = mpsc::channel(REPORTED);
     let reports = Arc::new(Reports::new(changed));
     let (stores, feeds) = Stores::new();
     let reported = stream::poll_fn(move |task| reported.poll_recv(task));
 
-    let ready = Readiness::new();
-    let ops = tokio::spawn(ops_server(settings.ops_port, ready.clone(), stores.clone(), shutdown.clone()));
-    let progress = tokio::spawn(progress_server(settings.progress_port, reports.clone(), shutdown.clone()));
-
     let identity = settings.identity.clone().unwrap_or_else(|| {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         format!("{}-{:08x}", host.trim(), rand::random::<u32>())
     });
-    tracing::info!(identity, "waiting for the Lease");
-    let mut election = Election::new(client.clone(), &settings.lease_namespace, &settings.lease_name, identity);
+    let mut election = Election::new(client.clone(), &settings.lease_namespace, &settings.lease_name, identity.clone());
     let leadership = election.leadership();
-    let context = Context::new(client.clone(), settings.clone(), stores.clone(), reports.clone(), http, leadership);
+    let context =
+        Context::new(client.clone(), settings.clone(), stores.clone(), reports.clone(), http, leadership.clone());
     let context = Arc::new(context);
+    let liveness = context.liveness.clone();
+    election.beat(liveness.clone());
+
+    let ready = Readiness::new();
+    let ops = Ops { metrics: athanor_telemetry::metrics(), ready: ready.clone(), liveness, leadership, stores };
+    let ops = tokio::spawn(ops_server(settings.ops_port, ops, shutdown.clone()));
+    let progress = tokio::spawn(progress_server(settings.progress_port, reports, shutdown.clone()));
+    tracing::info!(identity, "waiting for the Lease");
     let servers = async {
         tokio::select! {
             ended = ops => ended.context("the health server")?.context("the health server"),
@@ -135,17 +137,9 @@ async fn lead<S: Stream<Item = ObjectRef<FineTuneJob>> + Send + 'static>(
     Ok(())
 }
 
-async fn ops_server(port: u16, ready: Readiness, stores: Stores, shutdown: CancellationToken) -> anyhow::Result<()> {
+async fn ops_server(port: u16, ops: Ops, shutdown: CancellationToken) -> anyhow::Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", port)).await.with_context(|| format!("listening on port {port}"))?;
-    let metrics = athanor_telemetry::metrics();
-    let recorded = metrics.clone();
-    let scrape = get(async move || {
-        let text = format!("{}{}", recorded.render(), object_metrics::render(&stores));
-        ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
-    });
-    let router =
-        axum::Router::new().route("/metrics", scrape).fallback_service(athanor_telemetry::ops_router(metrics, ready));
-    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await.context("serving")
+    axum::serve(listener, ops::router(ops)).with_graceful_shutdown(shutdown.cancelled_owned()).await.context("serving")
 }
 
 async fn progress_server(port: u16, reports: Arc<Reports>, shutdown: CancellationToken) -> anyhow::Result<()> {

@@ -7,13 +7,19 @@ use kube::ResourceExt;
 
 use crate::{condition, stores::Stores};
 
-/// Renders the metrics as Prometheus text.
-pub fn render(stores: &Stores) -> String {
+/// Renders the metrics as Prometheus text. Only the leader has caches of the objects.
+pub fn render(stores: &Stores, is_leader: bool) -> String {
     let mut text = String::new();
-    jobs(&mut text, &stores.fine_tune_jobs.state());
-    deployments(&mut text, &stores.model_deployments.state());
+    let help = "1 if this process holds the Lease, and reconciles.";
+    text.push_str(&format!("# HELP {LEADER} {help}\n# TYPE {LEADER} gauge\n{LEADER} {}\n", u8::from(is_leader)));
+    if is_leader {
+        jobs(&mut text, &stores.fine_tune_jobs.state());
+        deployments(&mut text, &stores.model_deployments.state());
+    }
     text
 }
+
+const LEADER: &str = "athanor_operator_leader";
 
 /// States that are counted even if no job has them.
 const STATES: [&str; 9] = [

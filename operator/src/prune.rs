@@ -74,6 +74,12 @@ pub fn workload(workload: &mut Deployment) {
     }
 }
 
+/// Keeps metadata without annotations.
+pub fn replica_set<K: Resource>(replica_set: &mut K) {
+    metadata(replica_set);
+    replica_set.meta_mut().annotations = None;
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};

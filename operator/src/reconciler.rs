@@ -123,8 +123,8 @@ pub enum ReconcileError {
     Incomplete(&'static str),
     #[error("the watch of {kind} objects has not shown this operator's own write for {} s", .waited.as_secs())]
     Behind { kind: String, waited: Duration },
-    #[error("the reconcile did not end within {} s", LIMIT.as_secs())]
-    TimedOut,
+    #[error("the reconcile did not end within {} s", .0.as_secs_f64())]
+    TimedOut(Duration),
 }
 
 /// Returns the name of an object in the operator's own records.
@@ -137,19 +137,31 @@ pub fn record_key(kind: &str, namespace: Option<&str>, name: &str) -> String {
     format!("{kind}/{}/{name}", namespace.unwrap_or_default())
 }
 
-/// Brings one object closer to its specification. Counts the reconcile and its time.
+/// Brings one object closer to its specification, within a minute. Counts the reconcile and its time.
+///
+/// # Errors
+/// See [`ReconcileError`].
+pub async fn reconcile<K: Kind>(object: Arc<K>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    reconcile_within(LIMIT, object, context).await
+}
+
+/// Is [`reconcile`] with a time limit of its own.
 ///
 /// # Errors
 /// See [`ReconcileError`].
 #[tracing::instrument(skip_all, fields(kind = K::NAME, namespace = object.namespace(), name = object.name_any()))]
-pub async fn reconcile<K: Kind>(object: Arc<K>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+pub async fn reconcile_within<K: Kind>(
+    limit: Duration,
+    object: Arc<K>,
+    context: Arc<Context>,
+) -> Result<Action, ReconcileError> {
     let started = Instant::now();
     let key = key(&*object);
-    let result = match tokio::time::timeout(LIMIT, steps(&*object, &key, &context)).await {
+    let result = match tokio::time::timeout(limit, steps(&*object, &key, &context)).await {
         // Not a failure: the object changed while it was reconciled, and is reconciled again with the change.
         Ok(Err(ReconcileError::Write(ClusterError::Conflict { .. }))) => Ok(Action::requeue(CONFLICT)),
         Ok(result) => result,
-        Err(_) => Err(ReconcileError::TimedOut),
+        Err(_) => Err(ReconcileError::TimedOut(limit)),
     };
     let label = if result.is_ok() { "ok" } else { "error" };
     metrics::counter!("athanor_operator_reconciles_total", "kind" => K::NAME, "result" => label).increment(1);

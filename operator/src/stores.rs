@@ -15,7 +15,7 @@ use std::{
 use athanor_contract::process::api;
 use athanor_crds::{FineTuneJob, ModelDeployment, label};
 use k8s_openapi::api::{
-    apps::v1::Deployment,
+    apps::v1::{Deployment, ReplicaSet},
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Service},
 };
@@ -214,6 +214,7 @@ pub struct Stores {
     pub pods: Cache<Pod>,
     /// Kubernetes Deployments.
     pub workloads: Cache<Deployment>,
+    pub replica_sets: Cache<PartialObjectMeta<ReplicaSet>>,
     pub services: Cache<PartialObjectMeta<Service>>,
     pub config_maps: Cache<PartialObjectMeta<ConfigMap>>,
 }
@@ -225,6 +226,7 @@ pub struct Feeds {
     pub batch_jobs: Feed<Job>,
     pub pods: Feed<Pod>,
     pub workloads: Feed<Deployment>,
+    pub replica_sets: Feed<PartialObjectMeta<ReplicaSet>>,
     pub services: Feed<PartialObjectMeta<Service>>,
     pub config_maps: Feed<PartialObjectMeta<ConfigMap>>,
 }
@@ -236,15 +238,26 @@ impl Stores {
         let (batch_jobs, batch_jobs_feed) = cache(&[label::FINE_TUNE_JOB]);
         let (pods, pods_feed) = cache(&[label::FINE_TUNE_JOB, label::DEPLOYMENT]);
         let (workloads, workloads_feed) = cache(&[label::DEPLOYMENT]);
+        let (replica_sets, replica_sets_feed) = cache(&[label::DEPLOYMENT]);
         let (services, services_feed) = cache(&[]);
         let (config_maps, config_maps_feed) = cache(&[]);
-        let stores = Self { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps };
+        let stores = Self {
+            fine_tune_jobs,
+            model_deployments,
+            batch_jobs,
+            pods,
+            workloads,
+            replica_sets,
+            services,
+            config_maps,
+        };
         let feeds = Feeds {
             fine_tune_jobs: fine_tune_jobs_feed,
             model_deployments: model_deployments_feed,
             batch_jobs: batch_jobs_feed,
             pods: pods_feed,
             workloads: workloads_feed,
+            replica_sets: replica_sets_feed,
             services: services_feed,
             config_maps: config_maps_feed,
         };
@@ -253,12 +266,22 @@ impl Stores {
 
     /// Waits until every watch has listed its objects once.
     pub async fn wait_until_ready(&self) {
-        let Self { fine_tune_jobs, model_deployments, batch_jobs, pods, workloads, services, config_maps } = self;
+        let Self {
+            fine_tune_jobs,
+            model_deployments,
+            batch_jobs,
+            pods,
+            workloads,
+            replica_sets,
+            services,
+            config_maps,
+        } = self;
         fine_tune_jobs.wait_until_ready().await;
         model_deployments.wait_until_ready().await;
         batch_jobs.wait_until_ready().await;
         pods.wait_until_ready().await;
         workloads.wait_until_ready().await;
+        replica_sets.wait_until_ready().await;
         services.wait_until_ready().await;
         config_maps.wait_until_ready().await;
     }

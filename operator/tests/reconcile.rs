@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use athanor_crds::{FineTuneJob, ModelDeployment};
@@ -137,18 +137,23 @@ fn list_nothing<K: Cached>(feed: &mut Feed<K>) {
 }
 
 async fn operator(server: &Server) -> (Arc<Context>, Feeds) {
+    operator_of(server.client().await)
+}
+
+/// An operator with caches that have listed nothing. `client` chooses the cryptography of the process, which the client
+/// of routers needs as well.
+fn operator_of(client: Client) -> (Arc<Context>, Feeds) {
     let (stores, mut feeds) = Stores::new();
     list_nothing(&mut feeds.fine_tune_jobs);
     list_nothing(&mut feeds.model_deployments);
     list_nothing(&mut feeds.batch_jobs);
     list_nothing(&mut feeds.pods);
     list_nothing(&mut feeds.workloads);
+    list_nothing(&mut feeds.replica_sets);
     list_nothing(&mut feeds.services);
     list_nothing(&mut feeds.config_maps);
     let settings = Settings::parse_from(["athanor-operator"]);
     let (changed, _reported) = tokio::sync::mpsc::channel(1);
-    // This client chooses the cryptography of the process, which the other one needs as well.
-    let client = server.client().await;
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let reports = Arc::new(Reports::new(changed));
     let leadership = Leadership::without_election();
@@ -285,6 +290,44 @@ async fn a_job_of_four_nodes_takes_six_requests_while_its_pods_start_one_by_one(
     assert_eq!(requests.iter().filter(|request| request.starts_with("PATCH")).count(), 3, "{requests:?}");
     assert_eq!(requests.len(), 6, "{requests:?}");
     assert_eq!(reconciles(false).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_reconcile_that_hangs_ends_at_its_time_limit_and_is_repeated() {
+    let limit = Duration::from_millis(200);
+    let server = Server::default();
+    let path = format!("{JOBS}/a");
+    let job: FineTuneJob = server.put(&path, object("FineTuneJob", "a", train()));
+    // The API server takes the connection and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap()).parse().unwrap();
+    let (context, mut feeds) = operator_of(Client::try_from(kube::Config::new(url)).unwrap());
+    show(&server, &mut feeds.fine_tune_jobs, &path);
+    let job = Arc::new(job);
+    let began = Instant::now();
+    let error = reconciler::reconcile_within(limit, job.clone(), context.clone()).await.unwrap_err();
+    assert!(matches!(error, ReconcileError::TimedOut(_)), "{error}");
+    assert_eq!(error.to_string(), "the reconcile did not end within 0.2 s");
+    assert!(began.elapsed() < Duration::from_secs(30), "the request itself has no time limit");
+    assert_eq!(reconciler::failed(job.clone(), &error, context.clone()), Action::requeue(Duration::from_secs(1)));
+    assert_eq!(reconciler::failed(job.clone(), &error, context), Action::requeue(Duration::from_secs(2)));
+
+    // As well while a cache is not filled.
+    let (stores, _feeds) = Stores::new();
+    let (context, mut feeds) = operator(&server).await;
+    let empty = Context::new(
+        server.client().await,
+        context.settings.clone(),
+        stores,
+        context.reports.clone(),
+        context.http.clone(),
+        Leadership::without_election(),
+    );
+    let error = reconciler::reconcile_within(limit, job.clone(), Arc::new(empty)).await.unwrap_err();
+    assert!(matches!(error, ReconcileError::TimedOut(_)), "{error}");
+    assert_eq!(server.requests(), [""; 0]);
+    show(&server, &mut feeds.fine_tune_jobs, &path);
+    reconciler::reconcile_within(Duration::from_secs(30), job, context).await.unwrap();
 }
 
 #[tokio::test]

@@ -51,12 +51,24 @@ pub enum Attempt {
     Running,
     /// Pods have ended, and the cause is not clear yet.
     Settling { wait: Duration },
-    /// It ended without a result. `counted`: by a fault of the run, not of the cluster.
-    Ended { counted: bool, cause: String },
+    /// It ended without a result.
+    Ended { fault: Fault, cause: String },
     /// The artifact is written.
     Succeeded(TrainSummary),
     /// It ended with a result that no restart can change.
     Failed { reason: &'static str, message: String, summary: Option<TrainSummary> },
+}
+
+/// Whose fault the end of an attempt is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A process crashed, hung, or failed together with all others.
+    Run,
+    /// Pods were evicted, preempted, stopped or deleted.
+    Cluster,
+    /// Processes lost a peer, and nothing shows why: the peer's node may be gone, or the network or the driver of the
+    /// one that reports it may be broken.
+    Unknown,
 }
 
 impl Attempt {
@@ -74,10 +86,11 @@ pub fn read(batch_job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) 
         Err(result) => return *result,
     };
     if let Some(cause) = first(&ends.crashed) {
-        return Attempt::Ended { counted: true, cause };
+        return Attempt::Ended { fault: Fault::Run, cause };
     }
     let all_ended = pods.iter().all(|pod| terminated(pod).is_some() || phase(pod) == "Failed");
-    let Some(cause) = first(&ends.disrupted).or_else(|| first(&ends.lost_peer)) else {
+    let disrupted = first(&ends.disrupted).map(|cause| (Fault::Cluster, cause));
+    let Some((fault, cause)) = disrupted.or_else(|| first(&ends.lost_peer).map(|cause| (Fault::Unknown, cause))) else {
         return match batch_job {
             None => Attempt::Absent,
             Some(batch_job) => lost_pods(batch_job).unwrap_or_else(|| progress(batch_job, pods, nodes)),
@@ -85,11 +98,11 @@ pub fn read(batch_job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) 
     };
     // All pods are there and each blames another one: the fault is in the network between them, or in its driver.
     if ends.lost_peer.len() >= nodes as usize {
-        return Attempt::Ended { counted: true, cause };
+        return Attempt::Ended { fault: Fault::Run, cause };
     }
     let waited = ends.first.map_or(Duration::MAX, |first| since(first, now));
     if all_ended || waited >= SETTLE {
-        Attempt::Ended { counted: false, cause }
+        Attempt::Ended { fault, cause }
     } else {
         Attempt::Settling { wait: SETTLE - waited }
     }
@@ -193,7 +206,7 @@ fn describe(pod: &str, end: &ContainerStateTerminated) -> String {
 /// Returns how the attempt ended if its pods are gone, or are about to go, without a result.
 fn lost_pods(batch_job: &Job) -> Option<Attempt> {
     let name = batch_job.name_any();
-    let ended = |cause| Some(Attempt::Ended { counted: false, cause });
+    let ended = |cause| Some(Attempt::Ended { fault: Fault::Cluster, cause });
     if batch_job.metadata.deletion_timestamp.is_some() {
         return ended(format!("Job {name} was deleted"));
     }

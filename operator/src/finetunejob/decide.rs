@@ -110,7 +110,12 @@ const AWAITED: Duration = Duration::from_secs(10);
 /// A decision that ends an attempt only raises its number. The Kubernetes Job of the earlier attempt is deleted by the
 /// next reconcile, after the status is written: an operator that is killed in between does not lose the count.
 pub fn decide(job: &ValidatedJob, observed: &Observed, now: Timestamp) -> Decision {
-    let status = observed.job.status.clone().unwrap_or_default();
+    let mut status = observed.job.status.clone().unwrap_or_default();
+    if let Some(report) = &observed.report {
+        // The status shows a step some seconds later.
+        let progress = status.progress.get_or_insert_default();
+        (progress.step, progress.checkpoint_step) = (report.step, report.checkpoint_step);
+    }
     let batch_jobs = BatchJobs::new(&job.name, status.attempt, observed);
     let same = |phase| Decision { remove: batch_jobs.earlier(), ..Decision::new(phase, status.attempt) };
     if attempt::is_over(&status) {
@@ -147,7 +152,8 @@ pub fn decide(job: &ValidatedJob, observed: &Observed, now: Timestamp) -> Decisi
         }
         Attempt::Succeeded(summary) => same(Phase::Succeeded(summary)),
         Attempt::Failed { reason, message, summary } => same(Phase::Failed { reason, message, summary }),
-        Attempt::Ended { counted, cause } => {
+        Attempt::Ended { fault, cause } => {
+            let counted = restart::is_counted(fault, &status);
             match restart::restart(&status, job.spec.train.failure_policy.max_restarts, counted, &cause) {
                 Restart::Again => {
                     Decision { attempt: status.attempt + 1, requeue, ..same(Phase::Restarting { counted, cause }) }

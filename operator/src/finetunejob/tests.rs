@@ -146,9 +146,9 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
         ("no result", vec![ended(0, 0, ""), ended(1, 0, "")], 61, "counted", 1),
         ("stopped", vec![ended(0, 42, ""), ended(1, 45, "")], 61, "uncounted", 1),
         ("a network that fails all", vec![ended(0, 42, ""), ended(1, 42, "")], 61, "counted", 1),
-        ("a peer that is gone", vec![ended(0, 42, "")], 64, "uncounted", 1),
+        ("one that blames a peer, before the first step", vec![ended(0, 42, "")], 64, "counted", 1),
         ("too early to say", vec![ended(0, 42, ""), running(1)], 61, "Pending", 0),
-        ("late enough to say", vec![ended(0, 42, ""), running(1)], 64, "uncounted", 1),
+        ("late enough to say", vec![ended(0, 42, ""), running(1)], 64, "counted", 1),
         ("evicted", vec![running(0), pod(1, 0, json!({"phase": "Failed", "reason": "Evicted"}))], 61, "uncounted", 1),
     ];
     for (case, pods, now, expected, attempt) in table {
@@ -173,6 +173,55 @@ fn an_attempt_ends_by_its_pods_exit_codes() {
         assert_eq!(after.remove, removed, "{case}: the Job of an attempt that ended is deleted, no other");
         assert_eq!(after.attempt, attempt, "{case}: an end is counted once");
     }
+}
+
+/// Repeats the same end of one of two pods until the job has failed. Returns the attempts, the reason and the message.
+fn repeat(report: Option<Report>, mut advance: impl FnMut(&mut Report)) -> (u32, &'static str, String) {
+    let mut subject = observed(of_two_nodes(), vec![ended(0, 42, "NCCL error: unhandled system error"), running(1)]);
+    subject.report = report;
+    for _ in 0..100 {
+        let attempt = subject.job.status.as_ref().map_or(0, |status| status.attempt);
+        let name = format!("a-{attempt}");
+        subject.batch_jobs = vec![batch_job(attempt, json!([]))];
+        let pods = [ended(0, 42, "NCCL error: unhandled system error"), running(1)].map(|mut pod| {
+            let labels = pod.metadata.labels.as_mut().unwrap();
+            labels.insert("batch.kubernetes.io/controller-uid".into(), format!("j{attempt}"));
+            pod.metadata.name = Some(format!("{name}-x"));
+            pod
+        });
+        subject.pods = watched(pods.into());
+        let decision = decide(&subject, at(100));
+        subject.job.status = Some(status::next(&subject, &decision, Ok(&Applied::assumed(false)), at(100)));
+        if let Phase::Failed { reason, message, .. } = decision.phase {
+            return (attempt + 1, reason, message);
+        }
+        assert_eq!(subject.job.status.as_ref().unwrap().attempt, attempt + 1);
+        subject.report.iter_mut().for_each(&mut advance);
+    }
+    panic!("100 attempts")
+}
+
+#[test]
+fn one_of_two_ranks_that_always_loses_its_peer_is_permanent() {
+    let at_step = |step, checkpoint_step| Some(Report { step, checkpoint_step, total_steps: 80, ..Report::default() });
+    // Three restarts are allowed, by default.
+    for (case, report, attempts) in [
+        ("before the trainer reports", None, 4),
+        ("before the first step", at_step(0, 0), 4),
+        ("in a run without a checkpoint", at_step(57, 0), 5),
+        ("always at the same step", at_step(57, 50), 5),
+    ] {
+        let (made, reason, message) = repeat(report, |_| {});
+        assert_eq!((made, reason), (attempts, "TooManyRestarts"), "{case}: {message}");
+        assert!(message.contains("lost a peer NCCL error: unhandled system error"), "{case}: {message}");
+    }
+    // As long as there are further checkpoints, the peers are taken for preempted.
+    let (made, ..) = repeat(at_step(50, 50), |report| {
+        if report.checkpoint_step < 1_000 {
+            (report.step, report.checkpoint_step) = (report.step + 50, report.checkpoint_step + 50);
+        }
+    });
+    assert_eq!(made, 20 + 4);
 }
 
 #[test]

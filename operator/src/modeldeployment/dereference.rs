@@ -15,7 +15,7 @@ use super::{
     observe::{
         adapters::{self, Loaded},
         counts::{self, Counts},
-        workload::{Workload, is_of, is_ready},
+        workload::{ReplicaSets, Workload, is_ready},
     },
     policy::servers,
 };
@@ -85,7 +85,7 @@ pub async fn dereference(
         router: None,
         has_monitor: false,
         waiting: waiting(&pods),
-        loaded: loaded(http, deployment, &pods).await,
+        loaded: loaded(stores, http, deployment, &pods).await,
         counts: None,
         routers: String::new(),
     };
@@ -102,24 +102,35 @@ pub async fn dereference(
         }
     }
     if deployment.status.as_ref().is_some_and(|status| status.candidate.is_some()) {
-        let routers = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::ROUTER && is_ready(pod));
-        let routers: Vec<&Pod> = routers.collect();
+        let routers = answering(stores, deployment, &names::router(&name), &pods);
         observed.routers = counts::identity(&routers);
         observed.counts = counts::read(http, &routers).await;
     }
     Ok(Some(observed))
 }
 
+/// Returns the ready pods of a workload of the deployment. Only these are asked: the user of a namespace may create pods
+/// with any labels.
+fn answering<'a>(stores: &Stores, deployment: &ModelDeployment, workload: &str, pods: &'a [Arc<Pod>]) -> Vec<&'a Pod> {
+    let namespace = deployment.namespace().unwrap_or_default();
+    let workload = stores.workloads.get(&namespace, workload);
+    let owner = deployment.uid().unwrap_or_default();
+    let workload = workload.filter(|workload| cluster::is_owned_by(&**workload, &owner));
+    let Some(workload) = workload.and_then(|workload| workload.uid()) else { return Vec::new() };
+    let sets = stores.replica_sets.select(&namespace, label::DEPLOYMENT, &deployment.name_any());
+    let sets = ReplicaSets::of(sets.iter().map(|set| &**set), &workload);
+    pods.iter().map(AsRef::as_ref).filter(|pod| is_ready(pod) && sets.control(pod)).collect()
+}
+
 /// Asks the pods of servers that are loading a revision.
-async fn loaded(http: &reqwest::Client, deployment: &ModelDeployment, pods: &[Arc<Pod>]) -> Loaded {
+async fn loaded(stores: &Stores, http: &reqwest::Client, deployment: &ModelDeployment, pods: &[Arc<Pod>]) -> Loaded {
     let mut loaded = Loaded::default();
     let Some(status) = &deployment.status else { return loaded };
     let candidate = status.candidate.as_ref().map(|candidate| &candidate.revision);
     let loading = status.current_revision.iter().chain(candidate).filter(|revision| servers::is_loading(revision));
     let loading: BTreeSet<String> = loading.map(|revision| names::servers(&deployment.name_any(), revision)).collect();
     for servers in loading {
-        let pods = pods.iter().map(AsRef::as_ref).filter(|pod| component(pod) == names::SERVER);
-        let pods: Vec<&Pod> = pods.filter(|pod| is_ready(pod) && is_of(pod, &servers)).collect();
+        let pods = answering(stores, deployment, &servers, pods);
         loaded.insert(&servers, adapters::read(http, &pods).await);
     }
     loaded
@@ -136,4 +147,67 @@ fn waiting(pods: &[Arc<Pod>]) -> BTreeMap<String, String> {
 
 fn component(pod: &Pod) -> &str {
     pod.labels().get(COMPONENT).map(String::as_str).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+    use kube::{core::PartialObjectMeta, runtime::watcher::Event};
+    use serde::de::DeserializeOwned;
+    use serde_json::json;
+
+    use super::*;
+
+    /// An object of the deployment `m` by its labels, with a controller.
+    fn object<K: DeserializeOwned>(name: &str, uid: &str, (kind, owner): (&str, &str)) -> K {
+        let version = if kind == "ModelDeployment" { "athanor.dev/v1alpha1" } else { "apps/v1" };
+        let owner = json!({"apiVersion": version, "kind": kind, "name": "x", "uid": owner, "controller": true});
+        let labels = json!({"athanor.dev/deployment": "m", "app.kubernetes.io/component": "router"});
+        let metadata =
+            json!({"name": name, "namespace": "ns", "uid": uid, "labels": labels, "ownerReferences": [owner]});
+        serde_json::from_value(json!({"metadata": metadata})).unwrap()
+    }
+
+    fn pod(name: &str, set: &str) -> Arc<Pod> {
+        let mut pod: Pod = object(name, name, ("ReplicaSet", set));
+        let status = json!({"podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]});
+        pod.status = serde_json::from_value(status).unwrap();
+        Arc::new(pod)
+    }
+
+    #[test]
+    fn only_pods_of_the_deployments_own_replica_sets_are_asked() {
+        let (stores, mut feeds) = Stores::new();
+        let deployment: ModelDeployment = serde_json::from_value(json!({
+            "apiVersion": "athanor.dev/v1alpha1", "kind": "ModelDeployment", "spec": {"model": {"from": "s3://models/a"}},
+            "metadata": {"name": "m", "namespace": "ns", "uid": "md"},
+        }))
+        .unwrap();
+        let now = Instant::now();
+        let pods = [pod("real", "rs"), pod("invented", "none"), pod("theirs", "rs-theirs"), pod("server", "rs-server")];
+        let asked = |stores: &Stores| -> Vec<String> {
+            answering(stores, &deployment, "m-router", &pods).iter().map(|pod| pod.name_any()).collect()
+        };
+        assert_eq!(asked(&stores), [""; 0], "nothing is known yet");
+        // A Deployment and its ReplicaSet by the user, under labels of the router.
+        for (name, uid, owner) in
+            [("m-router", "d", ("ModelDeployment", "md")), ("copy", "d-theirs", ("ModelDeployment", "invented"))]
+        {
+            feeds.workloads.take(&Event::Apply(object::<Deployment>(name, uid, owner)), now);
+        }
+        assert_eq!(asked(&stores), [""; 0], "no ReplicaSet is known");
+        for (name, uid, workload) in
+            [("m-router-1", "rs", "d"), ("copy-1", "rs-theirs", "d-theirs"), ("m-1", "rs-server", "d-server")]
+        {
+            let set = object::<PartialObjectMeta<ReplicaSet>>(name, uid, ("Deployment", workload));
+            feeds.replica_sets.take(&Event::Apply(set), now);
+        }
+        assert_eq!(asked(&stores), ["real"]);
+        // A Deployment of the router's name that is not this deployment's.
+        let theirs = object::<Deployment>("m-router", "d", ("ModelDeployment", "another"));
+        feeds.workloads.take(&Event::Apply(theirs), now);
+        assert_eq!(asked(&stores), [""; 0]);
+    }
 }

@@ -33,6 +33,8 @@ use crate::{
     stores::{Cache, Stores},
 };
 
+pub use observe::ask::client as pod_client;
+
 impl Kind for ModelDeployment {
     type Observed = dereference::Observed;
     type Validated = validate::ValidatedDeployment;

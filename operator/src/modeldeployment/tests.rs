@@ -95,7 +95,7 @@ fn revision(name: &str, ready: bool) -> RevisionStatus {
 }
 
 fn workload(available: i32) -> Workload {
-    Workload { desired: 1, available, replicas: 1, stuck: None }
+    Workload { desired: 1, available, answering: available, replicas: 1, stuck: None }
 }
 
 fn observed(deployment: ModelDeployment) -> Observed {
@@ -168,6 +168,7 @@ fn at_step(step_index: u32, weight: u32, since: i64) -> Option<CandidateStatus> 
         baseline: RevisionCounts { requests: 40, errors: 3, ..RevisionCounts::default() },
         champion_baseline: RevisionCounts::default(),
         routers: String::new(),
+        latency_limit_ms: None,
     })
 }
 
@@ -229,7 +230,9 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         ("a router is silent", at_step(0, 10, 50), 1, None, 60, OLD, Some(10), "Inconclusive"),
         ("a router began again", at_step(1, 50, 50), 1, counts(39, 0, 0.0), 60, OLD, Some(50), "Canary"),
         ("errors, before the pause is over", at_step(0, 10, 59), 1, counts(140, 23, 0.0), 60, OLD, None, "RolledBack"),
-        ("slow", at_step(0, 10, 55), 1, counts(140, 3, 201.0), 60, OLD, None, "RolledBack"),
+        ("slow", at_step(0, 10, 55), 1, counts(140, 3, 250.0), 60, OLD, None, "RolledBack"),
+        ("slow, before the pause is over", at_step(0, 10, 59), 1, counts(140, 3, 250.0), 60, OLD, None, "RolledBack"),
+        ("as slow as allowed", at_step(0, 10, 55), 1, counts(140, 3, 200.0), 60, OLD, Some(50), "Canary"),
         ("not whole after the pause", at_step(0, 10, 55), 0, counts(140, 3, 0.0), 60, OLD, Some(10), "Inconclusive"),
         ("dead with all the traffic", at_step(2, 100, 55), 0, counts(140, 3, 0.0), 60, OLD, None, "RolledBack"),
         (
@@ -242,11 +245,16 @@ fn a_canary_goes_on_holds_or_rolls_back() {
             None,
             "RolledBack",
         ),
+        ("dead before the pause is over", at_step(2, 100, 59), 0, counts(41, 3, 0.0), 60, OLD, None, "RolledBack"),
+        ("dead, and a router is silent", at_step(2, 100, 59), 0, None, 60, OLD, None, "RolledBack"),
+        ("dead with half of the traffic", at_step(1, 50, 59), 0, counts(41, 3, 0.0), 60, OLD, Some(50), "Canary"),
         ("last step", at_step(2, 100, 55), 1, counts(140, 3, 0.0), 60, NEW, None, "Promoted"),
     ];
     for (case, candidate, available, counts, now, current, weight, reason) in table {
         let mut subject = canary(candidate);
         subject.deployment.spec.rollout.canary.analysis.max_latency_p95_ms = Some(200);
+        let running = subject.deployment.status.as_mut().unwrap().candidate.as_mut();
+        running.into_iter().for_each(|candidate| candidate.latency_limit_ms = Some(200));
         subject.revisions.insert(NEW.into(), workload(available));
         subject.counts = counts.map(|counts| [(NEW.to_owned(), counts)].into());
         let decision = decision(&subject, now);
@@ -259,6 +267,23 @@ fn a_canary_goes_on_holds_or_rolls_back() {
         assert_eq!(weights.iter().map(|revision| revision.weight).sum::<u32>(), 100, "{case}");
         assert!(decision.remove.is_empty(), "{case}: nothing that has or just lost traffic is deleted");
     }
+}
+
+#[test]
+fn a_candidate_whose_deployment_changes_is_not_dead() {
+    let mut subject = canary(at_step(2, 100, 59));
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 41, errors: 3, ..RevisionAnalysis::default() })].into());
+    let mut reason = |workload: Option<Workload>| {
+        subject.revisions.remove(NEW);
+        subject.revisions.extend(workload.map(|workload| (NEW.to_owned(), workload)));
+        decision(&subject, 60).rollout.progressing.reason
+    };
+    // Another number of replicas that has not been observed yet, or a new template whose pods start.
+    assert_eq!(reason(Some(Workload { answering: 1, ..workload(0) })), "Canary");
+    assert_eq!(reason(Some(Workload { desired: 0, ..workload(0) })), "Canary", "the user scaled it to zero");
+    assert_eq!(reason(Some(workload(0))), "RolledBack");
+    assert_eq!(reason(None), "RolledBack", "somebody deleted the Deployment");
 }
 
 #[test]
@@ -300,6 +325,86 @@ fn a_candidate_is_compared_with_the_champion_in_the_same_step() {
         assert_eq!(progressing.reason, reason, "{case}: {}", progressing.message);
         assert!(progressing.message.contains(message), "{case}: {}", progressing.message);
     }
+}
+
+/// Counts of so many answers of which some took 1000 ms and the others 1 ms.
+fn timed(answers: u64, slow: u64) -> RevisionAnalysis {
+    let mut buckets = vec![0; LatencyHistogram::BUCKETS];
+    buckets[LatencyHistogram::bucket(1.0)] = answers - slow;
+    buckets[LatencyHistogram::bucket(1000.0)] = slow;
+    RevisionAnalysis { requests: answers, latency: LatencyHistogram::new(buckets), ..RevisionAnalysis::default() }
+}
+
+#[test]
+fn a_candidate_is_too_slow_if_that_is_shown_and_the_champion_is_not() {
+    // Answers of the candidate in the step and slow ones among them, the champion's, reason, part of the message.
+    let rolled_back =
+        "30 of 100 answers (30.0 %) took longer than 200 ms (maxLatencyP95Ms), of the champion's 9 of 900";
+    let table = [
+        ("slow", (100, 30), (900, 9), "RolledBack", rolled_back),
+        ("slow by chance", (100, 8), (900, 9), "Inconclusive", "more answers are slower than maxLatencyP95Ms"),
+        ("within", (100, 5), (900, 9), "Canary", ""),
+        ("both are slow", (100, 30), (900, 270), "Canary", ""),
+        ("few answers", (10, 10), (90, 0), "RolledBack", "10 of 10 answers (100.0 %)"),
+    ];
+    for (case, (answers, slow), (all, champion_slow), reason, message) in table {
+        let mut subject = canary(at_step(0, 10, 50));
+        let analysis = &mut subject.deployment.spec.rollout.canary.analysis;
+        analysis.max_latency_p95_ms = Some(200);
+        let candidate = subject.deployment.status.as_mut().unwrap().candidate.as_mut().unwrap();
+        // What came before the step, all of it slow, does not count.
+        candidate.baseline = RevisionCounts { requests: 40, answered: 40, slow: 40, ..RevisionCounts::default() };
+        candidate.latency_limit_ms = Some(200);
+        let counts = [(NEW.to_owned(), timed(40 + answers, 40 + slow)), (OLD.to_owned(), timed(all, champion_slow))];
+        subject.counts = Some(counts.into());
+        let progressing = decision(&subject, 60).rollout.progressing;
+        assert_eq!(progressing.reason, reason, "{case}: {}", progressing.message);
+        assert!(progressing.message.contains(message), "{case}: {}", progressing.message);
+        // With another limit other answers are slow: the step begins again, and without one none is.
+        for limit in [Some(2_000), None] {
+            subject.deployment.spec.rollout.canary.analysis.max_latency_p95_ms = limit;
+            let again = decision(&subject, 60).rollout.candidate.unwrap();
+            let begun = (again.weight, again.since.0, again.latency_limit_ms, again.baseline.slow);
+            assert_eq!(begun, (10, at(60), limit, 0), "{case}");
+            assert_eq!(again.baseline.answered, 40 + answers);
+        }
+    }
+}
+
+#[test]
+fn a_running_step_is_looked_at_less_often_as_it_grows_older() {
+    let wait = |age: i64, pause: u32| {
+        let mut subject = canary(at_step(0, 10, 0));
+        let canary = &mut subject.deployment.spec.rollout.canary;
+        canary.steps[0].pause_seconds = pause;
+        // Without a verdict: nobody asks the model.
+        subject.counts =
+            Some([(NEW.to_owned(), RevisionAnalysis { requests: 40, errors: 3, ..Default::default() })].into());
+        decision(&subject, age).rollout.wait.unwrap().as_secs_f64()
+    };
+    let inconclusive = [1, 20, 100, 300, 100_000].map(|age| wait(age, 0));
+    assert_eq!(inconclusive, [1.0, 1.0, 5.0, 15.0, 15.0]);
+    // During the pause as well, and its end is not missed.
+    assert_eq!([(100, 3_600), (300, 3_600), (300, 303)].map(|(age, pause)| wait(age, pause)), [5.0, 15.0, 3.0]);
+}
+
+#[test]
+fn a_rollout_without_a_deadline_of_its_own_ends_seven_days_after_its_pauses() {
+    let mut subject = canary(at_step(0, 10, 50));
+    subject.deployment.spec.rollout.canary.steps[1].pause_seconds = 86_400;
+    subject.counts =
+        Some([(NEW.to_owned(), RevisionAnalysis { requests: 45, errors: 3, ..Default::default() })].into());
+    // Two pauses of 5 s and one of a day; the rollout began at 50 s.
+    let deadline = 50 + 10 + 8 * 86_400;
+    let held = decision(&subject, deadline - 1);
+    assert_eq!((shown(&held).2, held.rollout.wait), ("Inconclusive", Some(std::time::Duration::from_secs(1))));
+    let over = decision(&subject, deadline).rollout.progressing;
+    assert_eq!(over.reason, "RolledBack");
+    assert!(
+        over.message.contains("no verdict within 691210 s (the default of deadlineSeconds): on hold"),
+        "{}",
+        over.message
+    );
 }
 
 #[test]
@@ -388,7 +493,7 @@ fn a_revision_that_never_answered_is_replaced_without_a_canary() {
 #[test]
 fn a_revision_that_answers_with_some_of_its_pods_is_kept() {
     let mut subject = canary(None);
-    subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, replicas: 3, stuck: None });
+    subject.revisions.insert(OLD.into(), Workload { desired: 3, available: 2, answering: 2, replicas: 3, stuck: None });
     let status = subject.deployment.status.as_mut().unwrap();
     status.current_revision.as_mut().unwrap().ready_at = None;
     let decision = decision(&subject, 60);
@@ -426,7 +531,7 @@ fn what_failed_stays_failed_however_much_fails_after_it() {
         assert_eq!(candidate.revision.job, Some(format!("r{number}")));
         subject.deployment.status = Some(status::next(subject, &decided, Ok(&Applied::assumed()), at(5_000)));
         // Its pods crash.
-        let stuck = Workload { desired: 1, available: 0, replicas: 1, stuck: Some("crashed".into()) };
+        let stuck = Workload { stuck: Some("crashed".into()), ..workload(0) };
         subject.revisions.insert(candidate.revision.name, stuck);
         let over = decision(subject, 5_001);
         assert_eq!(over.rollout.progressing.reason, "RolledBack");
@@ -526,6 +631,56 @@ fn a_retraining_starts_when_all_conditions_are_met() {
     approved.deployment.metadata.annotations =
         Some([(athanor_crds::APPROVE_ANNOTATION.to_owned(), name.clone())].into());
     assert_eq!(decision(&approved, 200).retraining.create.unwrap().name, name);
+}
+
+#[test]
+fn the_condition_says_whether_gates_rest_on_feedback_alone() {
+    let warning = "its gates rest on feedback alone: add one on the rows of a source that you trust";
+    let gate = |sources: &[&str]| match sources {
+        [] => json!({"metric": "Accuracy", "minimumGain": "0.01"}),
+        _ => json!({"metric": "Accuracy", "minimumGain": "0.01", "sources": sources}),
+    };
+    let both = gate(&["feedback", "reviews"]);
+    // The template's gates, and the part of the message that they lead to.
+    let table = [
+        (vec![gate(&[])], ""),
+        (vec![gate(&["feedback"])], warning),
+        (vec![gate(&["feedback"]), gate(&["feedback"])], warning),
+        (vec![gate(&["feedback"]), gate(&["reviews"])], ""),
+        (vec![gate(&["feedback"]), gate(&[])], ""),
+        (vec![both], ""),
+        (vec![], "it has no gates, so any new model is served"),
+    ];
+    for (gates, part) in table {
+        let mut spec = retraining_spec();
+        spec["retrain"]["template"]["spec"]["evaluate"]["gates"] = gates.clone().into();
+        let mut subject = drifted();
+        subject.deployment.spec = deployment(spec).spec;
+        let check = |subject: &Observed, expected: (&str, State)| {
+            let condition = decision(subject, 200).retraining.condition.unwrap();
+            assert_eq!((condition.reason, condition.state), expected);
+            let message = condition.message;
+            assert!(message.contains(part), "{gates:?}: {message}");
+            let warns = ["feedback alone", "no gates"].iter().any(|text| message.contains(text));
+            assert_eq!(warns, !part.is_empty(), "{gates:?}: {message}");
+        };
+        // When it is proposed, when it starts, and while it runs.
+        subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Manual;
+        check(&subject, ("WaitingForApproval", State::False));
+        subject.deployment.spec.retrain.as_mut().unwrap().approval = athanor_crds::Approval::Automatic;
+        check(&subject, ("Training", State::True));
+        let started = decision(&subject, 200);
+        let name = started.retraining.create.clone().unwrap().name;
+        subject.deployment.status = Some(status::next(&subject, &started, Ok(&Applied::assumed()), at(200)));
+        subject.retrainings = vec![job(&name, None, 0, "")];
+        check(&subject, ("Training", State::True));
+    }
+    // The source may have another name.
+    let mut subject = drifted();
+    subject.deployment.spec.retrain.as_mut().unwrap().source_name = "users".into();
+    let template = &mut subject.deployment.spec.retrain.as_mut().unwrap().template;
+    template.spec.train.evaluate.gates[0].sources = Some(vec!["users".into()]);
+    assert!(decision(&subject, 200).retraining.condition.unwrap().message.contains(warning));
 }
 
 #[test]

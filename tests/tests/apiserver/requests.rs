@@ -120,7 +120,9 @@ async fn a_reconcile_lists_nothing() -> Result<()> {
     let pending = async || Ok(state(&jobs, "first").await?.filter(|(reason, _)| reason == "Pending"));
     wait_for("the first job", pending).await?;
     let started = requests(client).await?;
-    for resource in ["finetunejobs", "modeldeployments", "jobs", "pods", "deployments", "services", "configmaps"] {
+    for resource in
+        ["finetunejobs", "modeldeployments", "jobs", "pods", "deployments", "replicasets", "services", "configmaps"]
+    {
         let lists = between(&before, &started, "LIST", resource);
         // kube-apiserver's own controllers may list Services as well.
         let watches = between(&before, &started, "WATCH", resource);
@@ -151,7 +153,7 @@ async fn a_reconcile_lists_nothing() -> Result<()> {
     reached("UserError", 1).await?;
 
     let after = requests(client).await?;
-    for resource in ["finetunejobs", "modeldeployments", "jobs", "pods", "deployments"] {
+    for resource in ["finetunejobs", "modeldeployments", "jobs", "pods", "deployments", "replicasets"] {
         let lists = between(&started, &after, "LIST", resource);
         ensure!(lists == 0, "{lists} lists of {resource} after the caches were filled");
     }

@@ -6,9 +6,9 @@ use athanor_crds::FineTuneJobStatus;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::time;
+use crate::{finetunejob::attempt::Fault, time};
 
-/// Most preemptions in a row without progress. Preemptions do not count against `failurePolicy.maxRestarts`.
+/// Most preemptions in a row without a further checkpoint. Preemptions do not count against `failurePolicy.maxRestarts`.
 pub const MAX_PREEMPTIONS: u32 = 20;
 /// Pause before the attempt after the second preemption without progress. It doubles with each further one.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -21,6 +21,22 @@ pub enum Restart {
     Again,
     /// The job fails: its restarts are used up.
     Exhausted { reason: &'static str, message: String },
+}
+
+/// Returns whether the end of an attempt counts against `failurePolicy.maxRestarts`.
+///
+/// A lost peer without a visible cause is a preemption only as long as the run makes progress: it counts before the first
+/// step, and if no further checkpoint was written since the last interruption. A fault of one node that the others never
+/// report would otherwise be repeated as often as preemptions are.
+pub fn is_counted(fault: Fault, status: &FineTuneJobStatus) -> bool {
+    match fault {
+        Fault::Run => true,
+        Fault::Cluster => false,
+        Fault::Unknown => {
+            let has_stepped = status.progress.as_ref().is_some_and(|progress| progress.step > 0);
+            !has_stepped || (status.preempted_at.is_some() && !has_advanced(status))
+        }
+    }
 }
 
 /// Decides what follows. `counted`: the run failed by itself; otherwise the cluster interrupted it.
@@ -36,11 +52,20 @@ pub fn restart(status: &FineTuneJobStatus, max_restarts: u32, counted: bool, cau
     Restart::Again
 }
 
-/// Preemptions in a row without progress, with the one that happened now. Steps may be lost that no checkpoint has, so
-/// progress is a step that no attempt before had done.
+/// Step of the newest checkpoint that was reported.
+fn checkpoint(status: &FineTuneJobStatus) -> u64 {
+    status.progress.as_ref().map_or(0, |progress| progress.checkpoint_step)
+}
+
+/// Whether a checkpoint was written that goes beyond those before the last preemption. Steps that no checkpoint has are
+/// lost, however many there were.
+fn has_advanced(status: &FineTuneJobStatus) -> bool {
+    checkpoint(status) > status.preempted_at_step
+}
+
+/// Preemptions in a row without progress, with the one that happened now.
 fn fruitless(status: &FineTuneJobStatus) -> u32 {
-    let step = status.progress.as_ref().map_or(0, |progress| progress.step);
-    if step > status.preempted_at_step { 1 } else { status.fruitless_preemptions.saturating_add(1) }
+    if has_advanced(status) { 1 } else { status.fruitless_preemptions.saturating_add(1) }
 }
 
 /// Counts a preemption.
@@ -48,8 +73,7 @@ pub fn count_preemption(status: &mut FineTuneJobStatus, now: Timestamp) {
     status.fruitless_preemptions = fruitless(status);
     status.preemptions = status.preemptions.saturating_add(1);
     status.preempted_at = Some(Time(now));
-    let step = status.progress.as_ref().map_or(0, |progress| progress.step);
-    status.preempted_at_step = status.preempted_at_step.max(step);
+    status.preempted_at_step = status.preempted_at_step.max(checkpoint(status));
 }
 
 /// Returns the time until the next attempt may begin: one that is refused by every node would use up its preemptions
@@ -90,19 +114,44 @@ mod tests {
     }
 
     #[test]
+    fn a_lost_peer_without_a_cause_counts_unless_the_run_makes_progress() {
+        let with = |step, checkpoint_step, preempted_at_step: Option<u64>| FineTuneJobStatus {
+            progress: Some(Progress { step, checkpoint_step, ..Progress::default() }),
+            preempted_at: preempted_at_step.map(|_| Time(Timestamp::UNIX_EPOCH)),
+            preempted_at_step: preempted_at_step.unwrap_or(0),
+            ..FineTuneJobStatus::default()
+        };
+        for (case, status, expected) in [
+            ("no report", FineTuneJobStatus::default(), true),
+            ("before the first step", with(0, 0, None), true),
+            ("the first time, before a checkpoint", with(57, 0, None), false),
+            ("the first time", with(57, 50, None), false),
+            ("a second time at the same step", with(57, 50, Some(50)), true),
+            ("a second time before the same checkpoint", with(64, 50, Some(50)), true),
+            ("a second time before any checkpoint", with(30, 0, Some(0)), true),
+            ("after a further checkpoint", with(103, 100, Some(50)), false),
+        ] {
+            assert_eq!(is_counted(Fault::Unknown, &status), expected, "{case}");
+            assert!(is_counted(Fault::Run, &status) && !is_counted(Fault::Cluster, &status), "{case}");
+        }
+    }
+
+    #[test]
     fn progress_forgives_preemptions_and_the_others_are_spaced() {
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let mut status = FineTuneJobStatus::default();
-        let mut preempt = |step, now| {
-            status.progress = Some(Progress { step, ..Progress::default() });
+        let mut preempt = |checkpoint_step, now| {
+            // Each attempt does more steps than any before.
+            let step = 10_000 + u64::from(status.preemptions);
+            status.progress = Some(Progress { step, checkpoint_step, ..Progress::default() });
             count_preemption(&mut status, at(now));
             (status.fruitless_preemptions, pause_left(&status, at(now)).as_secs())
         };
-        // A week on spot nodes: each attempt gets further than all before.
+        // A week on spot nodes: each attempt writes a further checkpoint.
         for attempt in 1..100 {
             assert_eq!(preempt(10 * attempt, 1_000), (1, 0));
         }
-        // Going on from a checkpoint and dying before the furthest step is no progress.
+        // Going on from a checkpoint and dying before the next one is no progress.
         assert_eq!(preempt(985, 2_000), (2, 10));
         assert_eq!(preempt(990, 2_100), (3, 20));
         assert_eq!(preempt(991, 2_200), (1, 0));

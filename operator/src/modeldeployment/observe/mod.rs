@@ -2,6 +2,6 @@
 //! that servers have loaded.
 
 pub mod adapters;
-mod ask;
+pub mod ask;
 pub mod counts;
 pub mod workload;

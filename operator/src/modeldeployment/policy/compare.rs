@@ -1,37 +1,59 @@
-//! Whether a candidate fails, refuses or is wrong more often than the champion, or than a limit: tests that stay valid
-//! however often they are looked at.
+//! Whether a candidate fails, refuses, is wrong or is slow more often than the champion, or than a limit: tests that stay
+//! valid however often they are looked at.
 //!
 //! Within a step each request goes to the candidate with the same probability, its share of the traffic. If both revisions
 //! fail equally often, each failure is therefore the candidate's with that probability, whatever the rate of failures is. The
 //! likelihood ratio of a larger probability is then a martingale with mean 1, as is a mixture of several; it exceeds
 //! 1 / alpha at any time with a probability of at most alpha (Ville's inequality; Johari et al. 2017,
-//! <https://arxiv.org/abs/1512.04922>). The limit is tested in the same way, request by request.
+//! <https://arxiv.org/abs/1512.04922>). Limits are tested in the same way, request by request: a limit on failures, and one
+//! on the share of answers that are slower than a limit on the 95th percentile of latency, which is 5 %. The tests take
+//! requests for independent of each other.
 //! docs/canary.md shows how many requests a verdict takes.
 
 use athanor_crds::RevisionCounts;
 
 /// Probability with which a candidate that is as good as the champion is rolled back, over all steps and tests of a rollout.
 const FALSE_ROLLBACKS: f64 = 0.01;
-/// Errors against the champion, errors against the limit, refusals against the champion; wrong answers, if they count.
+/// Errors against the champion, errors against the limit, refusals against the champion. Wrong answers and slow ones are
+/// further tests, if they count.
 const TESTS: f64 = 3.0;
+/// Share of answers that may be slower than a 95th percentile.
+const SLOW: f64 = 0.05;
 /// Ratios of the candidate's rate to the champion's, or to the limit, in the mixture.
 const RATIOS: [f64; 7] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0];
 /// Standard errors by which the champion's rate may be above the one that was seen.
 const DEVIATIONS: f64 = 3.0;
 
-/// The share of failed requests; 0 without requests.
-fn rate(counts: RevisionCounts) -> f64 {
-    if counts.requests == 0 { 0.0 } else { counts.errors as f64 / counts.requests as f64 }
+/// Number of requests with some property among all.
+#[derive(Clone, Copy, Debug)]
+struct Tally {
+    number: u64,
+    all: u64,
 }
 
-/// A rate of errors that the revision exceeds only improbably: the upper end of Wilson's interval; 0 without requests.
-fn highest_rate(counts: RevisionCounts) -> f64 {
-    if counts.requests == 0 {
-        return 0.0;
+impl Tally {
+    fn errors(counts: RevisionCounts) -> Self {
+        Self { number: counts.errors, all: counts.requests }
     }
-    let (n, p, z) = (counts.requests as f64, rate(counts), DEVIATIONS);
-    let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
-    ((p + z * z / (2.0 * n) + spread) / (1.0 + z * z / n)).min(1.0)
+
+    fn slow(counts: RevisionCounts) -> Self {
+        Self { number: counts.slow, all: counts.answered }
+    }
+
+    /// The share; 0 without requests.
+    fn rate(self) -> f64 {
+        if self.all == 0 { 0.0 } else { self.number as f64 / self.all as f64 }
+    }
+
+    /// A share that the true one exceeds only improbably: the upper end of Wilson's interval; 0 without requests.
+    fn highest_rate(self) -> f64 {
+        if self.all == 0 {
+            return 0.0;
+        }
+        let (n, p, z) = (self.all as f64, self.rate(), DEVIATIONS);
+        let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+        ((p + z * z / (2.0 * n) + spread) / (1.0 + z * z / n)).min(1.0)
+    }
 }
 
 /// A step of a canary.
@@ -48,6 +70,8 @@ pub struct Step {
     pub limit: f64,
     /// Largest loss of accuracy, from 0 to 1. Absent: feedback is not looked at.
     pub accuracy_loss: Option<f64>,
+    /// Whether the latency has a limit, which the counts of slow answers are about.
+    pub has_latency_limit: bool,
     /// Steps of the rollout.
     pub steps: usize,
 }
@@ -59,11 +83,12 @@ pub enum Worse {
     Limit,
     Refusals,
     Accuracy,
+    Latency,
 }
 
 /// Returns what the candidate is shown to do worse, if anything.
 pub fn worse(step: &Step) -> Option<Worse> {
-    let tests = TESTS + f64::from(u8::from(step.accuracy_loss.is_some()));
+    let tests = TESTS + f64::from(u8::from(step.accuracy_loss.is_some()) + u8::from(step.has_latency_limit));
     let threshold = (tests * step.steps.max(1) as f64 / FALSE_ROLLBACKS).ln();
     let Step { candidate, champion, .. } = *step;
     // Retries may give the candidate more than its share.
@@ -85,13 +110,24 @@ pub fn worse(step: &Step) -> Option<Worse> {
             return Some(Worse::Accuracy);
         }
     }
-    let limit = step.limit.max(highest_rate(step.champion_so_far));
-    (above(limit, candidate) > threshold).then_some(Worse::Limit)
+    let limit = step.limit.max(Tally::errors(step.champion_so_far).highest_rate());
+    if above(limit, Tally::errors(candidate)) > threshold {
+        return Some(Worse::Limit);
+    }
+    let limit = SLOW.max(Tally::slow(step.champion_so_far).highest_rate());
+    let is_slow = step.has_latency_limit && above(limit, Tally::slow(candidate)) > threshold;
+    is_slow.then_some(Worse::Latency)
 }
 
 /// Whether the candidate's share of failed requests is at most the limit, or the champion's.
 pub fn is_within(step: &Step) -> bool {
-    rate(step.candidate) <= step.limit.max(rate(step.champion_so_far))
+    Tally::errors(step.candidate).rate() <= step.limit.max(Tally::errors(step.champion_so_far).rate())
+}
+
+/// Whether the candidate's 95th percentile of latency is at most the limit, or its share of slow answers the champion's.
+pub fn is_fast(step: &Step) -> bool {
+    let limit = SLOW.max(Tally::slow(step.champion_so_far).rate());
+    !step.has_latency_limit || Tally::slow(step.candidate).rate() <= limit
 }
 
 /// The logarithm of the evidence that more events than its share are the candidate's.
@@ -106,19 +142,19 @@ fn excess(share: f64, candidate: u64, champion: u64) -> f64 {
     }))
 }
 
-/// The logarithm of the evidence that requests fail with a larger probability than `limit`.
-fn above(limit: f64, counts: RevisionCounts) -> f64 {
+/// The logarithm of the evidence that requests have the property with a larger probability than `limit`.
+fn above(limit: f64, tally: Tally) -> f64 {
     if limit >= 1.0 {
         return f64::NEG_INFINITY;
     }
-    let (errors, rest) = (counts.errors as f64, (counts.requests - counts.errors.min(counts.requests)) as f64);
+    let (number, rest) = (tally.number as f64, tally.all.saturating_sub(tally.number) as f64);
     if limit <= 0.0 {
-        return if errors > 0.0 { f64::INFINITY } else { f64::NEG_INFINITY };
+        return if number > 0.0 { f64::INFINITY } else { f64::NEG_INFINITY };
     }
     mean(RATIOS.map(|ratio| {
         // Odds, so that every ratio is a probability.
         let rate = limit * ratio / (limit * ratio + 1.0 - limit);
-        errors * (rate / limit).ln() + rest * ((1.0 - rate) / (1.0 - limit)).ln()
+        number * (rate / limit).ln() + rest * ((1.0 - rate) / (1.0 - limit)).ln()
     }))
 }
 

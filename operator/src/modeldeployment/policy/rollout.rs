@@ -19,8 +19,12 @@ use crate::{
 
 /// Time in which a revision without traffic may still answer: a router's request timeout and its drain.
 const DRAIN: Duration = Duration::from_secs(50);
-/// Wait between two looks at a running step.
+/// Shortest and longest wait between two looks at a running step: a twentieth of its age, so that a fault is found
+/// soon in relation to what it has cost, and a step of days costs little.
 const POLL: Duration = Duration::from_secs(1);
+const LONGEST_POLL: Duration = Duration::from_secs(15);
+/// Time beyond the pauses of its steps after which a rollout without a verdict is rolled back, by default.
+const DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Wait for the pods of a candidate; their Deployment is watched.
 const PODS: Duration = Duration::from_secs(5);
 /// Most characters of a candidate's message in the schema.
@@ -61,12 +65,13 @@ impl Inputs<'_> {
         self.counts.and_then(|counts| counts.get(revision)).cloned().unwrap_or_default()
     }
 
-    /// What the routers have counted for a revision.
-    fn totals_of(&self, revision: &str) -> RevisionCounts {
-        let RevisionAnalysis { requests, errors, refused, feedback_total, feedback_correct, .. } =
+    /// What the routers have counted for a revision. `latency_limit` is in milliseconds; without one no answer is slow.
+    fn totals_of(&self, revision: &str, latency_limit: Option<u32>) -> RevisionCounts {
+        let RevisionAnalysis { requests, errors, refused, latency, feedback_total, feedback_correct, .. } =
             self.counts_of(revision);
         let wrong = feedback_total.saturating_sub(feedback_correct);
-        RevisionCounts { requests, errors, refused, judged: feedback_total, wrong }
+        let slow = latency_limit.map_or(0, |limit| latency.slower_than(limit.into()));
+        RevisionCounts { requests, errors, refused, judged: feedback_total, wrong, answered: latency.total(), slow }
     }
 }
 
@@ -78,6 +83,8 @@ fn since_then(now: RevisionCounts, before: RevisionCounts) -> Option<RevisionCou
         refused: now.refused.checked_sub(before.refused)?,
         judged: now.judged.checked_sub(before.judged)?,
         wrong: now.wrong.checked_sub(before.wrong)?,
+        answered: now.answered.checked_sub(before.answered)?,
+        slow: now.slow.checked_sub(before.slow)?,
     })
 }
 
@@ -120,12 +127,12 @@ pub fn rollout(
         baseline: RevisionCounts::default(),
         champion_baseline: RevisionCounts::default(),
         routers: String::new(),
+        latency_limit_ms: None,
     });
     // The steps may have changed since: the rollout continues at the last of them.
     let last = spec.steps.len().saturating_sub(1);
     let index = (candidate.step_index as usize).min(last);
     let Some(planned) = spec.steps.get(index) else { return next };
-    next.wait = Some(POLL);
     let canary = Canary {
         spec,
         inputs,
@@ -144,14 +151,21 @@ pub fn rollout(
 /// Rolls a candidate back that is still there when the rollout should be over.
 fn within_deadline(spec: &CanarySpec, mut next: Rollout, now: Timestamp) -> Rollout {
     let begun = next.candidate.as_ref().and_then(|candidate| candidate.started_at.as_ref());
-    let (Some(seconds), Some(begun)) = (spec.deadline_seconds, begun) else { return next };
-    let left = left(Duration::from_secs(seconds.into()), begun.0, now);
+    let Some(begun) = begun else { return next };
+    let (deadline, origin) = match spec.deadline_seconds {
+        Some(seconds) => (Duration::from_secs(seconds.into()), "deadlineSeconds"),
+        None => {
+            let pauses = spec.steps.iter().map(|step| Duration::from_secs(step.pause_seconds.into()));
+            (pauses.sum::<Duration>() + DEADLINE, "the default of deadlineSeconds")
+        }
+    };
+    let left = left(deadline, begun.0, now);
     if !left.is_zero() {
         next.wait = Some(next.wait.map_or(left, |wait| wait.min(left)));
         return next;
     }
     let Some(candidate) = next.candidate.take() else { return next };
-    let why = format!("no verdict within {seconds} s (deadlineSeconds): {}", candidate.message);
+    let why = format!("no verdict within {} s ({origin}): {}", deadline.as_secs(), candidate.message);
     give_up(next, candidate.revision, &why, now)
 }
 
@@ -223,13 +237,13 @@ struct Canary<'a> {
 impl Canary<'_> {
     /// Gives the candidate its first traffic once its pods are ready.
     fn start(mut self, mut next: Rollout) -> Rollout {
+        next.wait = Some(PODS);
         let waiting = self.inputs.waiting.get(&self.candidate.revision.name);
         if let Some(stuck) = &self.workload.stuck {
             let why = format!("its pods did not become ready: {}", waiting.unwrap_or(stuck));
             return self.roll_back(next, &why);
         }
         if !self.workload.is_ready() {
-            next.wait = Some(PODS);
             let waiting = waiting.map(|why| format!(": {why}")).unwrap_or_default();
             let message = format!("{}{waiting}", self.workload.progress());
             return self.hold(next, "WaitingForPods", message);
@@ -242,14 +256,32 @@ impl Canary<'_> {
         self.begin(next, index, percent)
     }
 
+    /// Whether the candidate has all of the traffic and no pod of it answers. A missing workload counts as one without
+    /// pods. Servers that the champion shares are no fault of the candidate.
+    fn is_dead(&self, next: &Rollout) -> bool {
+        let base = self.candidate.revision.base.as_ref();
+        let is_shared = base.is_some() && next.current.as_ref().and_then(|current| current.base.as_ref()) == base;
+        let workload = self.inputs.workloads.get(&self.candidate.revision.name);
+        self.candidate.weight == 100 && !is_shared && workload.is_none_or(Workload::is_dead)
+    }
+
     /// Judges a candidate that has traffic: rolls it back, holds it, or takes it to the next step.
     fn judge(self, mut next: Rollout) -> Rollout {
+        if self.is_dead(&next) {
+            // No other revision answers: neither the pause nor the number of requests matters.
+            let why = format!("no pod of it answers at 100 %: {}", self.workload.progress());
+            return self.roll_back(next, &why);
+        }
+        let age = since(self.candidate.since.0, self.inputs.now);
+        let poll = (age / 20).clamp(POLL, LONGEST_POLL);
+        next.wait = Some(poll);
         if self.inputs.counts.is_none() {
             return self.hold(next, "Inconclusive", "on hold: not all routers answer".into());
         }
-        let is_same = self.candidate.routers == self.inputs.routers;
+        let is_same = self.candidate.routers == self.inputs.routers
+            && self.candidate.latency_limit_ms == self.spec.analysis.max_latency_p95_ms;
         let Some(step) = self.step().filter(|_| is_same) else {
-            // A router came, went or restarted, and its counts with it.
+            // A router came, went or restarted, and its counts with it, or other answers count as slow.
             let (index, percent) = (self.index, self.percent);
             return self.begin(next, index, percent);
         };
@@ -262,15 +294,10 @@ impl Canary<'_> {
         }
         let left = left(self.pause, self.candidate.since.0, self.inputs.now);
         if !left.is_zero() {
-            next.wait = Some(left.min(POLL));
+            next.wait = Some(left.min(poll));
             // Without the counts: the status would be written with every request.
             let message = format!("{at} lasts {} s", self.pause.as_secs());
             return self.hold(next, "Canary", message);
-        }
-        if self.candidate.weight == 100 && self.workload.available == 0 {
-            // No other revision answers: the number of requests does not matter.
-            let message = self.workload.progress();
-            return self.roll_back(next, &message);
         }
         let minimum = self.spec.analysis.minimum_requests;
         if requests < minimum {
@@ -279,6 +306,11 @@ impl Canary<'_> {
         if !compare::is_within(&step) {
             // Without the counts, as above.
             let message = format!("on hold at {place}: more requests fail than maxErrorPercent, too few for a verdict");
+            return self.hold(next, "Inconclusive", message);
+        }
+        if !compare::is_fast(&step) {
+            let message =
+                format!("on hold at {place}: more answers are slower than maxLatencyP95Ms, too few for a verdict");
             return self.hold(next, "Inconclusive", message);
         }
         if !self.workload.is_ready() {
@@ -295,14 +327,17 @@ impl Canary<'_> {
 
     /// The counts of the step so far; `None` if a router's counts began again.
     fn step(&self) -> Option<compare::Step> {
-        let champion = self.inputs.totals_of(&self.champion);
+        let latency_limit = self.spec.analysis.max_latency_p95_ms;
+        let candidate = self.inputs.totals_of(&self.candidate.revision.name, latency_limit);
+        let champion = self.inputs.totals_of(&self.champion, latency_limit);
         Some(compare::Step {
-            candidate: since_then(self.inputs.totals_of(&self.candidate.revision.name), self.candidate.baseline)?,
+            candidate: since_then(candidate, self.candidate.baseline)?,
             champion: since_then(champion, self.candidate.champion_baseline)?,
             champion_so_far: champion,
             share: f64::from(self.candidate.weight) / 100.0,
             limit: self.spec.analysis.max_error_percent.get() / 100.0,
             accuracy_loss: self.spec.analysis.max_accuracy_loss.map(Decimal::get),
+            has_latency_limit: latency_limit.is_some(),
             steps: self.last + 1,
         })
     }
@@ -311,47 +346,44 @@ impl Canary<'_> {
     fn fault(&self, step: &compare::Step) -> Option<String> {
         let compare::Step { candidate, champion, .. } = *step;
         let analysis = &self.spec.analysis;
-        match compare::worse(step) {
-            Some(Worse::Errors) => {
-                return Some(format!(", of the champion's {} of {}", champion.errors, champion.requests));
-            }
-            Some(Worse::Limit) => {
+        Some(match compare::worse(step)? {
+            Worse::Errors => format!(", of the champion's {} of {}", champion.errors, champion.requests),
+            Worse::Limit => {
                 let percent = candidate.errors as f64 * 100.0 / candidate.requests.max(1) as f64;
                 let limit = analysis.max_error_percent;
-                return Some(format!(" ({percent:.2} %), more than the limit of {limit} % (maxErrorPercent)"));
+                format!(" ({percent:.2} %), more than the limit of {limit} % (maxErrorPercent)")
             }
-            Some(Worse::Refusals) => {
-                return Some(format!(
-                    " and {} were refused, of the champion's {}",
-                    candidate.refused, champion.refused
-                ));
+            Worse::Refusals => {
+                format!(" and {} were refused, of the champion's {}", candidate.refused, champion.refused)
             }
-            Some(Worse::Accuracy) => {
-                return Some(format!(
-                    " and {} of {} answers with feedback were wrong, of the champion's {} of {}",
-                    candidate.wrong, candidate.judged, champion.wrong, champion.judged
-                ));
+            Worse::Accuracy => format!(
+                " and {} of {} answers with feedback were wrong, of the champion's {} of {}",
+                candidate.wrong, candidate.judged, champion.wrong, champion.judged
+            ),
+            Worse::Latency => {
+                let limit = analysis.max_latency_p95_ms.unwrap_or_default();
+                let (slow, answered) = (candidate.slow, candidate.answered);
+                let percent = slow as f64 * 100.0 / answered.max(1) as f64;
+                format!(
+                    " and {slow} of {answered} answers ({percent:.1} %) took longer than {limit} ms (maxLatencyP95Ms), \
+                     of the champion's {} of {}",
+                    champion.slow, champion.answered
+                )
             }
-            None => {}
-        }
-        if candidate.requests == 0 || candidate.requests < analysis.minimum_requests {
-            return None;
-        }
-        let p95 = self.inputs.counts_of(&self.candidate.revision.name).latency.percentile(0.95);
-        let limit = analysis.max_latency_p95_ms.filter(|limit| p95 > f64::from(*limit))?;
-        Some(format!(
-            ", the 95th percentile of latency is {p95:.0} ms, more than the limit of {limit} ms (maxLatencyP95Ms)"
-        ))
+        })
     }
 
     /// Begins a step; its requests count from what the routers have counted so far.
-    fn begin(mut self, next: Rollout, index: usize, weight: u32) -> Rollout {
+    fn begin(mut self, mut next: Rollout, index: usize, weight: u32) -> Rollout {
+        next.wait = Some(POLL);
+        let latency_limit = self.spec.analysis.max_latency_p95_ms;
         self.candidate.step_index = u32::try_from(index).unwrap_or(u32::MAX);
         self.candidate.weight = weight;
         self.candidate.since = Time(self.inputs.now);
-        self.candidate.baseline = self.inputs.totals_of(&self.candidate.revision.name);
-        self.candidate.champion_baseline = self.inputs.totals_of(&self.champion);
+        self.candidate.baseline = self.inputs.totals_of(&self.candidate.revision.name, latency_limit);
+        self.candidate.champion_baseline = self.inputs.totals_of(&self.champion, latency_limit);
         self.candidate.routers = self.inputs.routers.to_owned();
+        self.candidate.latency_limit_ms = latency_limit;
         self.hold(next, "Canary", format!("step {} began at {weight} %", index + 1))
     }
 
@@ -370,6 +402,7 @@ impl Canary<'_> {
         next.previous = next.current.take().map(|champion| retire(champion, self.inputs.now));
         next.current = Some(self.candidate.revision);
         next.progressing = Value::new(State::False, "Promoted", message);
+        next.wait = Some(POLL);
         next
     }
 

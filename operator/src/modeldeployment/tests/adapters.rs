@@ -109,13 +109,16 @@ fn a_canary_from_one_adapter_to_another_has_one_deployment() {
 
     // Not before all ready pods have it.
     load(&mut subject, &[&["m", &a], &["m", &a, &b]]);
-    subject.revisions.insert(shared(), Workload { desired: 2, available: 2, replicas: 2, stuck: None });
+    subject.revisions.insert(shared(), Workload { desired: 2, available: 2, answering: 2, replicas: 2, stuck: None });
     let waits = step(&mut subject, 11);
     assert_eq!(shown(&waits), (Some(a.clone()), Some((b.clone(), 0)), "WaitingForPods"));
     let message = &waits.rollout.candidate.as_ref().unwrap().message;
     assert_eq!(message, "1 of 2 pods are ready: 1 of 2 ready pods have loaded the adapter");
     load(&mut subject, &[&["m", &b, &a], &["m", &a, &b]]);
     assert_eq!(shown(&step(&mut subject, 12)), (Some(a.clone()), Some((b.clone(), 100)), "Canary"));
+    let whole = subject.revisions.insert(shared(), workload(0)).unwrap();
+    assert_eq!(shown(&decision(&subject, 13)).2, "Inconclusive", "the servers are the champion's as well");
+    subject.revisions.insert(shared(), whole);
     let promoted = step(&mut subject, 13);
     assert_eq!(shown(&promoted), (Some(b.clone()), None, "Promoted"));
 
