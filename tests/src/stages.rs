@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use athanor_contract::train::OffsetRange;
 use athanor_crds::{FineTuneJob, ModelDeployment, ModelDeploymentStatus};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -145,15 +144,6 @@ async fn save_report(artifact: &str, name: &str) -> Result<String> {
     let path = paths::cache().join("logs").join(format!("report-{name}.html"));
     std::fs::write(&path, html).with_context(|| path.display().to_string())?;
     Ok(path.display().to_string())
-}
-
-/// The retraining reads the offsets that the verdict named, and no others.
-pub fn check_ranges(job: &FineTuneJob, wanted: &[OffsetRange]) -> Result<()> {
-    let sources = job.spec.train.data.sources.iter();
-    let kafka = sources.filter_map(|source| source.kafka.as_ref());
-    let read: Vec<_> = kafka.flat_map(|kafka| kafka.ranges.clone()).collect();
-    ensure!(!read.is_empty() && read == wanted, "the retraining reads {read:?}, the verdict named {wanted:?}");
-    Ok(())
 }
 
 pub fn print_timeline(job: &FineTuneJob) {
