@@ -3,6 +3,7 @@
 
 mod access;
 mod adapters;
+mod bad_requests;
 mod chaos;
 mod chat;
 mod container;
