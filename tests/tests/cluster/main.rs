@@ -4,6 +4,7 @@
 mod access;
 mod adapters;
 mod bad_requests;
+mod canary;
 mod chaos;
 mod chat;
 mod container;
