@@ -76,7 +76,7 @@ struct Choice {
 }
 
 impl Choice {
-    fn next(&mut self) -> Victim {
+    fn draw(&mut self) -> Victim {
         if self.left.is_empty() {
             self.left.extend(VICTIMS.into_iter().chain(LOSSES));
         }
@@ -118,7 +118,7 @@ impl Chaos {
 
     /// Kills something and waits for some seconds. Returns what it was; `None` if there was nothing of the kind.
     pub async fn strike(&mut self) -> Result<Option<Victim>> {
-        let victim = self.choice.next();
+        let victim = self.choice.draw();
         let random = &mut self.choice.random;
         let (choice, pause) = (random.random::<u32>() as usize, random.random_range(2.0..7.0));
         let away = Duration::from_secs_f64(random.random_range(1.0..8.0));
@@ -141,7 +141,7 @@ impl Chaos {
 
     /// Deletes a router's pod while Kafka is away, which comes back once the pod is gone: another router has its events by
     /// then, and nothing may be lost.
-    async fn replace_router(&mut self, choice: usize, away: Duration) -> Result<bool> {
+    async fn replace_router(&self, choice: usize, away: Duration) -> Result<bool> {
         if self.spilled().await.len() < 2 {
             return Ok(false);
         }
@@ -284,7 +284,7 @@ mod tests {
         let mut choice = Choice { random: StdRng::seed_from_u64(7), left: Vec::new() };
         let kinds = VICTIMS.len() + LOSSES.len();
         for _ in 0..2 {
-            let round: std::collections::BTreeSet<Victim> = (0..kinds).map(|_| choice.next()).collect();
+            let round: std::collections::BTreeSet<Victim> = (0..kinds).map(|_| choice.draw()).collect();
             assert_eq!(round.len(), kinds);
         }
     }

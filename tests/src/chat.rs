@@ -187,7 +187,9 @@ impl Client {
         let sent = sent.await;
         match &sent {
             Ok(()) => self.counts.accepted.add(request_id),
-            Err(_) => drop(self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed)),
+            Err(_) => {
+                self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+            }
         }
         sent
     }

@@ -158,8 +158,8 @@ pub fn content_digest(rows: &[Labelled]) -> String {
         add(&row.id);
         match &row.input {
             Input::Text(text) => add(text),
-            Input::Messages(messages) => ["messages", messages].into_iter().for_each(&mut add),
-            Input::Prompt(prompt) => ["prompt", prompt].into_iter().for_each(&mut add),
+            Input::Messages(messages) => ["messages", messages.as_str()].into_iter().for_each(&mut add),
+            Input::Prompt(prompt) => ["prompt", prompt.as_str()].into_iter().for_each(&mut add),
         }
         add(&row.expected);
     }

@@ -173,16 +173,16 @@ impl Runs {
         let job_watch = follow(Api::namespaced(cluster.client.clone(), namespace), config.clone(), move |job: &Job| {
             let owner = job.owner_references().iter().find(|owner| owner.kind == "FineTuneJob");
             let (Some(owner), Some(uid)) = (owner, job.uid()) else { return };
-            let attempts = &mut jobs.lock().unwrap_or_else(PoisonError::into_inner).attempts;
-            attempts.entry(owner.uid.clone()).or_default().entry(uid).or_default().name = job.name_any();
+            let mut seen = jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.attempts.entry(owner.uid.clone()).or_default().entry(uid).or_default().name = job.name_any();
         });
         let pod_watch = follow(Api::namespaced(cluster.client.clone(), namespace), config, move |pod: &Pod| {
             let label = |name: &str| pod.labels().get(name);
             let job = label("batch.kubernetes.io/controller-uid");
             let index = label("batch.kubernetes.io/job-completion-index").and_then(|index| index.parse().ok());
             let (Some(job), Some(index), Some(uid)) = (job, index, pod.uid()) else { return };
-            let of_jobs = &mut pods.lock().unwrap_or_else(PoisonError::into_inner).pods;
-            of_jobs.entry(job.clone()).or_default().entry(index).or_default().insert(uid);
+            let mut seen = pods.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.pods.entry(job.clone()).or_default().entry(index).or_default().insert(uid);
         });
         Self { seen, _watches: [job_watch, pod_watch] }
     }
@@ -339,7 +339,10 @@ mod tests {
         assert!(check(&[("u0", attempt(0, &["p0"]))]).is_err(), "an attempt without a Job");
         let twice = [("u0", attempt(0, &["p0"])), ("u1", attempt(1, &["p1"])), ("u2", attempt(1, &["p2"]))];
         assert!(check(&twice).is_err(), "a Job that was created twice");
-        assert!(check(&[("u0", attempt(0, &["p0", "p2"])), ("u1", attempt(1, &["p1"]))]).is_err(), "two pods of a node");
+        assert!(
+            check(&[("u0", attempt(0, &["p0", "p2"])), ("u1", attempt(1, &["p1"]))]).is_err(),
+            "two pods of a node"
+        );
         let mut uncounted = job.clone();
         uncounted.status.as_mut().unwrap().restarts = 0;
         let both = BTreeMap::from([("u0".into(), attempt(0, &["p0"])), ("u1".into(), attempt(1, &["p1"]))]);

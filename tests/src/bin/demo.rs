@@ -187,7 +187,8 @@ impl Demo {
             let requests = |kind: &str| ids(&records, kind).map(|(_, request)| request.to_owned()).collect();
             let (predictions, feedback): (BTreeSet<String>, BTreeSet<String>) =
                 (requests(event::PREDICTION), requests(event::FEEDBACK));
-            let arrived = answered.iter().all(|id| predictions.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
+            let arrived =
+                answered.iter().all(|id| predictions.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
             Ok(arrived.then_some(records))
         })
         .await?;

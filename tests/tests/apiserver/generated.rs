@@ -91,10 +91,10 @@ impl Generator {
         let mut template = Map::new();
         for (field, value) in [
             ("resources", json!({"requests": {"memory": "64Mi"}, "limits": {"memory": memory, "cpu": "1500m"}})),
-            ("nodeSelector", json!({name.clone(): "value"})),
+            ("nodeSelector", json!({(name.clone()): "value"})),
             ("tolerations", json!([{"key": name, "operator": "Exists", "effect": "NoSchedule"}])),
-            ("labels", json!({format!("example.org/{name}"): "value"})),
-            ("annotations", json!({format!("example.org/{name}"): "any value"})),
+            ("labels", json!({(format!("example.org/{name}")): "value"})),
+            ("annotations", json!({(format!("example.org/{name}")): "any value"})),
             ("serviceAccountName", json!(name)),
             ("env", json!([{"name": "SOME_VARIABLE", "value": name}])),
             ("scratchSizeLimit", json!(memory)),

@@ -85,7 +85,7 @@ impl Impostor {
         let counts = async |State((looks, candidate)): State<(Arc<AtomicU64>, String)>| {
             let failures = 1000 * (looks.fetch_add(1, Ordering::Relaxed) + 1);
             let counts = json!({"requests": failures, "errors": failures, "feedback_total": 0, "feedback_correct": 0});
-            Json(json!({"revisions": {candidate: counts}}))
+            Json(json!({"revisions": {(candidate): counts}}))
         };
         let app = Router::new().route(path::ANALYSIS, get(counts)).with_state((looks.clone(), candidate.to_owned()));
         let listener = tokio::net::TcpListener::bind((HOST, port::ROUTER_OPS)).await.context("the port of a router")?;

@@ -216,7 +216,9 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
     let availability = Availability::watch(cluster.clone(), NAMESPACE, NAME)?;
     let runs = Runs::watch(&cluster, NAMESPACE);
     let clients: Vec<_> = (0..CLIENTS)
-        .map(|first| tokio::spawn(ask_and_disagree(client.clone(), texts.clone(), first * 13, seen.clone(), stop.clone())))
+        .map(|first| {
+            tokio::spawn(ask_and_disagree(client.clone(), texts.clone(), first * 13, seen.clone(), stop.clone()))
+        })
         .collect();
 
     let begun = Instant::now();
