@@ -10,10 +10,12 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use athanor_crds::{FineTuneJob, ModelDeployment, ModelDeploymentStatus};
 use indicatif::{ProgressBar, ProgressStyle};
+use kube::ResourceExt;
 
 use crate::{
     cluster::{self, Cluster, condition, wait},
-    paths, storage,
+    dataset, events, paths, storage,
+    verdicts::{Verdicts, check_labels, ranges_of, verdict},
 };
 
 /// One run of a demo.
@@ -144,6 +146,22 @@ async fn save_report(artifact: &str, name: &str) -> Result<String> {
     let path = paths::cache().join("logs").join(format!("report-{name}.html"));
     std::fs::write(&path, html).with_context(|| path.display().to_string())?;
     Ok(path.display().to_string())
+}
+
+/// Checks what a deployment's first retraining was trained on, against a verdict that was published before it and against
+/// the events that its ranges hold. `minimum` is `retrain.minimumSamples`.
+///
+/// # Errors
+/// Its ranges are not those of the verdict; or verdict, report or data digest differ from the events.
+pub async fn check_retraining(job: &FineTuneJob, verdicts: &Verdicts, minimum: u64, topic: &'static str) -> Result<()> {
+    let (name, ranges) = (job.name_any(), ranges_of(job)?);
+    let versions = verdicts.versions();
+    let published = verdict(&versions, &name, &ranges, minimum)?;
+    let records = tokio::task::spawn_blocking(move || events::read_all(topic)).await??;
+    check_labels(published, &records)?;
+    let rows = dataset::check(job, &records).await?;
+    println!("             {name} reads the verdict's ranges, with {} labelled events, and no others", rows.len());
+    Ok(())
 }
 
 pub fn print_timeline(job: &FineTuneJob) {

@@ -11,15 +11,14 @@ use anyhow::{Context, Result, bail, ensure};
 use athanor_contract::{event, monitor::Verdict};
 use athanor_tests::{
     cluster::{Cluster, wait},
-    dataset,
     events::{self, Record},
     labelled::{exactly_once, ids},
     otlp, paths, prometheus,
     sentiment::{self, AWAY, HOME, Part, Text},
-    stages::{Stages, print_timeline, statistics},
+    stages::{Stages, check_retraining, print_timeline, statistics},
     storage,
     traffic::Client,
-    verdicts::{Verdicts, check_labels, ranges_of, verdict},
+    verdicts::Verdicts,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -111,17 +110,7 @@ impl Demo {
         let retraining = status.retraining.context("retraining")?;
         let job = self.stages.train(&retraining.job).await?;
         let challenger_summary = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
-        let ranges = ranges_of(&job)?;
-        let versions = verdicts.versions();
-        let published = verdict(&versions, &retraining.job, &ranges, MINIMUM_SAMPLES)?;
-        let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-        check_labels(published, &records)?;
-        let rows = dataset::check(&job, &records).await?;
-        println!(
-            "             {} reads the ranges of the verdict, with {} labelled events, and no others",
-            retraining.job,
-            rows.len()
-        );
+        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
         let chosen = |key: &str| challenger_summary.metrics.get(key).map_or("-".to_owned(), ToString::to_string);
         self.stages.end(
             started,

@@ -15,13 +15,13 @@ use athanor_contract::{event, train::TrainSummary};
 use athanor_tests::{
     chat::{Client, Marks},
     cluster::{Cluster, wait},
-    dataset, events,
+    events,
     finance::{self, Domain, Part, Sentence},
     labelled::{exactly_once, ids},
     paths,
-    stages::{Stages, print_timeline, statistics},
+    stages::{Stages, check_retraining, print_timeline, statistics},
     storage,
-    verdicts::{Verdicts, check_labels, ranges_of, verdict},
+    verdicts::Verdicts,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -126,17 +126,7 @@ impl Demo {
         let status = self.stages.wait_status(|status| status.retraining.is_some()).await?;
         let retraining = status.retraining.context("retraining")?;
         let job = self.stages.train(&retraining.job).await?;
-        let ranges = ranges_of(&job)?;
-        let versions = verdicts.versions();
-        let published = verdict(&versions, &retraining.job, &ranges, MINIMUM_SAMPLES)?;
-        let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-        check_labels(published, &records)?;
-        let rows = dataset::check(&job, &records).await?;
-        println!(
-            "             {} reads the ranges of the verdict, with {} corrections, and no others",
-            retraining.job,
-            rows.len()
-        );
+        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
         let second = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
         let (f1, base) = (metric(&second, "tokenF1")?, metric(&second, "baseline/tokenF1")?);
         self.stages.end(started, &format!("{}: TokenF1 {base:.3} -> {f1:.3}, the gates hold", retraining.job));

@@ -14,7 +14,7 @@ use athanor_crds::{FineTuneJob, ModelDeploymentStatus};
 use athanor_tests::{
     cluster::{Cluster, condition, job_refused, job_succeeded, kill_9, processes, wait},
     dataset, events,
-    labelled::whole,
+    labelled::{Labelled, whole},
     paths,
     sentiment::{self, HOME, Part, Text},
     storage,
@@ -364,15 +364,20 @@ async fn a_stopped_kafka_and_a_replaced_router_lose_no_acknowledged_event() -> R
     });
     cluster.apply(namespace, &manifest).await?;
     let job = job_succeeded(&cluster, namespace, "from-events", MINUTES * 3, |_| {}).await?;
-    let rows = dataset::check(&job, &records).await?;
-    let requests: BTreeSet<String> =
-        rows.iter().filter_map(|row| row.id.strip_suffix("/0")).map(str::to_owned).collect();
+    has_each_once(&dataset::check(&job, &records).await?, &acknowledged)?;
+    cluster.delete_namespace(namespace).await
+}
+
+/// The rows are those of these requests.
+fn has_each_once(rows: &[Labelled], acknowledged: &BTreeSet<String>) -> Result<()> {
+    let requests = rows.iter().filter_map(|row| row.id.strip_suffix("/0").map(str::to_owned));
+    let requests: BTreeSet<String> = requests.collect();
     ensure!(requests.len() == rows.len(), "{} rows of {} requests", rows.len(), requests.len());
     let missing: Vec<&String> = acknowledged.difference(&requests).collect();
-    let others: Vec<&String> = requests.difference(&acknowledged).collect();
+    let others: Vec<&String> = requests.difference(acknowledged).collect();
     ensure!(missing.is_empty(), "acknowledged feedback that is not in the dataset: {missing:?}");
     ensure!(others.is_empty(), "rows of requests without feedback: {others:?}");
-    cluster.delete_namespace(namespace).await
+    Ok(())
 }
 
 /// Names of the routers' pods.
