@@ -48,7 +48,7 @@ pub enum Victim {
     KafkaAndRouter(End),
 }
 
-const VICTIMS: [Victim; 16] = [
+const VICTIMS: [Victim; 17] = [
     Victim::Process("operator"),
     Victim::Process("router"),
     Victim::Process("server"),
@@ -65,9 +65,8 @@ const VICTIMS: [Victim; 16] = [
     Victim::Infrastructure("s3"),
     Victim::Infrastructure("kube-apiserver"),
     Victim::KafkaAndRouter(End::Graceful),
+    Victim::KafkaAndRouter(End::AtOnce),
 ];
-/// Loses what is on the disk of the router, so that it is struck only when all that was acknowledged before is in Kafka.
-const LOSSES: [Victim; 1] = [Victim::KafkaAndRouter(End::AtOnce)];
 
 /// The kinds of victims, each once before any comes again, in random order.
 struct Choice {
@@ -78,7 +77,7 @@ struct Choice {
 impl Choice {
     fn draw(&mut self) -> Victim {
         if self.left.is_empty() {
-            self.left.extend(VICTIMS.into_iter().chain(LOSSES));
+            self.left.extend(VICTIMS);
         }
         let at = self.random.random_range(0..self.left.len());
         self.left.swap_remove(at)
@@ -158,7 +157,7 @@ impl Chaos {
         Ok(deleted.is_some())
     }
 
-    /// Deletes a router's pod at once, while Kafka is away for `away` before and after, if so. What that router had
+    /// Deletes a router's pod at once; with `away` while Kafka is away, for so long before and after. What that router had
     /// acknowledged since Kafka had all events may be lost.
     async fn lose_router(&mut self, choice: usize, away: Option<Duration>) -> Result<bool> {
         let Some(begin) = self.replayed().await else { return Ok(false) };
@@ -282,7 +281,7 @@ mod tests {
     #[test]
     fn every_kind_of_victim_comes_before_any_comes_again() {
         let mut choice = Choice { random: StdRng::seed_from_u64(7), left: Vec::new() };
-        let kinds = VICTIMS.len() + LOSSES.len();
+        let kinds = VICTIMS.len();
         for _ in 0..2 {
             let round: std::collections::BTreeSet<Victim> = (0..kinds).map(|_| choice.draw()).collect();
             assert_eq!(round.len(), kinds);

@@ -128,6 +128,18 @@ fn input(data: &Value) -> Result<Input> {
     Ok(Input::Messages(messages.to_string()))
 }
 
+/// Answers of the ranges with a label or a correction before the end of the ranges: that of a monitor or of a retraining
+/// which has read the topic from its beginning. After an outage a label may come before its answer.
+///
+/// # Errors
+/// As for [`labelled`].
+pub fn labelled_by_the_end(records: &[Record], ranges: &[OffsetRange]) -> Result<Vec<Labelled>> {
+    let from_beginning: Vec<OffsetRange> = ranges.iter().map(|range| OffsetRange { begin: 0, ..*range }).collect();
+    let mut rows = labelled(records, &from_beginning)?;
+    rows.retain(|row| row.is_in(ranges));
+    Ok(rows)
+}
+
 /// Number of rows that a job with this specification has of these answers: without cleaning, and with one that drops
 /// duplicates, a text is a row once.
 ///
@@ -282,6 +294,15 @@ pub(crate) mod tests {
         // A label behind the end of the range, an answer before its begin.
         assert_eq!(shown(&labelled(&records, &[range(0, 0, 8), range(1, 0, 3)]).unwrap()), [("p/0", "newest")]);
         assert_eq!(shown(&labelled(&records, &[range(0, 5, 8), range(1, 0, 4)]).unwrap()), [("q/0", "b")]);
+    }
+
+    #[test]
+    fn a_label_before_the_begin_of_the_ranges_is_one_for_who_has_read_it() {
+        let records = [feedback(0, 3, "f", "01", "p", "a"), prediction(0, 4, "p", "r1", "text")];
+        let ranges = [range(0, 4, 5)];
+        assert_eq!(labelled(&records, &ranges).unwrap(), []);
+        assert_eq!(shown(&labelled_by_the_end(&records, &ranges).unwrap()), [("p/0", "a")]);
+        assert_eq!(labelled_by_the_end(&records, &[range(0, 5, 9)]).unwrap(), []);
     }
 
     #[test]

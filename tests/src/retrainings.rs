@@ -18,7 +18,7 @@ use crate::{
     cluster::{Cluster, condition},
     events::Record,
     follow::{Following, follow},
-    labelled::labelled,
+    labelled::{Labelled, labelled_by_the_end},
     verdicts::ranges_of,
 };
 
@@ -128,10 +128,9 @@ pub fn check_retrainings(retrainings: &[Retraining], known: &Known<'_>) -> Resul
             bail!("{name} and {} answer one drift: that of {baseline}", same.name);
         }
         let revision = revisions.get(baseline.as_str()).with_context(|| format!("{name}: unknown model {baseline}"))?;
-        let rows = labelled(known.records, ranges)?;
-        let is_new = |row: &&crate::labelled::Labelled| {
-            row.revision == **revision && !earlier.iter().any(|before| row.is_in(&before.ranges))
-        };
+        let rows = labelled_by_the_end(known.records, ranges)?;
+        let is_new =
+            |row: &&Labelled| row.revision == **revision && !earlier.iter().any(|before| row.is_in(&before.ranges));
         let new = rows.iter().filter(is_new).count();
         ensure!(
             new >= known.minimum_samples,

@@ -15,7 +15,7 @@ use crate::{
     cluster::Cluster,
     events::Record,
     follow::{Following, follow},
-    labelled::labelled,
+    labelled::labelled_by_the_end,
 };
 
 /// A published verdict, and whether there was a retraining in that version of the status.
@@ -94,10 +94,8 @@ pub fn verdict<'a>(
 /// # Errors
 /// They differ.
 pub fn check_labels(monitor: &MonitorStatus, records: &[Record]) -> Result<()> {
-    let from_beginning: Vec<OffsetRange> =
-        monitor.ranges.iter().map(|range| OffsetRange { begin: 0, ..*range }).collect();
-    let rows = labelled(records, &from_beginning)?;
-    let own = rows.iter().filter(|row| row.revision == monitor.revision && row.is_in(&monitor.ranges)).count();
+    let rows = labelled_by_the_end(records, &monitor.ranges)?;
+    let own = rows.iter().filter(|row| row.revision == monitor.revision).count();
     ensure!(
         own as u64 == monitor.labelled,
         "the monitor counts {} labels of {}, its ranges have {own}",
