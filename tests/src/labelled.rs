@@ -61,6 +61,9 @@ pub fn whole(records: &[Record]) -> Vec<OffsetRange> {
     ends.into_iter().map(|(partition, end)| OffsetRange { partition, begin: 0, end }).collect()
 }
 
+/// The newest label of each answer: time and id of its event, and its value.
+type Newest = BTreeMap<String, (Timestamp, String, String)>;
+
 /// Answers of the ranges with a label or a correction in the ranges, in the order of partition and offset. Of several
 /// labels the newest counts, by the event's time, then by its id. A repeated delivery of an answer counts once.
 ///
@@ -71,7 +74,7 @@ pub fn labelled(records: &[Record], ranges: &[OffsetRange]) -> Result<Vec<Labell
         records.iter().filter(|record| contains(ranges, record.partition, record.offset)).collect();
     inside.sort_by_key(|record| (record.partition, record.offset));
     // By the id of the answer: a label is for an answer of a classifier, a text for one of a language model.
-    let (mut labels, mut texts) = (BTreeMap::new(), BTreeMap::new());
+    let (mut labels, mut texts) = (Newest::new(), Newest::new());
     for record in inside.iter().filter(|record| record.kind == FEEDBACK) {
         let data = parse(record)?;
         for (field, newest) in [("expectedLabel", &mut labels), ("expectedText", &mut texts)] {
@@ -79,7 +82,7 @@ pub fn labelled(records: &[Record], ranges: &[OffsetRange]) -> Result<Vec<Labell
             let time: Timestamp = record.time.parse().with_context(|| format!("time of event {}", record.id))?;
             let this = (time, record.id.clone(), expected.to_owned());
             let known = newest.entry(answer_id(&data)?).or_insert_with(|| this.clone());
-            if (this.0, &this.1) > (known.0, &known.1) {
+            if (&this.0, &this.1) > (&known.0, &known.1) {
                 *known = this;
             }
         }

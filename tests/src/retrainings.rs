@@ -169,13 +169,14 @@ impl Runs {
         let seen: Arc<Mutex<Seen>> = Arc::default();
         let config = watcher::Config::default().labels("app.kubernetes.io/managed-by=athanor");
         let (jobs, pods) = (seen.clone(), seen.clone());
-        let job_watch = follow(Api::namespaced(cluster.client.clone(), namespace), config.clone(), move |job: &Job| {
+        let api = Api::<Job>::namespaced(cluster.client.clone(), namespace);
+        let job_watch = follow(api, config.clone(), move |job: &Job| {
             let owner = job.owner_references().iter().find(|owner| owner.kind == "FineTuneJob");
             let (Some(owner), Some(uid)) = (owner, job.uid()) else { return };
             let mut seen = jobs.lock().unwrap_or_else(PoisonError::into_inner);
             seen.attempts.entry(owner.uid.clone()).or_default().entry(uid).or_default().name = job.name_any();
         });
-        let pod_watch = follow(Api::namespaced(cluster.client.clone(), namespace), config, move |pod: &Pod| {
+        let pod_watch = follow(cluster.pods(namespace), config, move |pod: &Pod| {
             let label = |name: &str| pod.labels().get(name);
             let job = label("batch.kubernetes.io/controller-uid");
             let index = label("batch.kubernetes.io/job-completion-index").and_then(|index| index.parse().ok());
