@@ -110,7 +110,6 @@ impl Demo {
         let retraining = status.retraining.context("retraining")?;
         let job = self.stages.train(&retraining.job).await?;
         let challenger_summary = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
-        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
         let chosen = |key: &str| challenger_summary.metrics.get(key).map_or("-".to_owned(), ToString::to_string);
         self.stages.end(
             started,
@@ -126,6 +125,8 @@ impl Demo {
         let (challenger, weights) = self.stages.canary(&champion, Duration::from_secs(240)).await?;
         self.stages.end(started, &format!("{challenger} took over, weights seen: {weights:?}"));
         ensure!(weights.contains(&10) && weights.contains(&50), "the canary skipped a step: weights {weights:?}");
+
+        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
 
         let started = self.stages.begin("measure the challenger on the same texts");
         let after = self.exam(&challenger).await?;
