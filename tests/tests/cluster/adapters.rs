@@ -68,7 +68,7 @@ fn job(adapter: &Adapter) -> String {
             "data": {"sources": [{
                 "name": "rows", "uri": format!("s3://athanor/{}", adapter.key()), "columns": {"messages": "messages"},
             }]},
-            "hyperparameters": {"maxSteps": 20, "batchSize": 4, "learningRate": 1e-3, "maxSequenceLength": 192},
+            "hyperparameters": {"maxSteps": 12, "batchSize": 4, "learningRate": 1e-3, "maxSequenceLength": 192},
             "evaluate": {
                 "generation": {"samples": 4, "maxNewTokens": 8},
                 "gates": [{"metric": "ExactMatch", "minimum": "0.9"}],
