@@ -15,7 +15,10 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::finance::{Sentence, token_f1};
+use crate::{
+    finance::{Sentence, token_f1},
+    traffic::Ids,
+};
 
 /// Tokens that an answer may have.
 const MAX_TOKENS: u32 = 64;
@@ -39,6 +42,9 @@ pub struct Counts {
     pub feedback: AtomicU64,
     pub feedback_failures: AtomicU64,
     pub tokens: AtomicU64,
+    /// Request ids of whole answers, and of the corrections that were accepted.
+    pub answered: Ids,
+    pub accepted: Ids,
 }
 
 /// How well a revision answers.
@@ -94,7 +100,10 @@ impl Client {
 
     fn counted(&self, answer: Result<Answer>) -> Result<Answer> {
         match &answer {
-            Ok(answer) => self.counts.tokens.fetch_add(answer.tokens, Ordering::Relaxed),
+            Ok(answer) => {
+                self.counts.answered.add(&answer.request_id);
+                self.counts.tokens.fetch_add(answer.tokens, Ordering::Relaxed)
+            }
             Err(_) => self.counts.failures.fetch_add(1, Ordering::Relaxed),
         };
         answer
@@ -176,8 +185,11 @@ impl Client {
             Ok(())
         };
         let sent = sent.await;
-        if sent.is_err() {
-            self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+        match &sent {
+            Ok(()) => self.counts.accepted.add(request_id),
+            Err(_) => {
+                self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+            }
         }
         sent
     }

@@ -1,4 +1,4 @@
-//! Reading a deployment's topic, to count what arrived.
+//! Reads a deployment's topic with a consumer that shares no code with Athanor's.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -48,8 +48,12 @@ pub struct Record {
     pub offset: i64,
     pub id: String,
     pub kind: String,
+    /// RFC 3339.
+    pub time: String,
     pub trace_parent: Option<String>,
     pub request_id: String,
+    /// JSON.
+    pub value: Vec<u8>,
 }
 
 /// Every record of a topic from its beginning up to now. Blocking.
@@ -85,8 +89,10 @@ pub fn read_all(topic: &str) -> Result<Vec<Record>> {
             offset: message.offset(),
             id: header(attribute::ID).unwrap_or_default(),
             kind: header(attribute::TYPE).unwrap_or_default(),
+            time: header(attribute::TIME).unwrap_or_default(),
             trace_parent: header(attribute::TRACE_PARENT),
             request_id: message.key().map(|key| String::from_utf8_lossy(key).into_owned()).unwrap_or_default(),
+            value: message.payload().unwrap_or_default().to_vec(),
         });
         if ends.get(&message.partition()).is_some_and(|end| message.offset() + 1 >= *end) {
             ends.remove(&message.partition());

@@ -104,7 +104,12 @@ impl FaultProxy {
         Ok(Self { address, state })
     }
 
-    /// Number of writes to an object and its children so far.
+    /// Numbers the writes of each object from 0 again, so that each meets its fault once more.
+    pub fn begin_again(&self) {
+        self.state.seen().writes.clear();
+    }
+
+    /// Number of writes to an object and its children since they were last numbered from 0.
     pub fn writes(&self, name: &str) -> usize {
         self.state.seen().writes.get(name).copied().unwrap_or(0)
     }

@@ -8,13 +8,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use athanor_contract::train::OffsetRange;
 use athanor_crds::{FineTuneJob, ModelDeployment, ModelDeploymentStatus};
 use indicatif::{ProgressBar, ProgressStyle};
+use kube::ResourceExt;
 
 use crate::{
     cluster::{self, Cluster, condition, wait},
-    paths, storage,
+    dataset, events, paths, storage,
+    verdicts::{Verdicts, check_labels, ranges_of, verdict},
 };
 
 /// One run of a demo.
@@ -147,12 +148,19 @@ async fn save_report(artifact: &str, name: &str) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-/// The retraining reads the offsets that the verdict named, and no others.
-pub fn check_ranges(job: &FineTuneJob, wanted: &[OffsetRange]) -> Result<()> {
-    let sources = job.spec.train.data.sources.iter();
-    let kafka = sources.filter_map(|source| source.kafka.as_ref());
-    let read: Vec<_> = kafka.flat_map(|kafka| kafka.ranges.clone()).collect();
-    ensure!(!read.is_empty() && read == wanted, "the retraining reads {read:?}, the verdict named {wanted:?}");
+/// Checks what a deployment's first retraining was trained on, against a verdict that was published before it and against
+/// the events that its ranges hold. `minimum` is `retrain.minimumSamples`.
+///
+/// # Errors
+/// Its ranges are not those of the verdict; or verdict, report or data digest differ from the events.
+pub async fn check_retraining(job: &FineTuneJob, verdicts: &Verdicts, minimum: u64, topic: &'static str) -> Result<()> {
+    let (name, ranges) = (job.name_any(), ranges_of(job)?);
+    let versions = verdicts.versions();
+    let published = verdict(&versions, &name, &ranges, minimum)?;
+    let records = tokio::task::spawn_blocking(move || events::read_all(topic)).await??;
+    check_labels(published, &records)?;
+    let rows = dataset::check(job, &records).await?;
+    println!("             {name} reads the verdict's ranges, with {} labelled events, and no others", rows.len());
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -16,6 +16,14 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::sentiment::Text;
+
+/// Whether a request failed because its connection was refused or broke, and not by an answer or by a time limit.
+pub fn is_of_connection(error: &anyhow::Error) -> bool {
+    let Some(error) = error.downcast_ref::<reqwest::Error>() else { return false };
+    let mut causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    // A whole body that is not JSON is an answer.
+    !error.is_timeout() && !error.is_status() && !causes.any(|cause| cause.is::<serde_json::Error>())
+}
 
 /// An answer to one text.
 #[derive(Clone, Debug)]
@@ -32,6 +40,23 @@ pub struct Counts {
     pub failures: AtomicU64,
     pub feedback: AtomicU64,
     pub feedback_failures: AtomicU64,
+    /// Request ids of the answers, and of the feedback that was accepted.
+    pub answered: Ids,
+    pub accepted: Ids,
+}
+
+/// Request ids in the order in which they came.
+#[derive(Debug, Default)]
+pub struct Ids(Mutex<Vec<String>>);
+
+impl Ids {
+    pub fn add(&self, id: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
+    }
+
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// A client of one deployment.
@@ -68,8 +93,11 @@ impl Client {
     pub async fn classify(&self, text: &str, revision: Option<&str>) -> Result<Answer> {
         self.counts.requests.fetch_add(1, Ordering::Relaxed);
         let answer = self.try_classify(text, revision).await;
-        if answer.is_err() {
-            self.counts.failures.fetch_add(1, Ordering::Relaxed);
+        match &answer {
+            Ok(answer) => self.counts.answered.add(&answer.request_id),
+            Err(_) => {
+                self.counts.failures.fetch_add(1, Ordering::Relaxed);
+            }
         }
         answer
     }
@@ -118,8 +146,11 @@ impl Client {
             Ok(())
         };
         let sent = sent.await;
-        if sent.is_err() {
-            self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+        match &sent {
+            Ok(()) => self.counts.accepted.add(request_id),
+            Err(_) => {
+                self.counts.feedback_failures.fetch_add(1, Ordering::Relaxed);
+            }
         }
         sent
     }
@@ -212,5 +243,39 @@ impl Background {
 impl Drop for Background {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A client of a server that answers its one connection with these bytes and closes it.
+    async fn failure(answer: &'static [u8]) -> anyhow::Error {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = Client::new(format!("http://{}", listener.local_addr().unwrap())).unwrap();
+        let answering = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let read = stream.read(&mut [0; 4096]).await.unwrap();
+            assert!(read > 0);
+            stream.write_all(answer).await.unwrap();
+        });
+        let error = client.classify("text", None).await.unwrap_err();
+        answering.await.unwrap();
+        error
+    }
+
+    #[tokio::test]
+    async fn a_broken_connection_is_told_from_an_answer() {
+        assert!(is_of_connection(&failure(b"").await));
+        let cut = b"HTTP/1.1 200 OK\r\ncontent-length: 90\r\n\r\n{\"data\": ";
+        assert!(is_of_connection(&failure(cut).await));
+        let unavailable = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}";
+        assert!(!is_of_connection(&failure(unavailable).await));
+        assert!(!is_of_connection(&failure(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 3\r\n\r\nno!").await));
+        let refused = Client::new("http://127.0.0.1:1").unwrap().classify("text", None).await.unwrap_err();
+        assert!(is_of_connection(&refused));
     }
 }

@@ -11,17 +11,22 @@ use anyhow::{Context, Result, bail, ensure};
 use athanor_contract::{event, monitor::Verdict};
 use athanor_tests::{
     cluster::{Cluster, wait},
-    events, otlp, paths, prometheus,
+    events::{self, Record},
+    labelled::{exactly_once, ids},
+    otlp, paths, prometheus,
     sentiment::{self, AWAY, HOME, Part, Text},
-    stages::{Stages, check_ranges, print_timeline, statistics},
+    stages::{Stages, check_retraining, print_timeline, statistics},
     storage,
     traffic::Client,
+    verdicts::Verdicts,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
 const NAMESPACE: &str = "demo";
 const NAME: &str = "sentiment";
 const TOPIC: &str = "athanor.demo.sentiment";
+/// `retrain.minimumSamples` of examples/sentiment.yaml.
+const MINIMUM_SAMPLES: u64 = 5000;
 /// Every so many texts one goes without feedback: the share of labelled requests is (N - 1) / N.
 const UNLABELLED_EVERY: usize = 8;
 const CONCURRENCY: usize = 24;
@@ -74,6 +79,7 @@ impl Demo {
             Ok(client.classify("A fine first request.", None).await.is_ok().then_some(()))
         })
         .await?;
+        let verdicts = Verdicts::watch(&cluster, NAMESPACE, NAME);
         let warm_up = client.counts.requests.swap(0, Ordering::Relaxed);
         client.counts.failures.store(0, Ordering::Relaxed);
         self.stages.end(started, &format!("{champion} answers at {address} (after {warm_up} tries)"));
@@ -104,7 +110,6 @@ impl Demo {
         let retraining = status.retraining.context("retraining")?;
         let job = self.stages.train(&retraining.job).await?;
         let challenger_summary = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
-        check_ranges(&job, &retraining.ranges)?;
         let chosen = |key: &str| challenger_summary.metrics.get(key).map_or("-".to_owned(), ToString::to_string);
         self.stages.end(
             started,
@@ -120,6 +125,8 @@ impl Demo {
         let (challenger, weights) = self.stages.canary(&champion, Duration::from_secs(240)).await?;
         self.stages.end(started, &format!("{challenger} took over, weights seen: {weights:?}"));
         ensure!(weights.contains(&10) && weights.contains(&50), "the canary skipped a step: weights {weights:?}");
+
+        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
 
         let started = self.stages.begin("measure the challenger on the same texts");
         let after = self.exam(&challenger).await?;
@@ -164,27 +171,24 @@ impl Demo {
     /// Follows the events of this run to their ends, and one request through the processes.
     async fn audit(&self, client: &Client) -> Result<String> {
         let traced = client.classify("A request that is followed through the processes.", None).await?;
-        let sent =
-            client.counts.feedback.load(Ordering::Relaxed) - client.counts.feedback_failures.load(Ordering::Relaxed);
-        // And the one by which the router was found to answer.
-        let answered =
-            client.counts.requests.load(Ordering::Relaxed) - client.counts.failures.load(Ordering::Relaxed) + 1;
-        let (predictions, trace_id) = wait("every event is in Kafka", Duration::from_secs(30), async || {
+        let (answered, accepted) = (client.counts.answered.all(), client.counts.accepted.all());
+        let records = wait("every event is in Kafka", Duration::from_secs(30), async || {
             let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-            // An event may be delivered twice.
-            let distinct = |kind: &str| {
-                let ids = records.iter().filter(|record| record.kind == kind).map(|record| record.id.as_str());
-                ids.collect::<BTreeSet<&str>>().len() as u64
-            };
-            let (predictions, feedback) = (distinct(event::PREDICTION), distinct(event::FEEDBACK));
-            let arrived = feedback >= sent && predictions >= answered;
-            let trace = records
-                .iter()
-                .find(|record| record.request_id == traced.request_id)
-                .and_then(|record| record.trace_parent.as_deref()?.split('-').nth(1).map(str::to_owned));
-            Ok(trace.filter(|_| arrived).map(|trace| (predictions, trace)))
+            let requests = |kind: &str| ids(&records, kind).map(|(_, request)| request.to_owned()).collect();
+            let (predictions, feedback): (BTreeSet<String>, BTreeSet<String>) =
+                (requests(event::PREDICTION), requests(event::FEEDBACK));
+            let arrived =
+                answered.iter().all(|id| predictions.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
+            Ok(arrived.then_some(records))
         })
         .await?;
+        recorded_once(&records, "answers", event::PREDICTION, &answered)?;
+        recorded_once(&records, "feedback", event::FEEDBACK, &accepted)?;
+        let trace_id = records
+            .iter()
+            .find(|record| record.request_id == traced.request_id)
+            .and_then(|record| record.trace_parent.as_deref()?.split('-').nth(1).map(str::to_owned))
+            .context("the event of the followed request has no trace")?;
         let services = wait("the trace has router and server", Duration::from_secs(30), async || {
             let services: BTreeSet<String> = self.spans.trace(&trace_id).into_iter().map(|span| span.service).collect();
             let whole = services.contains("athanor-router") && services.contains("athanor-server");
@@ -203,9 +207,10 @@ impl Demo {
             }
         }
         ensure!(empty.is_empty(), "dashboard queries without data:\n  {}", empty.join("\n  "));
-        ensure!(predictions == answered, "{predictions} answers are recorded, {answered} were given");
         Ok(format!(
-            "{predictions} predictions and {sent} feedback events in Kafka; trace {trace_id} through {}; {} dashboard queries have data",
+            "{} predictions and {} feedback events in Kafka, each once; trace {trace_id} through {}; {} dashboard queries have data",
+            answered.len(),
+            accepted.len(),
             services.into_iter().collect::<Vec<_>>().join(", "),
             queries.len()
         ))
@@ -263,6 +268,13 @@ async fn upload(cluster: &Cluster) -> Result<()> {
         let rows = sentiment::csv(&sentiment::texts(&[domain], Part::Training)?);
         storage::put(&bucket, &format!("data/{domain}.csv"), rows.into_bytes()).await?;
     }
+    Ok(())
+}
+
+/// Each request of the client has one event of this kind, and nobody else has any.
+fn recorded_once(records: &[Record], what: &str, kind: &str, known: &[String]) -> Result<()> {
+    let others = exactly_once(what, known, ids(records, kind))?;
+    ensure!(others == 0, "{what}: {others} events are of requests that nobody made");
     Ok(())
 }
 

@@ -4,21 +4,24 @@
 //! did not happen.
 
 use std::{
+    collections::BTreeSet,
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
-use athanor_contract::train::TrainSummary;
+use athanor_contract::{event, train::TrainSummary};
 use athanor_tests::{
     chat::{Client, Marks},
     cluster::{Cluster, wait},
     events,
     finance::{self, Domain, Part, Sentence},
+    labelled::{exactly_once, ids},
     paths,
-    stages::{Stages, check_ranges, print_timeline, statistics},
+    stages::{Stages, check_retraining, print_timeline, statistics},
     storage,
+    verdicts::Verdicts,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -32,6 +35,8 @@ const EMBEDDING: &str = "finance-embedding";
 /// Key of the application, whose hash the deployment has.
 const KEY: &str = "sk-demo-chat";
 const TOPIC: &str = "athanor.demo-chat.finance";
+/// `retrain.minimumSamples` of examples/finance.yaml.
+const MINIMUM_SAMPLES: u64 = 90;
 /// Rows of the first training.
 const HOME_ROWS: usize = 120;
 /// Requests at the same time.
@@ -104,6 +109,7 @@ impl Demo {
         let before = self.exam(&champion).await?;
         self.stages.end(started, &describe(&before));
 
+        let verdicts = Verdicts::watch(&self.stages.cluster, NAMESPACE, NAME);
         let started = self.stages.begin("the traffic turns to organizations and places, with corrections");
         let bar = ProgressBar::new(away.len() as u64)
             .with_style(ProgressStyle::with_template("  {bar:40} {pos}/{len} answers, {eta} left")?);
@@ -120,7 +126,6 @@ impl Demo {
         let status = self.stages.wait_status(|status| status.retraining.is_some()).await?;
         let retraining = status.retraining.context("retraining")?;
         let job = self.stages.train(&retraining.job).await?;
-        check_ranges(&job, &retraining.ranges)?;
         let second = job.status.as_ref().and_then(|status| status.summary.clone()).context("no summary")?;
         let (f1, base) = (metric(&second, "tokenF1")?, metric(&second, "baseline/tokenF1")?);
         self.stages.end(started, &format!("{}: TokenF1 {base:.3} -> {f1:.3}, the gates hold", retraining.job));
@@ -136,9 +141,15 @@ impl Demo {
         ensure!(weights.contains(&10) && weights.contains(&50), "the canary skipped a step: weights {weights:?}");
         self.stages.end(started, &format!("{challenger} took over, weights seen: {weights:?}"));
 
+        check_retraining(&job, &verdicts, MINIMUM_SAMPLES, TOPIC).await?;
+
         let started = self.stages.begin("measure the retrained model on the same sentences");
         let after = self.exam(&challenger).await?;
         self.stages.end(started, &describe(&after));
+
+        let started = self.stages.begin("audit: events");
+        let audit = audit(&client).await?;
+        self.stages.end(started, &audit);
 
         self.table(&first, &before, &after, rate, &client)
     }
@@ -230,6 +241,25 @@ impl Demo {
         ensure!(gain > 0.0, "the retrained model did not gain on organizations and places: {gain:+.3}");
         Ok(())
     }
+}
+
+/// Each answer and each correction of the client is recorded once. Others asked as well: the probe and the program.
+async fn audit(client: &Client) -> Result<String> {
+    let (answered, accepted) = (client.counts.answered.all(), client.counts.accepted.all());
+    let records = wait("every event is in Kafka", Duration::from_secs(30), async || {
+        let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
+        let requests = |kind: &str| ids(&records, kind).map(|(_, request)| request.to_owned()).collect();
+        let (generations, feedback): (BTreeSet<String>, BTreeSet<String>) =
+            (requests(event::GENERATION), requests(event::FEEDBACK));
+        let arrived =
+            answered.iter().all(|id| generations.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
+        Ok(arrived.then_some(records))
+    })
+    .await?;
+    exactly_once("answers", &answered, ids(&records, event::GENERATION))?;
+    let others = exactly_once("corrections", &accepted, ids(&records, event::FEEDBACK))?;
+    ensure!(others == 0, "{others} corrections are of requests that nobody corrected");
+    Ok(format!("{} answers and {} corrections in Kafka, each once", answered.len(), accepted.len()))
 }
 
 fn metric(summary: &TrainSummary, name: &str) -> Result<f64> {

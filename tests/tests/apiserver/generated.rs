@@ -1,8 +1,8 @@
 //! Manifests generated from the schemas of the CRDs, on a real API server: mistakes are refused with the path of their
 //! field, and whatever is accepted the operator reconciles without an error.
 //!
-//! `GENERATED_SEED` chooses others (the seed is printed). Pod templates are left out: Kubernetes checks their content
-//! when a pod is created.
+//! `GENERATED_SEED` chooses others (the seed is printed). The fields of pod templates that are Kubernetes' own types have
+//! values that Kubernetes takes, and none of the mistakes: it checks them when a pod is created.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ use crate::operator::Operator;
 const COUNT: usize = 500;
 /// Kinds with the plural of their resources.
 const KINDS: [(&str, &str); 2] = [("FineTuneJob", "finetunejobs"), ("ModelDeployment", "modeldeployments")];
-const LEFT_OUT: [&str; 3] = ["podTemplate", "routerPodTemplate", "monitorPodTemplate"];
+const POD_TEMPLATES: [&str; 3] = ["podTemplate", "routerPodTemplate", "monitorPodTemplate"];
 
 /// Draws values of a schema.
 struct Generator {
@@ -73,11 +73,39 @@ impl Generator {
             schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         for (name, property) in schema["properties"].as_object().into_iter().flatten() {
             let wanted = required.contains(&name.as_str()) || self.random.random_bool(optional);
-            if wanted && !LEFT_OUT.contains(&name.as_str()) {
-                object.insert(name.clone(), self.value(property, optional));
+            if wanted {
+                let value = match POD_TEMPLATES.contains(&name.as_str()) {
+                    true => self.pod_template(property),
+                    false => self.value(property, optional),
+                };
+                object.insert(name.clone(), value);
             }
         }
         object.into()
+    }
+
+    /// Some of the fields of a pod template.
+    fn pod_template(&mut self, schema: &Value) -> Value {
+        let number: u32 = self.random.random_range(1..9);
+        let (name, memory) = (format!("key{number}"), format!("{number}Gi"));
+        let mut template = Map::new();
+        for (field, value) in [
+            ("resources", json!({"requests": {"memory": "64Mi"}, "limits": {"memory": memory, "cpu": "1500m"}})),
+            ("nodeSelector", json!({(name.clone()): "value"})),
+            ("tolerations", json!([{"key": name, "operator": "Exists", "effect": "NoSchedule"}])),
+            ("labels", json!({(format!("example.org/{name}")): "value"})),
+            ("annotations", json!({(format!("example.org/{name}")): "any value"})),
+            ("serviceAccountName", json!(name)),
+            ("env", json!([{"name": "SOME_VARIABLE", "value": name}])),
+            ("scratchSizeLimit", json!(memory)),
+            ("priorityClassName", json!(name)),
+        ] {
+            assert!(schema["properties"].get(field).is_some(), "pod templates have no field {field}");
+            if self.random.random() {
+                template.insert(field.into(), value);
+            }
+        }
+        template.into()
     }
 
     fn array(&mut self, schema: &Value, optional: f64) -> Value {
@@ -193,7 +221,7 @@ fn find_places(
         Value::Object(_) if is_map => {}
         Value::Object(object) => {
             places.push((pointer.clone(), path.clone(), schema.clone()));
-            for (name, value) in object {
+            for (name, value) in object.iter().filter(|(name, _)| !POD_TEMPLATES.contains(&name.as_str())) {
                 find_places(
                     &schema["properties"][name],
                     value,
@@ -247,6 +275,47 @@ fn manifest(kind: &str, name: &str, spec: &Value) -> Value {
     json!({"apiVersion": "athanor.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
 
+/// Whether a message says what is wrong with the values of a search: each of its parts names a parameter of the search,
+/// or `asha`, and a number that it calls out of bounds is one of that parameter's and out of these bounds.
+fn is_mistake_of(search: &Value, message: &str) -> bool {
+    let Some(mistakes) = message.strip_prefix("spec.hyperparameters.search: ") else { return false };
+    let parameters = search["parameters"].as_array().map(Vec::as_slice).unwrap_or_default();
+    mistakes.split("; search: ").all(|mistake| {
+        let name = mistake.split([':', ' ']).next().unwrap_or_default();
+        if name == "asha" {
+            return true;
+        }
+        let Some(parameter) = parameters.iter().find(|parameter| parameter["name"] == name) else { return false };
+        let Some((number, bounds)) = mistake.split_once(" is not between ") else { return true };
+        let read = |text: &str| text.rsplit(' ').next().and_then(|word| word.parse::<f64>().ok());
+        let (Some(number), Some((least, most))) = (read(number), bounds.split_once(" and ")) else { return false };
+        let (Some(least), Some(most)) = (read(least), read(most)) else { return false };
+        numbers(parameter).contains(&number) && !(least..=most).contains(&number)
+    })
+}
+
+/// All numbers in a value.
+fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Array(values) => values.iter().flat_map(numbers).collect(),
+        Value::Object(values) => values.values().flat_map(numbers).collect(),
+        value => value.as_f64().into_iter().collect(),
+    }
+}
+
+#[test]
+fn only_a_mistake_that_the_search_has_is_one_of_it() {
+    let search = json!({"parameters": [{"name": "learningRate", "range": {"min": 0.1, "max": 30}}]});
+    let is_mistake = |message: &str| is_mistake_of(&search, &format!("spec.hyperparameters.{message}"));
+    assert!(is_mistake("search: learningRate: 30 is not between 0 and 10"));
+    assert!(is_mistake("search: asha: reductionFactor is at least 2; search: learningRate is there twice"));
+    assert!(!is_mistake("search: learningRate: 30 is not between 0 and 100"), "it is");
+    assert!(!is_mistake("search: learningRate: 20 is not between 0 and 10"), "the search has no 20");
+    assert!(!is_mistake("search: batchSize: there are no values"), "the search has no such parameter");
+    assert!(!is_mistake("learningRate: 30 is not between 0 and 10"), "not of the search");
+    assert!(!is_mistake_of(&search, "the object store does not answer"));
+}
+
 /// How many objects have no conditions yet, reasons of conditions by their number, and what went wrong. A job may have
 /// passed its deadline and its time to live, and be gone.
 async fn reasons(client: &Client, kind: &str) -> Result<(usize, BTreeMap<String, usize>, Vec<String>)> {
@@ -262,7 +331,7 @@ async fn reasons(client: &Client, kind: &str) -> Result<(usize, BTreeMap<String,
             let reason = condition["reason"].as_str().unwrap_or_default().to_owned();
             // What is missing here belongs to a cluster: a job to serve from, pods that run.
             let message = condition["message"].as_str().unwrap_or_default();
-            if search.is_some() && message.starts_with("spec.hyperparameters.") {
+            if search.is_some_and(|search| is_mistake_of(search, message)) {
                 *reasons.entry("InvalidSearch".into()).or_insert(0) += 1;
                 continue;
             }

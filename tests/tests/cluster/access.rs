@@ -7,6 +7,7 @@ use athanor_contract::{
     artifact::sha256_hex,
     event::{self, attribute},
     monitor::Verdict,
+    process::header,
 };
 use athanor_crds::ModelDeploymentStatus;
 use athanor_tests::{
@@ -110,7 +111,7 @@ async fn strangers_get_nothing(address: &str) -> Result<()> {
 }
 
 /// The id of an answer is good for its one input, and for no other answer.
-async fn forged_ids_take_no_feedback(client: &Client, text: &str) -> Result<()> {
+async fn forged_ids_take_no_feedback(client: &Client, address: &str, text: &str) -> Result<()> {
     let answer = client.classify(text, None).await?;
     let mut another = answer.request_id.clone();
     another.replace_range(2..3, if another.as_bytes()[2] == b'0' { "1" } else { "0" });
@@ -118,7 +119,22 @@ async fn forged_ids_take_no_feedback(client: &Client, text: &str) -> Result<()> 
         let refused = client.feedback(&id, "positive").await.err().context("a forged id was taken")?.to_string();
         ensure!(refused.contains("404"), "{id}: {refused}");
     }
-
+    // Each response has an id, but only that of an answer is good for feedback.
+    let http = reqwest::Client::builder().no_proxy().build()?;
+    let url = |path: &str| format!("{address}{path}");
+    for (request, status) in [
+        (http.get(url("/v1/models")), 200),
+        (http.post(url("/v1/classify")).json(&json!({"input": []})), 422),
+        (http.post(url("/v1/classify")).json(&json!({"input": text, "model": "another"})), 404),
+    ] {
+        let response = request.bearer_auth(key("hostile")).send().await?;
+        let found = response.status().as_u16();
+        ensure!(found == status || (found == 400 && status == 422), "{}: {found}", response.url());
+        let id = response.headers().get(header::REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default();
+        ensure!(!id.is_empty(), "a response of status {found} has no request id");
+        let refused = client.feedback(id, "positive").await.err().context("an id without an answer was taken")?;
+        ensure!(refused.to_string().contains("404"), "{id}: {refused}");
+    }
     Ok(())
 }
 
@@ -177,7 +193,7 @@ async fn a_hostile_caller_and_a_writer_of_the_topic_steer_nothing_beyond_their_s
     strangers_get_nothing(&address).await?;
     let texts = sentiment::texts(&HOME, Part::Traffic)?;
     ensure!(texts.len() > HONEST * HONEST_LABELS + HOSTILE_LABELS, "only {} texts", texts.len());
-    forged_ids_take_no_feedback(&hostile, &texts[0].text).await?;
+    forged_ids_take_no_feedback(&hostile, &address, &texts[0].text).await?;
     let (honest, rest) = texts.split_at(HONEST * HONEST_LABELS);
     for text in &rest[..HOSTILE_LABELS] {
         let answer = hostile.classify(&text.text, None).await?;

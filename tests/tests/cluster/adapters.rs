@@ -1,5 +1,6 @@
 //! Adapters of one base on the real cluster, after `make demo-chat`: the base is served once, and a canary from one
-//! adapter to another fails no request and restarts no pod. Run with one test thread.
+//! adapter to another fails no request and restarts no pod. Each adapter is trained to give one answer that neither the base
+//! nor the other adapter gives. Run with one test thread.
 
 use std::{cell::RefCell, collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
@@ -9,8 +10,9 @@ use athanor_crds::ModelDeploymentStatus;
 use athanor_tests::{
     chat::Client,
     cluster::{Cluster, job_succeeded, wait},
-    finance::{self, Domain, Part},
+    finance::{self, Domain, Part, Sentence, json_lines},
     stages::Stages,
+    storage,
 };
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::ConfigMap};
 use kube::{Api, ResourceExt, api::ListParams};
@@ -23,18 +25,54 @@ const NAME: &str = "assistant";
 const BASE: &str = "s3://athanor/models/smollm2-135m";
 const SERVERS: &str = "app.kubernetes.io/component=server";
 
-/// A short training of an adapter on the demo's rows.
-fn job(name: &str, rank: u32) -> String {
+/// The jobs, the ranks of their adapters, and the answer of each.
+const FIRST: Adapter = Adapter { job: "first", rank: 4, answer: "amber" };
+const SECOND: Adapter = Adapter { job: "second", rank: 8, answer: "cobalt" };
+/// Rows of a training.
+const ROWS: usize = 80;
+
+struct Adapter {
+    job: &'static str,
+    rank: u32,
+    answer: &'static str,
+}
+
+impl Adapter {
+    fn key(&self) -> String {
+        format!("tests/adapters-{}.jsonl", self.job)
+    }
+
+    /// The demo's sentences, each with the same answer.
+    async fn upload(&self) -> Result<()> {
+        let answered = |sentence: Sentence| Sentence { answer: self.answer.into(), ..sentence };
+        let rows: Vec<Sentence> =
+            finance::sentences(Domain::Away, Part::Rest, ROWS)?.into_iter().map(answered).collect();
+        storage::put(&storage::bucket()?, &self.key(), json_lines(&rows).into_bytes()).await
+    }
+
+    /// Whether a text is the answer of this adapter alone.
+    fn gave(&self, text: &str) -> bool {
+        let text = text.to_lowercase();
+        [FIRST, SECOND].iter().all(|adapter| text.contains(adapter.answer) == (adapter.answer == self.answer))
+    }
+}
+
+/// A short training of an adapter.
+fn job(adapter: &Adapter) -> String {
+    let (name, rank) = (adapter.job, adapter.rank);
     json!({
         "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name},
         "spec": {
             "model": {"from": BASE, "task": "CausalLanguageModel"},
             "adapter": {"lora": {"rank": rank}},
             "data": {"sources": [{
-                "name": "rows", "uri": "s3://athanor/data/finance.jsonl", "columns": {"messages": "messages"},
+                "name": "rows", "uri": format!("s3://athanor/{}", adapter.key()), "columns": {"messages": "messages"},
             }]},
-            "hyperparameters": {"maxSteps": 6, "batchSize": 4, "learningRate": 5e-4, "maxSequenceLength": 256},
-            "evaluate": {"generation": {"samples": 2, "maxNewTokens": 8}},
+            "hyperparameters": {"maxSteps": 12, "batchSize": 4, "learningRate": 1e-3, "maxSequenceLength": 192},
+            "evaluate": {
+                "generation": {"samples": 4, "maxNewTokens": 8},
+                "gates": [{"metric": "ExactMatch", "minimum": "0.9"}],
+            },
             "output": {"to": "s3://athanor/tests/out"},
             "credentialsSecretName": "s3-credentials",
         },
@@ -114,11 +152,12 @@ fn current(status: &ModelDeploymentStatus) -> &str {
 async fn a_canary_from_adapter_to_adapter_serves_the_base_once() -> Result<()> {
     let cluster = Cluster::connect().await?;
     cluster.fresh_namespace(NAMESPACE).await?;
-    for (name, rank) in [("first", 4), ("second", 8)] {
-        cluster.apply(NAMESPACE, &job(name, rank)).await?;
+    for adapter in [FIRST, SECOND] {
+        adapter.upload().await?;
+        cluster.apply(NAMESPACE, &job(&adapter)).await?;
     }
-    for name in ["first", "second"] {
-        job_succeeded(&cluster, NAMESPACE, name, MINUTES * 8, |_| ()).await?;
+    for adapter in [FIRST, SECOND] {
+        job_succeeded(&cluster, NAMESPACE, adapter.job, MINUTES * 8, |_| ()).await?;
     }
     cluster.apply(NAMESPACE, &deployment("first", json!([]))).await?;
     let stages = Stages::new(cluster.clone(), NAMESPACE, NAME);
@@ -127,7 +166,7 @@ async fn a_canary_from_adapter_to_adapter_serves_the_base_once() -> Result<()> {
     let sentences = finance::sentences(Domain::Away, Part::Exam, 8)?;
     let client = Client::new(address.clone(), NAME)?;
     let answer = wait("the router answers", MINUTES, async || Ok(client.ask(&sentences[0], None).await.ok())).await?;
-    ensure!(answer.revision == champion, "{} answered", answer.revision);
+    ensure!(answer.revision == champion && FIRST.gave(&answer.text), "the first adapter: {answer:?}");
 
     let client = Client::new(address.clone(), NAME)?;
     let stop = CancellationToken::new();
@@ -145,7 +184,7 @@ async fn a_canary_from_adapter_to_adapter_serves_the_base_once() -> Result<()> {
     })
     .await?;
     let answer = client.ask(&sentences[0], None).await?;
-    ensure!(answer.revision == challenger, "{} answered after the canary", answer.revision);
+    ensure!(answer.revision == challenger && SECOND.gave(&answer.text), "after the canary: {answer:?}");
     // Requests of the former revision end.
     tokio::time::sleep(Duration::from_secs(5)).await;
     stop.cancel();
@@ -174,7 +213,9 @@ async fn a_canary_from_adapter_to_adapter_serves_the_base_once() -> Result<()> {
     wait("the adapter is listed", MINUTES * 4, async || Ok(listed(&address).await?.contains("plain").then_some(())))
         .await?;
     let answer = Client::new(address.clone(), "plain")?.ask(&sentences[0], None).await?;
-    ensure!(answer.revision == challenger, "{answer:?}");
+    ensure!(answer.revision == challenger && FIRST.gave(&answer.text), "the selected adapter: {answer:?}");
+    let answer = Client::new(address.clone(), NAME)?.ask(&sentences[0], None).await?;
+    ensure!(SECOND.gave(&answer.text), "the revision's adapter next to a selected one: {answer:?}");
     Seen::look(&cluster, &seen).await?;
     ensure!(seen.borrow().pods.len() == 1, "pods of servers came or restarted: {:?}", seen.borrow().pods);
     cluster.delete_namespace(NAMESPACE).await

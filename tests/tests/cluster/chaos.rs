@@ -10,18 +10,24 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use athanor_contract::event;
-use athanor_crds::ModelDeploymentStatus;
+use athanor_crds::{FineTuneJob, ModelDeploymentStatus};
 use athanor_tests::{
-    chaos::{Availability, Chaos},
+    availability::{Availability, Failure},
+    chaos::{Chaos, Losses},
     cluster::{Cluster, job_succeeded, wait},
-    events,
+    dataset,
+    events::{self, Record},
+    labelled::whole,
+    retrainings::{Known, Outcome, Retraining, Runs, check_attempts, check_retrainings},
     sentiment::{self, HOME, Part, Text},
-    traffic::Client,
+    traffic::{self, Client},
 };
 use k8s_openapi::api::{
     apps::v1::Deployment,
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Secret, Service, ServiceAccount},
+    policy::v1::PodDisruptionBudget,
+    rbac::v1::{Role, RoleBinding},
 };
 use kube::{
     Api, Resource, ResourceExt,
@@ -36,8 +42,12 @@ const NAME: &str = "loop";
 const MINUTES: Duration = Duration::from_secs(60);
 /// Clients that send one request after the other.
 const CLIENTS: usize = 3;
-/// Pauses before a client tries a request once more: half a second, doubled each time. The openai client does the same.
-const TRIES: u32 = 5;
+/// Tries of a request, the first one included, and the pause before the second, doubled before the third: those of the
+/// openai client (`max_retries` 2).
+const TRIES: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(500);
+const MINIMUM_SAMPLES: u64 = 60;
+const COOLDOWN: Duration = Duration::from_secs(20);
 /// Texts of the traffic. Few, so that they repeat: an event that is counted twice would be seen.
 const TEXTS: usize = 40;
 const MANAGED: &str = "app.kubernetes.io/managed-by=athanor";
@@ -75,7 +85,7 @@ fn deployment(artifact: &str, topic: &str) -> String {
             "feedback": {"kafka": {"bootstrapServers": events::BOOTSTRAP, "topic": topic}, "durablePredictions": true},
             "monitor": {"windowPredictions": 50, "minimumLabels": 30, "averageRunLength": 1000},
             "retrain": {
-                "minimumSamples": 60, "cooldownSeconds": 20,
+                "minimumSamples": MINIMUM_SAMPLES, "cooldownSeconds": COOLDOWN.as_secs(),
                 "template": {"spec": training(json!([{"name": "rows", "uri": "s3://athanor/tests/chaos.csv"}]))},
             },
         },
@@ -87,28 +97,53 @@ fn deployment(artifact: &str, topic: &str) -> String {
 #[derive(Default)]
 struct Seen {
     requests: u64,
-    /// Requests with feedback that was acknowledged.
-    acknowledged: BTreeSet<String>,
+    /// Requests with feedback that was acknowledged: when their first try began, and when the acknowledgement arrived.
+    acknowledged: BTreeMap<String, (Instant, Instant)>,
     /// Requests with feedback whose acknowledgement did not arrive: it may have been kept.
     unsure: BTreeSet<String>,
-    /// Requests that failed at every try: when they began and ended, and the last error.
-    failed: Vec<(Instant, Instant, String)>,
+    failed: Vec<Failed>,
+}
+
+/// A request that failed at every try.
+struct Failed {
+    begin: Instant,
+    end: Instant,
+    failure: Failure,
+    /// The last one.
+    error: String,
 }
 
 /// Asks until there is an answer.
-async fn persistently<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
-    let mut pause = Duration::from_millis(500);
-    for _ in 1..TRIES {
-        match ask().await {
+///
+/// # Errors
+/// That of the last try, after a failure of every one. It is one of the connection if all were.
+async fn persistently<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T, Failed> {
+    let (begin, mut failure, mut pause) = (Instant::now(), Failure::Connection, PAUSE);
+    let mut left = TRIES;
+    loop {
+        let error = match ask().await {
             Ok(answer) => return Ok(answer),
-            Err(_) => tokio::time::sleep(pause).await,
+            Err(error) => error,
+        };
+        if !traffic::is_of_connection(&error) {
+            failure = Failure::Answer;
         }
+        left -= 1;
+        if left == 0 {
+            return Err(Failed { begin, end: Instant::now(), failure, error: format!("{error:#}") });
+        }
+        tokio::time::sleep(pause).await;
         pause *= 2;
     }
-    ask().await
 }
 
-async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<Mutex<Seen>>, stop: CancellationToken) {
+async fn ask_and_disagree(
+    client: Client,
+    texts: Arc<Vec<Text>>,
+    first: usize,
+    seen: Arc<Mutex<Seen>>,
+    stop: CancellationToken,
+) {
     for number in first.. {
         if stop.is_cancelled() {
             return;
@@ -120,8 +155,8 @@ async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<
         })
         .await;
         seen.lock().unwrap().requests += 1;
-        let error = match answer {
-            Err(error) => Some(error),
+        let failed = match answer {
+            Err(failed) => Some(failed),
             // People who disagree with every answer, so that the model drifts; every second says so.
             Ok(answer) if number % 2 == 0 => {
                 let wrong = if answer.label == "positive" { "negative" } else { "positive" };
@@ -134,15 +169,13 @@ async fn traffic(client: Client, texts: Arc<Vec<Text>>, first: usize, seen: Arc<
                 if given.is_ok() {
                     let mut seen = seen.lock().unwrap();
                     seen.unsure.remove(&answer.request_id);
-                    seen.acknowledged.insert(answer.request_id);
+                    seen.acknowledged.insert(answer.request_id, (begun, Instant::now()));
                 }
                 given.err()
             }
             Ok(_) => None,
         };
-        if let Some(error) = error {
-            seen.lock().unwrap().failed.push((begun, Instant::now(), format!("{error:#}")));
-        }
+        seen.lock().unwrap().failed.extend(failed);
         tokio::time::sleep(Duration::from_millis(120)).await;
     }
 }
@@ -180,13 +213,16 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
     let mut texts = sentiment::texts(&HOME, Part::Traffic)?;
     texts.truncate(TEXTS);
     let (texts, seen, stop) = (Arc::new(texts), Arc::new(Mutex::new(Seen::default())), CancellationToken::new());
-    let availability = Availability::watch(cluster.clone(), NAMESPACE)?;
+    let availability = Availability::watch(cluster.clone(), NAMESPACE, NAME)?;
+    let runs = Runs::watch(&cluster, NAMESPACE);
     let clients: Vec<_> = (0..CLIENTS)
-        .map(|first| tokio::spawn(traffic(client.clone(), texts.clone(), first * 13, seen.clone(), stop.clone())))
+        .map(|first| {
+            tokio::spawn(ask_and_disagree(client.clone(), texts.clone(), first * 13, seen.clone(), stop.clone()))
+        })
         .collect();
 
     let begun = Instant::now();
-    let mut chaos = Chaos::new(cluster.clone(), NAMESPACE, seed);
+    let mut chaos = Chaos::new(cluster.clone(), NAMESPACE, seed)?;
     let mut struck = BTreeMap::new();
     let mut done = 0;
     while done < kills {
@@ -216,15 +252,16 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
         seen.unsure.len(),
         availability.share() * 100.0
     );
-    for (begin, end, error) in &seen.failed {
+    for Failed { begin, end, failure, error } in &seen.failed {
         ensure!(
-            availability.was_away(*begin, *end),
+            availability.excuses(*failure, *begin, *end),
             "a request failed while a router and a server were ready: {error}"
         );
     }
 
-    no_retraining_runs_twice(&cluster).await?;
-    every_event_is_in_the_dataset_once(&cluster, &topic, &seen).await?;
+    let records = every_acknowledged_event_is_recorded(&cluster, &topic, &seen, &chaos.losses).await?;
+    no_retraining_runs_twice(&cluster, &runs, &records, (&artifact, &champion)).await?;
+    every_event_is_in_the_dataset_once(&cluster, &topic, &records, &seen, &chaos.losses).await?;
     nothing_is_orphaned(&cluster).await?;
     // A container that was killed starts later each time, a new pod does not: the tests after this one kill it as well.
     for pod in cluster.select("athanor-system", "").await? {
@@ -233,41 +270,87 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
     cluster.delete_namespace(NAMESPACE).await
 }
 
-/// Each retraining has ranges of its own.
-async fn no_retraining_runs_twice(cluster: &Cluster) -> Result<()> {
-    let jobs = cluster.jobs(NAMESPACE).list(&ListParams::default()).await?.items;
-    let mut ranges = BTreeMap::new();
-    for job in &jobs {
-        let kafka = job.spec.train.data.sources.iter().find_map(|source| source.kafka.as_ref());
-        let of_job = serde_json::to_string(&kafka.map(|kafka| &kafka.ranges))?;
-        let other = ranges.insert(of_job.clone(), job.name_any());
-        ensure!(other.is_none(), "{} and {other:?} train on the same events: {of_job}", job.name_any());
-    }
-    println!("{} retrainings, each on events of its own", jobs.len());
-    Ok(())
-}
-
-/// A job over the whole topic has as many rows as there are answers with acknowledged feedback, texts that repeat
-/// included. Records are counted by a consumer that is not Athanor's.
-async fn every_event_is_in_the_dataset_once(cluster: &Cluster, topic: &str, seen: &Seen) -> Result<()> {
+/// Reads the topic once it has all feedback that cannot have been lost with a disk, with a consumer that is not Athanor's.
+async fn every_acknowledged_event_is_recorded(
+    cluster: &Cluster,
+    topic: &str,
+    seen: &Seen,
+    losses: &Losses,
+) -> Result<Vec<Record>> {
+    let safe = |(_, (begin, end)): &(&String, &(Instant, Instant))| !losses.may_include(*begin, *end);
+    let safe: BTreeSet<&String> = seen.acknowledged.iter().filter(safe).map(|(id, _)| id).collect();
+    println!("{} of {} acknowledged feedbacks may not be lost with a disk", safe.len(), seen.acknowledged.len());
+    ensure!(safe.len() * 4 > seen.acknowledged.len(), "most of the feedback may be lost: the test shows nothing");
     let records = wait("every acknowledged feedback is in Kafka", MINUTES * 3, async || {
         let topic = topic.to_owned();
         let records = tokio::task::spawn_blocking(move || events::read_all(&topic)).await??;
         let fed: BTreeSet<&String> =
             records.iter().filter(|record| record.kind == event::FEEDBACK).map(|record| &record.request_id).collect();
-        Ok(seen.acknowledged.iter().all(|id| fed.contains(id)).then_some(records))
-    })
-    .await?;
+        Ok(safe.iter().all(|id| fed.contains(id)).then_some(records))
+    });
+    let records = records.await.with_context(|| format!("see kubectl -n {NAMESPACE} logs -l {MANAGED}"))?;
     let ids: BTreeSet<&String> = records.iter().map(|record| &record.id).collect();
     println!("{} records, {} of them repeated deliveries", records.len(), records.len() - ids.len());
-    let mut ends = BTreeMap::new();
-    for record in &records {
-        let end = ends.entry(record.partition).or_insert(0);
-        *end = (*end).max(record.offset + 1);
+    // What waits on a router's disk now would not be in the ranges below.
+    let pods = cluster.select(NAMESPACE, "app.kubernetes.io/component=router").await?;
+    ensure!(!pods.is_empty(), "there is no router any more");
+    Ok(records)
+}
+
+/// Each drift was answered by one retraining, each attempt of which ran once; and each that succeeded was trained on the
+/// events of its ranges.
+async fn no_retraining_runs_twice(
+    cluster: &Cluster,
+    runs: &Runs,
+    records: &[Record],
+    first: (&str, &str),
+) -> Result<()> {
+    let (deployment, jobs) = wait("every retraining is counted", MINUTES, async || {
+        let deployment = cluster.deployments(NAMESPACE).get(NAME).await?;
+        let jobs = cluster.jobs(NAMESPACE).list(&ListParams::default()).await?.items;
+        let uid = deployment.uid().unwrap_or_default();
+        let own = |job: &FineTuneJob| job.owner_references().iter().any(|owner| owner.uid == uid);
+        let jobs: Vec<FineTuneJob> = jobs.into_iter().filter(own).collect();
+        let count = deployment.status.as_ref().map_or(0, |status| status.retrainings);
+        // A job is created before it is counted.
+        Ok((jobs.len() as u64 == count).then_some((deployment, jobs)))
+    })
+    .await?;
+    let status = deployment.status.unwrap_or_default();
+    let retrainings = jobs.iter().map(|job| Retraining::read(NAME, job)).collect::<Result<Vec<_>>>()?;
+    let known = Known {
+        count: status.retrainings,
+        first,
+        rolled_back: &status.failed_revisions,
+        cooldown: COOLDOWN,
+        minimum_samples: MINIMUM_SAMPLES as usize,
+        records,
+    };
+    check_retrainings(&retrainings, &known)?;
+    for (job, retraining) in jobs.iter().zip(&retrainings) {
+        if retraining.outcome == Outcome::Runs {
+            continue;
+        }
+        let pods = check_attempts(job, &runs.of(job))?;
+        let rows = match retraining.outcome {
+            Outcome::Succeeded(_) => dataset::check(job, records).await?.len(),
+            _ => 0,
+        };
+        println!("{}: {:?}, {rows} labelled events, {pods} pods", retraining.name, retraining.outcome);
     }
-    let ranges: Vec<Value> =
-        ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
-    let kafka = json!({"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges});
+    Ok(())
+}
+
+/// A job over the whole topic is trained on the answers with acknowledged feedback, by their ids, texts that repeat
+/// included.
+async fn every_event_is_in_the_dataset_once(
+    cluster: &Cluster,
+    topic: &str,
+    records: &[Record],
+    seen: &Seen,
+    losses: &Losses,
+) -> Result<()> {
+    let kafka = json!({"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": whole(records)});
     let mut spec = training(json!([{"name": "events", "kafka": kafka}]));
     spec["data"]["clean"] = json!({"exactDuplicates": "Keep"});
     // A text is in one part, and there are few.
@@ -276,11 +359,24 @@ async fn every_event_is_in_the_dataset_once(cluster: &Cluster, topic: &str, seen
     let job = json!({"apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "all-events"}, "spec": spec});
     cluster.apply(NAMESPACE, &job.to_string()).await?;
     let job = job_succeeded(cluster, NAMESPACE, "all-events", MINUTES * 4, |_| {}).await?;
-    let rows = job.status.and_then(|status| status.summary).context("no summary")?.rows;
-    let all = (rows.train + rows.validation + rows.test) as usize;
-    let (least, most) = (seen.acknowledged.len(), seen.acknowledged.len() + seen.unsure.len());
-    println!("{all} rows of {least} acknowledged feedbacks ({} unsure)", seen.unsure.len());
-    ensure!((least..=most).contains(&all), "{all} rows, {least} to {most} expected");
+    let rows = dataset::check(&job, records).await?;
+    let requests: BTreeSet<&str> = rows.iter().filter_map(|row| row.id.strip_suffix("/0")).collect();
+    ensure!(requests.len() == rows.len(), "{} rows of {} requests", rows.len(), requests.len());
+    let is_missing = |(id, _): &(&String, &(Instant, Instant))| !requests.contains(id.as_str());
+    let missing: Vec<_> = seen.acknowledged.iter().filter(is_missing).collect();
+    println!(
+        "{} rows of {} acknowledged feedbacks ({} unsure); {} were lost with a disk",
+        rows.len(),
+        seen.acknowledged.len(),
+        seen.unsure.len(),
+        missing.len()
+    );
+    for (id, (begin, end)) in missing {
+        ensure!(losses.may_include(*begin, *end), "acknowledged feedback to {id} is not in the dataset");
+    }
+    let is_known = |id: &&str| seen.acknowledged.contains_key(*id) || seen.unsure.contains(*id);
+    let unknown: Vec<&str> = requests.into_iter().filter(|id| !is_known(id)).collect();
+    ensure!(unknown.is_empty(), "rows of requests that nobody gave feedback to: {unknown:?}");
     Ok(())
 }
 
@@ -334,5 +430,9 @@ async fn owned(cluster: &Cluster) -> Result<Vec<(String, Option<String>)>> {
     of::<Secret>(cluster, "Secret", &mut found).await?;
     of::<Service>(cluster, "Service", &mut found).await?;
     of::<ServiceAccount>(cluster, "ServiceAccount", &mut found).await?;
+    of::<Role>(cluster, "Role", &mut found).await?;
+    of::<RoleBinding>(cluster, "RoleBinding", &mut found).await?;
+    of::<PodDisruptionBudget>(cluster, "PodDisruptionBudget", &mut found).await?;
+    of::<FineTuneJob>(cluster, "FineTuneJob", &mut found).await?;
     Ok(found)
 }

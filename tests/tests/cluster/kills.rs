@@ -13,7 +13,9 @@ use athanor_contract::event;
 use athanor_crds::{FineTuneJob, ModelDeploymentStatus};
 use athanor_tests::{
     cluster::{Cluster, condition, job_refused, job_succeeded, kill_9, processes, wait},
-    events, paths,
+    dataset, events,
+    labelled::{Labelled, whole},
+    paths,
     sentiment::{self, HOME, Part, Text},
     storage,
     traffic::Client,
@@ -21,6 +23,8 @@ use athanor_tests::{
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
 use kube::{Api, ResourceExt, api::ListParams};
 use serde_json::{Value, json};
+
+use crate::bad_requests;
 
 const MINUTES: Duration = Duration::from_secs(60);
 
@@ -268,7 +272,7 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
     println!("{sent} requests, {failed} failed");
     ensure!(sent > 500 && failed == 0, "{failed} of {sent} requests failed");
 
-    bad_requests(&cluster, namespace, "served").await?;
+    bad_requests::check(&cluster.service(namespace, "served").await?).await?;
     cluster.delete_namespace(namespace).await
 }
 
@@ -276,44 +280,6 @@ async fn a_killed_server_fails_no_request() -> Result<()> {
 fn restarts(pod: &Pod) -> i32 {
     let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
     containers.into_iter().flatten().map(|container| container.restart_count).sum()
-}
-
-/// Requests that cannot be answered get a 4xx and a reason, and leave the server well.
-async fn bad_requests(cluster: &Cluster, namespace: &str, name: &str) -> Result<()> {
-    let base = cluster.service(namespace, name).await?;
-    let http = reqwest::Client::builder().no_proxy().build()?;
-    let post = async |path: &str, body: Vec<u8>| {
-        let response =
-            http.post(format!("{base}{path}")).header("content-type", "application/json").body(body).send().await?;
-        let status = response.status().as_u16();
-        Ok::<_, anyhow::Error>((status, response.text().await?))
-    };
-    let big = json!({"input": "x".repeat(3 << 20)}).to_string().into_bytes();
-    let many = json!({"input": vec!["x"; 5000]}).to_string().into_bytes();
-    for (path, body, statuses, reason) in [
-        ("/v1/classify", b"{\"input\": ".to_vec(), &[400][..], ""),
-        ("/v1/classify", b"{\"inputs\": \"x\"}".to_vec(), &[400, 422], "input"),
-        ("/v1/classify", b"{\"input\": 7}".to_vec(), &[400, 422], "input"),
-        ("/v1/classify", b"{\"input\": []}".to_vec(), &[400, 422], "input"),
-        ("/v1/classify", b"{\"input\": \"\xff\xfe\"}".to_vec(), &[400], "UTF-8"),
-        ("/v1/classify", big, &[413], ""),
-        ("/v1/classify", many, &[400, 413, 422], ""),
-        ("/v1/classify", br#"{"input": "x", "model": "another"}"#.to_vec(), &[404], "another"),
-        ("/v1/nothing", b"{}".to_vec(), &[404], ""),
-    ] {
-        let (status, text) = post(path, body).await?;
-        ensure!(statuses.contains(&status), "{path}: {status} {text}");
-        ensure!(text.contains("error") && text.contains(reason), "{path}: {status}: no reason in {text}");
-    }
-    // Whether the answer overtakes the body is a matter of luck: many tries.
-    let big = json!({"input": "x".repeat(8 << 20)}).to_string().into_bytes();
-    for attempt in 0..20 {
-        let (status, _) = post("/v1/classify", big.clone()).await.with_context(|| format!("attempt {attempt}"))?;
-        ensure!(status == 413, "attempt {attempt}: {status}");
-    }
-    let client = Client::new(base)?;
-    client.classify("Still well?", None).await.context("after the bad requests")?;
-    Ok(())
 }
 
 #[tokio::test]
@@ -335,9 +301,10 @@ async fn a_stopped_kafka_and_a_replaced_router_lose_no_acknowledged_event() -> R
     let refused = client.feedback("r-0123-forged", "positive").await.unwrap_err().to_string();
     ensure!(refused.contains("404") && refused.contains("request"), "{refused}");
 
-    // Different texts, so that the dataset's rows can be counted.
+    // Each text comes many times: a job that keeps repeated texts has a row for each request, and two for one that was
+    // counted twice.
     let texts: Vec<Text> = (0..4000)
-        .map(|n| Text { domain: "made", text: format!("Text number {n} was fine."), label: "positive" })
+        .map(|n| Text { domain: "made", text: format!("Text number {} was fine.", n % 100), label: "positive" })
         .collect();
     let mut acknowledged = BTreeSet::new();
     let mut ticks = tokio::time::interval(Duration::from_millis(25));
@@ -386,25 +353,31 @@ async fn a_stopped_kafka_and_a_replaced_router_lose_no_acknowledged_event() -> R
     println!("{} records, {} of them repeated deliveries", records.len(), records.len() - ids.len());
 
     // The dataset of exactly these offsets has each labelled request once.
-    let mut ends = std::collections::BTreeMap::new();
-    for record in &records {
-        let end = ends.entry(record.partition).or_insert(0);
-        *end = (*end).max(record.offset + 1);
-    }
-    let ranges: Vec<Value> =
-        ends.iter().map(|(partition, end)| json!({"partition": partition, "begin": 0, "end": end})).collect();
     let manifest = job("from-events", |spec| {
-        spec["data"] = json!({"sources": [{"name": "events", "kafka":
-            {"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": ranges}}]});
+        spec["data"] = json!({
+            "sources": [{"name": "events", "kafka":
+                {"bootstrapServers": events::BOOTSTRAP, "topic": topic, "ranges": whole(&records)}}],
+            "clean": {"exactDuplicates": "Keep"},
+        });
         spec["model"]["labels"] = json!(["negative", "positive"]);
         spec["hyperparameters"]["maxSteps"] = 1.into();
     });
     cluster.apply(namespace, &manifest).await?;
     let job = job_succeeded(&cluster, namespace, "from-events", MINUTES * 3, |_| {}).await?;
-    let rows = job.status.and_then(|status| status.summary).context("no summary")?.rows;
-    let all = rows.train + rows.validation + rows.test;
-    ensure!(all as usize == acknowledged.len(), "{all} rows, {} acknowledged feedbacks", acknowledged.len());
+    has_each_once(&dataset::check(&job, &records).await?, &acknowledged)?;
     cluster.delete_namespace(namespace).await
+}
+
+/// The rows are those of these requests.
+fn has_each_once(rows: &[Labelled], acknowledged: &BTreeSet<String>) -> Result<()> {
+    let requests = rows.iter().filter_map(|row| row.id.strip_suffix("/0").map(str::to_owned));
+    let requests: BTreeSet<String> = requests.collect();
+    ensure!(requests.len() == rows.len(), "{} rows of {} requests", rows.len(), requests.len());
+    let missing: Vec<&String> = acknowledged.difference(&requests).collect();
+    let others: Vec<&String> = requests.difference(acknowledged).collect();
+    ensure!(missing.is_empty(), "acknowledged feedback that is not in the dataset: {missing:?}");
+    ensure!(others.is_empty(), "rows of requests without feedback: {others:?}");
+    Ok(())
 }
 
 /// Names of the routers' pods.

@@ -3,6 +3,8 @@
 
 mod access;
 mod adapters;
+mod bad_requests;
+mod canary;
 mod chaos;
 mod chat;
 mod container;
