@@ -106,3 +106,7 @@ fn language_model(
 #[cfg(test)]
 #[path = "load_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "seed_tests.rs"]
+mod seed_tests;

@@ -15,6 +15,10 @@ use crate::info;
 
 /// Seconds, from a fast encoder call to a slow drain.
 const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+/// Seconds of a whole answer and of each of its tokens, as OpenTelemetry's conventions for generative AI advise.
+const ANSWER_SECONDS: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+const TOKEN_SECONDS: &[f64] = &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 /// Between two counts of what histograms were given.
 const UPKEEP: Duration = Duration::from_secs(5);
 /// Counts of things in a batch.
@@ -41,9 +45,16 @@ impl MetricsHandle {
 pub fn metrics() -> MetricsHandle {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     let handle = HANDLE.get_or_init(|| {
+        let full = |name: &str| Matcher::Full(name.into());
         let handle = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_inputs".into()), INPUTS))
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(full("gen_ai_server_request_duration_seconds"), ANSWER_SECONDS)
+            })
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(full("gen_ai_server_time_per_output_token_seconds"), TOKEN_SECONDS)
+            })
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_token_usage".into()), TOKENS))
             .expect("the buckets are not empty")
             .install_recorder()

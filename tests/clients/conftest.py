@@ -3,11 +3,19 @@
 import contextlib
 import json
 import subprocess
+import types
 
 import pytest
 
 import local
 from local import DATA, MODELS, OURS, TARGET
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--through", choices=["router", "server"],
+        help="how suites reach the servers of models; absent: OpenAI's own tests through a router, the others directly",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +67,17 @@ def serving(folder, name, uri, **more):
         yield server.base, server.grpc
 
 
+@contextlib.contextmanager
+def through(request, folder, name, addresses, default):
+    """Addresses at which suites reach a server: its own, or those of a router before it. `default`: without --through."""
+    if (request.config.getoption("--through") or default) == "server":
+        yield addresses
+        return
+    revision = f"{name}-1"
+    with local.router(folder, {revision: types.SimpleNamespace(base=addresses[0])}, {revision: 100}) as (router, _):
+        yield router.base, router.grpc
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, artifact):
     """Addresses of a server of that model: HTTP and gRPC."""
@@ -82,7 +101,7 @@ def embedding_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def any_model(tmp_path_factory):
+def any_server(tmp_path_factory):
     """Addresses of a server of SmolLM2-135M-Instruct with a short context, which accepts every name of a model."""
     engine = {"maxModelLength": 96, "kvCacheMemory": 64 << 20, "weights": "Int4"}
     more = {"acceptAnyModel": True, "limits": {"maxInputs": 4}, "engine": engine}
@@ -91,7 +110,7 @@ def any_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def any_embedding_model(tmp_path_factory):
+def any_embedding_server(tmp_path_factory):
     """Addresses of a server of MiniLM, which accepts every name of a model."""
     more = {"acceptAnyModel": True}
     with serving(tmp_path_factory.mktemp("any"), "mini", f"file://{MODELS}/minilm-l6", **more) as addresses:
@@ -99,8 +118,33 @@ def any_embedding_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def coder(tmp_path_factory):
+def any_model(request, tmp_path_factory, any_server):
+    with through(request, tmp_path_factory.mktemp("router"), "smol", any_server, "server") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def any_embedding_model(request, tmp_path_factory, any_embedding_server):
+    with through(request, tmp_path_factory.mktemp("router"), "mini", any_embedding_server, "server") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def routed_model(request, tmp_path_factory, any_server):
+    with through(request, tmp_path_factory.mktemp("router"), "smol", any_server, "router") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def routed_embedding_model(request, tmp_path_factory, any_embedding_server):
+    with through(request, tmp_path_factory.mktemp("router"), "mini", any_embedding_server, "router") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="session")
+def coder(request, tmp_path_factory):
     """Addresses of a server of Qwen2.5-Coder-0.5B-Instruct, whose template shows functions."""
     more = {"engine": {"maxModelLength": 2048, "kvCacheMemory": 256 << 20, "weights": "Int4"}}
-    with serving(tmp_path_factory.mktemp("coder"), "coder", f"file://{MODELS}/qwen2.5-coder-0.5b", **more) as addresses:
-        yield addresses
+    with serving(tmp_path_factory.mktemp("coder"), "coder", f"file://{MODELS}/qwen2.5-coder-0.5b", **more) as served:
+        with through(request, tmp_path_factory.mktemp("router"), "coder", served, "server") as addresses:
+            yield addresses

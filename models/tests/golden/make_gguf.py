@@ -17,9 +17,11 @@ here = Path(__file__).parent
 random = np.random.default_rng(16)
 
 FORMATS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+FORMATS += ["Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"]
 # Bytes of a block that are FP16 numbers: with random bits there, many values would be NaN or infinite.
 HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
-HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}
+HALVES |= {"IQ4_NL": [0], "IQ4_XS": [0]}
 # Subnormal, zero, negative and large ones among them.
 SCALES = np.array([0.0, -0.0, 6e-8, 3e-5, 0.0123, -0.77, 1.0, 60000.0], dtype=np.float16)
 

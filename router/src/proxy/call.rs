@@ -54,6 +54,8 @@ pub struct Route {
     pub policy: Policy,
     /// Whether the request's model selects an adapter, which answers instead of the revision.
     pub selects: bool,
+    /// Whether a language model answers it.
+    pub is_generation: bool,
 }
 
 /// A call that has an answer, or none.
@@ -126,12 +128,18 @@ where
         }
         Err(status) => (String::new(), status.code()),
     };
-    metrics::histogram!("athanor_router_request_seconds", "revision" => revision.clone())
-        .record(started.elapsed().as_secs_f64());
+    record_latency(&revision, route.is_generation, started);
     let code = format!("{code:?}");
     metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route.name)
         .increment(1);
     Passed { id, caller, is_by_weight, result }
+}
+
+/// Records how long a request took. Those of language models are apart, since their time depends on the length of the answer.
+pub fn record_latency(revision: &str, is_generation: bool, started: Instant) {
+    let kind = if is_generation { "generation" } else { "other" };
+    metrics::histogram!("athanor_router_request_seconds", "revision" => revision.to_owned(), "kind" => kind)
+        .record(started.elapsed().as_secs_f64());
 }
 
 /// Returns whether a server has answered that it does not have an adapter; another may have it already.

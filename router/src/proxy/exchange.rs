@@ -179,9 +179,10 @@ impl Exchange {
         };
         let began = Instant::now();
         // A shutdown waits for answers of language models.
-        let _running = is_generation(&request).then(|| gateway.running.begin());
+        let is_generation = is_generation(&request);
+        let _running = is_generation.then(|| gateway.running.begin());
         let (policy, selects) = (call::policy(gateway, &request), call::selects_adapter(gateway, &request));
-        let route = Route { name: "ModelStreamInfer", is_counted: true, policy, selects };
+        let route = Route { name: "ModelStreamInfer", is_counted: true, policy, selects, is_generation };
         let passed = tokio::select! {
             passed = call::pass_on(gateway, route, &self.incoming, request.clone(), begin) => passed,
             () = self.sender.closed() => return,

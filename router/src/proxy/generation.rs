@@ -27,6 +27,9 @@ use crate::{
 /// Routes whose answers are not recorded: there is nothing to learn from a vector or an order.
 const UNRECORDED: [&str; 2] = [paths::EMBEDDINGS, paths::RERANK];
 
+/// Routes of language models.
+pub const GENERATING: [&str; 3] = [paths::CHAT, paths::COMPLETIONS, paths::RESPONSES];
+
 /// Passes a request to a language or embedding model on.
 pub async fn pass(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
     let running = gateway.running.begin();

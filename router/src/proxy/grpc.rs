@@ -45,7 +45,8 @@ impl Passing {
         F: Future<Output = Result<Response<A>, Status>>,
     {
         let (metadata, _, message) = request.into_parts();
-        let route = Route { name, is_counted: false, policy: Policy::new(&self.gateway.limits()), selects: false };
+        let policy = Policy::new(&self.gateway.limits());
+        let route = Route { name, is_counted: false, policy, selects: false, is_generation: false };
         let Passed { id, result, .. } =
             call::pass_on(&self.gateway, route, &metadata.into_headers(), message, call).await;
         respond(&id.unproven(), result)
@@ -124,9 +125,10 @@ impl GrpcInferenceService for Passing {
         let began = Instant::now();
         let (metadata, _, request) = request.into_parts();
         // A shutdown waits for answers of language models.
-        let _running = generation::is_generation(&request).then(|| gateway.running.begin());
+        let is_generation = generation::is_generation(&request);
+        let _running = is_generation.then(|| gateway.running.begin());
         let (policy, selects) = (call::policy(gateway, &request), call::selects_adapter(gateway, &request));
-        let route = Route { name: "ModelInfer", is_counted: true, policy, selects };
+        let route = Route { name: "ModelInfer", is_counted: true, policy, selects, is_generation };
         let call = |mut client: Client, request| async move { client.model_infer(request).await };
         let incoming = metadata.into_headers();
         let Passed { id, caller, result, .. } = call::pass_on(gateway, route, &incoming, request.clone(), call).await;

@@ -27,7 +27,7 @@ use tracing::Instrument;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::{
-    generation,
+    call, generation,
     pass::{self, AdmittedCaller, AnsweredBy, ApiErrorOf, ProvenId, Way},
 };
 use crate::{
@@ -119,8 +119,7 @@ async fn around(State(gateway): State<Arc<Gateway>>, mut request: Request, next:
     if route == FEEDBACK {
         metrics::counter!("athanor_router_feedback_total", "code" => code.clone()).increment(1);
     }
-    metrics::histogram!("athanor_router_request_seconds", "revision" => revision.clone())
-        .record(started.elapsed().as_secs_f64());
+    call::record_latency(&revision, generation::GENERATING.contains(&&*route), started);
     metrics::counter!("athanor_router_requests_total", "revision" => revision, "code" => code, "route" => route)
         .increment(1);
     // Whoever has a proven id can give feedback, so only an answer comes with one.

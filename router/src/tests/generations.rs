@@ -81,6 +81,24 @@ pub async fn generations(kept: &Kept, count: usize) -> Vec<Generation> {
     }
 }
 
+#[tokio::test]
+async fn latencies_of_language_models_are_apart() {
+    let metrics = athanor_telemetry::metrics();
+    let (address, _model) = model().await;
+    let gateway = gateway(config(&[("timed", 100)]), &[("timed", &[address])]);
+    question(&gateway, QUESTION).await;
+    for _ in 0..2 {
+        let embed =
+            Request::builder().method(Method::POST).uri("/v1/embeddings").header("content-type", "application/json");
+        assert_eq!(send(&gateway, embed, r#"{"input": "a"}"#).await.0.status, StatusCode::OK);
+    }
+    let text = metrics.render();
+    for (kind, count) in [("generation", 1), ("other", 2)] {
+        let line = format!(r#"athanor_router_request_seconds_count{{revision="timed",kind="{kind}"}} {count}"#);
+        assert!(text.contains(&line), "{line} is not in {text}");
+    }
+}
+
 pub async fn judge(gateway: &Arc<Gateway>, id: &str, rest: &str) -> (u16, Value) {
     let request = Request::builder().method(Method::POST).uri("/v1/feedback");
     let (parts, body) = send(gateway, request, &format!(r#"{{"request_id": "{id}", {rest}}}"#)).await;

@@ -82,7 +82,7 @@ impl Grammars {
         let compile = move |factory: &ParserFactory| -> Result<Box<dyn Constraint>, GrammarError> {
             let parser = factory.create_parser(grammar).map_err(|error| GrammarError::Invalid(message(&error)))?;
             let example = tokenizer.encode(&example).unwrap_or_default().into();
-            Ok(Box::new(Following { matcher: Matcher::new(Ok(parser)), example }))
+            Ok(Box::new(Following { matcher: Matcher::new(Ok(parser)), example, tokenizer: tokenizer.clone() }))
         };
         timeout(COMPILING, self.run(compile))
             .await
@@ -128,7 +128,7 @@ fn make_factory(tokenizer: &dyn ChatTokenize, vocabulary: usize, stop_tokens: &[
     if !stop_tokens.is_empty() {
         trie = trie.with_eos_tokens(&stop_tokens);
     }
-    // The model chooses how a text is cut into tokens: nothing is forced, and no tokenizer is needed.
+    // The model chooses how a text is cut into tokens: no token is forced, and no tokenizer is needed.
     let environment: llguidance::toktrie::TokEnv = Arc::new(ApproximateTokEnv::new(trie));
     let slices = SlicedBiasComputer::general_slices();
     let mut factory =
@@ -164,6 +164,7 @@ fn message(error: &dyn std::fmt::Display) -> String {
 struct Following {
     matcher: Matcher,
     example: Arc<[u32]>,
+    tokenizer: Arc<dyn ChatTokenize>,
 }
 
 impl Constraint for Following {
@@ -181,8 +182,20 @@ impl Constraint for Following {
         self.example.clone()
     }
 
+    /// The bytes are forced in a copy: in the matcher itself they would count as read.
+    fn forced(&self) -> Vec<u32> {
+        let bytes = self.matcher.clone().compute_ff_bytes();
+        // A mark of a special token is no text, and part of a character has no tokens.
+        let end = std::str::from_utf8(&bytes).map_or_else(|error| error.valid_up_to(), str::len);
+        match std::str::from_utf8(&bytes[..end]) {
+            Ok(text) if !text.is_empty() => self.tokenizer.tokens(text, false).unwrap_or_default(),
+            _ => Vec::new(),
+        }
+    }
+
     fn fork(&self) -> Box<dyn Constraint> {
-        Box::new(Self { matcher: self.matcher.deep_clone(), example: self.example.clone() })
+        let (example, tokenizer) = (self.example.clone(), self.tokenizer.clone());
+        Box::new(Self { matcher: self.matcher.deep_clone(), example, tokenizer })
     }
 }
 

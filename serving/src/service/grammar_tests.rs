@@ -12,8 +12,8 @@ const VOCABULARY: usize = 260;
 struct Bytes;
 
 impl Vocabulary for Bytes {
-    fn tokens(&self, _: &str, _: bool) -> Result<Vec<u32>, String> {
-        unreachable!("nothing is tokenised")
+    fn tokens(&self, text: &str, _: bool) -> Result<Vec<u32>, String> {
+        Ok(text.replace("true", "\u{1}").bytes().map(|byte| if byte == 1 { TRUE } else { byte.into() }).collect())
     }
 
     fn text(&self, _: &[u32]) -> Result<String, String> {
@@ -135,6 +135,32 @@ async fn the_fields_of_a_schema_are_an_example_of_its_answers() {
     assert_eq!(constraint.fork().example(), constraint.example());
     let lark = grammars().compile(&Grammar::Lark("start: \"a\"".into())).await.unwrap();
     assert!(lark.example().is_empty());
+}
+
+#[tokio::test]
+async fn forced_text_is_that_of_the_answer_and_changes_no_mask() {
+    let schema = json!({"type": "object", "required": ["name", "open"], "additionalProperties": false, "properties": {
+        "name": {"enum": ["anna", "otto"]}, "open": {"type": "boolean"}}});
+    let json = Grammar::Json(schema);
+    let call = Grammar::Lark(r#"start: "<call>" ("get" | "set") " true</call>""#.into());
+    for (grammar, text, places) in [
+        (json, r#"{"name":"anna","open":true}"#, [(0, "{"), (2, "name\""), (10, "nna\""), (16, "open\"")]),
+        (call, "<call>get true</call>", [(0, "<call>"), (6, ""), (7, "et true</call>"), (13, "e</call>")]),
+    ] {
+        let mut constraint = grammars().compile(&grammar).await.unwrap();
+        let mut other = constraint.fork();
+        for (at, byte) in text.bytes().enumerate() {
+            let tokens = constraint.forced();
+            let forced: Vec<u8> = tokens.iter().flat_map(|&token| Bytes.token_bytes(token)).collect();
+            assert!(text.as_bytes()[at..].starts_with(&forced), "{text}, {at}: {}", String::from_utf8_lossy(&forced));
+            if let Some((_, expected)) = places.iter().find(|(place, _)| *place == at) {
+                assert!(forced.starts_with(expected.as_bytes()), "{text}, {at}: {}", String::from_utf8_lossy(&forced));
+                assert_eq!(tokens.contains(&TRUE), expected.contains("true"), "the tokenizer's own division");
+            }
+            assert_eq!(constraint.mask(), other.mask(), "{text}, {at}");
+            assert_eq!(constraint.accept(byte.into()), other.accept(byte.into()));
+        }
+    }
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-"""The tests of OpenAI's own client, from its source package, against our servers."""
+"""The tests of OpenAI's own client, from its source package, against our servers through a router (--through)."""
 
 import os
 import pathlib
@@ -13,18 +13,18 @@ TESTS = pathlib.Path(os.environ["ATHANOR_DATA"]) / "openai-tests"
 # Files of the resources that we serve. Those of the other resources are left out, and so are the tests outside of
 # `api_resources`: they answer their own requests, and none reaches a server.
 FILES = {
-    "any_model": [
+    "routed_model": [
         "tests/api_resources/chat/test_completions.py",
         "tests/api_resources/test_completions.py",
         "tests/api_resources/test_models.py",
         "tests/api_resources/test_responses.py",
     ],
-    "any_embedding_model": ["tests/api_resources/test_embeddings.py"],
+    "routed_embedding_model": ["tests/api_resources/test_embeddings.py"],
 }
 
 # Tests of these files that are left out: a pattern of their ids and the reason. Each has to match.
 LEFT_OUT = {
-    "any_model": {
+    "routed_model": {
         r"test_path_params|in_sync|disallowed": "no request is sent",
         r"chat/test_completions.*_with_all_params_overload": "asks for audio, a bias of the token \"foo\" and 0 tokens at once, "
         "which OpenAI refuses as well",
@@ -36,7 +36,7 @@ LEFT_OUT = {
         r"test_responses.*_create_with_all_params": "asks for a stored prompt, a stored response and 0 tokens at once",
         r"test_responses.*_(retrieve|delete|cancel|compact)": "responses are not stored",
     },
-    "any_embedding_model": {
+    "routed_embedding_model": {
         r"test_embeddings.*_create\[(strict|aiohttp)\]": "the client asks for base64 by itself, and its strict validation accepts lists "
         "of numbers only: it passes against a server that ignores encoding_format",
     },
@@ -47,7 +47,7 @@ def run(base, *arguments):
     """pytest in the folder of the client's tests, without its own options and warnings as errors."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-o", "addopts=", "-W", "default", *arguments]
     env = dict(os.environ, TEST_API_BASE_URL=f"{base}/v1")
-    return subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=1800)
 
 
 def select(listing, left_out):

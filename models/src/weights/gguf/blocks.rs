@@ -16,18 +16,22 @@ pub enum BlockFormat {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q2K,
+    Q3K,
     Q4K,
     Q5K,
     Q6K,
+    Iq4Nl,
+    Iq4Xs,
 }
 
-use BlockFormat::{Bf16, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+use BlockFormat::{Bf16, F16, F32, Iq4Nl, Iq4Xs, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
 /// Numbers of a block of the K formats.
 const K: usize = 256;
 
 impl BlockFormat {
-    pub const ALL: [Self; 11] = [F32, F16, Bf16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K];
+    pub const ALL: [Self; 15] = [F32, F16, Bf16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K, Iq4Nl, Iq4Xs];
 
     /// The format of a type number in a file (`enum ggml_type`), else the name of that type.
     pub fn from_id(id: u32) -> Result<Self, String> {
@@ -39,9 +43,13 @@ impl BlockFormat {
             6 => Q5_0,
             7 => Q5_1,
             8 => Q8_0,
+            10 => Q2K,
+            11 => Q3K,
             12 => Q4K,
             13 => Q5K,
             14 => Q6K,
+            20 => Iq4Nl,
+            23 => Iq4Xs,
             30 => Bf16,
             other => return Err(unsupported(other)),
         })
@@ -57,20 +65,26 @@ impl BlockFormat {
             Q5_0 => "Q5_0",
             Q5_1 => "Q5_1",
             Q8_0 => "Q8_0",
+            Q2K => "Q2_K",
+            Q3K => "Q3_K",
             Q4K => "Q4_K",
             Q5K => "Q5_K",
             Q6K => "Q6_K",
+            Iq4Nl => "IQ4_NL",
+            Iq4Xs => "IQ4_XS",
         }
     }
 
-    /// Bits of a whole number in a block; absent: floating-point numbers.
+    /// Bits of a whole number in a block; absent: floating-point numbers. Those of the IQ4 formats are read from a table.
     pub fn block_bits(self) -> Option<u32> {
         match self {
             F32 | F16 | Bf16 => None,
+            Q2K => Some(2),
+            Q3K => Some(3),
             Q4_0 | Q4_1 | Q4K => Some(4),
             Q5_0 | Q5_1 | Q5K => Some(5),
             Q6K => Some(6),
-            Q8_0 => Some(8),
+            Q8_0 | Iq4Nl | Iq4Xs => Some(8),
         }
     }
 
@@ -97,7 +111,7 @@ impl BlockFormat {
                     to.push(Group { q, scale: d * scale, minimum: -dmin * minimum });
                 }
             },
-            F32 | F16 | Bf16 | Q5_0 | Q5_1 | Q8_0 | Q5K | Q6K => return false,
+            _ => return false,
         };
         let blocks = bytes.chunks_exact(self.block_bytes());
         assert!(blocks.remainder().is_empty(), "{} bytes are not whole {} blocks", bytes.len(), self.name());
@@ -109,8 +123,8 @@ impl BlockFormat {
     pub fn block_elements(self) -> usize {
         match self {
             F32 | F16 | Bf16 => 1,
-            Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 => 32,
-            Q4K | Q5K | Q6K => K,
+            Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Iq4Nl => 32,
+            Q2K | Q3K | Q4K | Q5K | Q6K | Iq4Xs => K,
         }
     }
 
@@ -119,14 +133,17 @@ impl BlockFormat {
         match self {
             F32 => 4,
             F16 | Bf16 => 2,
-            Q4_0 => 18,
+            Q4_0 | Iq4Nl => 18,
             Q4_1 => 20,
             Q5_0 => 22,
             Q5_1 => 24,
             Q8_0 => 34,
+            Q2K => 84,
+            Q3K => 110,
             Q4K => 144,
             Q5K => 176,
             Q6K => 210,
+            Iq4Xs => 136,
         }
     }
 
@@ -146,9 +163,13 @@ impl BlockFormat {
             Q5_0 => blocks.for_each(|block| q5_0(block, to)),
             Q5_1 => blocks.for_each(|block| q5_1(block, to)),
             Q8_0 => blocks.for_each(|block| q8_0(block, to)),
+            Q2K => blocks.for_each(|block| q2_k(block, to)),
+            Q3K => blocks.for_each(|block| q3_k(block, to)),
             Q4K => blocks.for_each(|block| q4_k(block, to)),
             Q5K => blocks.for_each(|block| q5_k(block, to)),
             Q6K => blocks.for_each(|block| q6_k(block, to)),
+            Iq4Nl => blocks.for_each(|block| iq4_nl(block, to)),
+            Iq4Xs => blocks.for_each(|block| iq4_xs(block, to)),
         }
     }
 }
@@ -157,17 +178,13 @@ impl BlockFormat {
 fn unsupported(id: u32) -> String {
     let name = match id {
         9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",
@@ -249,6 +266,29 @@ fn scale_and_minimum(packed: &[u8], group: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(minimum))
 }
 
+fn q2_k(block: &[u8], to: &mut Vec<f32>) {
+    let (scales, qs, d, dmin) = (&block[..16], &block[16..80], half(&block[80..]), half(&block[82..]));
+    for (part, packed) in scales.iter().enumerate() {
+        let (group, half) = (part / 2, part % 2 * 16);
+        let (bytes, shift) = (&qs[group / 4 * 32 + half..][..16], group % 4 * 2);
+        let (d, dm) = (d * f32::from(packed & 15), dmin * f32::from(packed >> 4));
+        to.extend(bytes.iter().map(|byte| d * f32::from(byte >> shift & 3) - dm));
+    }
+}
+
+fn q3_k(block: &[u8], to: &mut Vec<f32>) {
+    let (third, qs, scales, d) = (&block[..32], &block[32..96], &block[96..108], half(&block[108..]));
+    for part in 0..16 {
+        // Scales of six bits: four in the first eight bytes, two in the last four.
+        let (low, high) = (scales[part % 8] >> (part / 8 * 4) & 15, scales[8 + part % 4] >> (part / 4 * 2) & 3);
+        let d = d * f32::from((low | high << 4) as i8 - 32);
+        let (group, half) = (part / 2, part % 2 * 16);
+        let (bytes, shift) = (&qs[group / 4 * 32 + half..][..16], group % 4 * 2);
+        let q = bytes.iter().zip(&third[half..]).map(|(low, high)| low >> shift & 3 | (high >> group & 1) << 2);
+        to.extend(q.map(|q| d * f32::from(q as i8 - 4)));
+    }
+}
+
 fn q4_k(block: &[u8], to: &mut Vec<f32>) {
     let (d, dmin, scales, qs) = (half(block), half(&block[2..]), &block[4..16], &block[16..]);
     for group in 0..8 {
@@ -284,5 +324,22 @@ fn q6_k(block: &[u8], to: &mut Vec<f32>) {
             let scale = d * f32::from(scales[group * 2 + i / 16] as i8);
             to.push(scale * f32::from(q));
         }
+    }
+}
+
+/// The numbers that four bits stand for in the IQ4 formats.
+const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+fn iq4_nl(block: &[u8], to: &mut Vec<f32>) {
+    let d = half(block);
+    to.extend(nibbles(&block[2..]).map(|q| d * f32::from(IQ4[usize::from(q)])));
+}
+
+fn iq4_xs(block: &[u8], to: &mut Vec<f32>) {
+    let (d, high, low, qs) = (half(block), u16::from_le_bytes([block[2], block[3]]), &block[4..8], &block[8..]);
+    for group in 0..8 {
+        let (low, high) = (low[group / 2] >> (group % 2 * 4) & 15, (high >> (group * 2) & 3) as u8);
+        let d = d * f32::from((low | high << 4) as i8 - 32);
+        to.extend(nibbles(&qs[group * 16..][..16]).map(|q| d * f32::from(IQ4[usize::from(q)])));
     }
 }

@@ -115,6 +115,8 @@ async fn answers_are_measured_by_the_conventions_for_generative_ai() {
     for line in [
         format!("gen_ai_server_time_to_first_token_seconds_count{{{labels}}}"),
         format!("gen_ai_server_request_duration_seconds_count{{{labels}}}"),
+        format!("gen_ai_server_request_duration_seconds_bucket{{{labels},le=\"81.92\"}}"),
+        format!("gen_ai_server_time_per_output_token_seconds_bucket{{{labels},le=\"0.75\"}}"),
         format!("gen_ai_client_token_usage_count{{{labels},gen_ai_token_type=\"input\"}}"),
         format!("gen_ai_client_token_usage_bucket{{{labels},gen_ai_token_type=\"output\",le=\"4\"}}"),
     ] {

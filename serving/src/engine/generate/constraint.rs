@@ -23,6 +23,12 @@ pub trait Constraint: Send + 'static {
         Arc::default()
     }
 
+    /// Tokens of the text that has to come next, if the rule allows no other text. They need not be the only tokens of that text:
+    /// the masks may allow other divisions of it.
+    fn forced(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// The same rule in the same state, for another answer to the same prompt.
     fn fork(&self) -> Box<dyn Constraint>;
 }
@@ -115,6 +121,11 @@ impl Pool {
 pub(super) fn mask(constraint: &mut dyn Constraint) -> Result<TokenSet, ConstraintError> {
     let mask = catch_unwind(AssertUnwindSafe(|| constraint.mask()));
     mask.unwrap_or_else(|_| Err(ConstraintError("a fault in its mask".into())))
+}
+
+/// The tokens that a constraint forces; none after a fault, which its mask reports.
+pub(super) fn forced(constraint: &dyn Constraint) -> Vec<u32> {
+    catch_unwind(AssertUnwindSafe(|| constraint.forced())).unwrap_or_default()
 }
 
 /// The mask of one answer that is being computed.

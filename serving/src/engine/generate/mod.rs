@@ -108,6 +108,7 @@ impl Engine {
         let worker = worker::Worker::new(backend, receiver, sizes, limits.step, progress.clone(), meters);
         // Dropped with the thread, also when it panics.
         let alive = stopped.clone().drop_guard();
+        metrics::gauge!("athanor_server_wait_limit_seconds").set(limits.wait.as_secs_f64());
         thread::Builder::new().name("generate".into()).spawn(move || {
             let _alive = alive;
             worker.run();

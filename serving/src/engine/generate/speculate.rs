@@ -2,8 +2,8 @@
 //!
 //! A proposal is what followed the latest earlier occurrence of the last tokens, in prompt and answer (prompt lookup
 //! decoding, <https://github.com/apoorvumang/prompt-lookup-decoding>), or in an example of what an answer has to be, such as
-//! the names of a schema's fields. The tokens of the answer are drawn as they would be
-//! without it, so the text is the same. Only the time differs: a step with proposed tokens takes longer and may yield
+//! the names of a schema's fields. Text that a grammar forces comes before both. The tokens of the answer are drawn as they
+//! would be without it, so the text is the same. Only the time differs: a step with proposed tokens takes longer and may yield
 //! several tokens.
 //!
 //! Whether that pays is decided from what was measured: how often the proposals of a sequence were right ([`Record`]),
@@ -20,12 +20,29 @@ pub const MOST_ROWS: usize = 64;
 /// Longer matches count as matches of this length.
 const LONGEST: usize = 8;
 
+/// Kinds of proposed tokens whose chances are counted apart: by the number of tokens that matched before them, and forced ones.
+const CLASSES: usize = LONGEST + 1;
+const FORCED: usize = LONGEST;
+
 /// Tokens that may come next.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Proposal {
+    /// First those that a grammar forces.
     pub tokens: Vec<u32>,
-    /// Number of last tokens that also stand before the earlier occurrence, at most [`LONGEST`].
+    /// Number of tokens that a grammar forces.
+    pub forced: usize,
+    /// Number of tokens before the others that also stand before the earlier occurrence, at most [`LONGEST`].
     pub matched: usize,
+}
+
+impl Proposal {
+    /// The kind of the token at a place.
+    fn class(&self, place: usize) -> usize {
+        match place.checked_sub(self.forced) {
+            Some(place) => (self.matched + place).clamp(1, LONGEST) - 1,
+            None => FORCED,
+        }
+    }
 }
 
 /// The place behind the longest match of the last of `tokens` in `text`, of equally long ones the latest, and its length.
@@ -53,7 +70,7 @@ pub fn propose(tokens: &[u32], example: &[u32], most: usize) -> Proposal {
     let in_example = find(example, tokens);
     if in_example.1 > matched {
         let tokens = example[in_example.0..].iter().copied().take(most).collect();
-        return Proposal { tokens, matched: in_example.1 };
+        return Proposal { tokens, forced: 0, matched: in_example.1 };
     }
     let mut proposed: Vec<u32> = Vec::new();
     if matched > 0 {
@@ -63,29 +80,24 @@ pub fn propose(tokens: &[u32], example: &[u32], most: usize) -> Proposal {
             proposed.push(own.unwrap_or_else(|| tokens[place]));
         }
     }
-    Proposal { tokens: proposed, matched }
+    Proposal { tokens: proposed, forced: 0, matched }
 }
 
-/// How often proposed tokens were right, by the number of tokens that matched before them. Older ones count less.
+/// How often proposed tokens were right, by their kinds. Older ones count less.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Record {
-    right: [f64; LONGEST],
-    checked: [f64; LONGEST],
+    right: [f64; CLASSES],
+    checked: [f64; CLASSES],
 }
 
 impl Record {
     /// Share of right tokens before any was checked.
-    const FIRST: [f64; LONGEST] = [0.15, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75];
+    const FIRST: [f64; CLASSES] = [0.15, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.9];
     /// Number of checked tokens that the estimate before them counts as.
     const WEIGHT: f64 = 2.0;
 
-    fn class(matched: usize) -> usize {
-        matched.clamp(1, LONGEST) - 1
-    }
-
     /// Adds a token that was checked. `memory`: what earlier ones of its class count from now on, 0 to 1.
-    fn add(&mut self, matched: usize, is_right: bool, memory: f64) {
-        let class = Self::class(matched);
+    fn add(&mut self, class: usize, is_right: bool, memory: f64) {
         self.right[class] = self.right[class] * memory + f64::from(u8::from(is_right));
         self.checked[class] = self.checked[class] * memory + 1.0;
     }
@@ -95,8 +107,7 @@ impl Record {
     }
 
     /// Probability that a token is right whose predecessors are, `all`: the record of all sequences.
-    fn chance(&self, matched: usize, all: &Self) -> f64 {
-        let class = Self::class(matched);
+    fn chance(&self, class: usize, all: &Self) -> f64 {
         self.share(class, all.share(class, Self::FIRST[class]))
     }
 }
@@ -107,6 +118,8 @@ pub struct History {
     /// A text that the answer may repeat parts of.
     example: Arc<[u32]>,
     record: Record,
+    /// Tokens of the text that a grammar forces behind the last token.
+    forced: Vec<u32>,
     proposal: Proposal,
     /// Steps by which the answer is ahead of itself without speculation: tokens gained less time lost.
     ahead: f64,
@@ -123,15 +136,31 @@ impl History {
         Self { example, ..Self::default() }
     }
 
+    /// Takes the tokens of the text that a grammar forces behind the last token, for the next proposal.
+    pub fn force(&mut self, tokens: Vec<u32>) {
+        self.forced = tokens;
+    }
+
     /// Proposes at most `most` next tokens, none of them a stop token: what follows one is not drawn.
     pub fn propose(&mut self, tokens: &[u32], most: usize, stop_tokens: &[u32], all: &Record) -> Candidate {
-        self.proposal = propose(tokens, &self.example, most.min(MOST));
+        let most = most.min(MOST);
+        let mut forced = std::mem::take(&mut self.forced);
+        forced.truncate(most);
+        self.proposal = match forced.is_empty() {
+            true => propose(tokens, &self.example, most),
+            false => {
+                let behind = propose(&[tokens, &forced].concat(), &self.example, most - forced.len());
+                let count = forced.len();
+                forced.extend(behind.tokens);
+                Proposal { tokens: forced, forced: count, matched: behind.matched }
+            }
+        };
         if let Some(stop) = self.proposal.tokens.iter().position(|token| stop_tokens.contains(token)) {
             self.proposal.tokens.truncate(stop);
         }
         let mut chance = 1.0;
-        let gains = (self.proposal.matched..).zip(&self.proposal.tokens).map(|(matched, _)| {
-            chance *= self.record.chance(matched, all);
+        let gains = (0..self.proposal.tokens.len()).map(|place| {
+            chance *= self.record.chance(self.proposal.class(place), all);
             chance
         });
         Candidate { gains: gains.collect(), ahead: self.ahead }
@@ -140,6 +169,7 @@ impl History {
     /// Makes no proposal for the next step.
     pub fn pass(&mut self) {
         self.proposal = Proposal::default();
+        self.forced.clear();
     }
 
     /// The first proposed tokens.
@@ -151,10 +181,10 @@ impl History {
     /// added to the step, as a share of it.
     pub fn learn(&mut self, drawn: impl ExactSizeIterator<Item = u32>, delay: f64, all: &mut Record) {
         self.ahead += drawn.len() as f64 - 1.0 - delay;
-        for (matched, (proposed, drawn)) in (self.proposal.matched..).zip(iter::zip(&self.proposal.tokens, drawn)) {
-            let is_right = *proposed == drawn;
-            self.record.add(matched, is_right, Self::MEMORY);
-            all.add(matched, is_right, Self::MEMORY_OF_ALL);
+        for (place, (proposed, drawn)) in iter::zip(&self.proposal.tokens, drawn).enumerate() {
+            let (class, is_right) = (self.proposal.class(place), *proposed == drawn);
+            self.record.add(class, is_right, Self::MEMORY);
+            all.add(class, is_right, Self::MEMORY_OF_ALL);
             if !is_right {
                 break;
             }

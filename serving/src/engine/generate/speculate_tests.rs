@@ -1,7 +1,7 @@
 use super::*;
 
 fn proposed(tokens: &[u32], most: usize) -> (Vec<u32>, usize) {
-    let Proposal { tokens, matched } = propose(tokens, &[], most);
+    let Proposal { tokens, matched, .. } = propose(tokens, &[], most);
     (tokens, matched)
 }
 
@@ -50,6 +50,36 @@ fn a_proposal_ends_before_a_stop_token() {
     assert_eq!((candidate.gains.len(), history.proposed(5)), (1, &[9][..]));
     assert!(history.propose(&[1, 2, 9, 3, 1, 2], 5, &[9], &all).gains.is_empty());
     assert_eq!(history.propose(&[7; 30], 100, &[], &all).gains.len(), MOST);
+}
+
+#[test]
+fn forced_tokens_come_first_and_the_text_goes_on_behind_them() {
+    let (mut history, mut all) = (History::default(), Record::default());
+    // Behind 1, 2 the text has gone on with 9, but 3 and 4 are forced; behind 2, 3, 4 it has gone on with 5 and 6.
+    let tokens = [2, 3, 4, 5, 6, 1, 2, 9, 1, 2];
+    let cases: [(usize, &[u32]); 4] = [(4, &[3, 4, 5, 6]), (2, &[3, 4]), (1, &[3]), (0, &[])];
+    for (most, expected) in cases {
+        history.force(vec![3, 4]);
+        let candidate = history.propose(&tokens, most, &[], &all);
+        assert_eq!((history.proposed(9), candidate.gains.len()), (expected, expected.len()), "at most {most}");
+    }
+    assert_eq!(history.propose(&tokens, 1, &[], &all).gains.len(), 1, "what was forced holds for one step");
+    assert_eq!(history.proposed(9), [9]);
+    // What is forced is probable before anything was checked, and no longer so once it was drawn in other tokens.
+    let chance = |history: &mut History, all: &Record| {
+        history.force(vec![3, 4]);
+        history.propose(&tokens, 4, &[], all).gains[0]
+    };
+    assert!(chance(&mut history, &all) > 0.85);
+    for _ in 0..20 {
+        chance(&mut history, &all);
+        history.learn([7].into_iter(), 0.0, &mut all);
+    }
+    assert!(chance(&mut history, &all) < 0.3);
+    history.force(vec![3]);
+    history.pass();
+    assert_eq!(history.propose(&tokens, 1, &[], &all).gains.len(), 1);
+    assert_eq!(history.proposed(9), [9], "a step without proposals forgets it");
 }
 
 /// Learns `count` times whether the token that followed is the one that stands there.

@@ -57,6 +57,7 @@ impl Fake {
 struct Seen {
     /// A test that holds it stops the model before its next step.
     gate: Mutex<()>,
+    steps: AtomicU64,
     tokens: AtomicU64,
     /// Rows that wanted logits of several tokens.
     several: AtomicU64,
@@ -111,6 +112,7 @@ impl GenerateBackend for Fake {
         if !self.pause.is_zero() {
             thread::sleep(self.pause);
         }
+        self.seen.steps.fetch_add(1, Ordering::SeqCst);
         let size = self.limits.block_size;
         let slot = |blocks: &[u32], position: usize| blocks[position / size] as usize * size + position % size;
         for row in rows {

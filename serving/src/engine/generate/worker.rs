@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::{
     adapters::{Adapter, Usage},
     blocks::Blocks,
-    constraint::{ConstraintError, Guide, Pool},
+    constraint::{self, ConstraintError, Guide, Pool},
     draw::{Draw, Drawn, Threads},
     meters::Meters,
     request::{Event, Finished, GenerateError, Item, Message, Place, Progress},
@@ -397,6 +397,9 @@ impl<B: GenerateBackend> Worker<B> {
         if let Some(client) = self.clients.get_mut(&sequence.id) {
             client.history.learn(drawn.tokens.iter().map(|sampled| sampled.token), delay, &mut self.record);
             if let (Some(pool), Some(constraint)) = (&self.pool, drawn.constraint) {
+                if self.backend.checks_proposals() && self.scheduler.running().len() <= speculate::MOST_SEQUENCES {
+                    client.history.force(constraint::forced(&*constraint));
+                }
                 client.guide = Some(pool.guide(constraint));
             }
         }

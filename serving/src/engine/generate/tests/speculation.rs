@@ -161,6 +161,76 @@ async fn the_prefix_cache_has_the_same_blocks_with_proposals() {
     assert!(seen.several.load(Ordering::SeqCst) > 10, "nothing was proposed: the test shows nothing");
 }
 
+/// Dictates the answer but for every seventh token, which is free. Every fifth dictated token may be another one, as a text may be cut
+/// into tokens in other ways than the usual one.
+#[derive(Clone)]
+struct Dictated {
+    at: u64,
+    /// Whether it says what it forces.
+    says: bool,
+}
+
+impl Dictated {
+    fn token(at: u64) -> Option<u32> {
+        (!at.is_multiple_of(7)).then(|| (mix(77, at) % 20) as u32)
+    }
+}
+
+impl Constraint for Dictated {
+    fn mask(&mut self) -> Result<TokenSet, ConstraintError> {
+        let bits = match Self::token(self.at) {
+            None => (1 << FAILS) - 1,
+            Some(token) if self.at.is_multiple_of(5) => 3 << token,
+            Some(token) => 1 << token,
+        };
+        Ok(TokenSet::from_words(vec![bits]))
+    }
+
+    fn accept(&mut self, _: u32) -> Result<Progress, ConstraintError> {
+        self.at += 1;
+        Ok(Progress::Continues)
+    }
+
+    fn forced(&self) -> Vec<u32> {
+        (self.at..).map_while(Self::token).filter(|_| self.says).collect()
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+/// Steps of 20 answers of 56 tokens, one after the other, and the answers.
+async fn dictated(checks_proposals: bool, says: bool, name: &str) -> (u64, Vec<Whole>) {
+    let requests: Vec<GenerateRequest> = (0..20)
+        .map(|seed| {
+            let mut request = request(&[seed as u32, 3], 56);
+            request.sampling = Sampling { temperature: 1.0, seed, logprobs: Some(1), ..Sampling::default() };
+            request.constraint = Some(Box::new(Dictated { at: 1 + 11 * seed, says }));
+            request
+        })
+        .collect();
+    let seen = Arc::<Seen>::default();
+    let backend = Fake { checks_proposals, pause: Duration::from_micros(300), ..Fake::new(64, seen.clone()) };
+    let engine = Engine::start(backend, limits(20, 4), name).unwrap();
+    let found = answers(&engine, &requests, 1).await;
+    until(&engine, "everything is free", |load| load == IDLE).await;
+    (seen.steps.load(Ordering::SeqCst), found)
+}
+
+#[tokio::test]
+async fn what_a_grammar_forces_is_computed_in_fewer_steps() {
+    let (plain, expected) = dictated(false, true, "dictated-plain").await;
+    assert!(expected.iter().all(|(tokens, end)| tokens.len() == 56 && *end == Ok(FinishReason::Length)));
+    let (looked_up, without) = dictated(true, false, "dictated-unsaid").await;
+    let (forced, with) = dictated(true, true, "dictated-said").await;
+    println!("steps of 1,120 tokens: {plain}, with prompt lookup {looked_up}, with forced tokens {forced}");
+    assert_eq!(without, expected);
+    assert_eq!(with, expected);
+    assert_eq!(plain, 20 * 56);
+    assert!(forced * 2 < plain && forced * 2 < looked_up, "{forced} of {plain} and {looked_up}");
+}
+
 #[tokio::test]
 async fn a_dropped_receiver_frees_the_blocks_of_proposed_tokens() {
     let (engine, seen) = repeating_engine(true, 64, 4, "dropped");
