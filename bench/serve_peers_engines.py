@@ -5,7 +5,7 @@ A job has `engine` (a name in ENGINES), `path` of the model, `settings` of the e
 warm-up), `prompts` (token ids and text of each), `tokens` to generate for each, and `together` (one batch, or one prompt after another).
 """
 
-import concurrent.futures, json, os, sys, time
+import json, os, sys, time
 
 THREADS = len(os.sched_getaffinity(0))
 
@@ -46,19 +46,18 @@ def transformers(path, dtype, cache):
 
 
 def mistralrs(path, dtype):
-    """A model of a folder. `dtype`: mistralrs's name. It takes texts, not token ids."""
+    """A model of a folder. `dtype`: mistralrs's name. Its Python class takes texts, not token ids, and answers several requests at once
+    only as streams of chats, so prompts are those of the others in the model's chat template."""
     import mistralrs
 
     which = mistralrs.Which.Plain(model_id=path, dtype=getattr(mistralrs.ModelDType, dtype))
     runner = mistralrs.Runner(which=which, max_seqs=16, token_source="none")
 
-    def ask(prompt, tokens):
-        request = {"model": "default", "prompt": prompt["text"], "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
-        return runner.send_completion_request(mistralrs.CompletionRequest(**request)).usage
-
     def generate(prompts, tokens):
-        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-            usages = list(pool.map(lambda prompt: ask(prompt, tokens), prompts))
+        options = {"model": "default", "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream": True}
+        requests = [mistralrs.ChatCompletionRequest(messages=prompt["text"], **options) for prompt in prompts]
+        streams = [runner.send_chat_completion_request(request) for request in requests]
+        usages = [list(stream)[-1].usage for stream in streams]
         return sum(usage.prompt_tokens for usage in usages), sum(usage.completion_tokens for usage in usages)
 
     return generate
