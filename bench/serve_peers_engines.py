@@ -51,7 +51,8 @@ def mistralrs(path, dtype):
     import mistralrs
 
     which = mistralrs.Which.Plain(model_id=path, dtype=getattr(mistralrs.ModelDType, dtype))
-    runner = mistralrs.Runner(which=which, max_seqs=16, token_source="none")
+    # Without the prefix cache, which would find the beginning of the chat template.
+    runner = mistralrs.Runner(which=which, max_seqs=16, prefix_cache_n=0, token_source="none")
 
     def generate(prompts, tokens):
         options = {"model": "default", "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream": True}
