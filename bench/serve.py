@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Serving side by side: language models next to llama.cpp's server (xllamacpp), encoders next to onnxruntime.
+"""Serving side by side: language models next to llama.cpp's server (xllamacpp) and others, encoders next to onnxruntime.
 
 Parts, each in a file of its own:
   speed       tokens a second at 1, 4, 16 and 64 streams, prefill of 512 and 2,048 tokens, memory and its peak, time to start; llama.cpp
               at the best of its formats (as shipped, Q4_0 and Q8_0 made from that) with flash attention on and off
+  peers       tokens a second at 1 and 16 streams and prefill of 512 tokens, next to openvino-genai, transformers and mistralrs, each at
+              the best of its settings
   perplexity  of every format on the same tokens
   poisson     requests at random times: time to the first token and between tokens, also as guidellm measures them
   roofline    share of the memory's bandwidth at one stream, operations a second in long prompts
@@ -15,11 +17,11 @@ parts and models stay. `make bench-serve` installs what it needs and runs it.
 
 import argparse, json, pathlib, tempfile
 
-import serve_encoders, serve_perplexity, serve_poisson, serve_roofline, serve_speculation, serve_speed
+import serve_encoders, serve_peers, serve_perplexity, serve_poisson, serve_roofline, serve_speculation, serve_speed
 from serve_processes import MODELS, Files, server
 
-PARTS = {"speed": serve_speed.run, "perplexity": serve_perplexity.run, "poisson": serve_poisson.run, "roofline": serve_roofline.run,
-         "speculation": serve_speculation.run}
+PARTS = {"speed": serve_speed.run, "peers": serve_peers.run, "perplexity": serve_perplexity.run, "poisson": serve_poisson.run,
+         "roofline": serve_roofline.run, "speculation": serve_speculation.run}
 RESULTS = pathlib.Path(__file__).parent / "results/serve.json"
 
 
@@ -32,7 +34,7 @@ def keep(entries, part, model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="turns of each server in speed and encoders (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="turns of each engine in speed, peers and encoders (default: %(default)s)")
     parser.add_argument("--only", action="append", choices=[*PARTS, "encoders"], help="a part; may be given several times (default: all)")
     parser.add_argument("--model", action="append", choices=MODELS, help="a language model; may be given several times (default: both)")
     parser.add_argument("--quick", action="store_true", help="a small form of each part, whose results are printed and not kept")
