@@ -4,14 +4,14 @@ steps, in turns.
 
 Prints a table and writes bench/results/train.json. `make bench-train` installs what it needs and runs it.
 """
-import argparse, csv, importlib.util, json, os, pathlib, resource, statistics, subprocess, sys, tempfile, threading, time
+import argparse, csv, importlib.util, json, mmap, os, pathlib, resource, statistics, subprocess, sys, tempfile, threading, time
 
 STEPS, WARM_UP = 160, 40
-# Installed by scripts/setup, which the trainer is built with too.
-ALLOCATOR = "libtcmalloc.so"
+# The allocator that the trainer is linked with statically, as a library for the peers. scripts/setup installs both.
+ALLOCATOR = "libtcmalloc_minimal.so"
 RATE = 1e-4
 PEERS = ["Trainer, best (length groups, dynamic padding, fused AdamW)", "Trainer, default (fp32, padded to 128)",
-         "sentence-transformers (fused AdamW)"]
+         "sentence-transformers (length groups, fused AdamW)"]
 # Set by the arguments: rows of a step, folder of the base model, whether to train on a GPU, our program, BF16 or FP32.
 BATCH, MODEL, CUDA, TRAINER, PRECISION = 32, "", False, "", "BF16"
 
@@ -90,9 +90,34 @@ def options(out):
                 save_strategy="no", report_to=[], logging_strategy="no", use_cpu=not CUDA, disable_tqdm=True)
 
 
+def has_allocator_linked(program):
+    """Whether tcmalloc is a part of the program: it reads its settings from variables whose names are in the file."""
+    with open(program, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"TCMALLOC_SKIP_SBRK") >= 0
+
+
+def require_allocator():
+    """Ends this process if tcmalloc is not loaded: a name in LD_PRELOAD that the loader does not find is only a warning."""
+    if ALLOCATOR.removesuffix(".so") not in pathlib.Path("/proc/self/maps").read_text():
+        sys.exit(f"{ALLOCATOR} is not loaded: run scripts/setup")
+
+
+def grouped_by_length(lengths):
+    """A batch sampler for sentence-transformers with the sampler of transformers' group_by_length."""
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    def sampler(dataset, batch_size, generator=None, **others):
+        by_length = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
+        return DefaultBatchSampler(by_length, batch_size=batch_size, generator=generator, **others)
+
+    return sampler
+
+
 def embedding_peer(file):
     """sentence-transformers in this process, with its usual loss for pairs; prints one JSON line."""
     clock = Clock()
+    require_allocator()
     import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -105,7 +130,10 @@ def embedding_peer(file):
     encoder = Transformer(MODEL, max_seq_length=128)
     model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cuda" if CUDA else "cpu")
     with tempfile.TemporaryDirectory() as out:
-        arguments = SentenceTransformerTrainingArguments(**options(out), bf16=PRECISION == "BF16", optim="adamw_torch_fused")
+        # Characters: it tokenizes batch by batch, so that tokens would have to be counted before the first step.
+        sampler = grouped_by_length([len(row["first"]) + len(row["second"]) for row in read])
+        arguments = SentenceTransformerTrainingArguments(**options(out), bf16=PRECISION == "BF16", optim="adamw_torch_fused",
+                                                         batch_sampler=sampler)
         SentenceTransformerTrainer(model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model),
                                    callbacks=[clock.callback()]).train()
     clock.print()
@@ -114,6 +142,7 @@ def embedding_peer(file):
 def peer(file, best):
     """transformers' Trainer in this process; prints one JSON line."""
     clock = Clock()
+    require_allocator()
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -178,7 +207,6 @@ def run_ours(file, settings):
 def run_peer(file, which):
     environment = {**os.environ, "BENCH_BEGAN": str(time.monotonic()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     environment.pop("LD_LIBRARY_PATH", None)
-    # Our program links tcmalloc, which is faster and leaner here: the peer gets it as well.
     environment["LD_PRELOAD"] = ALLOCATOR
     command = [sys.executable, __file__, "--peer", which, "--model", MODEL, "--batch", str(BATCH), "--precision", PRECISION,
                *["--cuda"] * CUDA, file]
@@ -210,6 +238,8 @@ def main():
     if arguments.peer:
         return peer(arguments.file, arguments.peer == "best")
 
+    if not has_allocator_linked(TRAINER):
+        sys.exit(f"{TRAINER} is not linked with tcmalloc")
     file = tempfile.NamedTemporaryFile(suffix=".csv", delete=False).name
     rows(file)
     subjects = {

@@ -8,6 +8,7 @@ use crate::{
     clean::{Cleaned, Cleaner, CleaningReport, EXAMPLES},
     pdf::Worker,
     rows::{Fields, Origin, Seen},
+    source::TopicReport,
 };
 
 /// The rows so far, and the state that adding more of them requires.
@@ -20,6 +21,7 @@ pub(crate) struct Builder {
     rows_of_source: u64,
     on_bad_row: OnBadRow,
     skipped: SkippedRows,
+    topics: Vec<TopicReport>,
     pdf_worker: Option<Worker>,
 }
 
@@ -56,6 +58,7 @@ impl Builder {
             rows_of_source: 0,
             on_bad_row,
             skipped: SkippedRows::default(),
+            topics: Vec::new(),
             pdf_worker: None,
         })
     }
@@ -94,6 +97,16 @@ impl Builder {
     /// Rows that were left out so far.
     pub fn skipped(&self) -> &SkippedRows {
         &self.skipped
+    }
+
+    /// Takes note of what a topic held.
+    pub fn add_topic(&mut self, report: TopicReport) {
+        self.topics.push(report);
+    }
+
+    /// What the topics held, in the order of their sources.
+    pub fn take_topics(&mut self) -> Vec<TopicReport> {
+        std::mem::take(&mut self.topics)
     }
 
     /// Whether each text is kept once while it is read. With cleaning, duplicates are resolved when all rows are there.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use athanor_contract::train::HeldOutPart;
 
-use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport};
+use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport, source::TopicReport};
 
 /// The rows of all sources.
 #[derive(Debug, Default)]
@@ -18,6 +18,8 @@ pub struct Dataset {
     pub digest: String,
     /// Rows that could not be read.
     pub skipped: SkippedRows,
+    /// What the topics among the sources held, and what of it is no row.
+    pub topics: Vec<TopicReport>,
     /// What cleaning did, if it was asked for.
     pub cleaning: Option<CleaningReport>,
     /// Number of each row's cluster of near duplicates, if they were sought: the split keeps a cluster together.

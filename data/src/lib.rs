@@ -29,6 +29,7 @@ pub use dataset::Dataset;
 pub use error::DataError;
 pub use progress::Progress;
 pub use random::mix;
-pub use read::read;
+pub use read::{read, read_keeping};
 pub use rows::Rows;
+pub use source::TopicReport;
 pub use split::{Fold, Overlap, Part, Parts, part_of};

@@ -4,6 +4,7 @@ use athanor_contract::{
     artifact::sha256_hex,
     train::{DataSpec, OnBadRow, Source},
 };
+use athanor_store::Location;
 use serde::Serialize;
 
 use crate::{
@@ -31,7 +32,22 @@ pub async fn read(
     needs_labels: bool,
     report: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<Dataset, DataError> {
-    read_with(spec, Context { needs_labels, report, hub: &Hub::from_environment() }).await
+    read_with(spec, Context { needs_labels, report, hub: &Hub::from_environment(), snapshots: None }).await
+}
+
+/// [`read`] of a job: the rows of topics are those that an earlier reading of the same ranges kept below `snapshots`;
+/// the first one keeps them there.
+///
+/// # Errors
+/// As for [`read`]; also a store that cannot be written to.
+pub async fn read_keeping(
+    spec: &DataSpec,
+    needs_labels: bool,
+    snapshots: &Location,
+    report: &(dyn Fn(Progress<'_>) + Sync),
+) -> Result<Dataset, DataError> {
+    let hub = Hub::from_environment();
+    read_with(spec, Context { needs_labels, report, hub: &hub, snapshots: Some(snapshots) }).await
 }
 
 pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<Dataset, DataError> {
@@ -56,9 +72,10 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     if held_out.iter().all(Option::is_none) {
         held_out.clear();
     }
+    let topics = builder.take_topics();
     let (mut rows, skipped, cleaning) = builder.finish();
     let Some((clean, mut cleaning)) = spec.clean.as_ref().zip(cleaning) else {
-        return Ok(Dataset { sources, held_out, rows, digest, skipped, ..Dataset::default() });
+        return Ok(Dataset { sources, held_out, rows, digest, skipped, topics, ..Dataset::default() });
     };
     let standing = |source: usize| {
         let source = &spec.sources[source];
@@ -71,7 +88,8 @@ pub(crate) async fn read_with(spec: &DataSpec, context: Context<'_>) -> Result<D
     if rows.is_empty() {
         return Err(DataError::User(format!("data.clean removed all of the {} rows", cleaning.rows)));
     }
-    Ok(Dataset { sources, held_out, rows, digest, skipped, cleaning: Some(cleaning), clusters, annotated: Vec::new() })
+    let (cleaning, annotated) = (Some(cleaning), Vec::new());
+    Ok(Dataset { sources, held_out, rows, digest, skipped, topics, cleaning, clusters, annotated })
 }
 
 impl Corpus for Rows {

@@ -5,39 +5,34 @@ mod object;
 mod opened;
 mod pattern;
 mod pipe;
+mod topic;
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use athanor_contract::{
     artifact::sha256_hex,
-    event::GenerationInput,
     hexadecimal,
-    train::{DataFormat, KafkaSource, Source},
+    train::{DataFormat, Source},
 };
-use athanor_feedback::{CorrectedAnswer, LabelledRow};
+use athanor_store::Location;
 use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
 
 use crate::{
     DataError, Progress,
     builder::Builder,
-    conversation::Conversation,
     format::{self, Compression},
     progress::Report,
     reading::Reading,
-    rows::{Fields, Origin},
-    strings::Strings,
 };
 
 pub(crate) use hub::Hub;
 use opened::{CHUNK, Opened};
 use pattern::is_pattern;
+pub use topic::TopicReport;
 
 /// What reading a source requires besides it.
 #[derive(Clone, Copy)]
@@ -45,6 +40,8 @@ pub(crate) struct Context<'a> {
     pub needs_labels: bool,
     pub report: Report<'a>,
     pub hub: &'a Hub,
+    /// Where the rows of topics are kept for the next reading of the same ranges.
+    pub snapshots: Option<&'a Location>,
 }
 
 /// A file of a source.
@@ -89,8 +86,8 @@ pub(crate) async fn read(
     builder.begin_source(index);
     let (digest, from, builder) = match (&source.uri, &source.kafka) {
         (None, Some(kafka)) => {
-            let digest = read_topic(name, kafka, &mut builder, context).await?;
-            (digest, format!("the offset ranges of topic {}", kafka.topic), builder)
+            let (digest, left_out) = topic::read(name, kafka, &mut builder, context).await?;
+            (digest, format!("the offset ranges of topic {}{left_out}", kafka.topic), builder)
         }
         (Some(uri), None) => {
             let (digest, builder) = read_files(source, uri, builder, context).await?;
@@ -107,80 +104,6 @@ pub(crate) async fn read(
         return Err(DataError::User(format!("source {name}: no {labelled}rows in {from}{skipped}")));
     }
     Ok((digest, builder))
-}
-
-/// Rows of a topic, each text at its first place with its newest label or answer.
-async fn read_topic(
-    name: &str,
-    kafka: &KafkaSource,
-    builder: &mut Builder,
-    context: Context<'_>,
-) -> Result<String, DataError> {
-    let snapshot = athanor_feedback::read_rows(kafka).await?;
-    let labelled = snapshot.rows.into_iter().map(TopicRow::labelled);
-    let rows: Vec<TopicRow> = labelled.chain(snapshot.corrections.into_iter().map(TopicRow::corrected)).collect();
-    let read = rows.len() as u64;
-    let rows = if builder.drops_duplicates() { newest_of_each_text(rows) } else { rows };
-    let mut events = Strings::default();
-    rows.iter().for_each(|row| events.push(&row.id));
-    builder.begin_file(Origin::Topic { topic: kafka.topic.clone(), events });
-    for (number, row) in (0..).zip(&rows) {
-        let fields = Fields {
-            text: &row.text,
-            label: row.label.as_deref(),
-            pair: row.answer.as_deref(),
-            is_conversation: row.is_conversation,
-            ..Fields::default()
-        };
-        builder.row(number, fields);
-    }
-    let file = &kafka.topic;
-    (context.report)(Progress::Reading { source: name, file, bytes_read: 0, bytes_total: None, rows: read });
-    Ok(snapshot.digest)
-}
-
-/// A recorded request with its feedback.
-#[derive(Debug, PartialEq, Eq)]
-struct TopicRow {
-    id: String,
-    text: String,
-    /// The label that a classified text should have had.
-    label: Option<String>,
-    /// The answer that a language model should have given.
-    answer: Option<String>,
-    is_conversation: bool,
-}
-
-impl TopicRow {
-    fn labelled(row: LabelledRow) -> Self {
-        Self { id: row.id, text: row.text, label: Some(row.label), answer: None, is_conversation: false }
-    }
-
-    fn corrected(row: CorrectedAnswer) -> Self {
-        let (text, answer, is_conversation) = match row.input {
-            GenerationInput::Prompt(prompt) => (prompt, row.expected, false),
-            GenerationInput::Messages(messages) => {
-                let Conversation { before, answer } = Conversation::corrected(&messages, &row.expected);
-                (before, answer, true)
-            }
-        };
-        Self { id: row.id, text, label: None, answer: Some(answer), is_conversation }
-    }
-}
-
-fn newest_of_each_text(rows: Vec<TopicRow>) -> Vec<TopicRow> {
-    let mut kept: Vec<TopicRow> = Vec::with_capacity(rows.len());
-    let mut places: HashMap<(String, bool), usize> = HashMap::with_capacity(rows.len());
-    for row in rows {
-        match places.get(&(row.text.clone(), row.is_conversation)) {
-            Some(&place) => kept[place] = row,
-            None => {
-                places.insert((row.text.clone(), row.is_conversation), kept.len());
-                kept.push(row);
-            }
-        }
-    }
-    kept
 }
 
 /// Rows of the files that a URI means, in the order of their names.

@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Dataset {
-    /// Writes the rows and what the split requires; not what the report alone has (rows that were skipped, cleaning).
+    /// Writes the rows and what the split requires; not what the report alone has (rows that were skipped, topics, cleaning).
     ///
     /// # Errors
     /// Those of the writer.

@@ -151,3 +151,60 @@ fn describe_metrics() {
         metrics::counter!(format!("athanor_events_{name}_total")).increment(0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use athanor_contract::event::{EventData, Prediction};
+
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn large(id: usize) -> Event {
+        let data = EventData::Prediction(Prediction {
+            request_id: id.to_string(),
+            index: 0,
+            revision: "r1".into(),
+            text: "x".repeat(MIB),
+            label: "a".into(),
+            confidence: 0.5,
+            latency_ms: 1.0,
+        });
+        let (source, time) = ("/athanor/test/reviews".into(), "2026-11-24T12:00:00Z".into());
+        Event { id: id.to_string(), source, time, trace_parent: None, data }
+    }
+
+    /// Without the task that sends them: what is queued stays.
+    #[tokio::test]
+    async fn the_queue_is_bounded_by_the_bytes_of_its_events() {
+        let (commands, mut receiver) = mpsc::channel(QUEUE_EVENTS);
+        let producer = Producer {
+            commands,
+            room: Arc::new(Semaphore::new(QUEUE_KIB as usize)),
+            shutdown: CancellationToken::new(),
+            replayed: CancellationToken::new(),
+        };
+        (0..100).for_each(|id| producer.publish(large(id)));
+        let mut queued: Vec<Command> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+        let most = QUEUE_KIB as usize * 1024;
+        assert!(queued.len() * MIB <= most && (queued.len() + 2) * MIB > most, "{} events", queued.len());
+
+        let durable = tokio::spawn(async move { producer.publish_durable(vec![large(100)]).await });
+        let waits = tokio::time::timeout(Duration::from_millis(200), receiver.recv()).await;
+        assert!(waits.is_err(), "an event beyond the queue's bytes was taken");
+        queued.pop();
+        let Some(Command::Publish(pending)) = receiver.recv().await else { panic!("no event") };
+        assert_eq!(pending.event.id, "100");
+        pending.kept.expect("someone waits").send(Ok(())).expect("still waits");
+        durable.await.expect("no panic").expect("kept");
+    }
+
+    #[test]
+    fn an_event_larger_than_the_queue_takes_all_of_it() {
+        let mut event = large(0);
+        assert_eq!(size(&event), 1025);
+        let EventData::Prediction(prediction) = &mut event.data else { panic!("a prediction") };
+        prediction.text = "x".repeat(QUEUE_KIB as usize * 1024);
+        assert_eq!(size(&event), QUEUE_KIB);
+    }
+}

@@ -23,7 +23,7 @@ use join::{Judgements, Limits};
 use read::Reader;
 pub use rows::{CorrectedAnswer, LabelledRow, Snapshot};
 
-/// How long a broker may stay silent.
+/// How long a broker may stay silent, or may not know the topic.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads the source's ranges and joins each feedback to its answer; if there are several, the newest counts. Answers without
@@ -33,7 +33,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// A source that names a Secret with signing keys is read with the keys of this process' environment.
 ///
 /// # Errors
-/// See [`SnapshotError`]; a broker that cannot be reached is given 30 seconds.
+/// See [`SnapshotError`]; a broker that cannot be reached, or does not know the topic, is given 30 seconds.
 pub async fn read_rows(source: &KafkaSource) -> Result<Snapshot, SnapshotError> {
     let keys = match &source.signing_keys_secret_name {
         Some(secret) => Some(signing_keys(secret)?),

@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use crate::{Location, StoreError, download::PARALLEL, stream::measure_file};
 pub use crate::{
     download::{download, read_manifest},
-    model_folder::download_model,
+    model_folder::{download_model, model_version},
 };
 
 /// How often a folder is written if others write into it at the same time.

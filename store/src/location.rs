@@ -4,7 +4,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, local::LocalFileSystem, path::Path};
+use object_store::{
+    ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart, local::LocalFileSystem, path::Path,
+};
 
 use crate::StoreError;
 
@@ -94,6 +96,19 @@ impl Location {
         Ok(put.map_err(|error| self.error(error))?.e_tag)
     }
 
+    /// Writes the whole object unless there is one already, and returns whether it did. Of several writers one wins,
+    /// except in a store without conditional writes (HTTP), where the last of those that write at the same time does.
+    pub async fn write_new(&self, bytes: Bytes) -> Result<bool, StoreError> {
+        use object_store::Error::{AlreadyExists, NotImplemented, Precondition};
+        match self.store.put_opts(&self.path, PutPayload::from_bytes(bytes.clone()), PutMode::Create.into()).await {
+            Ok(_) => Ok(true),
+            Err(AlreadyExists { .. } | Precondition { .. }) => Ok(false),
+            Err(NotImplemented { .. }) if self.exists().await? => Ok(false),
+            Err(NotImplemented { .. }) => self.write(bytes).await.map(|_| true),
+            Err(error) => Err(self.error(error)),
+        }
+    }
+
     /// Deletes one object; none there is fine.
     pub async fn delete(&self) -> Result<(), StoreError> {
         match self.store.delete(&self.path).await {
@@ -153,7 +168,12 @@ mod tests {
         let large: Bytes = (0..PART + 1000).map(|i| i as u8).collect::<Vec<_>>().into();
         file.write(large.clone()).await.unwrap();
         assert!(file.read().await.unwrap() == large, "a file in parts comes back");
+        assert!(!file.write_new(Bytes::from_static(b"y")).await.unwrap());
+        assert!(file.read().await.unwrap() == large, "what is there stays");
         file.delete().await.unwrap();
+        file.delete().await.unwrap();
+        assert!(file.write_new(Bytes::from_static(b"y")).await.unwrap());
+        assert_eq!(file.read().await.unwrap(), "y");
         file.delete().await.unwrap();
         assert!(!file.exists().await.unwrap());
     }

@@ -5,13 +5,13 @@ use std::{
     path::Path,
 };
 
-use athanor_contract::artifact::{MANIFEST, Manifest, REFERENCE};
+use athanor_contract::artifact::{MANIFEST, Manifest, REFERENCE, sha256_hex};
 use futures::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 
 use crate::{
     Location, StoreError,
-    download::{PARALLEL, download, fetch},
+    download::{PARALLEL, download, fetch, read_manifest},
 };
 
 /// Endings of pickled weights, which run code when they are loaded.
@@ -73,6 +73,29 @@ pub async fn download_model(folder: &Location, to: &Path) -> Result<Option<Manif
         .try_collect::<Vec<()>>()
         .await?;
     Ok(None)
+}
+
+/// What distinguishes one content of a model from another without reading its weights: an artifact's digest, else the
+/// names and versions ([`Location::version`]) of the files that [`download_model`] fetches.
+pub async fn model_version(folder: &Location) -> Result<String, StoreError> {
+    if folder.uri.ends_with(GGUF) {
+        return folder.version().await;
+    }
+    match read_manifest(folder).await {
+        Ok(manifest) => return Ok(manifest.model_digest),
+        Err(StoreError::NotFound { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let names: BTreeSet<String> = folder.list().await?.into_iter().collect();
+    if names.is_empty() {
+        return Err(StoreError::NotFound { uri: folder.uri.clone() });
+    }
+    let mut versions = String::new();
+    for name in wanted(folder, &names).await? {
+        let version = folder.child(&name).version().await?;
+        versions.push_str(&format!("{name}\n{version}\n"));
+    }
+    Ok(sha256_hex(versions.as_bytes()))
 }
 
 /// The files of a plain model that are fetched.
@@ -186,6 +209,27 @@ mod tests {
         let whole = [(WEIGHTS, ""), ("config.json", "{}"), ("tokenizer.json", "{}"), ("other.gguf", "")];
         assert_eq!(fetched(&whole).await.unwrap(), ["config.json", WEIGHTS, "tokenizer.json"]);
         assert_eq!(fetched(&[("model.Q4_1.gguf", "x"), ("README.md", "")]).await.unwrap(), ["model.Q4_1.gguf"]);
+    }
+
+    #[tokio::test]
+    async fn another_content_is_another_version() {
+        let store = tempfile::tempdir().unwrap();
+        let write = |name: &str, content: &str| std::fs::write(store.path().join(name), content).unwrap();
+        let folder = open(&format!("file://{}", store.path().display())).unwrap();
+        assert!(matches!(model_version(&folder).await, Err(StoreError::NotFound { .. })));
+        for name in [WEIGHTS, "config.json", "tokenizer.json"] {
+            write(name, "{}");
+        }
+        let first = model_version(&folder).await.unwrap();
+        write("README.md", "not fetched");
+        assert_eq!(model_version(&folder).await.unwrap(), first);
+        write("config.json", "{\"a\": 1}");
+        assert_ne!(model_version(&folder).await.unwrap(), first);
+        write("a.gguf", "1");
+        let file = open(&format!("file://{}/a.gguf", store.path().display())).unwrap();
+        let one = model_version(&file).await.unwrap();
+        write("a.gguf", "12");
+        assert_ne!(model_version(&file).await.unwrap(), one);
     }
 
     #[tokio::test]

@@ -59,6 +59,8 @@ unsafe extern "C" {
         message: *mut *mut c_char,
     ) -> c_int;
     pub fn athanor_barrier(group: *mut c_void, message: *mut *mut c_char) -> c_int;
+    #[cfg(test)]
+    pub fn athanor_fail_as(kind: c_int, text: *const c_char, message: *mut *mut c_char) -> c_int;
     pub fn athanor_reducer_new(
         group: *mut c_void,
         parameters: *const TensorPointer,
@@ -206,4 +208,121 @@ pub fn pointers(tensors: &[tch::Tensor]) -> Vec<TensorPointer> {
 
 pub fn pointer(tensor: &tch::Tensor) -> TensorPointer {
     tensor.as_ptr().cast_mut().cast()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CString;
+
+    use super::*;
+
+    /// How `guarded` of `shim.hpp` reports an exception with this text.
+    fn fail_as(kind: Kind, text: &str) -> Error {
+        let text = CString::new(text).unwrap();
+        // SAFETY: the text outlives the call.
+        call(|message| unsafe { athanor_fail_as(kind as c_int, text.as_ptr(), message) }).unwrap_err()
+    }
+
+    /// C++ exceptions, as `athanor_fail_as` numbers them.
+    #[derive(Clone, Copy, Debug)]
+    enum Kind {
+        Runtime,
+        Torch,
+        Backend,
+        Store,
+        Network,
+    }
+
+    #[test]
+    fn a_peer_that_went_away_is_lost() {
+        for (kind, text) in [
+            (
+                Kind::Runtime,
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31",
+            ),
+            (
+                Kind::Torch,
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [10.0.0.2]:31: Connection reset by peer",
+            ),
+            (
+                Kind::Runtime,
+                "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 660000ms for recv operation to complete",
+            ),
+            (Kind::Runtime, "Gloo connectFullMesh failed with [pair.cc:547] Connection closed by peer [10.0.0.2]:31"),
+            (
+                Kind::Backend,
+                "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.28",
+            ),
+            (
+                Kind::Backend,
+                "NCCL error in: NCCLUtils.cpp:77, unhandled system error, NCCL version 2.28\nncclSystemError: System call\n\
+                 Last error:\nsocketProgress: Connection closed by remote peer 10.0.0.2<4000>",
+            ),
+            (
+                Kind::Backend,
+                "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600001 milliseconds before timing out.",
+            ),
+            (Kind::Store, "Timed out after 301 seconds waiting for clients. 1/2 clients joined."),
+            (
+                Kind::Network,
+                "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+            ),
+        ] {
+            let error = fail_as(kind, text);
+            assert!(matches!(error, Error::LostPeer(_)), "{kind:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_another_start_does_not_repair_is_no_lost_peer() {
+        for (kind, text) in [
+            (
+                Kind::Backend,
+                "NCCL error in: NCCLUtils.cpp:77, invalid usage (run with NCCL_WARN for details), NCCL version 2.28\n\
+                 ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n\
+                 Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+            ),
+            (
+                Kind::Backend,
+                "NCCL error in: NCCLUtils.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28\n\
+                 ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. It can be also \
+                 caused by unexpected exit of a remote peer, you can check NCCL warnings for failure reason and see if there is \
+                 connection closure by a peer.\n\
+                 Last error:\nError while creating shared memory segment /dev/shm/nccl-a (size 33030528)",
+            ),
+            (
+                Kind::Backend,
+                "NCCL communicator was aborted on rank 0. Original reason for failure was: NCCL error: unhandled cuda error",
+            ),
+            (Kind::Backend, "ProcessGroupNCCL is only supported with GPUs, no GPUs found!"),
+            (
+                Kind::Runtime,
+                "Gloo connectFullMesh failed with [pair.cc:144] timed out connecting: SO_ERROR: Connection timed out, remote=[10.0.0.2]:31",
+            ),
+            (
+                Kind::Torch,
+                "[enforce fail at gloo/transport/tcp/device.cc:83] ifa != nullptr. Unable to find address for: eth7",
+            ),
+            (
+                Kind::Network,
+                "The client socket has timed out after 300000ms while trying to connect to (10.0.0.1, 29500).",
+            ),
+            (
+                Kind::Network,
+                "The server socket has failed to listen on any local network address. port: 29500, code: -98, name: EADDRINUSE",
+            ),
+            (Kind::Torch, "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        ] {
+            let error = fail_as(kind, text);
+            assert!(matches!(error, Error::Torch(_)), "{kind:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_message_has_the_reason_and_no_stack_trace() {
+        let text = "NCCL error in: a.cpp:7, invalid usage, NCCL version 2.28\nncclInvalidUsage: long\nLast error:\nDuplicate GPU\nmore";
+        let error = fail_as(Kind::Backend, text).to_string();
+        assert_eq!(error, "libtorch: NCCL error in: a.cpp:7, invalid usage, NCCL version 2.28: Duplicate GPU");
+        assert_eq!(fail_as(Kind::Runtime, "first\nframe #0").to_string(), "libtorch: first");
+    }
 }

@@ -31,7 +31,8 @@ pub use sharding::Shard;
 /// What libtorch said when a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A collective failed because another rank went away, was unreachable or did not answer in time.
+    /// A collective failed because another rank went away or did not answer in time. A rank that cannot be connected to in
+    /// the first place, and errors of NCCL itself, are [`Error::Torch`].
     #[error("lost a peer: {0}")]
     LostPeer(String),
     #[error("libtorch: {0}")]

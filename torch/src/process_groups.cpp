@@ -104,6 +104,19 @@ int athanor_barrier(Group* group, char** message) {
   return guarded(message, [&] { group->group->barrier()->wait(); });
 }
 
+// Fails as libtorch does, for tests of what is a lost peer.
+int athanor_fail_as(int kind, const char* text, char** message) {
+  return guarded(message, [&] {
+    switch (kind) {
+      case 1: C10_THROW_ERROR(Error, text);
+      case 2: C10_THROW_ERROR(DistBackendError, text);
+      case 3: C10_THROW_ERROR(DistStoreError, text);
+      case 4: C10_THROW_ERROR(DistNetworkError, text);
+      default: throw std::runtime_error(text);
+    }
+  });
+}
+
 int athanor_reducer_new(Group* group, at::Tensor* const* parameters, size_t count, int64_t first_bucket_bytes,
                         int64_t bucket_bytes, c10d::Reducer** out, char** message) {
   return guarded(message, [&] {

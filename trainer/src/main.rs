@@ -17,7 +17,7 @@ use athanor_trainer::{
     distributed::{Node, Topology, environment, launch::launch},
     job::{check, config, context::Process, run, search, work::Work},
     report::{Timeline, ops, termination},
-    train::watchdog::Watchdog,
+    train::watchdog::{Watchdog, Watched},
 };
 use clap::{Args, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
@@ -232,8 +232,8 @@ async fn leave_when_stopped(stop: CancellationToken, timeline: Timeline) {
     athanor_torch::exit_now(error.exit_code())
 }
 
-fn leave_when_hung(silent: Duration) {
-    let message = format!("no step ended for {} s (failurePolicy.hangSeconds)", silent.as_secs());
+fn leave_when_hung(silent: Duration, watched: Watched) {
+    let message = watched.hung(silent);
     tracing::error!(code = exit_code::HUNG, "{message}");
     if let Some(path) = termination::path(variable) {
         let _ = termination::write_result(&path, &TrainResult::Failed { message });

@@ -134,7 +134,7 @@ fn run(spec: &TrainSpec, bad: &[usize], special: Special) -> Result<Ended, Train
         events: None,
         reporter: None,
         timeline: Timeline::new(Instant::now()),
-        watchdog: Watchdog::start(Duration::ZERO, |_| ()),
+        watchdog: Watchdog::start(Duration::ZERO, |_, _| ()),
         stop: special.stop,
         loss_log: Some(log.path().to_owned()),
     };

@@ -70,7 +70,7 @@ fn run(
         events: None,
         reporter: None,
         timeline: Timeline::new(Instant::now()),
-        watchdog: Watchdog::start(Duration::ZERO, |_| ()),
+        watchdog: Watchdog::start(Duration::ZERO, |_, _| ()),
         stop: CancellationToken::new(),
         loss_log: None,
     };

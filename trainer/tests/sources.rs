@@ -106,7 +106,7 @@ fn the_processes_of_a_machine_prepare_the_data_once() {
         let child = place.start(out, &spec(&place, processes, data.clone()));
         place.finish(out, child, 0);
     }
-    for what in ["rows", "split", "selection"] {
+    for what in ["rows", "split", "tokens", "selection"] {
         let line = format!("loaded the {what} that the first process of this machine prepared");
         assert_eq!(log(&place, "one").matches(&line).count(), 0);
         assert_eq!(log(&place, "three").matches(&line).count(), 2, "{what}");

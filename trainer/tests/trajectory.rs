@@ -114,7 +114,7 @@ fn run(family: &str, task: Task, batch_size: u32, accumulate: u32, terms: &Value
         events: None,
         reporter: None,
         timeline: Timeline::new(Instant::now()),
-        watchdog: Watchdog::start(std::time::Duration::ZERO, |_| ()),
+        watchdog: Watchdog::start(std::time::Duration::ZERO, |_, _| ()),
         stop: CancellationToken::new(),
         loss_log: Some(log.path().to_owned()),
     };

@@ -24,12 +24,16 @@ use crate::{
 
 /// Rows of a batch.
 const BATCH: usize = 1024;
+/// Bytes of the largest file that is copied, however much room there is.
+const LARGEST_COPY: u64 = 64 << 30;
 
 pub(super) fn read(mut reader: impl Read, reading: &mut Reading) -> Result<(), DataError> {
     let on_disk =
         |error: io::Error| DataError::Other(format!("{}: no room for a copy on disk: {error}", reading.uri()));
     let mut file = tempfile::tempfile().map_err(on_disk)?;
-    copy(&mut reader, &mut file, reading)?;
+    let disk = rustix::fs::fstatvfs(&file).map_err(|error| on_disk(error.into()))?;
+    let room = Room::of_disk(disk.f_bavail.saturating_mul(disk.f_frsize));
+    copy(&mut reader, &mut file, room, reading)?;
     file.rewind().map_err(on_disk)?;
     let file = SerializedFileReader::new(file)
         .map_err(|error| reading.user(format!("not a Parquet file: {}", words(&error))))?;
@@ -41,14 +45,45 @@ pub(super) fn read(mut reader: impl Read, reading: &mut Reading) -> Result<(), D
     Ok(())
 }
 
+/// What a copy may take of the disk.
+#[derive(Clone, Copy)]
+struct Room {
+    bytes: u64,
+    /// Whether the disk is the reason.
+    is_of_disk: bool,
+}
+
+impl Room {
+    /// Half of what is `free`, since others write there too, up to [`LARGEST_COPY`].
+    fn of_disk(free: u64) -> Self {
+        Self { bytes: (free / 2).min(LARGEST_COPY), is_of_disk: free / 2 < LARGEST_COPY }
+    }
+
+    fn refuse(self, reading: &Reading) -> DataError {
+        let gib = self.bytes as f64 / f64::from(1 << 30);
+        if self.is_of_disk {
+            let disk = std::env::temp_dir();
+            let of = format!("half of what is free in {} (TMPDIR)", disk.display());
+            DataError::Other(format!(
+                "{}: the Parquet file is larger than {gib:.2} GiB, {of}, where it is copied to: give it a larger disk or \
+                 divide the file",
+                reading.uri()
+            ))
+        } else {
+            reading.user(format!("the Parquet file is larger than {gib:.0} GiB: divide it into several"))
+        }
+    }
+}
+
 /// Copies, and distinguishes a stream that cannot be read (damaged) from a disk that cannot be written.
-fn copy(reader: &mut impl Read, file: &mut File, reading: &Reading) -> Result<(), DataError> {
-    let mut buffer = vec![0; 256 << 10];
+fn copy(reader: &mut impl Read, file: &mut File, room: Room, reading: &Reading) -> Result<(), DataError> {
+    let (mut buffer, mut left) = (vec![0; 256 << 10], room.bytes);
     loop {
         let read = reader.read(&mut buffer).map_err(|error| reading.damaged(1, &error))?;
         if read == 0 {
             return Ok(());
         }
+        left = left.checked_sub(read as u64).ok_or_else(|| room.refuse(reading))?;
         io::Write::write_all(file, &buffer[..read])
             .map_err(|error| DataError::Other(format!("{}: no room for a copy on disk: {error}", reading.uri())))?;
     }
@@ -251,4 +286,37 @@ fn cells<T: DataType>(
 fn words(error: &ParquetError) -> String {
     let text = error.to_string();
     text.split_once("rror: ").map_or(text.as_str(), |(_, text)| text).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use athanor_contract::train::{Columns as Names, OnBadRow};
+
+    use super::*;
+    use crate::builder::Builder;
+
+    #[test]
+    fn a_copy_takes_no_more_than_its_room() {
+        let builder = Builder::new(None, OnBadRow::Fail).unwrap();
+        let reading = Reading::new("s3://b/a.parquet", &Names::default(), true, Arc::default(), builder);
+        let copied = |room: Room, bytes: u64| {
+            let mut file = tempfile::tempfile().unwrap();
+            copy(&mut io::repeat(7).take(bytes), &mut file, room, &reading)
+        };
+        let small = Room::of_disk(2 << 20);
+        assert!(copied(small, 1 << 20).is_ok());
+        let error = copied(small, (1 << 20) + 1).unwrap_err();
+        let DataError::Other(message) = &error else { panic!("the disk is not the user's error: {error}") };
+        assert!(
+            message.starts_with("s3://b/a.parquet: the Parquet file is larger than 0.00 GiB, half of what is free in"),
+            "{message}"
+        );
+        let large = Room::of_disk(u64::MAX);
+        assert_eq!(large.bytes, LARGEST_COPY);
+        let error = large.refuse(&reading);
+        let DataError::User(message) = &error else { panic!("the file is the user's: {error}") };
+        assert!(message.ends_with("the Parquet file is larger than 64 GiB: divide it into several"), "{message}");
+    }
 }

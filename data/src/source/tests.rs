@@ -22,7 +22,11 @@ async fn read_uri(uri: String, hub: &Hub) -> Result<Dataset, DataError> {
     let source =
         Source { name: "s".into(), uri: Some(uri), format: None, kafka: None, columns: Columns::default(), part: None };
     let spec = spec(source);
-    read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub }).await
+    read_with(&spec, context(&|_| {}, hub)).await
+}
+
+fn context<'a>(report: Report<'a>, hub: &'a Hub) -> Context<'a> {
+    Context { needs_labels: true, report, hub, snapshots: None }
 }
 
 /// As a manifest with this source alone gives it.
@@ -102,7 +106,7 @@ async fn progress_tells_bytes_and_rows() {
         let Progress::Reading { source, bytes_read, bytes_total, rows, .. } = progress else { panic!("{progress:?}") };
         seen.lock().unwrap().push((source.to_owned(), bytes_read, bytes_total, rows));
     };
-    let data = read_with(&spec, Context { needs_labels: true, report: &report, hub: &Hub::default() }).await.unwrap();
+    let data = read_with(&spec, context(&report, &Hub::default())).await.unwrap();
     assert_eq!(data.rows.len(), 1);
     let seen = seen.into_inner().unwrap();
     let total = 2 * content.len() as u64;
@@ -110,41 +114,12 @@ async fn progress_tells_bytes_and_rows() {
     assert_eq!(seen.last().unwrap(), &("s".to_owned(), total, Some(total), 40_000));
 }
 
-#[test]
-fn the_newest_label_of_a_topic_counts() {
-    let row = |id: &str, text: &str, label: &str| {
-        TopicRow::labelled(LabelledRow { id: id.into(), text: text.into(), label: label.into() })
-    };
-    let rows = vec![row("1/0", "a", "x"), row("2/0", "b", "x"), row("3/0", "a", "y")];
-    assert_eq!(newest_of_each_text(rows), [row("3/0", "a", "y"), row("2/0", "b", "x")]);
-}
-
-#[test]
-fn corrected_answers_are_rows_with_the_expected_text() {
-    let corrected = |id: &str, input, expected: &str| {
-        TopicRow::corrected(CorrectedAnswer { id: id.into(), input, expected: expected.into() })
-    };
-    let messages = || GenerationInput::Messages(vec![serde_json::json!({"role": "user", "content": "q"})]);
-    let prompt = || GenerationInput::Prompt("[{\"content\":\"q\",\"role\":\"user\"}]".into());
-    let rows =
-        vec![corrected("1/0", messages(), "old"), corrected("2/0", prompt(), "p"), corrected("3/0", messages(), "new")];
-    let kept = newest_of_each_text(rows);
-    let texts: Vec<_> = kept.iter().map(|row| (row.is_conversation, row.answer.as_deref().unwrap())).collect();
-    assert_eq!(
-        texts,
-        [(true, "{\"content\":\"new\",\"role\":\"assistant\"}"), (false, "p")],
-        "a prompt is no conversation"
-    );
-    assert_eq!(kept[0].text, kept[1].text);
-}
-
 #[tokio::test]
 async fn a_source_is_a_uri_or_a_topic() {
     let source =
         Source { name: "s".into(), uri: None, format: None, kafka: None, columns: Columns::default(), part: None };
     let spec = spec(source);
-    let error =
-        read_with(&spec, Context { needs_labels: true, report: &|_| {}, hub: &Hub::default() }).await.unwrap_err();
+    let error = read_with(&spec, context(&|_| {}, &Hub::default())).await.unwrap_err();
     assert_eq!(user(error), "source s: set exactly one of uri and kafka");
 }
 
@@ -315,7 +290,7 @@ async fn files_come_from_the_hub() {
         let uri = Some(format!("hf://datasets/team/rows/{path}"));
         let source =
             Source { name: "s".into(), uri, format: None, kafka: None, columns: Columns::default(), part: None };
-        read_with(&spec(source), Context { needs_labels: true, report: &report, hub: &hub }).await.unwrap();
+        read_with(&spec(source), context(&report, &hub)).await.unwrap();
         let totals = totals.into_inner().unwrap();
         assert!(!totals.is_empty() && totals.iter().all(|told| *told == total), "{path}: {totals:?}");
     }

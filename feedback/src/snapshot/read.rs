@@ -39,7 +39,7 @@ pub(super) struct Reader<'a> {
     source: &'a KafkaSource,
     keys: Option<&'a SigningKeys>,
     consumer: BaseConsumer<LogContext>,
-    /// Longest silence of the broker.
+    /// Longest silence of the broker, and how long it may not know the topic.
     timeout: Duration,
     abandoned: &'a CancellationToken,
     /// What is there of the ranges.
@@ -52,7 +52,7 @@ impl<'a> Reader<'a> {
     /// Connects, and checks the ranges.
     ///
     /// # Errors
-    /// The broker does not answer, or a range is not in the topic.
+    /// The broker does not answer or does not know the topic until `timeout` is over, or a range is not in the topic.
     pub fn open(
         source: &'a KafkaSource,
         keys: Option<&'a SigningKeys>,
@@ -92,25 +92,29 @@ impl<'a> Reader<'a> {
         SnapshotError::Unavailable { bootstrap_servers: self.source.bootstrap_servers.clone(), message: message.into() }
     }
 
-    fn missing(&self) -> SnapshotError {
-        SnapshotError::TopicMissing {
-            topic: self.source.topic.clone(),
-            bootstrap_servers: self.source.bootstrap_servers.clone(),
+    /// The error of a broker that gave no answer, or this one, until `timeout` was over.
+    fn gave_up(&self, error: &KafkaError) -> SnapshotError {
+        if error.rdkafka_error_code().is_some_and(is_unknown_topic) {
+            SnapshotError::TopicMissing {
+                topic: self.source.topic.clone(),
+                bootstrap_servers: self.source.bootstrap_servers.clone(),
+            }
+        } else {
+            self.unavailable(error.to_string())
         }
     }
 
-    /// Asks until there is an answer, or `timeout` is over.
+    /// Asks until there is an answer, or `timeout` is over. A broker that has just started may not know a topic yet.
     fn ask<T>(&self, mut question: impl FnMut() -> Result<T, KafkaError>) -> Result<T, SnapshotError> {
         let started = Instant::now();
         loop {
             match question() {
                 Ok(answer) => return Ok(answer),
-                Err(error) if error.rdkafka_error_code().is_some_and(is_unknown_topic) => return Err(self.missing()),
                 Err(error) if started.elapsed() >= self.timeout || self.abandoned.is_cancelled() => {
-                    return Err(self.unavailable(error.to_string()));
+                    return Err(self.gave_up(&error));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, topic = self.source.topic, "Kafka does not answer, asking again");
+                    tracing::warn!(%error, topic = self.source.topic, "Kafka has no answer, asking again");
                     std::thread::sleep(POLL);
                 }
             }
@@ -173,15 +177,15 @@ impl<'a> Reader<'a> {
         }
         self.consumer.assign(&assignment).map_err(|error| self.unavailable(error.to_string()))?;
         let mut counts = Counts::default();
-        let (mut heard, mut last_error) = (Instant::now(), "no answer".to_owned());
+        let (mut heard, mut last_error) = (Instant::now(), None);
         while !remaining.is_empty() {
             if self.abandoned.is_cancelled() || heard.elapsed() >= self.timeout {
-                return Err(self.unavailable(last_error));
+                return Err(last_error.map_or_else(|| self.unavailable("no answer"), |error| self.gave_up(&error)));
             }
             match self.consumer.poll(POLL) {
                 None => {}
                 Some(Ok(message)) => {
-                    heard = Instant::now();
+                    (heard, last_error) = (Instant::now(), None);
                     let (partition, offset) = (message.partition(), message.offset());
                     let Some((_, end)) = remaining.get(&partition) else { continue };
                     let end = *end;
@@ -208,11 +212,10 @@ impl<'a> Reader<'a> {
                     remaining.remove(&partition);
                 }
                 Some(Err(error)) => match error.rdkafka_error_code() {
-                    Some(code) if is_unknown_topic(code) => return Err(self.missing()),
                     Some(RDKafkaErrorCode::OffsetOutOfRange | RDKafkaErrorCode::AutoOffsetReset) => {
                         return Err(self.unavailable(format!("retention has deleted what was being read: {error}")));
                     }
-                    _ => last_error = error.to_string(),
+                    _ => last_error = Some(error),
                 },
             }
         }
@@ -226,7 +229,47 @@ fn contains(range: &OffsetRange, partition: i32, offset: i64) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use rdkafka::{
+        mocking::MockCluster,
+        producer::{BaseProducer, BaseRecord, Producer},
+        types::RDKafkaRespErr,
+    };
+
     use super::*;
+    use crate::kafka::client_config;
+
+    const UNKNOWN: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    const KNOWN: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+
+    #[test]
+    fn a_topic_that_is_unknown_for_a_moment_is_read() {
+        let cluster = MockCluster::new(1).expect("librdkafka's broker");
+        cluster.create_topic("events", 1, 1).expect("a topic");
+        let producer: BaseProducer = client_config(&cluster.bootstrap_servers()).create().expect("a producer");
+        producer
+            .send(BaseRecord::<(), str>::to("events").payload("no event"))
+            .map_err(|(error, _)| error)
+            .expect("sent");
+        producer.flush(Duration::from_secs(20)).expect("in the topic");
+        cluster.topic_error("events", UNKNOWN).expect("unknown");
+        let ranges = vec![OffsetRange { partition: 0, begin: 0, end: 1 }];
+        let source = KafkaSource::new(cluster.bootstrap_servers(), "events", ranges);
+        let read = |timeout: Duration| {
+            let abandoned = CancellationToken::new();
+            Reader::open(&source, None, timeout, &abandoned)?.read(&mut |_| ())
+        };
+        let (started, limit) = (Instant::now(), Duration::from_secs(1));
+        let error = read(limit).expect_err("no topic");
+        assert!(matches!(&error, SnapshotError::TopicMissing { .. }) && started.elapsed() >= limit, "{error}");
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| read(Duration::from_secs(60)));
+            std::thread::sleep(limit);
+            assert!(!reading.is_finished(), "an unknown topic is an error at once");
+            cluster.topic_error("events", KNOWN).expect("known");
+            let counts = reading.join().expect("no panic").expect("read");
+            assert_eq!(counts, Counts { malformed: 1, unsigned: 0 });
+        });
+    }
 
     #[test]
     fn a_broker_that_is_away_is_not_the_users_error() {

@@ -1,9 +1,10 @@
 //! What a snapshot holds.
 
 use athanor_contract::event::GenerationInput;
+use serde::{Deserialize, Serialize};
 
 /// A text and the label that it should have had.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelledRow {
     /// `{request_id}/{index}`.
     pub id: String,
@@ -12,7 +13,7 @@ pub struct LabelledRow {
 }
 
 /// A request to a language model and the text that its answer should have been.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CorrectedAnswer {
     /// `{request_id}/{index}`.
     pub id: String,
@@ -21,7 +22,7 @@ pub struct CorrectedAnswer {
 }
 
 /// The rows of some offset ranges.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Classified texts with feedback, in the order of the predictions' partitions and offsets.
     pub rows: Vec<LabelledRow>,

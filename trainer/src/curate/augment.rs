@@ -32,14 +32,24 @@ pub struct AugmentReport {
     /// Different words of the training rows that could give way to another.
     pub words: usize,
     pub examples: Vec<String>,
+    /// Every how many-th of the texts is an example.
+    #[serde(skip)]
+    step: usize,
 }
 
 impl AugmentReport {
-    pub fn new(of: usize, near: &Neighbours, texts: &[String]) -> Self {
+    /// A report without texts, which [`Self::add`] adds; there will be `texts` of them.
+    pub fn new(of: usize, near: &Neighbours, texts: usize) -> Self {
         // From all over the rows: the copies of one row are much alike.
-        let step = (texts.len() / SHOWN).max(1);
-        let examples = texts.iter().step_by(step).take(SHOWN).cloned().collect();
-        Self { rows: texts.len(), of, words: near.of.len(), examples }
+        Self { rows: 0, of, words: near.of.len(), examples: Vec::new(), step: (texts / SHOWN).max(1) }
+    }
+
+    /// Adds the next texts.
+    pub fn add(&mut self, texts: &[String]) {
+        let first = self.rows.next_multiple_of(self.step) - self.rows;
+        let room = SHOWN - self.examples.len();
+        self.examples.extend(texts.iter().skip(first).step_by(self.step).take(room).cloned());
+        self.rows += texts.len();
     }
 }
 
@@ -205,6 +215,21 @@ mod tests {
         assert!(new[..30].iter().any(|text| text == rows[0]) && new[30..60].iter().any(|text| text == rows[1]));
         assert!(new[..30].iter().any(|text| text == "one four five"), "{new:?}");
         assert!(new.iter().all(|text| !text.is_empty()));
+    }
+
+    #[test]
+    fn examples_are_from_all_over_the_texts_however_they_come() {
+        let near = Neighbours { of: HashMap::new(), words: Vec::new() };
+        for count in [0, 3, 8, 50] {
+            let all: Vec<String> = (0..count).map(|number| number.to_string()).collect();
+            let step = (count / SHOWN).max(1);
+            let expected: Vec<String> = all.iter().step_by(step).take(SHOWN).cloned().collect();
+            for size in [1, 7, 100] {
+                let mut report = AugmentReport::new(1, &near, count);
+                all.chunks(size).for_each(|some| report.add(some));
+                assert_eq!((report.rows, &report.examples), (count, &expected), "{count} in pieces of {size}");
+            }
+        }
     }
 
     #[test]

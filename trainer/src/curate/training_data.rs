@@ -20,7 +20,7 @@ use crate::{
     evaluate::{self, Classes, Evaluation, Predictions},
     job::{
         context::JobContext,
-        setup,
+        memory, setup,
         training_context::{RowEncoder, TrainingContext},
     },
     network::Network,
@@ -34,6 +34,9 @@ use crate::{
 
 /// Between two log lines.
 const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// New texts that are in memory at once.
+const TEXTS_AT_A_TIME: usize = 8192;
 
 /// The rows of one training, and its teacher.
 pub struct TrainingData {
@@ -58,7 +61,7 @@ impl TrainingData {
         reporter: &mut Option<Reporter>,
     ) -> Result<Self, TrainError> {
         let spec = context.spec();
-        let mut train = context.encoder.encode(rows)?;
+        let mut train = context.encoder.encode_once(rows, context.job)?;
         if spec.hyperparameters.packing {
             train.pack(context.encoder.max_length);
         }
@@ -118,6 +121,9 @@ impl TrainingContext<'_> {
             Some(teacher) => (teacher.model(), teacher.asked(&train.ids)),
             None => (model.encoder()?, &train.ids),
         };
+        let processes = self.job.topology.processes_per_node;
+        let fits = || select::check_memory(train.len(), encoder.config().hidden_size, processes, memory::available());
+        self.job.process.node.once("memory-check", beat, fits, |(), _| Ok(()), |_| Ok(()))?;
         let vectors = evaluate::embed(encoder, texts, group, device, self.bf16, beat)?.to_device(Device::Cpu);
         self.job.process.watchdog.rest();
         let labels = train.classes();
@@ -173,14 +179,19 @@ impl TrainingContext<'_> {
         let texts: Vec<&str> = rows.iter().map(|&row| self.prepared.dataset.rows.text(row)).collect();
         let embeddings = teacher.model().word_embeddings();
         let near = Neighbours::find(texts.iter().copied(), teacher.words(), &embeddings, self.group())?;
-        let new: Vec<String> = augment::texts(spec, &texts, &near).collect();
         let RowEncoder { tokenizer, max_length, .. } = &self.encoder;
-        let ids = tokenizer.encoder()?.encode_rows(new.iter().map(String::as_str), *max_length)?;
         let copies = usize::from(spec.copies);
         let sources: Vec<u32> = train.sources.iter().flat_map(|&source| std::iter::repeat_n(source, copies)).collect();
-        train.extend(&ids, sources);
-        teacher.add_rows(new.iter().map(String::as_str))?;
-        let report = AugmentReport::new(rows.len(), &near, &new);
+        let mut report = AugmentReport::new(rows.len(), &near, sources.len());
+        let mut new = augment::texts(spec, &texts, &near);
+        // Only their tokens are kept.
+        for sources in sources.chunks(TEXTS_AT_A_TIME) {
+            let some: Vec<String> = new.by_ref().take(sources.len()).collect();
+            let ids = tokenizer.encoder()?.encode_rows(some.iter().map(String::as_str), *max_length)?;
+            train.extend(&ids, sources.iter().copied());
+            teacher.add_rows(some.iter().map(String::as_str))?;
+            report.add(&some);
+        }
         tracing::info!(rows = report.rows, words = report.words, "made new texts");
         Ok(report)
     }

@@ -3,6 +3,7 @@
 pub mod batches;
 mod encoded;
 mod tokenizer;
+pub mod tokens;
 
 pub use athanor_data::{Dataset, Parts};
 pub use encoded::{Batch, Columns, Encoded, IGNORED, Part};

@@ -209,7 +209,7 @@ impl Report<'_> {
         let (task, generation) = (tasks::of(spec.model.task), spec.evaluate.generation);
         let encode = |max_length: usize| {
             let (rows, labels) = (&parts.train[..], &labels[..]);
-            task.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation })
+            task.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation, share: None })
         };
         let (whole, mut train) = (encode(usize::MAX)?, encode(max_length)?);
         if spec.hyperparameters.packing {

@@ -6,7 +6,8 @@
 //! - [`run`]: one rank, from `prepare` to `outcome`; `cross_validation`: trainings on all folds but one before it;
 //! - [`check`]: what a job would do, without doing it; [`search`]: trials on a laptop, where no operator starts them as
 //!   jobs;
-//! - [`work`]: folders of running processes; [`artifact`]: the result as a Hugging Face folder.
+//! - [`memory`]: what the machine has left; [`work`]: folders of running processes; [`artifact`]: the result as a Hugging
+//!   Face folder.
 
 pub mod artifact;
 mod bounds;
@@ -14,6 +15,7 @@ pub mod check;
 pub mod config;
 pub mod context;
 pub mod cross_validation;
+pub mod memory;
 pub mod outcome;
 pub mod prepare;
 pub mod run;

@@ -163,6 +163,7 @@ impl Finished<'_> {
             history,
             sources: page::sources(dataset, self.parts),
             skipped: (dataset.skipped.rows > 0).then_some(&dataset.skipped),
+            topics: &dataset.topics,
             held_out_overlap: self.parts.overlap.as_ref(),
             cleaning: dataset.cleaning.as_ref(),
             annotation: prepared.annotation.as_ref(),

@@ -4,6 +4,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use athanor_contract::{artifact::sha256_hex, train::TrainConfig};
+use athanor_store::Location;
 use athanor_torch::ProcessGroup;
 use tch::{Device, Tensor};
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -18,6 +19,9 @@ use crate::{
     tasks,
     train::checkpoint,
 };
+
+/// Folder next to the checkpoints with the rows that were read from topics.
+const SNAPSHOTS: &str = "snapshots";
 
 /// Time for the ranks of a gang to find each other; a pod may have to be scheduled and its image pulled meanwhile.
 const RENDEZVOUS_PATIENCE: Duration = Duration::from_secs(300);
@@ -45,7 +49,7 @@ pub struct Prepared {
 pub fn prepare(job: JobContext) -> Result<Prepared, TrainError> {
     let JobContext { config, topology, process, work } = job;
     let (spec, runtime) = (&config.spec, &process.runtime);
-    let data = read_once(job);
+    let data = read_once(job, athanor_store::open(&config.checkpoint_to)?.child(SNAPSHOTS));
     let download = |uri: &str, name: &str| {
         let (uri, to) = (uri.to_owned(), work.join(name));
         in_background(runtime, async move || {
@@ -98,13 +102,13 @@ pub fn prepare(job: JobContext) -> Result<Prepared, TrainError> {
 
 /// Reads, cleans and compares the rows on the first process of this machine, on a thread of its own; the others load
 /// its result, without what the report alone has.
-fn read_once(job: JobContext) -> JoinHandle<Result<Dataset, TrainError>> {
+fn read_once(job: JobContext, snapshots: Location) -> JoinHandle<Result<Dataset, TrainError>> {
     let JobContext { config, process, .. } = job;
     let (data, task) = (config.spec.data.clone(), tasks::of(config.spec.model.task));
     let (reading, runtime) = (Reading::new(process.terminal), process.runtime.clone());
     let (node, watchdog) = (process.node.clone(), process.watchdog.clone());
     process.runtime.spawn_blocking(move || {
-        let read = || runtime.block_on(reading.read(&data, task.needs_labels()));
+        let read = || runtime.block_on(reading.read_keeping(&data, task.needs_labels(), &snapshots));
         // The rendezvous, which may be watched at the same time, begins and ends the watch.
         node.once("rows", || watchdog.beat_while_watched(), read, |rows, to| rows.write(to), Dataset::read)
     })

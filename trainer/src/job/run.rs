@@ -12,6 +12,7 @@ use athanor_contract::{
     artifact::{Kind, Manifest},
     train::{Gate, TrainConfig, TrainResult},
 };
+use athanor_data::TopicReport;
 use athanor_models::{EncoderConfig, Model};
 use tch::Device;
 
@@ -361,8 +362,15 @@ impl Run<'_> {
         }
         chosen.extend(found.results.limit());
         chosen.retain(|(name, value)| *name != "labels" || !value.is_empty());
-        chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        let left_out = left_out(&self.context.prepared.dataset.topics);
+        chosen.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(left_out).collect()
     }
+}
+
+/// What is no row of the offset ranges of each Kafka source, if anything is not.
+fn left_out(topics: &[TopicReport]) -> impl Iterator<Item = (String, String)> {
+    let described = topics.iter().map(|topic| (format!("leftOut/{}", topic.source), topic.to_string()));
+    described.filter(|(_, described)| !described.is_empty())
 }
 
 /// Sets the number of threads: `OMP_NUM_THREADS`, else the process's share of the machine's cores.
@@ -376,4 +384,22 @@ pub fn set_up_process(topology: &Topology) {
 /// The timeline of a process that has just started.
 pub fn started_now() -> Timeline {
     Timeline::new(Instant::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_has_what_each_source_left_out() {
+        let topic = |source: &str, deleted, unsigned| TopicReport {
+            source: source.into(),
+            deleted,
+            unsigned,
+            ..TopicReport::default()
+        };
+        let found: Vec<_> = left_out(&[topic("a", 0, 0), topic("b", 3, 2)]).collect();
+        let expected = "3 offsets deleted by retention, 2 events without a valid signature";
+        assert_eq!(found, [("leftOut/b".to_owned(), expected.to_owned())]);
+    }
 }

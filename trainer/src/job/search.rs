@@ -1,17 +1,19 @@
 //! The search for hyperparameters on a laptop: trials as processes of this program, as the operator makes them jobs of
 //! their own.
 //!
-//! A trial's folder is named by its specification, and an artifact in it of the same data is a trial that is done: a
-//! search that was killed continues when it is run again.
+//! A trial's folder is named by its specification, and an artifact in it of the same data and models is a trial that is
+//! done: a search that was killed continues when it is run again.
 
 use std::{process::ExitStatus, sync::Arc};
 
 use athanor_contract::{
+    artifact::MANIFEST,
     process::api,
     train::{DataSpec, Hyperparameters, TrainConfig, TrainResult, TrainSpec, exit_code},
 };
 use athanor_search::{Next, Search, Trial, Unit, apply};
-use athanor_store::StoreError;
+use athanor_store::{Location, StoreError};
+use serde::{Deserialize, Serialize};
 use tokio::{process::Command, runtime::Handle, sync::OnceCell, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +33,7 @@ pub async fn best(job: &TrainConfig, stop: CancellationToken) -> Result<TrainCon
     let search = search.first_alone(spec.data.endpoint_annotates());
     let _claim = run::claim(job)?;
     let key = wanted.objective.key(&spec.hyperparameters);
-    let data = Arc::new(Data::new(spec.data.clone(), tasks::of(spec.model.task).needs_labels()));
+    let data = Arc::new(Data::new(spec));
     let mut trials: Vec<Trial> = Vec::new();
     let mut running: JoinSet<(usize, Result<f64, TrainError>)> = JoinSet::new();
     let mut last = String::new();
@@ -114,24 +116,64 @@ pub fn steps(h: &Hyperparameters, rows: usize, folds: &[usize]) -> Result<u64, T
     Ok(steps)
 }
 
-/// The data of the search, to which the artifacts of earlier trials have to belong.
+/// What the results of trials follow from besides their specifications. Artifacts of earlier trials count only if it has
+/// not changed.
 struct Data {
     spec: DataSpec,
     needs_labels: bool,
+    /// URIs of the parent and, if there is one, the teacher.
+    models: Vec<String>,
     digest: OnceCell<String>,
+    inputs: OnceCell<Inputs>,
+}
+
+/// The part of it that an artifact does not name, kept next to a trial's checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Inputs {
+    /// Versions of the models.
+    models: Vec<String>,
+    /// Digest of the rows without the labels that they are given. Absent where rows are not annotated: there the
+    /// artifact has the digest of the same rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rows: Option<String>,
+}
+
+impl Inputs {
+    const FILE: &str = "inputs.json";
+
+    fn place(config: &TrainConfig) -> Result<Location, TrainError> {
+        Ok(athanor_store::open(&config.checkpoint_to)?.child(Self::FILE))
+    }
+
+    /// Those of the trial's last run; `None` if it has not run, or if the file cannot be read.
+    async fn kept(place: &Location) -> Result<Option<Self>, TrainError> {
+        match place.read().await {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn keep(&self, place: &Location) -> Result<(), TrainError> {
+        place.write(serde_json::to_vec(self).map_err(TrainError::other)?.into()).await?;
+        Ok(())
+    }
 }
 
 impl Data {
-    fn new(spec: DataSpec, needs_labels: bool) -> Self {
-        Self { spec, needs_labels, digest: OnceCell::new() }
+    fn new(spec: &TrainSpec) -> Self {
+        let teacher = spec.teacher.iter().map(|teacher| teacher.from.clone());
+        Self {
+            spec: spec.data.clone(),
+            needs_labels: tasks::of(spec.model.task).needs_labels(),
+            models: std::iter::once(spec.model.from.clone()).chain(teacher).collect(),
+            digest: OnceCell::new(),
+            inputs: OnceCell::new(),
+        }
     }
 
-    /// Whether an artifact's digest is that of the data as they are now, which are read once. Where rows are annotated
-    /// the digest covers the labels, which only a trial has: there it is not compared.
-    async fn has(&self, digest: &str) -> Result<bool, TrainError> {
-        if self.spec.annotate.is_some() {
-            return Ok(true);
-        }
+    /// The digest of the data as they are now, which are read once.
+    async fn digest(&self) -> Result<&str, TrainError> {
         let now = self.digest.get_or_try_init(|| async {
             let (spec, needs_labels, runtime) = (self.spec.clone(), self.needs_labels, Handle::current());
             // Reading computes between its waits.
@@ -139,18 +181,49 @@ impl Data {
             let dataset = tokio::task::spawn_blocking(read).await.map_err(TrainError::other)??;
             Ok::<_, TrainError>(dataset.digest)
         });
-        Ok(now.await? == digest)
+        Ok(now.await?)
+    }
+
+    async fn inputs(&self) -> Result<&Inputs, TrainError> {
+        let now = self.inputs.get_or_try_init(|| async {
+            let mut models = Vec::new();
+            for uri in &self.models {
+                models.push(athanor_store::artifact::model_version(&athanor_store::open(uri)?).await?);
+            }
+            let rows = if self.spec.annotate.is_some() { Some(self.digest().await?.to_owned()) } else { None };
+            Ok::<_, TrainError>(Inputs { models, rows })
+        });
+        now.await
+    }
+
+    /// What has changed since a trial whose artifact has this digest of data; `None` if its result counts.
+    async fn changed(&self, data_digest: &str, kept: Option<Inputs>) -> Result<Option<&'static str>, TrainError> {
+        let now = self.inputs().await?;
+        let models_are_same = kept.as_ref().is_some_and(|kept| kept.models == now.models);
+        let data_are_same = match self.spec.annotate {
+            Some(_) => kept.is_some_and(|kept| kept.rows == now.rows),
+            None => self.digest().await? == data_digest,
+        };
+        Ok(match (data_are_same, models_are_same) {
+            (true, true) => None,
+            (false, _) => Some("data"),
+            (true, false) => Some("models"),
+        })
     }
 }
 
 /// The metric of one trial, from its artifact.
 async fn train(config: &TrainConfig, key: &str, data: &Data) -> Result<f64, TrainError> {
+    let inputs = Inputs::place(config)?;
     if let Some(trial) = found(config, key).await? {
-        if data.has(&trial.data_digest).await? {
+        let Some(what) = data.changed(&trial.data_digest, Inputs::kept(&inputs).await?).await? else {
             return Ok(trial.value);
-        }
-        tracing::info!(trial = config.name, "the data have changed since the trial: it runs again");
+        };
+        tracing::info!(trial = config.name, "the {what} have changed since the trial: it runs again");
+        // Until it has ended, no artifact is its result.
+        athanor_store::open(&config.artifact_to)?.child(MANIFEST).delete().await?;
     }
+    data.inputs().await?.keep(&inputs).await?;
     let manifest = serde_json::json!({
         "apiVersion": api::API_VERSION, "kind": api::FINE_TUNE_JOB,
         "metadata": {"name": config.name}, "spec": config.spec,
@@ -238,23 +311,55 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_artifacts_of_the_same_data_are_results() {
+    async fn only_artifacts_of_the_same_data_and_models_are_results() {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("rows.jsonl");
-        let spec: DataSpec = serde_json::from_value(serde_json::json!({
-            "sources": [{"name": "rows", "uri": format!("file://{}", file.display())}],
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let uri = |name: &str| format!("file://{}/{name}", folder.path().display());
+        let spec: TrainSpec = serde_json::from_value(serde_json::json!({
+            "model": {"from": uri("parent"), "task": "TextClassification"},
+            "teacher": {"from": uri("teacher")},
+            "data": {"sources": [{"name": "rows", "uri": uri("rows.jsonl")}]},
+            "output": {"to": uri("output")},
         }))
         .unwrap();
-        let write =
-            |text: &str| std::fs::write(&file, format!("{{\"text\": \"{text}\", \"label\": \"a\"}}\n")).unwrap();
-        write("one");
-        let before = athanor_data::read(&spec, true, &|_| {}).await.unwrap().digest;
-        assert!(Data::new(spec.clone(), true).has(&before).await.unwrap());
-        write("another");
-        assert!(!Data::new(spec.clone(), true).has(&before).await.unwrap());
-        let annotate = serde_json::from_value(serde_json::json!({"teacher": {}})).unwrap();
-        let annotated = DataSpec { annotate: Some(annotate), ..spec };
-        assert!(Data::new(annotated, true).has("of rows and labels").await.unwrap());
+        let mut annotated = spec.clone();
+        annotated.data.annotate = Some(serde_json::from_value(serde_json::json!({"teacher": {}})).unwrap());
+        let row = |text: &str| write("rows.jsonl", &format!("{{\"text\": \"{text}\", \"label\": \"a\"}}\n"));
+        row("one");
+        for model in ["parent", "teacher"] {
+            for file in ["model.safetensors", "config.json", "tokenizer.json"] {
+                write(&format!("{model}/{file}"), "{}");
+            }
+        }
+        let place = athanor_store::open(&uri("inputs.json")).unwrap();
+        assert_eq!(Inputs::kept(&place).await.unwrap(), None);
+        Data::new(&annotated).inputs().await.unwrap().keep(&place).await.unwrap();
+        let kept = Inputs::kept(&place).await.unwrap();
+        let digest = Data::new(&spec).digest().await.unwrap().to_owned();
+        let changed =
+            async |spec: &TrainSpec, kept: Option<Inputs>| Data::new(spec).changed(&digest, kept).await.unwrap();
+        assert_eq!(changed(&spec, kept.clone()).await, None);
+        assert_eq!(
+            changed(&annotated, kept.clone()).await,
+            None,
+            "the artifact's digest has the labels that were given"
+        );
+        assert_eq!(changed(&spec, None).await, Some("models"), "a trial of a version that kept nothing");
+        row("another");
+        assert_eq!(changed(&spec, kept.clone()).await, Some("data"));
+        assert_eq!(changed(&annotated, kept.clone()).await, Some("data"));
+        row("one");
+        write("teacher/model.safetensors", "{\"other\": 1}");
+        assert_eq!(changed(&spec, kept).await, Some("models"));
+        let of_parent = Data::new(&TrainSpec { teacher: None, ..spec.clone() }).inputs().await.unwrap().clone();
+        let other = TrainSpec { teacher: None, ..spec };
+        assert_eq!(changed(&other, Some(of_parent.clone())).await, None);
+        write("parent/config.json", "{\"layers\": 1}");
+        assert_eq!(changed(&other, Some(of_parent)).await, Some("models"));
     }
 
     #[tokio::test]

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use athanor_contract::train::{GenerationSpec, TrainSpec};
+use athanor_models::tokenizer::TokenRows;
 use athanor_torch::ProcessGroup;
 use tch::Device;
 
 use super::{context::JobContext, prepare::Prepared, setup};
 use crate::{
     TrainError,
-    data::{Dataset, Encoded, TaskTokenizer},
+    data::{Dataset, Encoded, TaskTokenizer, tokens},
     network::Network,
     objectives::{Objective, Teacher},
     report::Reporter,
-    tasks::{self, Rows, Task},
+    tasks::{self, Rows, Share, Task},
     train::Session,
 };
 
@@ -42,8 +43,26 @@ impl RowEncoder<'_> {
     /// # Errors
     /// See [`Task::encode`].
     pub fn encode(&self, rows: &[usize]) -> Result<Encoded, TrainError> {
-        let Self { dataset, task, labels, tokenizer, max_length, generation } = self;
-        task.encode(&Rows { dataset, rows, labels, tokenizer, max_length: *max_length, generation: *generation })
+        self.encode_with(rows, None)
+    }
+
+    /// [`Self::encode`] by all processes of the machine, in the same order: an encoder's tokens are made by the first one.
+    ///
+    /// # Errors
+    /// See [`Task::encode`].
+    pub fn encode_once(&self, rows: &[usize], job: JobContext) -> Result<Encoded, TrainError> {
+        let node = &job.process.node;
+        let share = |encode: &dyn Fn() -> Result<TokenRows, TrainError>| {
+            node.once("tokens", || job.beat(), encode, tokens::write, tokens::read)
+        };
+        let encoded = self.encode_with(rows, Some(&share));
+        job.process.watchdog.rest();
+        encoded
+    }
+
+    fn encode_with(&self, rows: &[usize], share: Option<Share>) -> Result<Encoded, TrainError> {
+        let &Self { dataset, task, ref labels, ref tokenizer, max_length, generation } = self;
+        task.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation, share })
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use athanor_contract::train::{Hyperparameters, TrainSummary, TrialOutcome, WeightedTerm};
-use athanor_data::{Overlap, SkippedRows, clean::CleaningReport};
+use athanor_data::{Overlap, SkippedRows, TopicReport, clean::CleaningReport};
 use serde::Serialize;
 
 pub use super::classes::ClassReport;
@@ -48,6 +48,9 @@ pub struct Report<'a> {
     pub sources: Vec<SourceRows>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<&'a SkippedRows>,
+    /// What the offset ranges of Kafka sources held, and what of it is no row; empty without such a source.
+    #[serde(skip_serializing_if = "<[TopicReport]>::is_empty")]
+    pub topics: &'a [TopicReport],
     /// Rows that are in no part because a source with a part has them too; absent if no source has a part.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out_overlap: Option<&'a Overlap>,
@@ -348,6 +351,8 @@ mod tests {
         };
         let trials = [trial("t1", Some(0.8125), false), trial("t2", Some(0.9375), true), trial("t3", None, false)];
         let cross_validation = CrossValidation::new(vec![fold(1, 0.625), fold(2, 0.875)]);
+        let topic =
+            TopicReport { source: "feedback".into(), rows: 40, deleted: 17, orphans: 5, ..TopicReport::default() };
         let overlap = Overlap { rows: 3, examples: vec!["a row 1, also held out as b row 2".into()] };
         let report = Report {
             job: "first",
@@ -366,6 +371,7 @@ mod tests {
                 .map(Term::new)
                 .collect(),
             skipped: None,
+            topics: &[topic],
             held_out_overlap: Some(&overlap),
             cleaning: None,
             annotation: None,
@@ -412,6 +418,7 @@ mod tests {
             "s3:&#x2f;&#x2f;b&#x2f;teacher",
             "who &lt;b&gt;lends&lt;&#x2f;b&gt;?",
             "I cannot tell",
+            "<td>feedback</td><td class=\"number\">40</td><td class=\"number\">17</td>",
         ] {
             assert!(html.contains(part), "{part} is not in {html}");
         }
@@ -421,6 +428,7 @@ mod tests {
         assert_eq!(json["mistakes"][0]["predicted"], "positive");
         assert_eq!(json["crossValidation"]["metrics"]["accuracy"]["mean"], 0.75);
         assert_eq!(json["crossValidation"]["folds"][1]["heldOut"], 17);
+        assert_eq!((&json["topics"][0]["deleted"], &json["topics"][0]["orphans"]), (&17.into(), &5.into()));
         assert_eq!(json["confusion"].as_array().unwrap().len(), 2);
     }
 }

@@ -7,6 +7,7 @@ use std::{
 
 use athanor_contract::train::DataSpec;
 use athanor_data::{Dataset, Progress};
+use athanor_store::Location;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::TrainError;
@@ -42,6 +43,24 @@ impl Reading {
     pub async fn read(&self, spec: &DataSpec, task_needs_labels: bool) -> Result<Dataset, TrainError> {
         let needs_labels = task_needs_labels && spec.annotate.is_none();
         let dataset = athanor_data::read(spec, needs_labels, &|progress| self.at(progress)).await;
+        self.finish();
+        Ok(dataset?)
+    }
+
+    /// [`Self::read`] of a job, whose machines and restarts all have the rows of the first reading: those of topics are
+    /// kept below `snapshots`.
+    ///
+    /// # Errors
+    /// As for [`Self::read`].
+    pub async fn read_keeping(
+        &self,
+        spec: &DataSpec,
+        task_needs_labels: bool,
+        snapshots: &Location,
+    ) -> Result<Dataset, TrainError> {
+        let needs_labels = task_needs_labels && spec.annotate.is_none();
+        let report = |progress: Progress<'_>| self.at(progress);
+        let dataset = athanor_data::read_keeping(spec, needs_labels, snapshots, &report).await;
         self.finish();
         Ok(dataset?)
     }

@@ -47,7 +47,8 @@ impl Task for Embedding {
 
     fn encode(&self, rows: &Rows) -> Result<Encoded, TrainError> {
         let second: Result<Vec<&str>, TrainError> = rows.rows.iter().map(|&row| pair(rows.dataset, row)).collect();
-        let second = rows.tokenizer.encoder()?.encode_rows(second?, rows.max_length)?;
+        let second = second?;
+        let second = rows.tokens(|| second.iter().copied())?;
         rows.with(SecondTexts(second))
     }
 

@@ -10,7 +10,7 @@ mod task;
 
 use athanor_contract::train;
 
-pub use task::{Rows, Task};
+pub use task::{Rows, Share, Task};
 
 /// The task of a specification.
 pub fn of(kind: train::Task) -> &'static dyn Task {

@@ -1,13 +1,16 @@
 //! What a task is to the trainer: one trait that every `model.task` implements in a file of its own.
 
 use athanor_contract::train::{self, GenerationSpec};
-use athanor_models::{self as models, Model};
+use athanor_models::{self as models, Model, tokenizer::TokenRows};
 use tch::Tensor;
 
 use crate::{
     TrainError,
     data::{Batch, Columns, Dataset, Encoded, TaskTokenizer},
 };
+
+/// Makes tokens, or takes those that another process has made of the same texts.
+pub type Share<'a> = &'a dyn Fn(&dyn Fn() -> Result<TokenRows, TrainError>) -> Result<TokenRows, TrainError>;
 
 /// Rows to encode, and what encoding them requires.
 pub struct Rows<'a> {
@@ -21,6 +24,9 @@ pub struct Rows<'a> {
     pub max_length: usize,
     /// How a language model's answers are generated when the rows are measured.
     pub generation: GenerationSpec,
+    /// Shares an encoder's tokens among the processes of a machine, which then all encode the same rows; absent: each
+    /// process makes its own.
+    pub share: Option<Share<'a>>,
 }
 
 impl Rows<'_> {
@@ -29,12 +35,23 @@ impl Rows<'_> {
     /// # Errors
     /// A text that the tokenizer cannot read.
     pub fn with(&self, columns: impl Columns + 'static) -> Result<Encoded, TrainError> {
-        let texts = self.rows.iter().map(|&row| self.dataset.rows.text(row));
         Ok(Encoded {
             columns: Box::new(columns),
-            ids: self.tokenizer.encoder()?.encode_rows(texts, self.max_length)?,
+            ids: self.tokens(|| self.rows.iter().map(|&row| self.dataset.rows.text(row)))?,
             sources: self.rows.iter().map(|&row| self.dataset.rows.source(row) as u32).collect(),
         })
+    }
+
+    /// Some text of each row as an encoder reads it.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot read.
+    pub fn tokens<'t, I: Iterator<Item = &'t str>>(&self, texts: impl Fn() -> I) -> Result<TokenRows, TrainError> {
+        let encode = || Ok(self.tokenizer.encoder()?.encode_rows(texts(), self.max_length)?);
+        match self.share {
+            Some(share) => share(&encode),
+            None => encode(),
+        }
     }
 }
 

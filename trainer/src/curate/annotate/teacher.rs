@@ -158,7 +158,7 @@ impl<'a> Annotator<'a> {
         let (tokenizer, labels) = (&self.tokenizer, self.classifier.labels());
         let max_length = setup::max_length(self.context.job.spec(), self.classifier.model().config());
         let generation = self.context.job.spec().evaluate.generation;
-        Classification.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation })
+        Classification.encode(&Rows { dataset, rows, labels, tokenizer, max_length, generation, share: None })
     }
 
     fn compute(&self, rows: &Encoded) -> Result<Predictions, TrainError> {

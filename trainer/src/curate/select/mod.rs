@@ -68,6 +68,35 @@ pub struct Representativeness {
     pub diversity: f64,
 }
 
+/// Vectors that the first process of a machine holds besides those of all its processes: those of a label, and their
+/// gradients.
+const COPIES: u64 = 2;
+
+/// Whether the machine has memory for a selection: each of `processes` holds a vector of `width` FP32 numbers of each row,
+/// and the first one as much [`COPIES`] times more. `available` bytes are free; unknown: any selection may be tried.
+///
+/// # Errors
+/// A user error: the job has to select from fewer rows, on fewer processes, or with more memory.
+pub fn check_memory(rows: usize, width: i64, processes: usize, available: Option<u64>) -> Result<(), TrainError> {
+    let of_one = rows as u64 * width.unsigned_abs() * 4;
+    let required = of_one.saturating_mul(processes as u64 + COPIES);
+    match available {
+        Some(available) if available < required => Err(TrainError::User(format!(
+            "data.select: the vectors of {rows} rows, {width} numbers each, take {:.1} GiB on each node ({processes} processes \
+             and {COPIES} copies of {:.1} GiB), but {:.1} GiB are available: give the pods more memory, set \
+             distributed.processesPerNode lower, or select from fewer rows",
+            gib(required),
+            gib(of_one),
+            gib(available),
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
 /// Chooses rows. `vectors` [rows, C] are unit vectors in FP32 on the CPU, `labels` the rows' classes (`None` is never
 /// chosen), `agreement` the probability that the teacher gives each row's label, where that is asked for.
 pub fn select(
@@ -294,6 +323,17 @@ mod tests {
         let x = centres.index_select(0, &Tensor::from_slice(&index)) + noise;
         let norm = x.square().sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt();
         (x / norm, which.iter().map(|clump| Some(clump / 2)).collect(), which)
+    }
+
+    #[test]
+    fn a_selection_that_needs_more_memory_than_there_is_is_refused() {
+        let gib = |count: u64| Some(count << 30);
+        // 10 million vectors of 384 numbers are 14.3 GiB.
+        assert!(check_memory(10_000_000, 384, 1, gib(43)).is_ok() && check_memory(10_000_000, 384, 1, None).is_ok());
+        let error = check_memory(10_000_000, 384, 8, gib(64)).unwrap_err();
+        assert!(matches!(error, TrainError::User(_)));
+        let expected = "take 143.1 GiB on each node (8 processes and 2 copies of 14.3 GiB), but 64.0 GiB are available";
+        assert!(error.to_string().contains(expected), "{error}");
     }
 
     #[test]
