@@ -232,7 +232,7 @@ async fn settle(
         ensure!((2..=most).contains(&writes), "{name} took {writes} writes: change the constants of this test");
         // Two changes of a status may be one write, so that one object may have one write fewer than another.
         let planned =
-            planned.iter().filter(|(other, planned)| undisturbed(other) == name && planned.write + 1 < writes);
+            planned.iter().filter(|(other, planned)| undisturbed(other) == name && planned.write < writes - 1);
         let missed: Vec<&String> =
             planned.filter(|(other, planned)| proxy.writes(other) <= planned.write).map(|(other, _)| other).collect();
         ensure!(missed.is_empty(), "the fault of {missed:?} did not occur");
