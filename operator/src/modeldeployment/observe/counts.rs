@@ -60,6 +60,10 @@ fn sum(answers: Vec<Counts>) -> Counts {
         all.requests += counts.requests;
         all.errors += counts.errors;
         all.refused += counts.refused;
+        all.busy += counts.busy;
+        all.rejected += counts.rejected;
+        all.missing += counts.missing;
+        all.non_finite += counts.non_finite;
         all.latency.add(&counts.latency);
         all.feedback_total += counts.feedback_total;
         all.feedback_correct += counts.feedback_correct;
@@ -75,15 +79,17 @@ mod tests {
     fn counts_of_all_routers_add_up() {
         let parse = |text: &str| serde_json::from_str::<RouterAnalysis>(text).unwrap().revisions;
         let one = parse(
-            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"latency":[0,9],"feedback_total":2,"feedback_correct":1}}}"#,
+            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"refused":3,"busy":2,"rejected":1,"missing":1,"latency":[0,9],"feedback_total":2,"feedback_correct":1}}}"#,
         );
         let two = parse(
-            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"latency":[0,0,0,1],"feedback_total":3,"feedback_correct":3},
+            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"busy":1,"non_finite":4,"latency":[0,0,0,1],"feedback_total":3,"feedback_correct":3},
                 "m-2":{"requests":1,"errors":0,"feedback_total":0,"feedback_correct":0}}}"#,
         );
         let total = sum(vec![one, two]);
         let counts = &total["m-1"];
         assert_eq!((counts.requests, counts.errors, counts.feedback_total, counts.feedback_correct), (15, 1, 5, 4));
+        let apart = [counts.refused, counts.busy, counts.rejected, counts.missing, counts.non_finite];
+        assert_eq!(apart, [3, 3, 1, 1, 4]);
         // Nine answers are in the second bucket and one is in the fourth.
         let slower = [0.1, 0.105, 0.12].map(|milliseconds| counts.latency.slower_than(milliseconds));
         assert_eq!((counts.latency.total(), slower), (10, [10, 1, 1]));
