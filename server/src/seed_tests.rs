@@ -1,6 +1,6 @@
 //! The same seed gives the same answer alone, in a batch of 16, after preemptions, and with and without a prefix from the cache.
 //! With packed weights of eight and four bits to the last bit, log-probabilities included. Over libtorch logits depend on the
-//! batch in their last bits: the tests show by how much, and that an answer computed alone does not change.
+//! batch a little: the tests show by how much, and that an answer computed alone does not change.
 
 use std::{
     path::PathBuf,
