@@ -79,10 +79,12 @@ mod tests {
     fn counts_of_all_routers_add_up() {
         let parse = |text: &str| serde_json::from_str::<RouterAnalysis>(text).unwrap().revisions;
         let one = parse(
-            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"refused":3,"busy":2,"rejected":1,"missing":1,"latency":[0,9],"feedback_total":2,"feedback_correct":1}}}"#,
+            r#"{"revisions":{"m-1":{"requests":10,"errors":1,"refused":3,"busy":2,"rejected":1,"missing":1,"latency":[0,9],
+                "feedback_total":2,"feedback_correct":1}}}"#,
         );
         let two = parse(
-            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"busy":1,"non_finite":4,"latency":[0,0,0,1],"feedback_total":3,"feedback_correct":3},
+            r#"{"revisions":{"m-1":{"requests":5,"errors":0,"busy":1,"non_finite":4,"latency":[0,0,0,1],
+                "feedback_total":3,"feedback_correct":3},
                 "m-2":{"requests":1,"errors":0,"feedback_total":0,"feedback_correct":0}}}"#,
         );
         let total = sum(vec![one, two]);
