@@ -8,7 +8,7 @@ use crate::{
     clean::{Cleaned, Cleaner, CleaningReport, EXAMPLES},
     pdf::Worker,
     rows::{Fields, Origin, Seen},
-    source::TopicReport,
+    topic_report::TopicReport,
 };
 
 /// The rows so far, and the state that adding more of them requires.

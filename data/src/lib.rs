@@ -23,6 +23,7 @@ mod source;
 mod split;
 mod stored;
 mod strings;
+mod topic_report;
 
 pub use builder::SkippedRows;
 pub use dataset::Dataset;
@@ -31,5 +32,5 @@ pub use progress::Progress;
 pub use random::mix;
 pub use read::{read, read_keeping};
 pub use rows::Rows;
-pub use source::TopicReport;
 pub use split::{Fold, Overlap, Part, Parts, part_of};
+pub use topic_report::TopicReport;

@@ -32,7 +32,6 @@ use crate::{
 pub(crate) use hub::Hub;
 use opened::{CHUNK, Opened};
 use pattern::is_pattern;
-pub use topic::TopicReport;
 
 /// What reading a source requires besides it.
 #[derive(Clone, Copy)]
@@ -86,7 +85,7 @@ pub(crate) async fn read(
     builder.begin_source(index);
     let (digest, from, builder) = match (&source.uri, &source.kafka) {
         (None, Some(kafka)) => {
-            let (digest, left_out) = topic::read(name, kafka, &mut builder, context).await?;
+            let (digest, left_out) = topic::read(name, kafka, &mut builder, context.snapshots, context.report).await?;
             (digest, format!("the offset ranges of topic {}{left_out}", kafka.topic), builder)
         }
         (Some(uri), None) => {

@@ -3,99 +3,49 @@
 //! The copy lies next to the checkpoints. Every machine of a job and every restart trains on the rows of the first
 //! reading, even if retention has deleted some of them since: checkpoints of a run belong to the digest of its rows.
 
-use std::{collections::HashMap, fmt};
+use std::collections::HashMap;
 
 use athanor_contract::{artifact::sha256_hex, event::GenerationInput, train::KafkaSource};
 use athanor_feedback::{CorrectedAnswer, LabelledRow, Snapshot, SnapshotError};
 use athanor_store::{Location, StoreError};
-use serde::Serialize;
 
-use super::Context;
 use crate::{
     DataError, Progress,
     builder::Builder,
     conversation::Conversation,
+    progress::Report,
     rows::{Fields, Origin},
     strings::Strings,
+    topic_report::TopicReport,
 };
 
 /// Level of the copy's compression.
 const ZSTD_LEVEL: i32 = 3;
 
-/// What the offset ranges of a source held, and what of it is no row.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct TopicReport {
-    /// Name of the source.
-    pub source: String,
-    pub topic: String,
-    /// Labels and corrections that are rows, before cleaning.
-    pub rows: u64,
-    /// Feedback events, repeated deliveries included.
-    pub feedbacks: u64,
-    /// Offsets that retention had deleted before they were read.
-    pub deleted: u64,
-    /// Rows beyond the share of one caller (maximumCallerPercent).
-    pub beyond_share: u64,
-    /// Labels and corrections for which there are maximumSamples newer ones.
-    pub beyond_maximum: u64,
-    /// Events that none of the deployment's keys signed.
-    pub unsigned: u64,
-    /// Labels and corrections whose answer is not in the ranges.
-    pub orphans: u64,
-    /// Records that are no events.
-    pub malformed: u64,
-}
-
-impl TopicReport {
-    fn new(source: &str, topic: &str, snapshot: &Snapshot) -> Self {
-        let &Snapshot { feedbacks, deleted, beyond_share, beyond_maximum, unsigned, orphans, malformed, .. } = snapshot;
-        let rows = (snapshot.rows.len() + snapshot.corrections.len()) as u64;
-        let (source, topic) = (source.to_owned(), topic.to_owned());
-        Self { source, topic, rows, feedbacks, deleted, beyond_share, beyond_maximum, unsigned, orphans, malformed }
-    }
-}
-
-/// What was left out, separated by commas; empty if nothing was.
-impl fmt::Display for TopicReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let all = [
-            (self.deleted, "offsets deleted by retention"),
-            (self.beyond_share, "rows beyond a caller's share"),
-            (self.beyond_maximum, "rows beyond maximumSamples"),
-            (self.unsigned, "events without a valid signature"),
-            (self.orphans, "labels without their answer"),
-            (self.malformed, "records that are no events"),
-        ];
-        let some: Vec<String> =
-            all.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
-        f.write_str(&some.join(", "))
-    }
-}
-
 /// Adds the rows of a topic, each text at its first place with its newest label or answer. Returns their digest and, in
-/// parentheses, what was left out.
+/// parentheses, what was left out. `snapshots`: where they are kept for the next reading of the same ranges.
 pub(super) async fn read(
     name: &str,
     kafka: &KafkaSource,
     builder: &mut Builder,
-    context: Context<'_>,
+    snapshots: Option<&Location>,
+    report: Report<'_>,
 ) -> Result<(String, String), DataError> {
     let from_kafka = async || athanor_feedback::read_rows(kafka).await;
-    let snapshot = match context.snapshots {
+    let snapshot = match snapshots {
         Some(snapshots) => kept(snapshots, kafka, from_kafka).await?,
         None => from_kafka().await?,
     };
-    let report = TopicReport::new(name, &kafka.topic, &snapshot);
-    let left_out = report.to_string();
+    let held = TopicReport::new(name, &kafka.topic, &snapshot);
+    let left_out = held.to_string();
     if !left_out.is_empty() {
         tracing::warn!(source = name, topic = kafka.topic, "left out of the offset ranges: {left_out}");
     }
-    builder.add_topic(report);
+    builder.add_topic(held);
     let digest = snapshot.digest.clone();
     let read = add(snapshot, &kafka.topic, builder);
     let file = &kafka.topic;
-    (context.report)(Progress::Reading { source: name, file, bytes_read: 0, bytes_total: None, rows: read });
+    report(Progress::Reading { source: name, file, bytes_read: 0, bytes_total: None, rows: read });
     Ok((digest, if left_out.is_empty() { left_out } else { format!(" (left out: {left_out})") }))
 }
 
@@ -318,10 +268,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let place = athanor_store::open(&format!("file://{}", folder.path().display())).unwrap();
         kept(&place, &source(9), async || Ok(snapshot(&["1/0", "2/0"]))).await.unwrap();
-        let hub = super::super::Hub::default();
-        let context = Context { needs_labels: false, report: &|_| {}, hub: &hub, snapshots: Some(&place) };
         let mut builder = Builder::new(None, OnBadRow::Fail).unwrap();
-        let (digest, left_out) = read("feedback", &source(9), &mut builder, context).await.unwrap();
+        let (digest, left_out) = read("feedback", &source(9), &mut builder, Some(&place), &|_| {}).await.unwrap();
         assert_eq!(digest, "1/02/0");
         assert_eq!(left_out, " (left out: 7 offsets deleted by retention, 2 labels without their answer)");
         let topics = builder.take_topics();

@@ -93,7 +93,7 @@ mod tests {
         let apart = [counts.refused, counts.busy, counts.rejected, counts.missing, counts.non_finite];
         assert_eq!(apart, [3, 3, 1, 1, 4]);
         // Nine answers are in the second bucket and one is in the fourth.
-        let slower = [0.1, 0.105, 0.12].map(|milliseconds| counts.latency.slower_than(milliseconds));
+        let slower = [0.1, 0.105, 0.115].map(|milliseconds| counts.latency.slower_than(milliseconds));
         assert_eq!((counts.latency.total(), slower), (10, [10, 1, 1]));
         assert_eq!((total["m-2"].requests, total["m-2"].latency.total()), (1, 0));
     }
