@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use athanor_contract::train::HeldOutPart;
 
-use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport, source::TopicReport};
+use crate::{DataError, Rows, builder::SkippedRows, clean::CleaningReport, topic_report::TopicReport};
 
 /// The rows of all sources.
 #[derive(Debug, Default)]
