@@ -244,14 +244,15 @@ async fn calls_beyond_the_largest_number_are_refused() {
     let bounds = Bounds { capacity: capacity.clone(), ..Bounds::new(Protocol::Http2) };
     let listener = grpc(bounds, test_support::service().0).await;
     let mut client = listener.client().await;
-    let opened = client.model_stream_infer(stream::pending()).await.unwrap();
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let requests = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+    let opened = client.model_stream_infer(requests).await.unwrap();
     // On another connection as well.
     let refused = listener.client().await.server_live(ServerLiveRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
-    // The client's side of the stream lives as long as its connection.
-    drop((opened, client));
+    drop((sender, opened));
     until("the end of the stream", || capacity.free().1 == 1).await;
-    assert!(is_live(&mut listener.client().await).await);
+    assert!(is_live(&mut client).await);
 }
 
 #[tokio::test]

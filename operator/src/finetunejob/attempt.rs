@@ -65,7 +65,7 @@ pub enum Fault {
     /// A process crashed, hung, or failed together with all others.
     Run,
     /// Pods were evicted, preempted, stopped or deleted.
-    Cluster,
+    Infrastructure,
     /// Processes lost a peer, and nothing shows why: the peer's node may be gone, or the network or the driver of the
     /// one that reports it may be broken.
     Unknown,
@@ -89,7 +89,7 @@ pub fn read(batch_job: Option<&Job>, pods: &[&Pod], nodes: u32, now: Timestamp) 
         return Attempt::Ended { fault: Fault::Run, cause };
     }
     let all_ended = pods.iter().all(|pod| terminated(pod).is_some() || phase(pod) == "Failed");
-    let disrupted = first(&ends.disrupted).map(|cause| (Fault::Cluster, cause));
+    let disrupted = first(&ends.disrupted).map(|cause| (Fault::Infrastructure, cause));
     let Some((fault, cause)) = disrupted.or_else(|| first(&ends.lost_peer).map(|cause| (Fault::Unknown, cause))) else {
         return match batch_job {
             None => Attempt::Absent,
@@ -206,7 +206,7 @@ fn describe(pod: &str, end: &ContainerStateTerminated) -> String {
 /// Returns how the attempt ended if its pods are gone, or are about to go, without a result.
 fn lost_pods(batch_job: &Job) -> Option<Attempt> {
     let name = batch_job.name_any();
-    let ended = |cause| Some(Attempt::Ended { fault: Fault::Cluster, cause });
+    let ended = |cause| Some(Attempt::Ended { fault: Fault::Infrastructure, cause });
     if batch_job.metadata.deletion_timestamp.is_some() {
         return ended(format!("Job {name} was deleted"));
     }

@@ -31,7 +31,7 @@ pub enum Restart {
 pub fn is_counted(fault: Fault, status: &FineTuneJobStatus) -> bool {
     match fault {
         Fault::Run => true,
-        Fault::Cluster => false,
+        Fault::Infrastructure => false,
         Fault::Unknown => {
             let has_stepped = status.progress.as_ref().is_some_and(|progress| progress.step > 0);
             !has_stepped || (status.preempted_at.is_some() && !has_advanced(status))
@@ -132,7 +132,7 @@ mod tests {
             ("after a further checkpoint", with(103, 100, Some(50)), false),
         ] {
             assert_eq!(is_counted(Fault::Unknown, &status), expected, "{case}");
-            assert!(is_counted(Fault::Run, &status) && !is_counted(Fault::Cluster, &status), "{case}");
+            assert!(is_counted(Fault::Run, &status) && !is_counted(Fault::Infrastructure, &status), "{case}");
         }
     }
 
