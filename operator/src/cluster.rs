@@ -269,11 +269,10 @@ impl<'a> Cluster<'a> {
         Ok(())
     }
 
-    /// Deletes an object, its dependants in the background. An object that does not exist is no error, nor, with `uid`,
-    /// is another object of that name.
+    /// Deletes an object, its dependants in the background. An object that does not exist is no error.
     ///
     /// # Errors
-    /// A request that failed.
+    /// A request that failed, or [`ClusterError::Conflict`]: with `uid`, another object has that name by now.
     pub async fn delete<K: Child>(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<(), ClusterError> {
         let params = DeleteParams {
             propagation_policy: Some(PropagationPolicy::Background),
@@ -284,7 +283,10 @@ impl<'a> Cluster<'a> {
         self.check_leadership::<K>("deleting", name)?;
         match self.api::<K>(namespace).delete(name, &params).await {
             Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                Err(ClusterError::Conflict { kind: kind::<K>().into(), name: name.to_owned() })
+            }
             Err(error) => Err(request::<K>("deleting", name, error)),
         }
     }
