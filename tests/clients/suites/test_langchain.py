@@ -16,7 +16,8 @@ class TestChat(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self):
-        return {"base_url": f"{self.address}/v1", "api_key": "none", "model": "coder", "max_retries": 0, "stream_usage": True}
+        return {"base_url": f"{self.address}/v1", "api_key": "none", "model": "coder", "max_retries": 0, "stream_usage": True,
+                "temperature": 0}
 
     @property
     def supports_json_mode(self):
