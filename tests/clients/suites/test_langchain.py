@@ -17,7 +17,7 @@ class TestChat(ChatModelIntegrationTests):
     @property
     def chat_model_params(self):
         return {"base_url": f"{self.address}/v1", "api_key": "none", "model": "coder", "max_retries": 0, "stream_usage": True,
-                "temperature": 0}
+                "temperature": 0.7, "seed": 1}
 
     @property
     def supports_json_mode(self):
