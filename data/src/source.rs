@@ -39,7 +39,7 @@ pub(crate) struct Context<'a> {
     pub needs_labels: bool,
     pub report: Report<'a>,
     pub hub: &'a Hub,
-    /// Where the rows of topics are kept for the next reading of the same ranges.
+    /// The folder in which rows of topics are kept for the next reading of the same ranges.
     pub snapshots: Option<&'a Location>,
 }
 

@@ -53,7 +53,7 @@ impl Outcome {
         }
     }
 
-    /// Of two outcomes at one revision, that of the higher rank counts: an answer makes up for what was lost on the way to
+    /// The outcome of the higher rank counts of two at one revision: an answer makes up for what was lost on the way to
     /// it, and a refusal does not excuse a failure.
     fn rank(self) -> u8 {
         match self {

@@ -1,5 +1,5 @@
 //! The same seed gives the same answer alone, in a batch of 16, after preemptions, and with and without a prefix from the cache.
-//! With packed weights of eight and four bits to the last bit, log-probabilities included. Over libtorch logits depend on the
+//! Packed weights of eight and four bits give it to the last bit, log-probabilities included. Over libtorch logits depend on the
 //! batch a little: the tests show by how much, and that an answer computed alone does not change.
 
 use std::{

@@ -31,7 +31,7 @@ const LINGERS: Duration = Duration::from_secs(5);
 pub enum End {
     /// As an eviction does it: the process gets a signal and its grace period.
     Graceful,
-    /// With a grace period of 0, as when its node is lost.
+    /// The pod is deleted with a grace period of 0, as when its node is lost.
     AtOnce,
 }
 

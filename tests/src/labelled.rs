@@ -4,7 +4,10 @@
 //! Shares no code with the reader of the trainer, so that a mistake there is seen. The formats are those of
 //! docs/events.md; two unit tests below pin both digests.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use athanor_contract::{
@@ -16,7 +19,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::events::Record;
+use crate::{
+    cluster::wait,
+    events::{Record, read_all},
+};
 
 /// An answer with the label or text that it should have been.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,9 +40,9 @@ pub struct Labelled {
 /// What was asked.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Input {
-    /// Of a classifier.
+    /// The text that a classifier was asked about.
     Text(String),
-    /// Of a language model, as JSON with sorted keys.
+    /// The messages that a language model was sent, as JSON with sorted keys.
     Messages(String),
     Prompt(String),
 }
@@ -231,6 +237,28 @@ pub fn exactly_once<'a>(
         counts.len()
     );
     Ok(others)
+}
+
+/// Waits until a topic has an event of kind `answer` for each of the answered requests, and feedback for each of those whose
+/// feedback was accepted. Returns all records.
+///
+/// # Errors
+/// Some are missing after half a minute, or the topic cannot be read.
+pub async fn recorded(
+    topic: &'static str,
+    answer: &'static str,
+    answered: &[String],
+    accepted: &[String],
+) -> Result<Vec<Record>> {
+    wait("every event is in Kafka", Duration::from_secs(30), async || {
+        let records = tokio::task::spawn_blocking(move || read_all(topic)).await??;
+        let has_all = |kind: &'static str, known: &[String]| {
+            let requests: BTreeSet<&str> = ids(&records, kind).map(|(_, request)| request).collect();
+            known.iter().all(|id| requests.contains(&**id))
+        };
+        Ok((has_all(answer, answered) && has_all(FEEDBACK, accepted)).then_some(records))
+    })
+    .await
 }
 
 /// Event ids and request ids of the events of one kind.

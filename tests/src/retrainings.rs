@@ -27,7 +27,7 @@ use crate::{
 pub enum Outcome {
     Runs,
     Failed,
-    /// With a model; the name of its revision.
+    /// It led to a model, whose revision has this name.
     Succeeded(String),
 }
 

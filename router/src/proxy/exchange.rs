@@ -58,7 +58,7 @@ struct Exchange {
     /// Metadata of the stream.
     incoming: HeaderMap,
     sender: Sender,
-    /// Where the bytes of the requests are taken from; absent: nowhere.
+    /// The capacity that the bytes of the requests are taken from; absent: none.
     capacity: Option<Capacity>,
 }
 

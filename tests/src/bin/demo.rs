@@ -12,7 +12,7 @@ use athanor_contract::{event, monitor::Verdict};
 use athanor_tests::{
     cluster::{Cluster, wait},
     events::{self, Record},
-    labelled::{exactly_once, ids},
+    labelled::{exactly_once, ids, recorded},
     otlp, paths, prometheus,
     sentiment::{self, AWAY, HOME, Part, Text},
     stages::{Stages, check_retraining, print_timeline, statistics},
@@ -172,16 +172,7 @@ impl Demo {
     async fn audit(&self, client: &Client) -> Result<String> {
         let traced = client.classify("A request that is followed through the processes.", None).await?;
         let (answered, accepted) = (client.counts.answered.all(), client.counts.accepted.all());
-        let records = wait("every event is in Kafka", Duration::from_secs(30), async || {
-            let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-            let requests = |kind: &str| ids(&records, kind).map(|(_, request)| request.to_owned()).collect();
-            let (predictions, feedback): (BTreeSet<String>, BTreeSet<String>) =
-                (requests(event::PREDICTION), requests(event::FEEDBACK));
-            let arrived =
-                answered.iter().all(|id| predictions.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
-            Ok(arrived.then_some(records))
-        })
-        .await?;
+        let records = recorded(TOPIC, event::PREDICTION, &answered, &accepted).await?;
         recorded_once(&records, "answers", event::PREDICTION, &answered)?;
         recorded_once(&records, "feedback", event::FEEDBACK, &accepted)?;
         let trace_id = records

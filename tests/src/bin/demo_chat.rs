@@ -4,7 +4,6 @@
 //! did not happen.
 
 use std::{
-    collections::BTreeSet,
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -17,7 +16,7 @@ use athanor_tests::{
     cluster::{Cluster, wait},
     events,
     finance::{self, Domain, Part, Sentence},
-    labelled::{exactly_once, ids},
+    labelled::{exactly_once, ids, recorded},
     paths,
     stages::{Stages, check_retraining, print_timeline, statistics},
     storage,
@@ -246,16 +245,7 @@ impl Demo {
 /// Each answer and each correction of the client is recorded once. Others asked as well: the probe and the program.
 async fn audit(client: &Client) -> Result<String> {
     let (answered, accepted) = (client.counts.answered.all(), client.counts.accepted.all());
-    let records = wait("every event is in Kafka", Duration::from_secs(30), async || {
-        let records = tokio::task::spawn_blocking(|| events::read_all(TOPIC)).await??;
-        let requests = |kind: &str| ids(&records, kind).map(|(_, request)| request.to_owned()).collect();
-        let (generations, feedback): (BTreeSet<String>, BTreeSet<String>) =
-            (requests(event::GENERATION), requests(event::FEEDBACK));
-        let arrived =
-            answered.iter().all(|id| generations.contains(id)) && accepted.iter().all(|id| feedback.contains(id));
-        Ok(arrived.then_some(records))
-    })
-    .await?;
+    let records = recorded(TOPIC, event::GENERATION, &answered, &accepted).await?;
     exactly_once("answers", &answered, ids(&records, event::GENERATION))?;
     let others = exactly_once("corrections", &accepted, ids(&records, event::FEEDBACK))?;
     ensure!(others == 0, "{others} corrections are of requests that nobody corrected");

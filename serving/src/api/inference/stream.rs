@@ -51,7 +51,7 @@ pub struct Opened {
     /// Metadata of the stream.
     pub incoming: HeaderMap,
     pub ready: Readiness,
-    /// Where the bytes of the requests are taken from; absent: nowhere.
+    /// The capacity that the bytes of the requests are taken from; absent: none.
     pub capacity: Option<Capacity>,
 }
 
