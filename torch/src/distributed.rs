@@ -230,7 +230,10 @@ impl Drop for Reducer<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Mutex, time::Instant};
+    use std::{
+        sync::{Barrier, Mutex},
+        time::Instant,
+    };
 
     use tch::{Device, Kind};
 
@@ -276,7 +279,13 @@ mod tests {
     #[test]
     fn a_rank_whose_peer_goes_away_has_lost_a_peer_at_once() {
         let [first, second] = Rendezvous::on_loopback(2).unwrap().try_into().unwrap();
-        let join = |at: Rendezvous| ProcessGroup::new(Backend::Gloo, at).unwrap();
+        // The second one leaves when both have joined: before that the first one's joining fails.
+        let joined = Barrier::new(2);
+        let join = |at: Rendezvous| {
+            let group = ProcessGroup::new(Backend::Gloo, at).unwrap();
+            joined.wait();
+            group
+        };
         std::thread::scope(|scope| {
             scope.spawn(|| drop(join(second)));
             let group = join(first);

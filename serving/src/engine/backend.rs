@@ -1,6 +1,6 @@
 //! What an engine requires of a model on a device.
 
-use std::{fmt, ops, sync::Arc};
+use std::{fmt, ops, sync::Arc, time::Instant};
 
 /// A model that reads each input once.
 pub trait EncodeBackend: Send + 'static {
@@ -37,6 +37,11 @@ pub trait GenerateBackend: Send + 'static {
     /// what is proposed.
     fn checks_proposals(&self) -> bool {
         false
+    }
+
+    /// The clock that times steps, from which the engine learns what rows cost.
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 
     /// Takes an adapter, which rows name by `id` from now on. Called between steps.

@@ -35,8 +35,10 @@ struct Fake {
     slots: Vec<Option<(usize, u32)>>,
     seen: Arc<Seen>,
     checks_proposals: bool,
-    /// Least time of a step, as a model whose weights are read from memory has it.
-    pause: Duration,
+    /// What a step and each of its rows take, by a clock of the model's own: the tests do not depend on the machine.
+    step_time: Duration,
+    row_time: Duration,
+    now: Instant,
     logits: fn(&[(usize, u32)]) -> Vec<f32>,
 }
 
@@ -47,7 +49,9 @@ impl Fake {
             slots: vec![None; blocks * 4],
             seen,
             checks_proposals: false,
-            pause: Duration::ZERO,
+            step_time: Duration::from_micros(300),
+            row_time: Duration::from_micros(10),
+            now: Instant::now(),
             logits: |prefix| logits(prefix.iter().copied()),
         }
     }
@@ -107,11 +111,14 @@ impl GenerateBackend for Fake {
         self.checks_proposals
     }
 
+    fn now(&self) -> Instant {
+        self.now
+    }
+
     fn step(&mut self, rows: &[Row<'_>]) -> Result<Vec<RowOutput>, BackendError> {
         let _gate = self.seen.gate.lock();
-        if !self.pause.is_zero() {
-            thread::sleep(self.pause);
-        }
+        let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        self.now += self.step_time + self.row_time * tokens as u32;
         self.seen.steps.fetch_add(1, Ordering::SeqCst);
         let size = self.limits.block_size;
         let slot = |blocks: &[u32], position: usize| blocks[position / size] as usize * size + position % size;

@@ -226,6 +226,7 @@ impl<B: GenerateBackend> Worker<B> {
             self.rate.record(started.saturating_duration_since(since), plan.admitted.len(), before);
         }
         self.backlog = plan.is_backlogged.then_some(started);
+        self.publish_use();
         self.record_admissions(&plan, started);
         let speculates = self.propose(&mut plan.work);
         let answers = self.compute(&plan.work, speculates);
@@ -309,10 +310,11 @@ impl<B: GenerateBackend> Worker<B> {
             })
             .collect();
         metrics::histogram!("athanor_server_batch_inputs").record(rows.len() as f64);
-        let started = Instant::now();
+        let started = self.backend.now();
         let answers = self.backend.step(&rows)?;
         if speculates {
-            self.costs.add(rows.iter().map(|row| row.tokens.len()).sum(), started.elapsed().as_secs_f64());
+            let seconds = self.backend.now().saturating_duration_since(started).as_secs_f64();
+            self.costs.add(rows.iter().map(|row| row.tokens.len()).sum(), seconds);
         }
         if answers.len() != rows.len() {
             return Err(BackendError(format!("{} rows of logits for {} rows of tokens", answers.len(), rows.len())));
@@ -455,10 +457,15 @@ impl<B: GenerateBackend> Worker<B> {
         }
     }
 
+    /// Before a step as well: a sequence is running from the moment in which it no longer waits.
+    fn publish_use(&self) {
+        self.progress.running.store(self.scheduler.running().len(), Ordering::Relaxed);
+        self.progress.used_blocks.store(self.scheduler.blocks().used(), Ordering::Relaxed);
+    }
+
     fn publish(&mut self) {
+        self.publish_use();
         let (running, blocks) = (self.scheduler.running().len(), self.scheduler.blocks());
-        self.progress.running.store(running, Ordering::Relaxed);
-        self.progress.used_blocks.store(blocks.used(), Ordering::Relaxed);
         let usage = blocks.used() as f64 / blocks.count().max(1) as f64;
         let waiting = self.scheduler.waiting();
         let free = if self.backlog.is_some() { 0 } else { self.scheduler.most_running().saturating_sub(running) };

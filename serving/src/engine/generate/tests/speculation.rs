@@ -18,12 +18,7 @@ fn repeating(prefix: &[(usize, u32)]) -> Vec<f32> {
 
 fn repeating_engine(checks_proposals: bool, blocks: usize, sequences: usize, name: &str) -> (Engine, Arc<Seen>) {
     let seen = Arc::<Seen>::default();
-    let backend = Fake {
-        checks_proposals,
-        pause: Duration::from_micros(300),
-        logits: repeating,
-        ..Fake::new(blocks, seen.clone())
-    };
+    let backend = Fake { checks_proposals, logits: repeating, ..Fake::new(blocks, seen.clone()) };
     (Engine::start(backend, limits(20, sequences), name).unwrap(), seen)
 }
 
@@ -211,7 +206,7 @@ async fn dictated(checks_proposals: bool, says: bool, name: &str) -> (u64, Vec<W
         })
         .collect();
     let seen = Arc::<Seen>::default();
-    let backend = Fake { checks_proposals, pause: Duration::from_micros(300), ..Fake::new(64, seen.clone()) };
+    let backend = Fake { checks_proposals, ..Fake::new(64, seen.clone()) };
     let engine = Engine::start(backend, limits(20, 4), name).unwrap();
     let found = answers(&engine, &requests, 1).await;
     until(&engine, "everything is free", |load| load == IDLE).await;
@@ -249,12 +244,10 @@ async fn a_dropped_receiver_frees_the_blocks_of_proposed_tokens() {
 /// Rows that cost as much as steps: proposals cannot pay, and after a few tries none is computed any more.
 #[tokio::test]
 async fn nothing_is_proposed_where_a_row_costs_a_step() {
-    fn slow(prefix: &[(usize, u32)]) -> Vec<f32> {
-        thread::sleep(Duration::from_micros(400));
-        repeating(prefix)
-    }
     let seen = Arc::<Seen>::default();
-    let backend = Fake { checks_proposals: true, logits: slow, ..Fake::new(64, seen.clone()) };
+    let (step_time, row_time) = (Duration::ZERO, Duration::from_micros(400));
+    let backend =
+        Fake { checks_proposals: true, logits: repeating, step_time, row_time, ..Fake::new(64, seen.clone()) };
     let engine = Engine::start(backend, limits(20, 4), "slow").unwrap();
     let mut tokens = 0;
     for first in 0..10 {
