@@ -118,6 +118,11 @@ impl ApiServer {
 
     /// Writes a kubeconfig for the address of this server, or of a proxy, with the administrator's rights.
     pub fn kubeconfig_at(&self, file: &str, server: &str) -> Result<PathBuf> {
+        self.kubeconfig_of(file, server, TOKEN)
+    }
+
+    /// Writes a kubeconfig for the address of this server, or of a proxy, with the rights of whom a token names.
+    pub fn kubeconfig_of(&self, file: &str, server: &str, token: &str) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("{file}.json"));
         let mut cluster = serde_json::json!({"server": server});
         if server.starts_with("https:") {
@@ -127,7 +132,7 @@ impl ApiServer {
         let kubeconfig = serde_json::json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "test", "user": {"token": TOKEN}}],
+            "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
         std::fs::write(&path, kubeconfig.to_string())?;

@@ -42,9 +42,9 @@ const FLAGS: [&str; 8] = [
 /// Kinds of the Prometheus operator, whose CRDs are not here: any content.
 const MONITORING: [(&str, &str); 3] =
     [("PodMonitor", "podmonitors"), ("ServiceMonitor", "servicemonitors"), ("PrometheusRule", "prometheusrules")];
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn applied() -> PatchParams {
+pub fn applied() -> PatchParams {
     PatchParams::apply("athanor-chart-test").force()
 }
 
@@ -72,7 +72,7 @@ async fn monitoring_kinds(client: &Client) -> Result<()> {
 }
 
 /// A namespace under the restricted level, with a quota that every container has to fit.
-async fn namespace(client: &Client, name: &str) -> Result<()> {
+pub async fn namespace(client: &Client, name: &str) -> Result<()> {
     let levels = json!({"pod-security.kubernetes.io/enforce": "restricted", "kubernetes.io/metadata.name": name});
     let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": levels}});
     Api::<Namespace>::all(client.clone()).patch(name, &applied(), &Patch::Apply(object)).await?;
@@ -90,7 +90,7 @@ async fn namespace(client: &Client, name: &str) -> Result<()> {
 }
 
 /// The chart's objects under these settings.
-fn render(namespace: &str, settings: &[String]) -> Result<Vec<DynamicObject>> {
+pub fn render(namespace: &str, settings: &[String]) -> Result<Vec<DynamicObject>> {
     let helm = paths::tool("helm", "helm").context("cluster/tools --only helm")?;
     let chart = paths::checkout().join("helm/athanor");
     let output = Command::new(helm)
@@ -180,13 +180,8 @@ async fn the_chart_is_accepted_under_every_flag() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
-async fn children_fit_a_restricted_namespace_with_a_quota() -> Result<()> {
-    let server = ApiServer::start().await?;
-    let client = &server.client;
-    namespace(client, "team").await?;
-    let _operator = Operator::start(&server, "operator", &server.kubeconfig()?, &["--namespace-watch=team"])?;
+/// A job `first`, a deployment `reviews` with feedback and a monitor, and `foreign` with another server.
+pub async fn create_samples(client: &Client, namespace: &str) -> Result<()> {
     let pod = json!({"resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}});
     let job = json!({
         "apiVersion": "athanor.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "first"},
@@ -210,9 +205,20 @@ async fn children_fit_a_restricted_namespace_with_a_quota() -> Result<()> {
     for object in [job, deployment, foreign] {
         let object: DynamicObject = serde_json::from_value(object)?;
         let kind = GroupVersionKind::try_from(object.types.as_ref().context("a kind")?)?;
-        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), "team", &ApiResource::from_gvk(&kind));
+        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &ApiResource::from_gvk(&kind));
         api.patch(&object.name_any(), &applied(), &Patch::Apply(&object)).await?;
     }
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs etcd and kube-apiserver: make test-apiserver"]
+async fn children_fit_a_restricted_namespace_with_a_quota() -> Result<()> {
+    let server = ApiServer::start().await?;
+    let client = &server.client;
+    namespace(client, "team").await?;
+    let _operator = Operator::start(&server, "operator", &server.kubeconfig()?, &["--namespace-watch=team"])?;
+    create_samples(client, "team").await?;
     // Servers and routers of both deployments, and the monitor.
     let (deployments, jobs): (Api<Deployment>, Api<Job>) =
         (Api::namespaced(client.clone(), "team"), Api::namespaced(client.clone(), "team"));

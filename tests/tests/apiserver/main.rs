@@ -7,3 +7,4 @@ mod generated;
 mod operator;
 mod reconcile_faults;
 mod requests;
+mod rights;
