@@ -254,7 +254,7 @@ pub struct RetrainSpec {
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub minimum_samples: u64,
     /// Seconds between the end of a retraining and the start of the next one. They double with each retraining in a row
-    /// that led to no model, up to 30 days.
+    /// that led to no other model, up to 30 days.
     #[serde(default = "default_cooldown")]
     #[schemars(range(min = 0, max = 31_536_000))]
     pub cooldown_seconds: u32,
@@ -350,7 +350,7 @@ pub struct ModelDeploymentStatus {
     /// Retraining that waits for an approval. It does not change with later events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retraining_proposal: Option<RetrainingProposal>,
-    /// Number of retrainings since the last one that led to a model; each doubles the cooldown.
+    /// Number of retrainings since the last one that led to another model; each doubles the cooldown.
     #[serde(default, skip_serializing_if = "crate::is_default")]
     pub fruitless_retrainings: u32,
     /// Offset ranges that retrainings with a model have used. The next retraining begins where they do, so that it does not

@@ -87,8 +87,9 @@ pub struct Known<'a> {
 }
 
 /// Checks that no drift was answered by two retrainings. A second one for a drift would have the drifted model of the
-/// first as its baseline, although the first led to a model that was served; or it would begin before the first was over
-/// and the cooldown had passed; or the revision that it is said to correct would have no labels of its own that justify it.
+/// first as its baseline, although the first led to another model that was served; or the same events; or it would begin
+/// before the first was over and the cooldown had passed, which doubles with each that led to no other model; or the
+/// revision that it is said to correct would have no labels of its own that justify it.
 ///
 /// # Errors
 /// The first rule that a retraining breaks.
@@ -107,23 +108,34 @@ pub fn check_retrainings(retrainings: &[Retraining], known: &Known<'_>) -> Resul
     }
     let mut by_time: Vec<&Retraining> = retrainings.iter().collect();
     by_time.sort_by_key(|retraining| (retraining.created, retraining.completed));
+    // Whether a retraining led to another model than the one that had drifted.
+    let changed = |one: &Retraining| match &one.outcome {
+        Outcome::Succeeded(revision) => revisions.get(one.baseline.as_str()) != Some(&revision.as_str()),
+        _ => false,
+    };
+    let mut cooldown = known.cooldown;
     for (index, retraining) in by_time.iter().enumerate() {
         let Retraining { name, baseline, ranges, .. } = *retraining;
         if let Some(before) = index.checked_sub(1).map(|before| by_time[before]) {
             let Some(completed) = before.completed else { bail!("{name} began while {} ran", before.name) };
             // Both times are whole seconds.
             let pause = retraining.created.as_second() - completed.as_second() + 1;
+            cooldown = if changed(before) { known.cooldown } else { cooldown * 2 };
             ensure!(
-                pause >= known.cooldown.as_secs() as i64,
+                pause >= cooldown.as_secs() as i64,
                 "{name} began {pause} s after the end of {}, in its cooldown",
                 before.name
             );
         }
-        let served = |before: &&&Retraining| match &before.outcome {
-            Outcome::Succeeded(revision) => !known.rolled_back.contains(revision),
-            _ => false,
+        let succeeded = by_time[..index].iter().filter(|before| matches!(before.outcome, Outcome::Succeeded(_)));
+        if let Some(same) = succeeded.clone().find(|before| before.baseline == *baseline && before.ranges == *ranges) {
+            bail!("{name} and {} have the same events", same.name);
+        }
+        let is_served = |before: &&&Retraining| {
+            let is_rolled_back = |revision| known.rolled_back.contains(revision);
+            changed(before) && !matches!(&before.outcome, Outcome::Succeeded(revision) if is_rolled_back(revision))
         };
-        let earlier: Vec<&&Retraining> = by_time[..index].iter().filter(served).collect();
+        let earlier: Vec<&&Retraining> = by_time[..index].iter().filter(is_served).collect();
         if let Some(same) = earlier.iter().find(|before| before.baseline == *baseline) {
             bail!("{name} and {} answer one drift: that of {baseline}", same.name);
         }
@@ -296,7 +308,17 @@ mod tests {
         let again = retraining("two", 200, "s3://first", "22222222", 20);
         let failed = Retraining { outcome: Outcome::Failed, artifact: None, ..sound()[0].clone() };
         check(&[failed, again.clone()], 2, &[]).unwrap();
+        let again = retraining("two", 200, "s3://first", "22222222", 30);
         check(&[sound()[0].clone(), again], 2, &["m-11111111".into()]).unwrap();
+        // So it is if the first retraining changed nothing. The cooldown doubles.
+        let nothing = retraining("one", 100, "s3://first", "00000000", 20);
+        let again = |second| retraining("two", second, "s3://first", "22222222", 30);
+        check(&[nothing.clone(), again(200)], 2, &[]).unwrap();
+        let early = check(&[nothing.clone(), again(180)], 2, &[]).unwrap_err().to_string();
+        assert!(early.contains("in its cooldown"), "{early}");
+        let same = Retraining { ranges: nothing.ranges.clone(), ..again(200) };
+        let same = check(&[nothing, same], 2, &[]).unwrap_err().to_string();
+        assert!(same.contains("two and one have the same events"), "{same}");
     }
 
     #[test]
@@ -305,7 +327,7 @@ mod tests {
         let at_once = broken(|all| all[1] = second(101, 20));
         assert!(at_once.contains("in its cooldown"), "{at_once}");
         let later = broken(|all| all[1] = second(200, 20));
-        assert!(later.contains("twice and one answer one drift"), "{later}");
+        assert!(later.contains("twice and one have the same events"), "{later}");
         // With more events of its own it is one all the same.
         let with_more = broken(|all| all[1] = second(200, 60));
         assert!(with_more.contains("twice and one answer one drift"), "{with_more}");

@@ -715,26 +715,35 @@ fn a_proposal_stays_the_same_until_it_is_approved_or_replaced() {
 }
 
 #[test]
-fn retrainings_without_a_model_double_the_cooldown() {
-    let mut subject = drifted();
-    subject.deployment.spec.retrain.as_mut().unwrap().cooldown_seconds = 100;
-    let mut now = 1_000;
-    for cooldown in [200, 400, 800] {
-        let decided = decision(&subject, now);
-        let name = decided.retraining.create.clone().unwrap().name;
-        subject.deployment.status = Some(status::next(&subject, &decided, Ok(&Applied::assumed()), at(now)));
-        subject.retrainings = vec![job(&name, Some(("False", "GateFailed")), now, "")];
-        let over = decision(&subject, now + 1);
-        subject.deployment.status = Some(status::next(&subject, &over, Ok(&Applied::assumed()), at(now + 1)));
-        // New events, so that there is something to train on.
-        monitor(&mut subject).ranges[0].end += 10;
-        let reason = |subject: &Observed, now| decision(subject, now).retraining.condition.unwrap().reason;
-        assert_eq!(reason(&subject, now + cooldown - 1), "Cooldown");
-        assert_eq!(reason(&subject, now + cooldown), "Training");
-        now += cooldown;
+fn retrainings_without_another_model_double_the_cooldown() {
+    for (outcome, digest) in [(("False", "GateFailed"), ""), (("True", "Succeeded"), "cccccccc")] {
+        let mut subject = drifted();
+        subject.deployment.spec.retrain.as_mut().unwrap().cooldown_seconds = 100;
+        monitor(&mut subject).revision = "m-cccccccc".into();
+        subject.revisions = [("m-cccccccc".to_owned(), workload(1))].into();
+        let current = subject.deployment.status.as_mut().unwrap().current_revision.as_mut().unwrap();
+        (current.name, current.model_digest) = ("m-cccccccc".into(), Some("cccccccc".into()));
+        (current.job, current.completed_at) = (Some("m-1".into()), Some(Time(at(0))));
+        let mut now = 1_000;
+        for cooldown in [200, 400, 800] {
+            let decided = decision(&subject, now);
+            let name = decided.retraining.create.clone().unwrap().name;
+            subject.deployment.status = Some(status::next(&subject, &decided, Ok(&Applied::assumed()), at(now)));
+            subject.retrainings = vec![job(&name, Some(outcome), now, digest)];
+            let over = decision(&subject, now + 1);
+            let message = &over.retraining.last.as_ref().unwrap().message;
+            assert_eq!(message.contains("is the one that is served"), outcome.0 == "True", "{message}");
+            subject.deployment.status = Some(status::next(&subject, &over, Ok(&Applied::assumed()), at(now + 1)));
+            // New events, so that there is something to train on.
+            monitor(&mut subject).ranges[0].end += 10;
+            let reason = |subject: &Observed, now| decision(subject, now).retraining.condition.unwrap().reason;
+            assert_eq!(reason(&subject, now + cooldown - 1), "Cooldown");
+            assert_eq!(reason(&subject, now + cooldown), "Training");
+            now += cooldown;
+        }
+        let status = subject.deployment.status.as_ref().unwrap();
+        assert_eq!(status.fruitless_retrainings, 3);
     }
-    let status = subject.deployment.status.as_ref().unwrap();
-    assert_eq!(status.fruitless_retrainings, 3);
 }
 
 #[test]

@@ -48,8 +48,11 @@ const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(500);
 const MINIMUM_SAMPLES: u64 = 60;
 const COOLDOWN: Duration = Duration::from_secs(20);
-/// Texts of the traffic. Few, so that they repeat: an event that is counted twice would be seen.
+/// Texts of the traffic at a time. Few, so that they repeat: an event that is counted twice would be seen.
 const TEXTS: usize = 40;
+/// Requests of a client after which one text takes the place of another: later retrainings have other rows, and lead to
+/// other models.
+const TURN: usize = 10;
 const MANAGED: &str = "app.kubernetes.io/managed-by=athanor";
 
 fn number(variable: &str, default: u64) -> Result<u64> {
@@ -148,7 +151,7 @@ async fn ask_and_disagree(
         if stop.is_cancelled() {
             return;
         }
-        let (text, begun) = (&texts[number % texts.len()], Instant::now());
+        let (text, begun) = (&texts[(number % TEXTS + number / TURN) % texts.len()], Instant::now());
         let answer = persistently(|| {
             let (client, text) = (client.clone(), text.text.clone());
             async move { client.classify(&text, None).await }
@@ -210,8 +213,7 @@ async fn whatever_is_killed_nothing_is_lost_or_done_twice() -> Result<()> {
     let client = Client::new(cluster.service(NAMESPACE, NAME).await?)?;
     wait("the router answers", MINUTES, async || Ok(client.classify("first", None).await.is_ok().then_some(())))
         .await?;
-    let mut texts = sentiment::texts(&HOME, Part::Traffic)?;
-    texts.truncate(TEXTS);
+    let texts = sentiment::texts(&HOME, Part::Traffic)?;
     let (texts, seen, stop) = (Arc::new(texts), Arc::new(Mutex::new(Seen::default())), CancellationToken::new());
     let availability = Availability::watch(cluster.clone(), NAMESPACE, NAME)?;
     let runs = Runs::watch(&cluster, NAMESPACE);

@@ -25,9 +25,11 @@ use crate::{
 const MOST_RANGES: usize = 1024;
 /// Most characters of an outcome's message.
 const MOST_MESSAGE: usize = 1024;
+/// Message of a retraining that changed nothing.
+const SAME_MODEL: &str = "its model is the one that is served";
 /// Added to a wait for the cooldown, so that it has passed when the wait is over.
 const MARGIN: Duration = Duration::from_millis(100);
-/// Longest cooldown that retrainings without a better model lead to, unless the user's own is longer.
+/// Longest cooldown that retrainings without another model lead to, unless the user's own is longer.
 const LONGEST_COOLDOWN: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A FineTuneJob to create.
@@ -50,7 +52,7 @@ pub struct Retraining {
     pub last: Option<RetrainingOutcome>,
     /// The retraining that the user may approve.
     pub proposal: Option<RetrainingProposal>,
-    /// Retrainings in a row that led to no model.
+    /// Retrainings in a row that led to no other model than the one that is served.
     pub fruitless: u32,
     /// Ranges of the retrainings that led to a model.
     pub used: Vec<OffsetRange>,
@@ -143,13 +145,13 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
     let (end, reason, message) = match job.map(|job| (job, target::outcome(job))) {
         Some((job, Some(outcome))) if outcome.is_over() => {
             let end = job.status.as_ref().and_then(|status| status.completion_time.clone());
-            if outcome.status == "True" {
-                next.fruitless = 0;
+            let has_model = outcome.status == "True";
+            if has_model {
                 next.used = together(&next.used, &running.ranges);
-            } else {
-                next.fruitless = next.fruitless.saturating_add(1);
             }
-            (end, outcome.reason, outcome.message)
+            let is_served = has_model && trained_what_is_served(job, inputs.current);
+            next.fruitless = if has_model && !is_served { 0 } else { next.fruitless.saturating_add(1) };
+            (end, outcome.reason, if is_served { SAME_MODEL } else { outcome.message })
         }
         Some(_) => {
             next.running = Some(running.clone());
@@ -164,6 +166,12 @@ fn follow(status: &ModelDeploymentStatus, inputs: &Inputs<'_>) -> Retraining {
         message: cut(message, MOST_MESSAGE),
     });
     next
+}
+
+/// Returns whether the model that a job has trained was served before.
+fn trained_what_is_served(job: &FineTuneJob, current: Option<&RevisionStatus>) -> bool {
+    let served = current.filter(|current| current.job != Some(job.name_any())).and_then(|it| it.model_digest.as_ref());
+    served.is_some() && served == target::passed(job).map(|summary| &summary.model_digest)
 }
 
 fn adopt(job: &FineTuneJob, now: Timestamp) -> RetrainingStatus {
@@ -200,7 +208,7 @@ struct Hold {
     proposal: Option<Box<RetrainingProposal>>,
 }
 
-/// Returns the time between the end of a retraining and the next one: it doubles with each one that led to no model.
+/// Returns the time between the end of a retraining and the next one: it doubles with each one that led to no other model.
 fn cooldown(spec: &RetrainSpec, fruitless: u32) -> Duration {
     let own = Duration::from_secs(spec.cooldown_seconds.into());
     own.saturating_mul(1 << fruitless.min(24)).min(LONGEST_COOLDOWN.max(own))
@@ -252,7 +260,7 @@ fn propose(
         if !left.is_zero() {
             let doubled = match followed.fruitless {
                 0 => String::new(),
-                count => format!(", doubled for each of the last {count} retrainings without a model"),
+                count => format!(", doubled for each of the last {count} retrainings without another model"),
             };
             let message = format!("{} s of cooldownSeconds are left{doubled}{ended}", left.as_secs() + 1);
             return Err(Hold { wait: Some(left + MARGIN), ..hold("Cooldown", message) });
