@@ -99,13 +99,18 @@ def running(name, command, base, ops, grpc, log=None):
 
 
 @contextlib.contextmanager
-def server(folder, name, uri, log=None, revision=None, **more):
-    """athanor-server of a model. `folder`: for its configuration; `more`: further fields of serve.json."""
+def server(folder, name, uri, log=None, revision=None, processors=None, **more):
+    """athanor-server of a model.
+
+    `folder`: for its configuration; `processors`: numbers of those that it runs on, absent: all; `more`: further fields of serve.json.
+    """
     http, grpc = free_port(), free_port()
     config = pathlib.Path(folder) / f"{revision or name}.json"
     serve = {"modelName": name, "revision": revision or f"{name}-1", "modelUri": uri, "httpPort": http, "grpcPort": grpc, **more}
     config.write_text(json.dumps(serve))
     command = [TARGET / "athanor-server", "--address", "127.0.0.1", "--config", config]
+    if processors:
+        command = ["taskset", "--cpu-list", ",".join(map(str, processors)), *command]
     base = f"http://127.0.0.1:{http}"
     with running(revision or name, command, base, base, f"127.0.0.1:{grpc}", log) as process:
         yield process

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -149,13 +150,20 @@ async def soak(router, servers, file, seconds, seed):
 
 @contextlib.contextmanager
 def deployment(work, limits):
-    """A router before a server of each revision, with equal weights. Yields the router, the servers and the file of the weights."""
+    """A router before a server of each revision, with equal weights. Yields the router, the servers and the file of the weights.
+
+    Servers have processors of their own, as pods with a static CPU policy: threads of a model wait for each other, so servers that share
+    processors slow each other down by more than their share.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    each = max(len(processors) // len(REVISIONS), 1)
     engine = {"weights": "Int4", "maxModelLength": 1024, "kvCacheMemory": CACHE}
     with contextlib.ExitStack() as stack:
         servers = {}
-        for revision in REVISIONS:
+        for index, revision in enumerate(REVISIONS):
             servers[revision] = stack.enter_context(local.server(
                 work, "soak", f"file://{local.MODELS}/{MODEL}", work / f"{revision}.log", revision,
+                processors=processors[index * each:][:each],
                 engine=engine, limits={"maxBatchInputs": BATCH} | limits,
             ))
         weights = dict.fromkeys(REVISIONS, 100 // len(REVISIONS))
