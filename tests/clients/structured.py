@@ -31,13 +31,13 @@ import schemas
 TOGETHER = 16
 # Answers at their limit that count as none of the outcomes above, in parts of all.
 MOST_CUT = 0.05
-FIRST_LIMIT, SECOND_LIMIT, BIAS = 256, 512, 8
+FIRST_LIMIT, SECOND_LIMIT, BIAS = 256, 1024, 8
 # Longest duration of an answer in seconds, enough for a machine that does other work as well.
 LONGEST = 1200
 CLOSING = ['"', '",', '"}', '"]', "}", "]", "}}", "]}", "0", "null"]
 LIMITS = {
     "too large": r"\d+ bytes; at most \d+", "too slow": r"not compiled within", "unsatisfiable": r"[Uu]nsatisfiable",
-    "a regular expression": r"regex parse error",
+    "a regular expression": r"regex parse error", "too deep": r"stack level exceeded", "circular": r"circular references .* are not supported",
 }
 
 
