@@ -71,7 +71,7 @@ def guidellm(base, model, rate, seconds, seed, work):
         for number in range(count):
             print(json.dumps({"prompt": prompt(2_000_000 + 10_000 * seed + number, WORDS), "output_tokens_count": TOKENS}), file=file)
     output.unlink(missing_ok=True)
-    backend = {"kind": "openai_http", "target": base, "model": model, "request_format": "/v1/completions"}
+    backend = {"kind": "openai_http", "target": base, "model": model, "request_format": "/v1/completions", "validate_backend": False}
     settings = {
         "backend": backend, "profile": {"kind": "poisson", "rate": rate}, "constraint": {"kind": "max_duration", "seconds": seconds},
         "data": {"kind": "json_file", "path": str(rows)}, "output": {"kind": "json", "path": str(output)},
