@@ -23,21 +23,31 @@ use crate::operator::Operator;
 /// Requests of the API server by verb and resource, of all clients.
 type Requests = BTreeMap<(String, String), u64>;
 
-/// Reads `apiserver_request_total`.
-async fn requests(client: &Client) -> Result<Requests> {
+/// Samples of `apiserver_request_total`: the line up to its number, and the number.
+pub async fn samples(client: &Client) -> Result<Vec<(String, u64)>> {
     let request = http::Request::get("/metrics").body(Vec::new())?;
     let text = client.request_text(request).await?;
+    let lines = text.lines().filter(|line| line.starts_with("apiserver_request_total{"));
+    let sample = |line: &str| {
+        let (labels, count) = line.rsplit_once(' ').context("a sample without a value")?;
+        Ok((labels.to_owned(), count.parse::<f64>()? as u64))
+    };
+    let samples = lines.map(sample).collect::<Result<Vec<_>>>()?;
+    ensure!(!samples.is_empty(), "the API server reports no apiserver_request_total");
+    Ok(samples)
+}
+
+/// Counts requests by verb and resource.
+async fn requests(client: &Client) -> Result<Requests> {
     let mut requests = Requests::new();
-    for line in text.lines().filter(|line| line.starts_with("apiserver_request_total{")) {
+    for (labels, count) in samples(client).await? {
         let label = |name: &str| {
-            let value = line.split_once(&format!("{name}=\""))?.1;
+            let value = labels.split_once(&format!("{name}=\""))?.1;
             Some(value.split_once('"')?.0.to_owned())
         };
         let (Some(verb), Some(resource)) = (label("verb"), label("resource")) else { continue };
-        let count: f64 = line.rsplit_once(' ').context("a sample without a value")?.1.parse()?;
-        *requests.entry((verb, resource)).or_default() += count as u64;
+        *requests.entry((verb, resource)).or_default() += count;
     }
-    ensure!(!requests.is_empty(), "the API server reports no apiserver_request_total");
     Ok(requests)
 }
 

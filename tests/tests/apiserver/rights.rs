@@ -1,14 +1,11 @@
 //! The operator under the rights that the chart grants it, with `operator.watchNamespace` and without: they suffice, and
 //! with `watchNamespace` they end at that namespace.
 
-use std::{
-    fmt::Debug,
-    time::{Duration, Instant},
-};
+use std::fmt::Debug;
 
 use anyhow::{Context, Result, ensure};
 use athanor_crds::FineTuneJob;
-use athanor_tests::apiserver::ApiServer;
+use athanor_tests::{apiserver::ApiServer, cluster::wait};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -33,6 +30,7 @@ use serde_json::json;
 use crate::{
     chart::{PATIENCE, applied, create_samples, namespace, render},
     operator::Operator,
+    requests::samples,
 };
 
 /// Where the chart is installed.
@@ -76,12 +74,8 @@ async fn grant(client: &Client, settings: &[&str]) -> Result<Installed> {
 
 /// Number of requests that the API server has forbidden.
 async fn forbidden(client: &Client) -> Result<u64> {
-    let text = client.request_text(http::Request::get("/metrics").body(Vec::new())?).await?;
-    let lines =
-        text.lines().filter(|line| line.starts_with("apiserver_request_total{") && line.contains(r#"code="403""#));
-    let counts =
-        lines.map(|line| Ok(line.rsplit_once(' ').context("a sample without a value")?.1.parse::<f64>()? as u64));
-    counts.sum()
+    let samples = samples(client).await?;
+    Ok(samples.iter().filter(|(labels, _)| labels.contains(r#"code="403""#)).map(|(_, count)| count).sum())
 }
 
 async fn names<K>(client: &Client, of: &str) -> Result<Vec<String>>
@@ -97,15 +91,7 @@ async fn until<K>(client: &Client, of: &str, what: &str, reached: impl Fn(&[Stri
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
 {
-    let begun = Instant::now();
-    loop {
-        let found = names::<K>(client, of).await?;
-        if reached(&found) {
-            return Ok(());
-        }
-        ensure!(begun.elapsed() < PATIENCE, "still not: {what}; {} {found:?}", K::kind(&()));
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    wait(what, PATIENCE, async || Ok(reached(&names::<K>(client, of).await?).then_some(()))).await
 }
 
 /// Every kind of object that the operator makes, a change, a deletion, and a status, in a namespace with samples.
