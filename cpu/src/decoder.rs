@@ -3,7 +3,7 @@
 use std::{ffi::c_void, ptr};
 
 use crate::{
-    Error, InstructionSet, Matrix,
+    Error, Format, InstructionSet, Matrix,
     adapter::{Adapter, AdapterLayer, Sizes},
     ffi::{self, Tile},
 };
@@ -101,10 +101,11 @@ impl Decoder {
         2 * layers * key_value_heads * BLOCK * (head_dim + head_dim.next_multiple_of(16))
     }
 
-    /// `embeddings`: [V, C]. `head`: [V, C]; absent where it is the table of embeddings.
+    /// `embeddings`: [V, C]. `head`: [V, C]; absent where it is the table of embeddings. Either all matrices have whole numbers,
+    /// eight or four bits, or all have BF16 or all FP32. Keys and values are BF16 with each of them.
     ///
     /// # Errors
-    /// The sizes do not fit together, there is no memory, or the machine lacks `instruction_set`.
+    /// The sizes or formats do not fit together, there is no memory, or the machine lacks `instruction_set`.
     pub fn new(
         instruction_set: InstructionSet,
         config: Config,
@@ -254,7 +255,12 @@ impl Drop for Decoder {
     }
 }
 
-/// Whether all sizes fit together: the kernels rely on it.
+/// BF16 or FP32, which a matrix has in all its tiles. Absent: whole numbers.
+fn float_format(matrix: &Matrix) -> Option<Format> {
+    (matrix.outputs() > 0).then(|| matrix.format(0)).filter(|format| format.is_float())
+}
+
+/// Whether all sizes and formats fit together: the kernels rely on it.
 fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&Matrix>) -> Result<(), Error> {
     let expect = |what: &str, found: usize, wanted: usize| {
         if found == wanted { Ok(()) } else { Err(Error::Invalid(format!("{what}: {found} instead of {wanted}"))) }
@@ -262,10 +268,12 @@ fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&M
     let matrix = |what: &str, matrix: &Matrix, outputs: usize, inputs: usize| {
         expect(&format!("outputs of {what}"), matrix.outputs(), outputs)?;
         expect(&format!("inputs of {what}"), matrix.inputs(), inputs)?;
-        match outputs == 0 || !matrix.format(0).is_float() {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!("{what}: {:?}; a decoder has eight or four bits", matrix.format(0)))),
+        let (found, wanted) = (float_format(matrix), float_format(embeddings));
+        if found == wanted {
+            return Ok(());
         }
+        let name = |format: Option<Format>| format.map_or("whole numbers".into(), |format| format!("{format:?}"));
+        Err(Error::Invalid(format!("{what}: {} next to embeddings of {}", name(found), name(wanted))))
     };
     let Config { hidden, intermediate, heads, key_value_heads, head_dim, vocabulary, .. } = *config;
     for (what, value) in
@@ -298,3 +306,7 @@ fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&M
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "decoder_tests.rs"]
+mod tests;

@@ -26,9 +26,9 @@ pub enum Format {
     Int8,
     /// `scale * q + minimum`, q from 0 to 15: 5 bits a weight.
     Int4,
-    /// Rounded to the nearest: 16 bits a weight. For encoders.
+    /// Rounded to the nearest: 16 bits a weight.
     BF16,
-    /// As they are: 32 bits a weight. For encoders.
+    /// As they are: 32 bits a weight.
     FP32,
 }
 

@@ -36,8 +36,8 @@ pub struct BuiltinEngine {
         regex(pattern = r"^([1-9][0-9]{0,14}|[1-9][0-9]{0,8}(Ki|Mi|k|M)|[1-9][0-9]{0,5}(Gi|Ti|G|T))$")
     )]
     pub kv_cache_memory: Option<String>,
-    /// Whether a step checks several tokens that may come next in an answer, of models that are computed by packed weights
-    /// (Int8, Int4) on a CPU. No text depends on it.
+    /// Whether a step checks several tokens that may come next in an answer, of models of Llama's kind on a CPU with other weights
+    /// than FP32. No text depends on it.
     pub speculation: Speculation,
     /// Format of the weights in memory.
     pub weights: Weights,

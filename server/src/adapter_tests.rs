@@ -41,7 +41,8 @@ fn packed(family: &str, bits: Bits, set: InstructionSet, threads: usize) -> Pack
 
 fn instruction_sets() -> Vec<InstructionSet> {
     let best = InstructionSet::best().expect("the tests need AVX2");
-    [InstructionSet::Avx2, InstructionSet::Avx512].into_iter().filter(|set| *set <= best).collect()
+    let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
+    all.into_iter().filter(|set| *set <= best).collect()
 }
 
 /// An adapter of some modules of both layers, whose products are about half as large as the model's own.
@@ -173,11 +174,14 @@ fn packed_decoders_with_adapters_are_near_libtorch() {
             exact.load_adapter(AdapterId(0), weights.clone()).unwrap();
             let expected = logits(&mut exact, &tokens, Some(0), (64, 0));
             for set in instruction_sets() {
-                let mut backend = packed(family, Bits::Eight, set, 2);
-                backend.load_adapter(AdapterId(0), weights.clone()).unwrap();
-                let far = distance(&logits(&mut backend, &tokens, Some(0), (64, 0)), &expected);
-                let changed = distance(&own, &expected);
-                assert!(far < 0.2 && far < changed / 3.0, "{family} {set:?} rank {rank}: {far}, changed {changed}");
+                for (bits, tolerance) in [(Bits::Sixteen, 0.1), (Bits::Eight, 0.2)] {
+                    let mut backend = packed(family, bits, set, 2);
+                    backend.load_adapter(AdapterId(0), weights.clone()).unwrap();
+                    let far = distance(&logits(&mut backend, &tokens, Some(0), (64, 0)), &expected);
+                    let changed = distance(&own, &expected);
+                    let what = format!("{family} {bits:?} {set:?} rank {rank}");
+                    assert!(far < tolerance && far < changed / 3.0, "{what}: {far}, changed {changed}");
+                }
             }
         }
     }
@@ -187,10 +191,14 @@ fn packed_decoders_with_adapters_are_near_libtorch() {
 #[test]
 fn a_row_with_an_adapter_does_not_depend_on_its_batch() {
     let tokens = tokens(45);
-    for (set, bits, family) in instruction_sets()
-        .into_iter()
-        .flat_map(|set| [(set, Bits::Eight, "mistral"), (set, Bits::Four, "qwen2"), (set, Bits::Four, "qwen3")])
-    {
+    for (set, bits, family) in instruction_sets().into_iter().flat_map(|set| {
+        [
+            (set, Bits::Sixteen, "qwen2"),
+            (set, Bits::Eight, "mistral"),
+            (set, Bits::Four, "qwen2"),
+            (set, Bits::Four, "qwen3"),
+        ]
+    }) {
         let what = format!("{family} {bits:?} {set:?}");
         let weights = [random(family, &MODULES, 5, 1), random(family, &["self_attn.v_proj", "mlp.down_proj"], 20, 2)];
         let load = |threads| {

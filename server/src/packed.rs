@@ -1,4 +1,4 @@
-//! The engine's backend for language models on a CPU without libtorch: packed weights of eight or four bits.
+//! The engine's backend for language models on a CPU without libtorch: packed weights of sixteen, eight or four bits.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -35,7 +35,8 @@ impl PackedGenerator {
         let bits = match weights {
             Weights::Int4 => Bits::Four,
             Weights::Int8 => Bits::Eight,
-            Weights::Auto | Weights::FP32 | Weights::BF16 => return Ok(None),
+            Weights::Auto | Weights::BF16 => Bits::Sixteen,
+            Weights::FP32 => return Ok(None),
         };
         let Some(instruction_set) = InstructionSet::best() else { return Ok(None) };
         Ok(packed::is_packable(model)?.then_some((bits, instruction_set)))

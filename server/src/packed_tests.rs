@@ -60,7 +60,7 @@ fn packed_families_are_near_libtorch() {
         let expected = logits(&mut exact, &tokens, 64, 0);
         for set in instruction_sets() {
             // Random weights are spread widely, so rounding costs more than in trained models.
-            for (bits, tolerance) in [(Bits::Eight, 0.1), (Bits::Four, 0.5)] {
+            for (bits, tolerance) in [(Bits::Sixteen, 0.05), (Bits::Eight, 0.1), (Bits::Four, 0.5)] {
                 let found = logits(&mut packed(&folder(family), bits, set, 2), &tokens, 64, 0);
                 let far = distance(&found, &expected);
                 assert!(far < tolerance, "{family} {bits:?} {set:?}: {far}");
@@ -73,7 +73,7 @@ fn packed_families_are_near_libtorch() {
 #[test]
 fn a_result_does_not_depend_on_its_batch() {
     for set in instruction_sets() {
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [Bits::Sixteen, Bits::Eight, Bits::Four] {
             let mut backend = packed(&folder("qwen2"), bits, set, 2);
             let tokens = tokens(45, backend.limits().vocabulary);
             let alone = logits(&mut backend, &tokens, 64, 0);
@@ -96,7 +96,7 @@ fn a_result_does_not_depend_on_its_batch() {
 #[test]
 fn logits_of_proposed_tokens_are_those_of_single_steps() {
     for set in instruction_sets() {
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [Bits::Sixteen, Bits::Eight, Bits::Four] {
             let mut backend = packed(&folder("qwen2"), bits, set, 2);
             assert!(backend.checks_proposals());
             let tokens = tokens(45, backend.limits().vocabulary);
@@ -178,8 +178,10 @@ fn smollm2_answers_as_over_libtorch() {
     let tokens: Vec<u32> = (0..60).map(|index| 1000 + index * 97).collect();
     let expected = logits(&mut exact, &tokens, 64, 0);
     drop(exact);
-    let (bits, set) = PackedGenerator::bits(&path, Weights::Int4).unwrap().unwrap();
-    let mut backend = PackedGenerator::load(&path, &config, 1, 2, (bits, set)).unwrap();
-    let far = distance(&logits(&mut backend, &tokens, 64, 0), &expected);
-    assert!(far < 0.05, "{far}");
+    for (weights, tolerance) in [(Weights::Auto, 0.02), (Weights::Int4, 0.05)] {
+        let (bits, set) = PackedGenerator::bits(&path, weights).unwrap().unwrap();
+        let mut backend = PackedGenerator::load(&path, &config, 1, 2, (bits, set)).unwrap();
+        let far = distance(&logits(&mut backend, &tokens, 64, 0), &expected);
+        assert!(far < tolerance, "{weights:?}: {far}");
+    }
 }

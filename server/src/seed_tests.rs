@@ -1,5 +1,5 @@
 //! The same seed gives the same answer alone, in a batch of 16, after preemptions, and with and without a prefix from the cache.
-//! Packed weights of eight and four bits give it to the last bit, log-probabilities included. Over libtorch logits depend on the
+//! Packed weights give it to the last bit, log-probabilities included. Over libtorch logits depend on the
 //! batch a little: the tests show by how much, and that an answer computed alone does not change.
 
 use std::{
@@ -168,7 +168,7 @@ async fn packed_weights_give_the_same_answers_to_the_last_bit() {
     let _metrics = athanor_telemetry::metrics();
     let set = InstructionSet::best().expect("the tests need AVX2");
     for family in ["llama", "mistral", "qwen2", "qwen3"] {
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [Bits::Sixteen, Bits::Eight, Bits::Four] {
             let path = folder(family);
             let load = || PackedGenerator::load(&path, &config(Weights::Int8), BATCH, 2, (bits, set)).unwrap();
             compare(load, &format!("seeds-{family}-{bits:?}"), |found, expected| found == expected).await;

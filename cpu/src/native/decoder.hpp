@@ -44,9 +44,9 @@ class Decoder final : public athanor::Decoder, Machine {
     qkv_.of(n * (shape_.heads + 2 * shape_.key_value_heads) * d);
     context_.of(n * shape_.heads * d);
     inner_.of(n * shape_.intermediate);
-    hidden_ = &rounded_hidden_.of(std::max(prepared_rows(n), prepared_rows(static_cast<int64_t>(wanted_.size()))), c);
-    attended_ = &rounded_context_.of(prepared_rows(n), shape_.heads * d);
-    activated_ = &rounded_inner_.of(prepared_rows(n), shape_.intermediate);
+    hidden_ = &rounded_hidden_.of(std::max(prepared_rows(n), prepared_rows(static_cast<int64_t>(wanted_.size()))), c, format());
+    attended_ = &rounded_context_.of(prepared_rows(n), shape_.heads * d, format());
+    activated_ = &rounded_inner_.of(prepared_rows(n), shape_.intermediate, format());
     low_.of(prepared_rows(n) * rank_);
     scratch_.of(team_.threads() * scratch_size());
     scores_.of(team_.threads() * attention_scratch(cache_, capacity()));
@@ -64,6 +64,9 @@ class Decoder final : public athanor::Decoder, Machine {
   };
 
   using Part = LowRank AdapterLayer::*;
+
+  // All matrices have whole numbers, or all have one other format.
+  int32_t format() const { return head_.is_float() ? head_.tiles[0].format : kInt8; }
 
   static CacheShape cache_shape(const Shape& shape) {
     return CacheShape{shape.key_value_heads, shape.head_dim, (shape.head_dim + 15) / 16 * 16};
@@ -92,7 +95,7 @@ class Decoder final : public athanor::Decoder, Machine {
     const auto wanted = static_cast<int64_t>(wanted_.size());
     prepare(wanted, thread, [&](int64_t w, int64_t row) {
       rms_norm(x + wanted_[w] * c, norm_, c, shape_.eps, scratch);
-      round_row(scratch, c, *hidden_, row);
+      prepare_row(scratch, c, *hidden_, row);
     });
     const auto put_logits = [&](int64_t row, int64_t at, f32x16 y) { put(logits_ + row * shape_.vocabulary, at, shape_.vocabulary, y); };
     multiply(head_, *hidden_, wanted, put_logits, own(wanted, thread));
@@ -110,7 +113,7 @@ class Decoder final : public athanor::Decoder, Machine {
 
     // Rounds what a product reads of a token, `y`, and computes its products with A.
     const auto round = [&](const float* y, int64_t inputs, Rounded& to, int64_t t, int64_t row, Part part) {
-      round_row(y, inputs, to, row);
+      prepare_row(y, inputs, to, row);
       const LowRank* adapter = adapter_of(t, index, part);
       if (adapter != nullptr) low_products(*adapter, y, inputs, low_.get() + row * rank_);
     };
@@ -183,7 +186,7 @@ class Decoder final : public athanor::Decoder, Machine {
           up = adapt(layer, &AdapterLayer::gate_up, t, first, pair * 2 + 1, up);
           put(inner_.get() + t * inner, pair * kTile, inner, gate / (exponential(-gate) + 1.0f) * up);
         };
-        if (alike(m, pair * 2)) {
+        if (!m.is_float() && alike(m, pair * 2)) {
           tiles_of_rows<2, kRows<2>>(m, pair * 2, *hidden_, first, rows, [&](int64_t row, auto y) { write(row, y(0), y(1)); });
           continue;
         }
@@ -192,6 +195,16 @@ class Decoder final : public athanor::Decoder, Machine {
         f32x16 gates[kPart];
         for (int64_t begin_row = first; begin_row < first + rows; begin_row += kPart) {
           const int64_t count = std::min(kPart, first + rows - begin_row);
+          if (m.is_float()) {
+            float_tiles(m, pair * 2, 2, *hidden_, begin_row, count, [&](int64_t row, int64_t tile, f32x16 y) {
+              if (tile == pair * 2) {
+                gates[row - begin_row] = y;
+              } else {
+                write(row, gates[row - begin_row], y);
+              }
+            });
+            continue;
+          }
           tiles_of_rows<1, kRows<1>>(m, pair * 2, *hidden_, begin_row, count, [&](int64_t row, auto y) { gates[row - begin_row] = y(0); });
           tiles_of_rows<1, kRows<1>>(m, pair * 2 + 1, *hidden_, begin_row, count,
                                      [&](int64_t row, auto y) { write(row, gates[row - begin_row], y(0)); });

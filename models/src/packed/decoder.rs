@@ -17,6 +17,8 @@ use crate::{
 /// Bits of packed weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bits {
+    /// BF16 for every matrix.
+    Sixteen,
     /// Eight bits for every matrix.
     Eight,
     /// Four bits for the layers' matrices; embeddings and head have eight. A matrix that a GGUF file stores with more than
@@ -207,9 +209,10 @@ impl Packer<'_> {
         Ok(matrix)
     }
 
-    /// A matrix with a row for each token, always of eight bits: rounding it to four costs most.
+    /// A matrix with a row for each token. It has eight bits where the layers have four: rounding it to four costs most.
     fn table(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, LoadError> {
-        let mut matrix = Matrix::zeros(&[(outputs, Format::Int8)], inputs)?;
+        let format = if self.bits == Bits::Sixteen { Format::BF16 } else { Format::Int8 };
+        let mut matrix = Matrix::zeros(&[(outputs, format)], inputs)?;
         self.fill(&mut matrix, name, outputs, |row| row)?;
         Ok(matrix)
     }
@@ -238,6 +241,7 @@ impl Packer<'_> {
 
     fn format(&self, name: &str) -> Format {
         match (self.bits, self.source.block_bits(&self.stored(name))) {
+            (Bits::Sixteen, _) => Format::BF16,
             (Bits::Four, None | Some(4)) => Format::Int4,
             _ => Format::Int8,
         }
