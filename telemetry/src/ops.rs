@@ -1,4 +1,4 @@
-//! `/metrics`, `/healthz` and `/readyz`.
+//! `/metrics`, `/healthz`, `/readyz` and `/health`.
 
 use std::{
     sync::{Arc, OnceLock},
@@ -101,7 +101,8 @@ impl Readiness {
     }
 }
 
-/// `/metrics`, `/healthz` (the process answers) and `/readyz` (it can take work).
+/// `/metrics`, `/healthz` (the process answers) and `/readyz` (it can take work), which is `/health` as well: probes that were
+/// written for vLLM's or llama.cpp's server ask for that.
 pub fn ops_router(handle: MetricsHandle, ready: Readiness) -> Router {
     let metrics = get(async |State(handle): State<MetricsHandle>| {
         ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], handle.render())
@@ -112,7 +113,8 @@ pub fn ops_router(handle: MetricsHandle, ready: Readiness) -> Router {
             .into_response()
     })
     .with_state(ready);
-    Router::new().route("/metrics", metrics).route("/healthz", get("ok\n")).route("/readyz", readyz)
+    let router = Router::new().route("/metrics", metrics).route("/healthz", get("ok\n"));
+    router.route("/readyz", readyz.clone()).route("/health", readyz)
 }
 
 #[cfg(test)]
@@ -129,9 +131,12 @@ mod tests {
         let status = async |path: &str| {
             router.clone().oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap().status()
         };
-        assert_eq!(status("/readyz").await, StatusCode::SERVICE_UNAVAILABLE);
-        ready.set(true);
-        assert_eq!(status("/readyz").await, StatusCode::OK);
+        for path in ["/readyz", "/health"] {
+            ready.set(false);
+            assert_eq!(status(path).await, StatusCode::SERVICE_UNAVAILABLE);
+            ready.set(true);
+            assert_eq!(status(path).await, StatusCode::OK);
+        }
         assert_eq!(status("/healthz").await, StatusCode::OK);
         metrics::counter!("athanor_test_total").increment(2);
         metrics::histogram!("athanor_test_seconds").record(0.3);
