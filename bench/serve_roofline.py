@@ -14,7 +14,7 @@ from serve_processes import Sizes, ask, ours, prompt, theirs
 
 TOKENS, PROMPT, TURNS = 128, 512, 3
 # Bits of a weight with its scales (cpu/src/pack.rs).
-EIGHT, FOUR = 8.5, 5.0
+SIXTEEN, EIGHT, FOUR = 16.0, 8.5, 5.0
 FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 
 
@@ -65,8 +65,10 @@ class Shapes:
         return sum(int(tensor.n_bytes) for tensor in self.read)
 
     def bytes_packed(self, weights):
-        """Of our formats Int8 and Int4."""
+        """Of our formats Auto, which is BF16 here, Int8 and Int4."""
         def bits(tensor):
+            if weights == "Auto":
+                return SIXTEEN
             is_four = weights == "Int4" and tensor.name.startswith("blk.") and tensor.tensor_type.name in FOUR_BITS
             return FOUR if is_four else EIGHT
 
@@ -101,7 +103,7 @@ def run(model, files, options):
     print(f"\nmemory {read / 1e9:.1f} GB/s; products " + ", ".join(f"{kind} {value / 1e9:.0f} G/s" for kind, value in peak.items()))
     sizes = Sizes(1, PROMPT + 256)
     results = []
-    starts = {f"athanor {weights}": (ours, (model, weights, sizes), weights) for weights in ("Int8", "Int4")}
+    starts = {f"athanor {weights}": (ours, (model, weights, sizes), weights) for weights in ("Auto", "Int8", "Int4")}
     starts |= {f"llama.cpp {name}": (theirs, (file, "enabled", sizes), file) for name, file in files.of(model).items()}
     for name, (start, arguments, what) in starts.items():
         shapes = Shapes(what if start is theirs else model.gguf)
