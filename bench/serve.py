@@ -10,6 +10,7 @@ Parts, each in a file of its own:
   poisson     requests at random times: time to the first token and between tokens, also as guidellm measures them
   roofline    share of the memory's bandwidth at one stream, operations a second in long prompts
   speculation tokens a second with and without proposed tokens, of answers that repeat their prompt and of others
+  adapters    tokens a second without an adapter (LoRA), with one and with four at once, next to llama.cpp
   encoders    requests a second of MiniLM-L6
 Language models are SmolLM2-135M and Qwen2.5-Coder-0.5B. Prints tables and writes bench/results/serve.json, in which the entries of other
 parts and models stay. `make bench-serve` installs what it needs and runs it.
@@ -17,11 +18,11 @@ parts and models stay. `make bench-serve` installs what it needs and runs it.
 
 import argparse, json, pathlib, tempfile
 
-import serve_encoders, serve_peers, serve_perplexity, serve_poisson, serve_roofline, serve_speculation, serve_speed
+import serve_adapters, serve_encoders, serve_peers, serve_perplexity, serve_poisson, serve_roofline, serve_speculation, serve_speed
 from serve_processes import MODELS, Files, server
 
 PARTS = {"speed": serve_speed.run, "peers": serve_peers.run, "perplexity": serve_perplexity.run, "poisson": serve_poisson.run,
-         "roofline": serve_roofline.run, "speculation": serve_speculation.run}
+         "roofline": serve_roofline.run, "speculation": serve_speculation.run, "adapters": serve_adapters.run}
 RESULTS = pathlib.Path(__file__).parent / "results/serve.json"
 
 

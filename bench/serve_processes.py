@@ -126,18 +126,19 @@ def server(folder, **more):
 
 
 @contextlib.contextmanager
-def ours(model, weights, sizes, limits=None, **more):
+def ours(model, weights, sizes, limits=None, adapters=(), **more):
     """Our server with a language model in one format of weights: its address, its name of the model, its process.
-    `limits`: further ones of `serve.json`; `more`: of `engine`."""
+    `limits`: further ones of `serve.json`; `adapters`: its entry; `more`: of `engine`."""
     engine = {"weights": weights, "maxModelLength": sizes.context, "kvCacheMemory": 4 << 30, **more}
     limits = {"maxBatchInputs": sizes.streams, "queueInputs": 4 * sizes.streams, **(limits or {})}
-    with server(model.path, engine=engine, limits=limits) as (port, process):
+    with server(model.path, engine=engine, limits=limits, adapters=list(adapters)) as (port, process):
         yield f"http://127.0.0.1:{port}", "bench", process
 
 
 @contextlib.contextmanager
-def theirs(file, flash, sizes, threads=None):
-    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"; `threads`: by default one a core."""
+def theirs(file, flash, sizes, threads=None, adapters=()):
+    """llama.cpp's server in a process of its own. `flash`: flash attention, "enabled" or "disabled"; `threads`: by default one a core;
+    `adapters`: GGUF files."""
     program = (
         "import sys, xllamacpp as xlc\n"
         "params = xlc.CommonParams()\n"
@@ -145,6 +146,7 @@ def theirs(file, flash, sizes, threads=None):
         f"params.n_parallel = {sizes.streams}\nparams.n_ctx = {sizes.streams * sizes.context}\n"
         f"params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {threads or len(os.sched_getaffinity(0))}\n"
         f"params.flash_attn_type = xlc.llama_flash_attn_type.{FLASH[flash]}\n"
+        f"params.lora_adapters = [xlc.CommonAdapterLoraInfo(path, 0.0) for path in {[str(file) for file in adapters]!r}]\n"
         "server = xlc.Server(params)\n"
         "print(server.listening_address, flush=True)\n"
         # Ends with this program, whatever ends it.
@@ -176,10 +178,11 @@ def prompt(number, words):
     return f"{number} " + " ".join(WORDS[(number + place) % len(WORDS)] for place in range(words))
 
 
-def ask(base, model, number, words, tokens):
-    """Tokens of the prompt and of the answer."""
+def ask(base, model, number, words, tokens, **more):
+    """Tokens of the prompt and of the answer. `more`: fields of the request."""
     body = {
         "model": model, "prompt": prompt(number, words), "max_tokens": tokens, "temperature": 1.0, "seed": number, "stop": ["\x00"],
+        **more,
     }
     answer = requests.post(f"{base}/v1/completions", json=body, timeout=600)
     answer.raise_for_status()
