@@ -186,6 +186,7 @@ pub(crate) struct Text {
 unsafe extern "C" {
     fn athanor_cpu_instruction_set() -> i32;
     fn athanor_cpu_advise(data: *mut u8, bytes: usize);
+    fn athanor_cpu_release_free_memory();
     pub(crate) fn athanor_cpu_decoder(
         instruction_set: i32,
         shape: *const Shape,
@@ -207,6 +208,13 @@ unsafe extern "C" {
     ) -> *mut c_void;
     pub(crate) fn athanor_cpu_encode(encoder: *mut c_void, texts: *const Text, count: i64, outputs: *mut f32) -> i32;
     pub(crate) fn athanor_cpu_encoder_free(encoder: *mut c_void);
+}
+
+/// Gives memory that the process has freed back to the system. The C library keeps it otherwise: what was used to read and pack weights
+/// would count as the process's own for as long as it runs. Takes some milliseconds.
+pub fn release_free_memory() {
+    // SAFETY: malloc_trim frees nothing that is in use, and may be called from any thread.
+    unsafe { athanor_cpu_release_free_memory() }
 }
 
 /// Asks for huge pages; a kernel without them ignores it.

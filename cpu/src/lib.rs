@@ -1,6 +1,5 @@
-//! Decoders of the llama family and encoders of BERT's kind on the CPU, for serving: weights of four or eight bits, for
-//! encoders also BF16 and FP32, attention over a paged cache, texts without padding, and a team of threads that computes
-//! a step together.
+//! Decoders of the llama family and encoders of BERT's kind on the CPU, for serving: weights of four or eight bits, BF16 or
+//! FP32, attention over a paged cache, texts without padding, and a team of threads that computes a step together.
 //!
 //! Weights are packed in tiles of 16 outputs and groups of 32 inputs ([`Matrix`]). For weights of four and eight bits, inputs
 //! of a product are rounded to eight bits by groups of 32, and products are sums of whole numbers (VNNI where the machine
@@ -21,7 +20,7 @@ pub use self::{
     adapter::{Adapter, AdapterLayer, LowRank},
     decoder::{Config, Decoder, Layer, Row},
     encoder::{Activation, Dense, Encoder, EncoderConfig, EncoderLayer, Norm},
-    ffi::InstructionSet,
+    ffi::{InstructionSet, release_free_memory},
     pack::{Format, Group, Matrix},
 };
 

@@ -112,6 +112,8 @@ impl Adapters {
                 Ok(()) => {
                     self.failed.remove(config);
                     self.loaded.insert(config.name.clone(), config.uri.clone());
+                    // Beside the model's thread: it may take longer than a step.
+                    let _ = tokio::task::spawn_blocking(athanor_cpu::release_free_memory).await;
                 }
                 Err(error) => self.report(config, &error, now),
             }

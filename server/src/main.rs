@@ -114,6 +114,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         loaded = loading => loaded?,
         () = shutdown.cancelled() => return Ok(()),
     };
+    athanor_cpu::release_free_memory();
     // The weights are in memory; the folder is not needed any more, but a given cache stays.
     let (service, _folder, adapters) = loaded;
     tokio::spawn(adapters.run(shutdown.clone().cancelled_owned()));

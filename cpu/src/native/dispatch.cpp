@@ -1,4 +1,5 @@
 // The entry points: takes the best instruction set that the machine has. No exception leaves.
+#include <malloc.h>
 #include <sys/mman.h>
 
 #include <cstddef>
@@ -23,6 +24,8 @@ int best() {
 extern "C" {
 
 int32_t athanor_cpu_instruction_set() { return best(); }
+
+void athanor_cpu_release_free_memory() { malloc_trim(0); }
 
 void athanor_cpu_advise(uint8_t* data, size_t bytes) { madvise(data, bytes, MADV_HUGEPAGE); }
 

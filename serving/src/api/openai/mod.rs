@@ -63,7 +63,7 @@ use crate::{
     service::Service,
 };
 
-/// The application: the API, and `ops` (`/metrics`, `/healthz`, `/readyz`) on the same port. The routes of models of
+/// The application: the API, and `ops` (`/metrics`, `/healthz`, `/readyz`, `/health`) on the same port. The routes of models of
 /// another kind answer which ones this model has.
 pub fn app(service: Arc<Service>, ops: Router) -> Router {
     let routes = routes().into_iter().fold(Router::new(), |router, (path, handler)| router.route(path, handler));

@@ -1,6 +1,6 @@
 //! `GET /openapi.json`: an OpenAPI 3.1 document of the routes that the served model has, with schemas from the types.
 //!
-//! It describes this API. The operations port's routes on the same port (`/metrics`, `/healthz`, `/readyz`) and a
+//! It describes this API. The operations port's routes on the same port (`/metrics`, `/healthz`, `/readyz`, `/health`) and a
 //! router's `/v1/feedback` are not part of it.
 
 pub mod answers;
