@@ -36,6 +36,10 @@ pub struct Endpoint {
     avoided_until: AtomicU64,
     /// Milliseconds after `since` until which it counts as busy; 0: never was.
     busy_until: AtomicU64,
+    /// Milliseconds after `since` until which it counts as full; 0: never was.
+    full_until: AtomicU64,
+    /// Seconds after which those may try again whom it refused last.
+    retry_after: AtomicU64,
     channel: OnceLock<Channel>,
 }
 
@@ -49,6 +53,8 @@ impl Endpoint {
             since: Instant::now(),
             avoided_until: AtomicU64::new(0),
             busy_until: AtomicU64::new(0),
+            full_until: AtomicU64::new(0),
+            retry_after: AtomicU64::new(0),
             channel: OnceLock::new(),
         }
     }
@@ -81,6 +87,18 @@ impl Endpoint {
     /// Whether the endpoint has said shortly before `now` that it has too much to do.
     pub fn is_busy(&self, now: Instant) -> bool {
         self.milliseconds(now) < self.busy_until.load(Ordering::Relaxed)
+    }
+
+    /// Keeps for `time` from `now` that the endpoint refuses whatever comes, which may try again after `retry_after` seconds.
+    pub fn set_full(&self, now: Instant, time: Duration, retry_after: u64) {
+        self.retry_after.store(retry_after, Ordering::Relaxed);
+        self.full_until.fetch_max(self.milliseconds(now + time), Ordering::Relaxed);
+    }
+
+    /// Seconds after which to try again, if the endpoint has said shortly before `now` that it refuses whatever comes.
+    pub fn full(&self, now: Instant) -> Option<u64> {
+        let is_full = self.milliseconds(now) < self.full_until.load(Ordering::Relaxed);
+        is_full.then(|| self.retry_after.load(Ordering::Relaxed))
     }
 
     fn milliseconds(&self, at: Instant) -> u64 {

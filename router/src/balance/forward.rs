@@ -21,9 +21,14 @@ use crate::analysis::{self, Analysis, Outcome, Tally};
 pub const AVOID: Duration = Duration::from_secs(1);
 /// How long an endpoint is avoided that dropped one request: it may have been that request's connection alone.
 pub const AVOID_SHORTLY: Duration = Duration::from_millis(100);
-/// How long a request that was refused by one endpoint does not try another one that has refused one. Every request is
-/// still refused by a server, and a full queue takes longer than this.
+/// How long a request that was refused by one endpoint does not try another one that has refused one.
 const BUSY: Duration = Duration::from_millis(100);
+
+/// How long an endpoint counts as full that has refused a request for at least [`LONG_WAIT`] seconds. Requests go to others, and while
+/// all are full they are refused without asking one: under overload most of the servers' refusals are saved, and their processors compute
+/// answers. Within this time a queue does not become empty for which one has to wait so long.
+const FULL: Duration = Duration::from_millis(50);
+const LONG_WAIT: u64 = 2;
 
 /// Further attempts of a request that was lost: it may be what ends its servers.
 const MOST_LOST: u32 = 1;
@@ -39,19 +44,27 @@ pub struct Policy {
     pub attempt_timeout: Duration,
     /// How long a request waits, all in all, while there is no endpoint.
     pub wait: Duration,
+    /// Whether it is refused without an attempt while all servers are full.
+    pub sheds: bool,
 }
 
 impl Policy {
     pub fn new(limits: &RouterLimits) -> Self {
         let timeout = Duration::from_secs(limits.request_timeout_seconds.max(1));
         // Half of it, so that a server that hangs leaves time for another.
-        Self { retries: limits.retries, timeout, attempt_timeout: timeout / 2, wait: Duration::from_secs(5) }
+        Self {
+            retries: limits.retries,
+            timeout,
+            attempt_timeout: timeout / 2,
+            wait: Duration::from_secs(5),
+            sheds: false,
+        }
     }
 
     /// The bounds of a request to a language model, which may take the whole time in its first attempt.
     pub fn generation(limits: &RouterLimits) -> Self {
         let timeout = Duration::from_secs(limits.max_request_seconds.max(1));
-        Self { timeout, attempt_timeout: timeout, ..Self::new(limits) }
+        Self { timeout, attempt_timeout: timeout, sheds: true, ..Self::new(limits) }
     }
 }
 
@@ -61,8 +74,8 @@ pub enum Attempt<T> {
     Answer { answer: T, worth: analysis::Answer },
     /// The server refuses this request, as any other would: the answer to hand on.
     Refused { answer: T },
-    /// The server has too much to do: another may take it now, else this is the answer.
-    Busy { answer: T },
+    /// The server has too much to do: another may take it now, else this is the answer. `retry_after`: seconds, if it has said so.
+    Busy { answer: T, retry_after: Option<u64> },
     /// The server has not loaded the revision's adapter: another may have it, or this one as another revision, else this is the
     /// answer.
     Lacking { answer: T },
@@ -107,6 +120,9 @@ pub enum ForwardError {
     /// The router cannot hold the answer.
     #[error("{failure}")]
     Overloaded { revision: String, failure: String },
+    /// None was asked, because all have just refused others.
+    #[error("the servers have too much to do; try again in {retry_after} s")]
+    Full { revision: String, retry_after: u64 },
 }
 
 impl ForwardError {
@@ -116,7 +132,8 @@ impl ForwardError {
             Self::NoEndpoint { revision, .. }
             | Self::Failed { revision, .. }
             | Self::Timeout { revision, .. }
-            | Self::Overloaded { revision, .. } => revision,
+            | Self::Overloaded { revision, .. }
+            | Self::Full { revision, .. } => revision,
         }
     }
 }
@@ -146,6 +163,11 @@ enum Then<T> {
 }
 
 impl<T> SoFar<'_, T> {
+    /// Whether nothing has been attempted yet.
+    fn is_first(&self) -> bool {
+        self.fallback.is_none() && self.failure.is_none()
+    }
+
     /// Counts an attempt and keeps what is to be known of it. `from`: where it went, and how long it took.
     fn record(&mut self, outcome: Attempt<T>, endpoint: &Endpoint, from: Forwarded<()>) -> Then<T> {
         self.busy = false;
@@ -164,8 +186,12 @@ impl<T> SoFar<'_, T> {
             Attempt::Unheld { failure } => {
                 return Then::End(Err(ForwardError::Overloaded { revision: revision.to_string(), failure }));
             }
-            Attempt::Busy { answer } => {
-                endpoint.set_busy(Instant::now(), BUSY);
+            Attempt::Busy { answer, retry_after } => {
+                let now = Instant::now();
+                endpoint.set_busy(now, BUSY);
+                if let Some(seconds) = retry_after.filter(|&seconds| seconds >= LONG_WAIT) {
+                    endpoint.set_full(now, FULL, seconds);
+                }
                 self.tally.add(&revision, Outcome::Busy);
                 self.fallback = Some(from.with(answer));
                 self.busy = true;
@@ -226,12 +252,27 @@ where
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
+        let sheds = policy.sheds && so_far.is_first();
+        if sheds {
+            let asked = fullness(&snapshot, target, &usable, now);
+            // As if they had been asked and had refused.
+            for (revision, _) in asked.iter().take_while(|(_, full)| full.is_some()) {
+                so_far.tally.add(revision, Outcome::Busy);
+            }
+            let all: Option<Vec<u64>> = asked.iter().map(|(_, full)| *full).collect();
+            if let Some(retry_after) = all.and_then(|seconds| seconds.into_iter().min()) {
+                return Err(ForwardError::Full { revision: first(&snapshot, target), retry_after });
+            }
+        }
         let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
             let concerns = |name: &Option<Arc<str>>| name.as_ref().is_none_or(|name| *name == revision.name);
             let tried = tried.iter().filter(|(name, _)| concerns(name)).map(|(_, endpoint)| endpoint.clone());
             let tried: Vec<Arc<Endpoint>> = tried.collect();
             let is_refused = so_far.busy && !so_far.lacking;
-            let usable = |endpoint: &Endpoint| usable(endpoint) && !(is_refused && endpoint.is_busy(now));
+            let usable = |endpoint: &Endpoint| {
+                let is_left_out = is_refused && endpoint.is_busy(now) || sheds && endpoint.full(now).is_some();
+                usable(endpoint) && !is_left_out
+            };
             let endpoint = select::endpoint(&revision.endpoints, usable, &tried, now, &mut rand::rng())?;
             Some((revision.name.clone(), revision.adapter.clone(), endpoint))
         });
@@ -295,6 +336,27 @@ fn first(snapshot: &Snapshot, target: &Target) -> String {
             select::revisions(snapshot, target).first().map(|revision| revision.name.to_string()).unwrap_or_default()
         }
     }
+}
+
+/// The revisions with endpoints that would be asked, in their order, and the seconds after which to try again where all of these are full.
+fn fullness(
+    snapshot: &Snapshot,
+    target: &Target,
+    usable: impl Fn(&Endpoint) -> bool,
+    now: Instant,
+) -> Vec<(Arc<str>, Option<u64>)> {
+    let open =
+        |endpoint: &&Arc<Endpoint>| usable(endpoint) && !endpoint.draining() && endpoint.avoided_until(now).is_none();
+    let mut found = Vec::new();
+    for revision in select::revisions(snapshot, target) {
+        let full: Vec<Option<u64>> =
+            revision.endpoints.iter().filter(open).map(|endpoint| endpoint.full(now)).collect();
+        if !full.is_empty() {
+            let all: Option<Vec<u64>> = full.into_iter().collect();
+            found.push((revision.name.clone(), all.and_then(|seconds| seconds.into_iter().min())));
+        }
+    }
+    found
 }
 
 /// When the first of the avoided endpoints may be used again.

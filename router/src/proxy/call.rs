@@ -182,7 +182,7 @@ fn status(error: ForwardError) -> Status {
     match error {
         ForwardError::NoEndpoint { .. } | ForwardError::Failed { .. } => Status::unavailable(message),
         ForwardError::Timeout { .. } => Status::deadline_exceeded(message),
-        ForwardError::Overloaded { .. } => Status::resource_exhausted(message),
+        ForwardError::Overloaded { .. } | ForwardError::Full { .. } => Status::resource_exhausted(message),
     }
 }
 
@@ -198,7 +198,7 @@ fn outcome<A>(endpoint: &Endpoint, answer: Result<Response<A>, Status>) -> Attem
         };
     }
     match status.code() {
-        Code::ResourceExhausted => Attempt::Busy { answer },
+        Code::ResourceExhausted => Attempt::Busy { answer, retry_after: None },
         Code::Unavailable => Attempt::Unavailable { answer },
         Code::InvalidArgument
         | Code::NotFound

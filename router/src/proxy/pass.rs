@@ -9,8 +9,8 @@ use axum::{
     http::{
         HeaderMap, HeaderName, Method, StatusCode, Uri,
         header::{
-            ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING,
-            UPGRADE,
+            ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, RETRY_AFTER, TE, TRAILER,
+            TRANSFER_ENCODING, UPGRADE,
         },
         request::Parts,
     },
@@ -92,6 +92,10 @@ impl From<ForwardError> for ApiErrorOf {
             ForwardError::Failed { .. } => ApiError::new(StatusCode::BAD_GATEWAY, "no_answer", message),
             ForwardError::Timeout { .. } => ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message),
             ForwardError::Overloaded { .. } => ApiError::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", message),
+            ForwardError::Full { retry_after, .. } => ApiError {
+                retry_after: Some(retry_after),
+                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message)
+            },
         };
         Self { error, revision }
     }
@@ -195,7 +199,7 @@ fn outcome<T>(
 ) -> Attempt<axum::http::Response<T>> {
     match outcome {
         Ok(answer) => match answer.status() {
-            StatusCode::TOO_MANY_REQUESTS => Attempt::Busy { answer },
+            StatusCode::TOO_MANY_REQUESTS => Attempt::Busy { retry_after: retry_after(&answer), answer },
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
                 Attempt::Unavailable { answer }
             }
@@ -213,6 +217,11 @@ fn outcome<T>(
         Err(ClientError::Full(failure)) => Attempt::Unheld { failure },
         Err(ClientError::Lost(error)) => Attempt::Lost { failure: format!("{}: {error}", endpoint.http) },
     }
+}
+
+/// Seconds of `Retry-After`; none of a date or without the header.
+fn retry_after<T>(answer: &axum::http::Response<T>) -> Option<u64> {
+    answer.headers().get(RETRY_AFTER)?.to_str().ok()?.parse().ok()
 }
 
 /// The headers of an attempt, with the adapter that makes the revision out of the server's model.

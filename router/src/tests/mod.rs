@@ -4,6 +4,7 @@ mod access;
 mod adapters;
 mod counts;
 mod foreign;
+mod full;
 mod generations;
 mod grpc;
 mod hand_over;
