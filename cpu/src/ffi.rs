@@ -186,6 +186,7 @@ pub(crate) struct Text {
 unsafe extern "C" {
     fn athanor_cpu_instruction_set() -> i32;
     fn athanor_cpu_advise(data: *mut u8, bytes: usize);
+    fn athanor_cpu_use_few_heaps();
     fn athanor_cpu_release_free_memory();
     pub(crate) fn athanor_cpu_decoder(
         instruction_set: i32,
@@ -208,6 +209,14 @@ unsafe extern "C" {
     ) -> *mut c_void;
     pub(crate) fn athanor_cpu_encode(encoder: *mut c_void, texts: *const Text, count: i64, outputs: *mut f32) -> i32;
     pub(crate) fn athanor_cpu_encoder_free(encoder: *mut c_void);
+}
+
+/// Has all threads share two heaps of the C library. By default each thread may get one of its own, and what it has freed at the end of its
+/// heap stays there whatever [`release_free_memory`] does: each thread that read an adapter kept its size once more. To be called before
+/// there are other threads.
+pub fn use_few_heaps() {
+    // SAFETY: mallopt(M_ARENA_MAX) sets a number that later allocations read.
+    unsafe { athanor_cpu_use_few_heaps() }
 }
 
 /// Gives memory that the process has freed back to the system. The C library keeps it otherwise: what was used to read and pack weights

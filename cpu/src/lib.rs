@@ -20,7 +20,7 @@ pub use self::{
     adapter::{Adapter, AdapterLayer, LowRank},
     decoder::{Config, Decoder, Layer, Row},
     encoder::{Activation, Dense, Encoder, EncoderConfig, EncoderLayer, Norm},
-    ffi::{InstructionSet, release_free_memory},
+    ffi::{InstructionSet, release_free_memory, use_few_heaps},
     pack::{Format, Group, Matrix},
 };
 

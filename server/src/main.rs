@@ -69,6 +69,7 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
+    athanor_cpu::use_few_heaps();
     let arguments = Arguments::parse();
     runtime::build().context("the runtime cannot be started")?.block_on(serve(arguments))
 }

@@ -25,6 +25,8 @@ extern "C" {
 
 int32_t athanor_cpu_instruction_set() { return best(); }
 
+void athanor_cpu_use_few_heaps() { mallopt(M_ARENA_MAX, 2); }
+
 void athanor_cpu_release_free_memory() { malloc_trim(0); }
 
 void athanor_cpu_advise(uint8_t* data, size_t bytes) { madvise(data, bytes, MADV_HUGEPAGE); }
