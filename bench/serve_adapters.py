@@ -1,7 +1,8 @@
 """What low-rank adapters (LoRA) cost: tokens a second without one, with one, and with four at once, next to llama.cpp's server.
 
 Imported by bench/serve.py. The adapters have random weights for all linear layers, of rank 16; both servers get the same numbers and choose
-an adapter by request. llama.cpp's are FP16, and its weights Q4_0, its fastest format. Each stream has one adapter; with four they take turns.
+an adapter by request. llama.cpp's are FP16, and its weights Q4_0, its fastest format. Each request has one adapter; with four they take
+turns.
 """
 
 import concurrent.futures, json, statistics, time
@@ -79,9 +80,10 @@ def run(model, files, options):
     in_theirs = lambda base: lambda number, adapter, tokens: ask(
         base, "any", number, 8, tokens, ignore_eos=True,
         lora=[{"id": place, "scale": float(place == adapter)} for place in range(ADAPTERS)])
+    file = files.of(model)["Q4_0"]
     servers = {
         "athanor Int4": (in_ours, lambda adapters: ours(model, "Int4", sizes, adapters=named if adapters else [])),
-        "llama.cpp Q4_0": (in_theirs, lambda adapters: theirs(files.of(model)["Q4_0"], "enabled", sizes, adapters=loaded if adapters else [])),
+        "llama.cpp Q4_0": (in_theirs, lambda adapters: theirs(file, "enabled", sizes, adapters=loaded if adapters else [])),
     }
     found, sizes_of = {}, {}
     for name, (requests_to, start) in servers.items():
@@ -110,8 +112,9 @@ def run(model, files, options):
             what = f"{count} stream{'s' * (count > 1)}, {use}"
             print(f"{what:28} {a:8.1f} {b:8.1f} tokens/s, ratio {a / b:5.2f}; of that without: {costs[0]:.2f}, {costs[1]:.2f}", flush=True)
             results.append({
-                "name": f"{model.name}, {what}", "ours": a, "peer": b, "ours_name": own, "peer_name": peer, "unit": "tokens/s", "ratio": a / b,
-                "target": None, "share_of_without": costs, "runs": {own: found[own, count, use], peer: found[peer, count, use]},
+                "name": f"{model.name}, {what}", "ours": a, "peer": b, "ours_name": own, "peer_name": peer, "unit": "tokens/s",
+                "ratio": a / b, "target": None, "share_of_without": costs,
+                "runs": {own: found[own, count, use], peer: found[peer, count, use]},
             })
     print(f"memory of an adapter: {sizes_of[own]:.1f} MiB, {sizes_of[peer]:.1f} MiB")
     results.append({

@@ -90,8 +90,9 @@ impl Speculation {
 /// Format of a model's weights in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Weights {
-    /// Language models: BF16; FP32 on a CPU without AVX2, and of a GPT-2 on one that does not multiply bfloat16 in hardware. Encoders: BF16 on a CPU that multiplies bfloat16 in hardware, FP32 elsewhere; one that was compressed
-    /// to eight bits with rounded inputs has Int8 on a CPU.
+    /// Language models: BF16; FP32 on a CPU without AVX2, and of a GPT-2 on one that does not multiply bfloat16 in hardware.
+    /// Encoders: BF16 on a CPU that multiplies bfloat16 in hardware, FP32 elsewhere and on a GPU; one that was compressed to
+    /// eight bits with rounded inputs has Int8 on a CPU.
     #[default]
     Auto,
     /// 32-bit floating-point numbers.
