@@ -168,6 +168,16 @@ impl<T> SoFar<'_, T> {
         self.fallback.is_none() && self.failure.is_none()
     }
 
+    /// Counts the revisions that are full as if they had been asked and had refused. Returns the seconds after which to try again if all
+    /// are. `asked`: of [`fullness`].
+    fn shed(&mut self, asked: &[(Arc<str>, Option<u64>)]) -> Option<u64> {
+        for (revision, _) in asked.iter().take_while(|(_, full)| full.is_some()) {
+            self.tally.add(revision, Outcome::Busy);
+        }
+        let all: Option<Vec<u64>> = asked.iter().map(|(_, full)| *full).collect();
+        all?.into_iter().min()
+    }
+
     /// Counts an attempt and keeps what is to be known of it. `from`: where it went, and how long it took.
     fn record(&mut self, outcome: Attempt<T>, endpoint: &Endpoint, from: Forwarded<()>) -> Then<T> {
         self.busy = false;
@@ -253,16 +263,8 @@ where
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
         let sheds = policy.sheds && so_far.is_first();
-        if sheds {
-            let asked = fullness(&snapshot, target, &usable, now);
-            // As if they had been asked and had refused.
-            for (revision, _) in asked.iter().take_while(|(_, full)| full.is_some()) {
-                so_far.tally.add(revision, Outcome::Busy);
-            }
-            let all: Option<Vec<u64>> = asked.iter().map(|(_, full)| *full).collect();
-            if let Some(retry_after) = all.and_then(|seconds| seconds.into_iter().min()) {
-                return Err(ForwardError::Full { revision: first(&snapshot, target), retry_after });
-            }
+        if sheds && let Some(retry_after) = so_far.shed(&fullness(&snapshot, target, &usable, now)) {
+            return Err(ForwardError::Full { revision: first(&snapshot, target), retry_after });
         }
         let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
             let concerns = |name: &Option<Arc<str>>| name.as_ref().is_none_or(|name| *name == revision.name);
