@@ -92,12 +92,13 @@ impl Endpoint {
     /// Keeps for `time` from `now` that the endpoint refuses whatever comes, which may try again after `retry_after` seconds.
     pub fn set_full(&self, now: Instant, time: Duration, retry_after: u64) {
         self.retry_after.store(retry_after, Ordering::Relaxed);
-        self.full_until.fetch_max(self.milliseconds(now + time), Ordering::Relaxed);
+        // Whoever sees the time sees these seconds as well.
+        self.full_until.fetch_max(self.milliseconds(now + time), Ordering::Release);
     }
 
     /// Seconds after which to try again, if the endpoint has said shortly before `now` that it refuses whatever comes.
     pub fn full(&self, now: Instant) -> Option<u64> {
-        let is_full = self.milliseconds(now) < self.full_until.load(Ordering::Relaxed);
+        let is_full = self.milliseconds(now) < self.full_until.load(Ordering::Acquire);
         is_full.then(|| self.retry_after.load(Ordering::Relaxed))
     }
 

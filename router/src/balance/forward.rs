@@ -12,7 +12,7 @@ use std::{
 use athanor_contract::serve::RouterLimits;
 
 use super::{
-    endpoints::{Endpoint, Outstanding, Registry, Snapshot},
+    endpoints::{Endpoint, Outstanding, Registry, Revision, Snapshot},
     select::{self, Target},
 };
 use crate::analysis::{self, Analysis, Outcome, Tally};
@@ -44,7 +44,7 @@ pub struct Policy {
     pub attempt_timeout: Duration,
     /// How long a request waits, all in all, while there is no endpoint.
     pub wait: Duration,
-    /// Whether it is refused without an attempt while all servers are full.
+    /// Whether it is not sent to a server that is full, and refused while all are.
     pub sheds: bool,
 }
 
@@ -168,14 +168,23 @@ impl<T> SoFar<'_, T> {
         self.fallback.is_none() && self.failure.is_none()
     }
 
-    /// Counts the revisions that are full as if they had been asked and had refused. Returns the seconds after which to try again if all
-    /// are. `asked`: of [`fullness`].
-    fn shed(&mut self, asked: &[(Arc<str>, Option<u64>)]) -> Option<u64> {
-        for (revision, _) in asked.iter().take_while(|(_, full)| full.is_some()) {
-            self.tally.add(revision, Outcome::Busy);
+    /// Counts the revisions whose endpoints are all full as if they had been asked and had refused, up to the first one that is not.
+    /// Returns the seconds after which to try again if there is none that is not. Endpoints that would not be asked are left out.
+    fn shed(&mut self, revisions: &[&Revision], usable: impl Fn(&Endpoint) -> bool, now: Instant) -> Option<u64> {
+        let is_open = |endpoint: &&Arc<Endpoint>| {
+            usable(endpoint) && !endpoint.draining() && endpoint.avoided_until(now).is_none()
+        };
+        let mut soonest = None;
+        for revision in revisions {
+            for endpoint in revision.endpoints.iter().filter(is_open) {
+                let retry_after = endpoint.full(now)?;
+                soonest = Some(soonest.map_or(retry_after, |soonest: u64| soonest.min(retry_after)));
+            }
+            if revision.endpoints.iter().any(|endpoint| is_open(&endpoint)) {
+                self.tally.add(&revision.name, Outcome::Busy);
+            }
         }
-        let all: Option<Vec<u64>> = asked.iter().map(|(_, full)| *full).collect();
-        all?.into_iter().min()
+        soonest
     }
 
     /// Counts an attempt and keeps what is to be known of it. `from`: where it went, and how long it took.
@@ -263,10 +272,11 @@ where
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
         let sheds = policy.sheds && so_far.is_first();
-        if sheds && let Some(retry_after) = so_far.shed(&fullness(&snapshot, target, &usable, now)) {
+        let revisions = select::revisions(&snapshot, target);
+        if sheds && let Some(retry_after) = so_far.shed(&revisions, &usable, now) {
             return Err(ForwardError::Full { revision: first(&snapshot, target), retry_after });
         }
-        let chosen = select::revisions(&snapshot, target).into_iter().find_map(|revision| {
+        let chosen = revisions.into_iter().find_map(|revision| {
             let concerns = |name: &Option<Arc<str>>| name.as_ref().is_none_or(|name| *name == revision.name);
             let tried = tried.iter().filter(|(name, _)| concerns(name)).map(|(_, endpoint)| endpoint.clone());
             let tried: Vec<Arc<Endpoint>> = tried.collect();
@@ -338,27 +348,6 @@ fn first(snapshot: &Snapshot, target: &Target) -> String {
             select::revisions(snapshot, target).first().map(|revision| revision.name.to_string()).unwrap_or_default()
         }
     }
-}
-
-/// The revisions with endpoints that would be asked, in their order, and the seconds after which to try again where all of these are full.
-fn fullness(
-    snapshot: &Snapshot,
-    target: &Target,
-    usable: impl Fn(&Endpoint) -> bool,
-    now: Instant,
-) -> Vec<(Arc<str>, Option<u64>)> {
-    let open =
-        |endpoint: &&Arc<Endpoint>| usable(endpoint) && !endpoint.draining() && endpoint.avoided_until(now).is_none();
-    let mut found = Vec::new();
-    for revision in select::revisions(snapshot, target) {
-        let full: Vec<Option<u64>> =
-            revision.endpoints.iter().filter(open).map(|endpoint| endpoint.full(now)).collect();
-        if !full.is_empty() {
-            let all: Option<Vec<u64>> = full.into_iter().collect();
-            found.push((revision.name.clone(), all.and_then(|seconds| seconds.into_iter().min())));
-        }
-    }
-    found
 }
 
 /// When the first of the avoided endpoints may be used again.
