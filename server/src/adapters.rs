@@ -98,6 +98,7 @@ impl Adapters {
             self.loaded.remove(&name);
             tracing::info!(adapter = name, "adapter unloaded");
         }
+        let mut is_new = false;
         for (index, config) in wanted.iter().enumerate() {
             let is_loaded = self.loaded.get(&config.name) == Some(&config.uri);
             if is_loaded || self.failed.get(config).is_some_and(|retry| retry.at > now) {
@@ -112,11 +113,14 @@ impl Adapters {
                 Ok(()) => {
                     self.failed.remove(config);
                     self.loaded.insert(config.name.clone(), config.uri.clone());
-                    // Beside the model's thread: it may take longer than a step.
-                    let _ = tokio::task::spawn_blocking(athanor_cpu::release_free_memory).await;
+                    is_new = true;
                 }
                 Err(error) => self.report(config, &error, now),
             }
+        }
+        if is_new {
+            // Beside the model's thread: it may take longer than a step.
+            let _ = tokio::task::spawn_blocking(athanor_cpu::release_free_memory).await;
         }
     }
 
