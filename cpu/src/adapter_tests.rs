@@ -4,57 +4,31 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;
-use crate::{Config, Decoder, Format, InstructionSet, Layer, Matrix, Row};
+use crate::{
+    Decoder, Format, InstructionSet, Matrix, Row,
+    decoder::tests::{HEAD_DIM, HEADS, HIDDEN, INNER, VOCABULARY, config, instruction_sets, layer},
+};
 
-// None is a multiple of 16, so that tiles have outputs of two parts, and places without any.
-const HIDDEN: usize = 40;
-const INNER: usize = 56;
-const HEADS: usize = 2;
-const HEAD_DIM: usize = 12;
-const VOCABULARY: usize = 20;
 const SIZES: Sizes =
     Sizes { layers: 1, hidden: HIDDEN, intermediate: INNER, queries: HEADS * HEAD_DIM, keys: HEAD_DIM };
-
-fn instruction_sets() -> Vec<InstructionSet> {
-    let best = InstructionSet::best().expect("the tests need AVX2");
-    [InstructionSet::Avx2, InstructionSet::Avx512].into_iter().filter(|set| *set <= best).collect()
-}
 
 fn uniform(random: &mut StdRng, count: usize, most: f32) -> Vec<f32> {
     (0..count).map(|_| (random.random::<f32>() * 2.0 - 1.0) * most).collect()
 }
 
 fn decoder(set: InstructionSet, threads: usize, embeddings: &[Vec<f32>]) -> Decoder {
-    let config = Config {
-        hidden: HIDDEN,
-        intermediate: INNER,
-        heads: HEADS,
-        key_value_heads: 1,
-        head_dim: HEAD_DIM,
-        vocabulary: VOCABULARY,
-        max_length: 32,
-        blocks: 8,
-        threads,
-        rms_norm_eps: 1e-5,
-        frequencies: vec![0.5; HEAD_DIM / 2],
-        norm: vec![1.0; HIDDEN],
-    };
     let zeros = |outputs: usize, inputs: usize| Matrix::zeros(&[(outputs, Format::Int8)], inputs).unwrap();
-    let layer = Layer {
-        qkv: zeros(SIZES.queries + 2 * SIZES.keys, HIDDEN),
-        output: zeros(HIDDEN, SIZES.queries),
-        gate_up: zeros(2 * INNER.next_multiple_of(16), HIDDEN),
-        down: zeros(HIDDEN, INNER),
-        input_norm: vec![1.0; HIDDEN],
-        post_attention_norm: vec![1.0; HIDDEN],
-        head_norms: None,
-        window: None,
-    };
+    let layer = layer(
+        zeros(SIZES.queries + 2 * SIZES.keys, HIDDEN),
+        zeros(HIDDEN, SIZES.queries),
+        zeros(2 * INNER.next_multiple_of(16), HIDDEN),
+        zeros(HIDDEN, INNER),
+    );
     let mut table = zeros(VOCABULARY, HIDDEN);
     for (token, row) in embeddings.iter().enumerate() {
         table.set_row(token, row).unwrap();
     }
-    Decoder::new(set, config, vec![layer], table, None).unwrap()
+    Decoder::new(set, config(threads), vec![layer], table, None).unwrap()
 }
 
 fn embeddings(random: &mut StdRng) -> Vec<Vec<f32>> {

@@ -309,4 +309,4 @@ fn check(config: &Config, layers: &[Layer], embeddings: &Matrix, head: Option<&M
 
 #[cfg(test)]
 #[path = "decoder_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -6,11 +6,17 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use super::*;
 
 // None is a multiple of 16, so that tiles have outputs without weights.
-const HIDDEN: usize = 40;
-const INNER: usize = 56;
-const HEADS: usize = 2;
-const HEAD_DIM: usize = 12;
-const VOCABULARY: usize = 70;
+pub(crate) const HIDDEN: usize = 40;
+pub(crate) const INNER: usize = 56;
+pub(crate) const HEADS: usize = 2;
+pub(crate) const HEAD_DIM: usize = 12;
+pub(crate) const VOCABULARY: usize = 70;
+
+pub(crate) fn instruction_sets() -> Vec<InstructionSet> {
+    let best = InstructionSet::best().expect("the tests need AVX2");
+    let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
+    all.into_iter().filter(|set| *set <= best).collect()
+}
 
 /// A matrix, row by row, and the same packed.
 struct Pair {
@@ -35,7 +41,7 @@ fn pair(
     Pair { rows, packed }
 }
 
-fn config(threads: usize) -> Config {
+pub(crate) fn config(threads: usize) -> Config {
     Config {
         hidden: HIDDEN,
         intermediate: INNER,
@@ -52,7 +58,7 @@ fn config(threads: usize) -> Config {
     }
 }
 
-fn layer(qkv: Matrix, output: Matrix, gate_up: Matrix, down: Matrix) -> Layer {
+pub(crate) fn layer(qkv: Matrix, output: Matrix, gate_up: Matrix, down: Matrix) -> Layer {
     let (input_norm, post_attention_norm) = (vec![1.0; HIDDEN], vec![1.0; HIDDEN]);
     Layer { qkv, output, gate_up, down, input_norm, post_attention_norm, head_norms: None, window: None }
 }
@@ -72,9 +78,7 @@ fn add(x: &mut [f32], y: &[f32]) {
 
 #[test]
 fn floating_point_decoders_compute_what_their_weights_say() {
-    let best = InstructionSet::best().expect("the tests need AVX2");
-    let sets = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
-    for set in sets.into_iter().filter(|set| *set <= best) {
+    for set in instruction_sets() {
         for (format, tolerance) in [(Format::FP32, 0.01), (Format::BF16, 0.03)] {
             for threads in [1, 2] {
                 compare(set, format, threads, tolerance);
@@ -139,8 +143,7 @@ fn whole_and_floating_point_numbers_do_not_mix() {
             zeros(2, 2 * INNER.next_multiple_of(16), HIDDEN),
             zeros(3, HIDDEN, INNER),
         );
-        let set = InstructionSet::best().expect("the tests need AVX2");
-        Decoder::new(set, config(1), vec![layer], zeros(4, VOCABULARY, HIDDEN), None).map(|_| ())
+        Decoder::new(InstructionSet::Avx2, config(1), vec![layer], zeros(4, VOCABULARY, HIDDEN), None).map(|_| ())
     };
     let (int8, int4, bf16, fp32) = (Format::Int8, Format::Int4, Format::BF16, Format::FP32);
     for formats in [[bf16; 5], [fp32; 5], [int4, int4, int4, int8, int8]] {

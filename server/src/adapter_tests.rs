@@ -10,7 +10,10 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::Device;
 
 use super::*;
-use crate::{generate::TorchGenerator, packed::PackedGenerator};
+use crate::{
+    generate::TorchGenerator,
+    packed::{PackedGenerator, tests::instruction_sets},
+};
 
 const PACKED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 const MODULES: [&str; 7] = [
@@ -37,12 +40,6 @@ fn torch(path: &Path, weights: Weights) -> TorchGenerator {
 
 fn packed(family: &str, bits: Bits, set: InstructionSet, threads: usize) -> PackedGenerator {
     PackedGenerator::load(&folder(family), &config(Weights::Int8), 8, threads, (bits, set)).unwrap()
-}
-
-fn instruction_sets() -> Vec<InstructionSet> {
-    let best = InstructionSet::best().expect("the tests need AVX2");
-    let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
-    all.into_iter().filter(|set| *set <= best).collect()
 }
 
 /// An adapter of some modules of both layers, whose products are about half as large as the model's own.

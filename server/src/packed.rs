@@ -175,7 +175,7 @@ fn score(logits: &[f32], target: u32, top: usize) -> Logprobs {
 
 #[cfg(test)]
 #[path = "packed_tests.rs"]
-mod tests;
+pub(crate) mod tests;
 
 #[cfg(test)]
 #[path = "speculation_tests.rs"]

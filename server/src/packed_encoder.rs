@@ -82,7 +82,10 @@ mod tests {
     use athanor_models::Classifier;
 
     use super::*;
-    use crate::torch::{TorchClassifier, TorchEmbedder};
+    use crate::{
+        packed::tests::instruction_sets,
+        torch::{TorchClassifier, TorchEmbedder},
+    };
 
     const ROWS: [&[u32]; 4] =
         [&[2, 9, 8, 33, 3], &[2, 40, 3], &[2, 3], &[2, 7, 7, 7, 12, 19, 5, 33, 21, 9, 40, 11, 8, 15, 16, 31, 3]];
@@ -92,12 +95,6 @@ mod tests {
     }
 
     const FORMATS: [Format; 3] = [Format::FP32, Format::BF16, Format::Int8];
-
-    fn instruction_sets() -> Vec<InstructionSet> {
-        let best = InstructionSet::best().expect("the tests need AVX2");
-        let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
-        all.into_iter().filter(|set| *set <= best).collect()
-    }
 
     /// Largest difference over the largest number.
     fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {

@@ -21,7 +21,7 @@ fn packed(path: &Path, bits: Bits, instruction_set: InstructionSet, threads: usi
     PackedGenerator::load(path, &config(Weights::Int8), 8, threads, (bits, instruction_set)).unwrap()
 }
 
-fn instruction_sets() -> Vec<InstructionSet> {
+pub(crate) fn instruction_sets() -> Vec<InstructionSet> {
     let best = InstructionSet::best().expect("the tests need AVX2");
     let all = [InstructionSet::Avx2, InstructionSet::Avx512, InstructionSet::Avx512Bf16];
     all.into_iter().filter(|set| *set <= best).collect()
