@@ -10,7 +10,7 @@
 //!
 //! Outputs and inputs that the matrix lacks are zeros.
 
-use half::{bf16, f16};
+use half::f16;
 
 use crate::{Error, ffi, memory::Memory};
 
@@ -141,7 +141,10 @@ impl Matrix {
     /// `output` or the number of weights is not the matrix's.
     pub fn set_row(&mut self, output: usize, weights: &[f32]) -> Result<(), Error> {
         assert_eq!(weights.len(), self.inputs, "a row has as many weights as the matrix has inputs");
-        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite() || weight.abs() > 65_000.0) {
+        // Without an early end, so that the compiler compares several at once; NaN is not in the range either.
+        let is_in_range = |weight: &f32| weight.abs() <= 65_000.0;
+        if !weights.iter().fold(true, |all, weight| all & is_in_range(weight)) {
+            let weight = weights.iter().find(|weight| !is_in_range(weight)).copied().unwrap_or(f32::NAN);
             return Err(Error::Invalid(format!("weight {weight} of output {output} cannot be rounded")));
         }
         for (index, chunk) in weights.chunks(GROUP).enumerate() {
@@ -211,15 +214,13 @@ impl Matrix {
         if format == Format::Int4 {
             half(TILE + lane, minimum);
         }
-        for (index, &q) in q.iter().enumerate() {
-            let at = index / 4 * 64 + lane * 4 + index % 4;
-            if format == Format::Int8 {
-                numbers[at] = q;
-            } else if index < GROUP / 2 {
-                numbers[at] = numbers[at] & 0xf0 | q;
-            } else {
-                let at = at - 256;
-                numbers[at] = numbers[at] & 0x0f | q << 4;
+        let mut four = |index: usize, bytes: [u8; 4]| numbers[index * 64 + lane * 4..][..4].copy_from_slice(&bytes);
+        if format == Format::Int8 {
+            q.as_chunks::<4>().0.iter().enumerate().for_each(|(index, &four_of)| four(index, four_of));
+        } else {
+            let (low, high) = q.split_at(GROUP / 2);
+            for (index, (low, high)) in low.chunks_exact(4).zip(high.chunks_exact(4)).enumerate() {
+                four(index, std::array::from_fn(|at| low[at] | high[at] << 4));
             }
         }
     }
@@ -228,13 +229,14 @@ impl Matrix {
         let (format, lane) = (self.formats[output / TILE], output % TILE);
         let start = self.offsets[output / TILE] + group * format.numbers();
         let numbers = &mut self.data.bytes_mut()[start..][..format.numbers()];
-        for (index, value) in values.iter().enumerate() {
-            if format == Format::BF16 {
-                let at = (index / 2 * TILE + lane) * 4 + index % 2 * 2;
-                numbers[at..at + 2].copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
-            } else {
-                let at = (index * TILE + lane) * 4;
-                numbers[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        if format == Format::BF16 {
+            for (index, pair) in values.as_chunks::<2>().0.iter().enumerate() {
+                let [low, high] = pair.map(bf16_bits);
+                numbers[(index * TILE + lane) * 4..][..4].copy_from_slice(&(low | high << 16).to_le_bytes());
+            }
+        } else {
+            for (index, value) in values.iter().enumerate() {
+                numbers[(index * TILE + lane) * 4..][..4].copy_from_slice(&value.to_le_bytes());
             }
         }
     }
@@ -262,28 +264,47 @@ fn values(group: &Group) -> [f32; GROUP] {
     group.q.map(|q| group.scale * f32::from(q) + group.minimum)
 }
 
+/// All values joined by `join`, in eight lanes, which the compiler computes at once.
+#[inline]
+fn folded(values: [f32; GROUP], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let (lanes, _) = values.as_chunks::<8>();
+    let lanes = lanes[1..].iter().fold(lanes[0], |joined, each| std::array::from_fn(|at| join(joined[at], each[at])));
+    lanes[1..].iter().fold(lanes[0], |joined, &value| join(joined, value))
+}
+
 /// As FP16 holds it.
 fn rounded(value: f32) -> f32 {
     f16::from_f32(value).to_f32()
 }
 
+/// A finite value rounded to the nearest BF16, to the even one of two. Without branches, unlike `half`, whose value it is.
+fn bf16_bits(value: f32) -> u32 {
+    let bits = value.to_bits();
+    (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+}
+
+/// The nearest whole number of a value from 0 to 255. FP32 has whole numbers only from 2^23 to 2^24, so that the addition rounds:
+/// several values at once, where `round` is a call for each.
+fn nearest(value: f32) -> u8 {
+    (value + (3_u32 << 22) as f32).to_bits() as u8
+}
+
 /// Weights as `q + 128` and their scale, which FP16 holds.
 fn eight_bits(values: &[f32; GROUP]) -> ([u8; GROUP], f32) {
-    let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    let largest = folded(values.map(f32::abs), f32::max);
     // Rounded up, so that the largest weight is at most 127 scales.
     let mut scale = rounded(largest / 127.0);
     if scale * 127.0 < largest {
         scale = f16::from_bits(f16::from_f32(scale).to_bits() + 1).to_f32();
     }
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    (values.map(|value| ((value * inverse).round().clamp(-127.0, 127.0) + 128.0) as u8), scale)
+    (values.map(|value| nearest(value * inverse + 128.0)), scale)
 }
 
 /// The group of four bits with the least squared error among a few: the full range, and ranges shrunk at both ends, each
 /// improved by least squares. A group that had four bits before is found again.
 fn four_bits(values: &[f32; GROUP]) -> Group {
-    let least = values.iter().copied().fold(f32::INFINITY, f32::min);
-    let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (least, most) = (folded(*values, f32::min), folded(*values, f32::max));
     if least >= most {
         return Group { q: [0; GROUP], scale: 0.0, minimum: rounded(least) };
     }
@@ -293,7 +314,9 @@ fn four_bits(values: &[f32; GROUP]) -> Group {
         let (mut scale, mut minimum) = ((most - least - 2.0 * cut) / 15.0, least + cut);
         for _ in 0..3 {
             let group = at_scale(values, scale, minimum);
-            let error: f32 = std::iter::zip(values, self::values(&group)).map(|(a, b)| (a - b) * (a - b)).sum();
+            let rounded = self::values(&group);
+            let errors = std::array::from_fn(|at| (values[at] - rounded[at]) * (values[at] - rounded[at]));
+            let error = folded(errors, std::ops::Add::add);
             if best.as_ref().is_none_or(|(least, _)| error < *least) {
                 best = Some((error, group));
             }
@@ -308,20 +331,17 @@ fn four_bits(values: &[f32; GROUP]) -> Group {
 fn at_scale(values: &[f32; GROUP], scale: f32, minimum: f32) -> Group {
     let (scale, minimum) = (rounded(scale), rounded(minimum));
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    Group { q: values.map(|value| ((value - minimum) * inverse).round().clamp(0.0, 15.0) as u8), scale, minimum }
+    Group { q: values.map(|value| nearest(((value - minimum) * inverse).clamp(0.0, 15.0))), scale, minimum }
 }
 
 /// Scale and minimum with the least squared error for these whole numbers.
 fn least_squares(values: &[f32; GROUP], q: &[u8; GROUP]) -> Option<(f32, f32)> {
     let n = GROUP as f32;
-    let (mut sum, mut squares, mut total, mut products) = (0.0, 0.0, 0.0, 0.0);
-    for (&value, &q) in std::iter::zip(values, q) {
-        let q = f32::from(q);
-        sum += q;
-        squares += q * q;
-        total += value;
-        products += q * value;
-    }
+    // At most 32 * 15 * 15, which FP32 holds.
+    let whole = |each: fn(u32) -> u32| q.iter().map(|&q| each(u32::from(q))).sum::<u32>() as f32;
+    let (sum, squares) = (whole(|q| q), whole(|q| q * q));
+    let total = folded(*values, std::ops::Add::add);
+    let products = folded(std::array::from_fn(|at| f32::from(q[at]) * values[at]), std::ops::Add::add);
     let spread = n * squares - sum * sum;
     (spread > 0.0).then(|| {
         let scale = (n * products - sum * total) / spread;

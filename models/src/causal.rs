@@ -19,7 +19,7 @@ use crate::{
         packed::{Packed, Packing},
     },
     registry,
-    weights::{Source, builder::Builder, gguf::Gguf, sharded},
+    weights::{Source, Tensors, builder::Builder, gguf::Gguf, sharded},
 };
 
 /// Name of an output head of its own.
@@ -64,8 +64,8 @@ impl CausalLanguageModel {
     /// See [`LoadError`]; each names the file and the field or tensor.
     pub fn load(folder: &Path, options: &CausalOptions) -> Result<Self, LoadError> {
         if folder.extension().is_some_and(|ending| ending == "gguf") {
-            let mut gguf = Gguf::open(folder)?;
-            return Self::from_source(gguf.config()?, &mut gguf, options);
+            let gguf = Gguf::open(folder)?;
+            return Self::from_source(gguf.config()?, &gguf, options);
         }
         let path = folder.join("config.json");
         let bytes = std::fs::read(&path).map_err(|error| LoadError::io(&path, error))?;
@@ -74,15 +74,15 @@ impl CausalLanguageModel {
             field: "(root)".into(),
             message: format!("not JSON: {error}"),
         })?;
-        let mut weights = sharded::load_folder(folder, options.device)?;
-        Self::from_source(config, &mut weights, options)
+        let weights = Tensors::from(sharded::load_folder(folder, options.device)?);
+        Self::from_source(config, &weights, options)
     }
 
     /// Builds the model that `config` describes from any source of tensors.
     ///
     /// # Errors
     /// See [`LoadError`].
-    pub fn from_source(config: Value, source: &mut dyn Source, options: &CausalOptions) -> Result<Self, LoadError> {
+    pub fn from_source(config: Value, source: &dyn Source, options: &CausalOptions) -> Result<Self, LoadError> {
         let mut builder = Builder::new(source, options.kind, options.device);
         let mut loaded = registry::load(&mut builder, &config)?;
         let head = match loaded.tied_head {

@@ -89,17 +89,25 @@ fn language_model(
     threads: usize,
 ) -> anyhow::Result<service::Generator> {
     let limits = engine_limits(&config.limits, device);
-    let tokenizer = DecoderTokenizer::load(path)?;
-    let stop_tokens = tokenizer.stop_tokens().to_vec();
     let (engine, sequences, name) = (&config.engine, limits.step.sequences, &config.model_name);
     let packed = if device == Device::Cpu { PackedGenerator::bits(path, engine.weights)? } else { None };
-    let engine = match packed {
-        Some(bits) => {
-            generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits, name)
+    let start = || {
+        match packed {
+            Some(bits) => {
+                generate::Engine::start(PackedGenerator::load(path, engine, sequences, threads, bits)?, limits, name)
+            }
+            None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits, name),
         }
-        None => generate::Engine::start(TorchGenerator::load(path, engine, sequences, device)?, limits, name),
-    }
-    .context("starting the engine's thread")?;
+        .context("starting the engine's thread")
+    };
+    // A large vocabulary takes as long as many of the weights.
+    let (tokenizer, engine) = std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| DecoderTokenizer::load(path));
+        let engine = start();
+        (tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
+    });
+    let (tokenizer, engine) = (tokenizer?, engine?);
+    let stop_tokens = tokenizer.stop_tokens().to_vec();
     Ok(service::Generator::new(config.limits, stop_tokens, Arc::new(ChatTokenizer(tokenizer)), engine))
 }
 

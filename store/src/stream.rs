@@ -14,7 +14,7 @@ use std::{
 use athanor_contract::{artifact::FileEntry, hexadecimal};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStoreExt, PutPayload, WriteMultipart};
+use object_store::{GetResult, GetResultPayload, ObjectStoreExt, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
@@ -26,7 +26,7 @@ const PART: u64 = 8 << 20;
 const MOST_PARTS: u64 = 9_000;
 /// Chunks of a download that wait for the disk.
 const CHUNKS: usize = 16;
-/// Bytes that are read at a time where only a digest is computed.
+/// Bytes of a file that are read at a time.
 const BLOCK: usize = 1 << 20;
 
 /// Size and sha256 of what passes through.
@@ -51,17 +51,20 @@ impl Measure {
 /// Size and sha256 of a local file.
 pub async fn measure_file(path: PathBuf) -> Result<FileEntry, StoreError> {
     blocking(move || {
-        let failed = |error| StoreError::io(&path, error);
-        let mut file = File::open(&path).map_err(failed)?;
-        let (mut measure, mut buffer) = (Measure::default(), vec![0; BLOCK]);
-        loop {
-            match file.read(&mut buffer).map_err(failed)? {
-                0 => return Ok(measure.finish()),
-                read => measure.update(&buffer[..read]),
-            }
-        }
+        let file = File::open(&path).map_err(|error| StoreError::io(&path, error))?;
+        measure_opened(file, &path)
     })
     .await
+}
+
+fn measure_opened(mut file: File, path: &Path) -> Result<FileEntry, StoreError> {
+    let (mut measure, mut buffer) = (Measure::default(), vec![0; BLOCK]);
+    loop {
+        match file.read(&mut buffer).map_err(|error| StoreError::io(path, error))? {
+            0 => return Ok(measure.finish()),
+            read => measure.update(&buffer[..read]),
+        }
+    }
 }
 
 impl Location {
@@ -142,18 +145,7 @@ impl Location {
             let part = part.clone();
             tokio::task::spawn_blocking(move || write_chunks(receiver, &part))
         };
-        let mut stream = object.into_stream();
-        let received = async {
-            while let Some(chunk) = stream.try_next().await.map_err(|error| self.error(error))? {
-                if sender.send(chunk).await.is_err() {
-                    // The writer has failed, and says below why.
-                    break;
-                }
-            }
-            Ok(())
-        }
-        .await;
-        drop(sender);
+        let received = self.send_chunks(object, sender).await;
         let written = joined(writer.await);
         let (to, uri, expected) = (to.to_owned(), self.uri.clone(), expected.cloned());
         blocking(move || {
@@ -173,10 +165,29 @@ impl Location {
         .await
     }
 
+    /// Sends an object to `receiver`, until its end or until there is no receiver any more.
+    async fn send_chunks(&self, object: GetResult, receiver: mpsc::Sender<Bytes>) -> Result<(), StoreError> {
+        let mut stream = match object.payload {
+            // The stream of a file has chunks of 8 KiB, each read on another thread.
+            GetResultPayload::File(file, path) => return blocking(move || read_chunks(file, &path, &receiver)).await,
+            GetResultPayload::Stream(stream) => stream,
+        };
+        while let Some(chunk) = stream.try_next().await.map_err(|error| self.error(error))? {
+            if receiver.send(chunk).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Size and sha256 of the object.
     pub async fn measure(&self) -> Result<FileEntry, StoreError> {
         let object = self.store.get(&self.path).await.map_err(|error| self.error(error))?;
-        let (mut stream, mut measure) = (object.into_stream(), Measure::default());
+        let mut stream = match object.payload {
+            GetResultPayload::File(file, path) => return blocking(move || measure_opened(file, &path)).await,
+            GetResultPayload::Stream(stream) => stream,
+        };
+        let mut measure = Measure::default();
         while let Some(chunk) = stream.try_next().await.map_err(|error| self.error(error))? {
             measure.update(&chunk);
         }
@@ -207,6 +218,16 @@ fn checked(found: FileEntry, size: u64, expected: Option<FileEntry>, uri: &str) 
         _ => return Ok(found),
     };
     Err(StoreError::Invalid { uri: uri.to_owned(), message })
+}
+
+fn read_chunks(mut file: File, path: &Path, receiver: &mpsc::Sender<Bytes>) -> Result<(), StoreError> {
+    loop {
+        let mut chunk = Vec::with_capacity(BLOCK);
+        let read = Read::by_ref(&mut file).take(BLOCK as u64).read_to_end(&mut chunk);
+        if read.map_err(|error| StoreError::io(path, error))? == 0 || receiver.blocking_send(chunk.into()).is_err() {
+            return Ok(());
+        }
+    }
 }
 
 fn write_chunks(mut chunks: mpsc::Receiver<Bytes>, to: &Path) -> Result<FileEntry, StoreError> {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use athanor_cpu::{Config, Decoder, Format, InstructionSet, Layer, Matrix};
+use rayon::prelude::*;
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -11,7 +12,7 @@ use crate::{
     load::LoadError,
     nn::rotary,
     registry,
-    weights::{Source, gguf::Gguf, sharded, stored::StoredRow},
+    weights::{Source, Tensors, gguf::Gguf, sharded, stored::StoredRow},
 };
 
 /// Bits of packed weights.
@@ -55,13 +56,13 @@ pub fn is_packable(path: &Path) -> Result<bool, LoadError> {
 /// See [`LoadError`]; each names the file and the field or tensor.
 pub fn load(path: &Path, options: &PackOptions) -> Result<Decoder, LoadError> {
     if is_gguf(path) {
-        let mut gguf = Gguf::open(path)?;
+        let gguf = Gguf::open(path)?;
         let config = gguf.config()?;
-        return Packer { source: &mut gguf, bits: options.bits }.pack(&config, options);
+        return Packer { source: &gguf, bits: options.bits }.pack(&config, options);
     }
     let config = read_config(path)?;
-    let mut weights = sharded::load_folder(path, Device::Cpu)?;
-    Packer { source: &mut weights, bits: options.bits }.pack(&config, options)
+    let weights = Tensors::from(sharded::load_folder(path, Device::Cpu)?);
+    Packer { source: &weights, bits: options.bits }.pack(&config, options)
 }
 
 fn is_gguf(path: &Path) -> bool {
@@ -85,12 +86,12 @@ struct Part {
 }
 
 struct Packer<'a> {
-    source: &'a mut dyn Source,
+    source: &'a dyn Source,
     bits: Bits,
 }
 
 impl Packer<'_> {
-    fn pack(mut self, config: &Value, options: &PackOptions) -> Result<Decoder, LoadError> {
+    fn pack(&self, config: &Value, options: &PackOptions) -> Result<Decoder, LoadError> {
         let wrong =
             |file: PathBuf, field: &str, message: String| LoadError::Config { file, field: field.into(), message };
         let file = self.source.config_file();
@@ -111,13 +112,7 @@ impl Packer<'_> {
         }
         // More than all sequences can fill would never be used.
         let blocks = affordable.min(max_length.div_ceil(Decoder::BLOCK).saturating_mul(options.sequences.max(1)));
-        let embeddings = self.table("model.embed_tokens.weight", vocabulary, hidden)?;
-        let head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(self.table("lm_head.weight", vocabulary, hidden)?),
-        };
-        let layers =
-            (0..config.num_hidden_layers).map(|index| self.layer(&config, index)).collect::<Result<Vec<_>, _>>()?;
+        let (layers, embeddings, head) = self.matrices(&config, options.threads)?;
         let sizes = Config {
             hidden,
             intermediate: size(config.intermediate_size),
@@ -135,7 +130,29 @@ impl Packer<'_> {
         Ok(Decoder::new(options.instruction_set, sizes, layers, embeddings, head)?)
     }
 
-    fn layer(&mut self, config: &LlamaConfig, index: usize) -> Result<Layer, LoadError> {
+    /// The layers, the embeddings, and the head unless it is the embeddings: on `threads` threads, a layer or table each.
+    fn matrices(
+        &self,
+        config: &LlamaConfig,
+        threads: usize,
+    ) -> Result<(Vec<Layer>, Matrix, Option<Matrix>), LoadError> {
+        let (hidden, vocabulary) = (config.hidden_size as usize, config.vocab_size as usize);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|_| "pack".into()).build();
+        let pool = pool.map_err(|error| LoadError::io(self.source.file(), std::io::Error::other(error)))?;
+        let table = |name: &str| self.table(name, vocabulary, hidden);
+        let tables = || {
+            let head = || (!config.tie_word_embeddings).then(|| table("lm_head.weight")).transpose();
+            rayon::join(|| table("model.embed_tokens.weight"), head)
+        };
+        let layers = || {
+            let each = (0..config.num_hidden_layers).into_par_iter().with_max_len(1);
+            each.map(|index| self.layer(config, index)).collect::<Result<Vec<_>, _>>()
+        };
+        let ((embeddings, head), layers) = pool.install(|| rayon::join(tables, layers));
+        Ok((layers?, embeddings?, head?))
+    }
+
+    fn layer(&self, config: &LlamaConfig, index: usize) -> Result<Layer, LoadError> {
         let size = |value: i64| value as usize;
         let (hidden, inner, d) = (size(config.hidden_size), size(config.intermediate_size), size(config.head_dim()));
         let (queries, keys) = (size(config.num_attention_heads) * d, size(config.key_value_heads()) * d);
@@ -168,7 +185,7 @@ impl Packer<'_> {
     }
 
     /// The parts' outputs one behind the other.
-    fn matrix(&mut self, parts: &[Part], inputs: usize, bias: bool) -> Result<Matrix, LoadError> {
+    fn matrix(&self, parts: &[Part], inputs: usize, bias: bool) -> Result<Matrix, LoadError> {
         let formats: Vec<(usize, Format)> =
             parts.iter().map(|part| (part.outputs, self.format(&format!("{}.weight", part.name)))).collect();
         let mut matrix = Matrix::zeros(&formats, inputs)?;
@@ -188,7 +205,7 @@ impl Packer<'_> {
     }
 
     /// Tiles of 16 outputs of `gate` and `up` take turns.
-    fn gate_and_up(&mut self, gate: &Part, up: &Part, inputs: usize, bias: bool) -> Result<Matrix, LoadError> {
+    fn gate_and_up(&self, gate: &Part, up: &Part, inputs: usize, bias: bool) -> Result<Matrix, LoadError> {
         let parts = [gate, up];
         let formats = parts.map(|part| self.format(&format!("{}.weight", part.name)));
         let tiles = gate.outputs.div_ceil(16);
@@ -210,7 +227,7 @@ impl Packer<'_> {
     }
 
     /// A matrix with a row for each token. It has eight bits where the layers have four: rounding it to four costs most.
-    fn table(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, LoadError> {
+    fn table(&self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, LoadError> {
         let format = if self.bits == Bits::Sixteen { Format::BF16 } else { Format::Int8 };
         let mut matrix = Matrix::zeros(&[(outputs, format)], inputs)?;
         self.fill(&mut matrix, name, outputs, |row| row)?;
@@ -218,7 +235,7 @@ impl Packer<'_> {
     }
 
     fn fill(
-        &mut self,
+        &self,
         matrix: &mut Matrix,
         name: &str,
         outputs: usize,
@@ -248,7 +265,7 @@ impl Packer<'_> {
     }
 
     /// A vector in FP32.
-    fn vector(&mut self, name: &str, length: usize) -> Result<Vec<f32>, LoadError> {
+    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, LoadError> {
         let tensor = self.source.take(&self.stored(name), &[length as i64], Some(Kind::Float))?;
         Ok(Vec::try_from(tensor)?)
     }

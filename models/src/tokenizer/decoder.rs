@@ -79,12 +79,12 @@ impl DecoderTokenizer {
 
     fn from_gguf(path: &Path) -> Result<Self, LoadError> {
         let file = Gguf::open(path)?;
-        let tokenizer = gguf::tokenizer_json(&file)?;
+        let (inner, tokenizer) = gguf::tokenizer(&file)?;
         let mut config = gguf::tokenizer_config(&file)?;
         let generation = file.generation_config()?;
         let template = config.as_object_mut().and_then(|fields| fields.remove("chat_template"));
         let mut files = vec![
-            (TOKENIZER, written(path, &tokenizer)?),
+            (TOKENIZER, tokenizer),
             (TOKENIZER_CONFIG, written(path, &config)?),
             (GENERATION_CONFIG, written(path, &generation)?),
         ];
@@ -95,7 +95,7 @@ impl DecoderTokenizer {
             .transpose()
             .map_err(|error| failed(path, error.to_string()))?;
         let model_config = file.config()?;
-        Self::new(path, gguf::tokenizer(&file)?, template, files, model_config, &generation, &config)
+        Self::new(path, inner, template, files, model_config, &generation, &config)
     }
 
     fn from_folder(folder: &Path) -> Result<Self, LoadError> {

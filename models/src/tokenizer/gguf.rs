@@ -194,7 +194,7 @@ fn begins(metadata: &Metadata) -> Result<bool, LoadError> {
 }
 
 /// The `tokenizer.json` of a file.
-pub fn tokenizer_json(gguf: &Gguf) -> Result<Value, LoadError> {
+fn tokenizer_json(gguf: &Gguf) -> Result<Value, LoadError> {
     let metadata = gguf.metadata();
     let vocabulary = Vocabulary::read(metadata)?;
     let ids: Map<String, Value> =
@@ -273,9 +273,11 @@ pub fn tokenizer_config(gguf: &Gguf) -> Result<Value, LoadError> {
     Ok(config)
 }
 
-/// The tokenizer of a file.
-pub fn tokenizer(gguf: &Gguf) -> Result<tokenizers::Tokenizer, LoadError> {
+/// The tokenizer of a file, and its `tokenizer.json`.
+pub fn tokenizer(gguf: &Gguf) -> Result<(tokenizers::Tokenizer, Vec<u8>), LoadError> {
     let failed = |message: String| LoadError::File { file: gguf.path().to_owned(), message };
-    let json = serde_json::to_vec(&tokenizer_json(gguf)?).map_err(|error| failed(error.to_string()))?;
-    tokenizers::Tokenizer::from_bytes(json).map_err(|error| failed(format!("its tokenizer cannot be used: {error}")))
+    let json = serde_json::to_vec_pretty(&tokenizer_json(gguf)?).map_err(|error| failed(error.to_string()))?;
+    let tokenizer = tokenizers::Tokenizer::from_bytes(&json)
+        .map_err(|error| failed(format!("its tokenizer cannot be used: {error}")))?;
+    Ok((tokenizer, json))
 }

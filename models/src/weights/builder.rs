@@ -13,7 +13,7 @@ use crate::{
 
 /// Takes a model's parameters from a source, in the order in which the family asks for them.
 pub struct Builder<'a> {
-    source: &'a mut dyn Source,
+    source: &'a dyn Source,
     /// Kind of the parameters. Absent: as the file has them.
     kind: Option<Kind>,
     device: Device,
@@ -21,7 +21,7 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub fn new(source: &'a mut dyn Source, kind: Option<Kind>, device: Device) -> Self {
+    pub fn new(source: &'a dyn Source, kind: Option<Kind>, device: Device) -> Self {
         Self { source, kind, device, parameters: Vec::new() }
     }
 

@@ -5,7 +5,10 @@ pub mod gguf;
 pub mod sharded;
 pub mod stored;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,8 +18,8 @@ use crate::load::{LoadError, Weights};
 /// Rows that are converted to FP32 at a time.
 const ROWS: i64 = 256;
 
-/// Tensors under Hugging Face's names.
-pub trait Source {
+/// Tensors under Hugging Face's names, for several threads.
+pub trait Source: Sync {
     /// The file that errors about tensors name.
     fn file(&self) -> &Path;
 
@@ -31,7 +34,7 @@ pub trait Source {
     ///
     /// # Errors
     /// The tensor is missing, has another shape, or is not of floating-point numbers.
-    fn take(&mut self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError>;
+    fn take(&self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError>;
 
     /// Bits of a number of a tensor that is stored in blocks of whole numbers. Absent: floating-point numbers.
     fn block_bits(&self, _name: &str) -> Option<u32> {
@@ -42,7 +45,7 @@ pub trait Source {
     ///
     /// # Errors
     /// See [`Self::take`]; an error of `each` is passed on.
-    fn rows(&mut self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
+    fn rows(&self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
         let tensor = self.take(name, &shape, None)?;
         let mut numbers = vec![0.0; shape[1] as usize];
         for first in (0..shape[0]).step_by(ROWS as usize) {
@@ -57,17 +60,29 @@ pub trait Source {
     }
 }
 
-impl Source for Weights {
+/// Tensors of safetensors files, each of which is taken once.
+pub struct Tensors {
+    file: PathBuf,
+    weights: Mutex<Weights>,
+}
+
+impl From<Weights> for Tensors {
+    fn from(weights: Weights) -> Self {
+        Self { file: weights.file().to_owned(), weights: Mutex::new(weights) }
+    }
+}
+
+impl Source for Tensors {
     fn file(&self) -> &Path {
-        self.file()
+        &self.file
     }
 
     fn contains(&self, name: &str) -> bool {
-        self.contains(name)
+        self.weights.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
-    fn take(&mut self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError> {
-        let tensor = self.take_stored(name, shape)?;
+    fn take(&self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError> {
+        let tensor = self.weights.lock().unwrap_or_else(PoisonError::into_inner).take_stored(name, shape)?;
         Ok(tensor.f_to_kind(kind.unwrap_or(tensor.kind()))?)
     }
 }
@@ -85,7 +100,7 @@ impl Source for gguf::Gguf {
         self.weights().flatten().any(|weight| weight.name == name)
     }
 
-    fn take(&mut self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError> {
+    fn take(&self, name: &str, shape: &[i64], kind: Option<Kind>) -> Result<Tensor, LoadError> {
         self.weight(name, shape)?.tensor(kind.unwrap_or(Kind::Float), Device::Cpu)
     }
 
@@ -93,7 +108,7 @@ impl Source for gguf::Gguf {
         self.weights().flatten().find(|weight| weight.name == name)?.format().block_bits()
     }
 
-    fn rows(&mut self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
+    fn rows(&self, name: &str, shape: [i64; 2], each: EachRow<'_>) -> Result<(), LoadError> {
         self.weight(name, &shape)?.rows(each)
     }
 }

@@ -300,9 +300,16 @@ impl Generator {
 
     /// Generates a few tokens after a short and after a longer prompt, and prepares the vocabulary for grammars.
     pub async fn warm_up(&self) -> Result<(), ServiceError> {
-        if let Err(error) = self.grammars.prepare().await {
-            tracing::warn!(%error, "no answer of this model can follow a grammar");
-        }
+        let grammars = async {
+            if let Err(error) = self.grammars.prepare().await {
+                tracing::warn!(%error, "no answer of this model can follow a grammar");
+            }
+        };
+        let ((), answered) = tokio::join!(grammars, self.warm_up_model());
+        answered
+    }
+
+    async fn warm_up_model(&self) -> Result<(), ServiceError> {
         for words in [1, self.max_length().min(256) / 2] {
             let tokens = self.tokenizer.encode("warm up").map_err(ServiceError::Tokenizer)?;
             let row: Vec<u32> = tokens.iter().copied().cycle().take(words.max(1)).collect();

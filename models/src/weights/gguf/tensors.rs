@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Numbers that are converted at a time.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 17;
 
 /// An open GGUF file. The header is in memory, the tensors are read when they are asked for.
 #[derive(Debug)]
