@@ -13,7 +13,10 @@ use std::{
 
 use athanor_contract::{artifact::FileEntry, hexadecimal};
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{
+    StreamExt, TryStreamExt,
+    stream::{self, BoxStream},
+};
 use object_store::{GetResult, GetResultPayload, ObjectStoreExt, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -51,20 +54,17 @@ impl Measure {
 /// Size and sha256 of a local file.
 pub async fn measure_file(path: PathBuf) -> Result<FileEntry, StoreError> {
     blocking(move || {
-        let file = File::open(&path).map_err(|error| StoreError::io(&path, error))?;
-        measure_opened(file, &path)
+        let failed = |error| StoreError::io(&path, error);
+        let mut file = File::open(&path).map_err(failed)?;
+        let (mut measure, mut buffer) = (Measure::default(), vec![0; BLOCK]);
+        loop {
+            match file.read(&mut buffer).map_err(failed)? {
+                0 => return Ok(measure.finish()),
+                read => measure.update(&buffer[..read]),
+            }
+        }
     })
     .await
-}
-
-fn measure_opened(mut file: File, path: &Path) -> Result<FileEntry, StoreError> {
-    let (mut measure, mut buffer) = (Measure::default(), vec![0; BLOCK]);
-    loop {
-        match file.read(&mut buffer).map_err(|error| StoreError::io(path, error))? {
-            0 => return Ok(measure.finish()),
-            read => measure.update(&buffer[..read]),
-        }
-    }
 }
 
 impl Location {
@@ -145,7 +145,18 @@ impl Location {
             let part = part.clone();
             tokio::task::spawn_blocking(move || write_chunks(receiver, &part))
         };
-        let received = self.send_chunks(object, sender).await;
+        let received = async {
+            let mut chunks = self.chunks(object);
+            while let Some(chunk) = chunks.try_next().await? {
+                if sender.send(chunk).await.is_err() {
+                    // The writer has failed, and says below why.
+                    break;
+                }
+            }
+            Ok(())
+        }
+        .await;
+        drop(sender);
         let written = joined(writer.await);
         let (to, uri, expected) = (to.to_owned(), self.uri.clone(), expected.cloned());
         blocking(move || {
@@ -165,34 +176,34 @@ impl Location {
         .await
     }
 
-    /// Sends an object to `receiver`, until its end or until there is no receiver any more.
-    async fn send_chunks(&self, object: GetResult, receiver: mpsc::Sender<Bytes>) -> Result<(), StoreError> {
-        let mut stream = match object.payload {
-            // The stream of a file has chunks of 8 KiB, each read on another thread.
-            GetResultPayload::File(file, path) => return blocking(move || read_chunks(file, &path, &receiver)).await,
-            GetResultPayload::Stream(stream) => stream,
-        };
-        while let Some(chunk) = stream.try_next().await.map_err(|error| self.error(error))? {
-            if receiver.send(chunk).await.is_err() {
-                break;
-            }
-        }
-        Ok(())
-    }
-
     /// Size and sha256 of the object.
     pub async fn measure(&self) -> Result<FileEntry, StoreError> {
         let object = self.store.get(&self.path).await.map_err(|error| self.error(error))?;
-        let mut stream = match object.payload {
-            GetResultPayload::File(file, path) => return blocking(move || measure_opened(file, &path)).await,
-            GetResultPayload::Stream(stream) => stream,
-        };
-        let mut measure = Measure::default();
-        while let Some(chunk) = stream.try_next().await.map_err(|error| self.error(error))? {
+        let (mut chunks, mut measure) = (self.chunks(object), Measure::default());
+        while let Some(chunk) = chunks.try_next().await? {
             measure.update(&chunk);
         }
         Ok(measure.finish())
     }
+
+    fn chunks(&self, object: GetResult) -> BoxStream<'_, Result<Bytes, StoreError>> {
+        match object.payload {
+            // The stream that object_store makes of a file has chunks of 8 KiB, each of them read on another thread.
+            GetResultPayload::File(file, path) => {
+                let next = |(file, path)| blocking(move || read_block(file, path));
+                stream::try_unfold((file, path), next).boxed()
+            }
+            GetResultPayload::Stream(stream) => stream.map_err(|error| self.error(error)).boxed(),
+        }
+    }
+}
+
+/// The next block of a file and the file, or nothing at its end.
+fn read_block(mut file: File, path: PathBuf) -> Result<Option<(Bytes, (File, PathBuf))>, StoreError> {
+    let mut block = Vec::with_capacity(BLOCK);
+    let read = Read::by_ref(&mut file).take(BLOCK as u64).read_to_end(&mut block);
+    let read = read.map_err(|error| StoreError::io(&path, error))?;
+    Ok((read > 0).then(|| (block.into(), (file, path))))
 }
 
 /// Whole MiB, so that every store takes them: at least [`PART`], and few enough parts for S3.
@@ -218,16 +229,6 @@ fn checked(found: FileEntry, size: u64, expected: Option<FileEntry>, uri: &str) 
         _ => return Ok(found),
     };
     Err(StoreError::Invalid { uri: uri.to_owned(), message })
-}
-
-fn read_chunks(mut file: File, path: &Path, receiver: &mpsc::Sender<Bytes>) -> Result<(), StoreError> {
-    loop {
-        let mut chunk = Vec::with_capacity(BLOCK);
-        let read = Read::by_ref(&mut file).take(BLOCK as u64).read_to_end(&mut chunk);
-        if read.map_err(|error| StoreError::io(path, error))? == 0 || receiver.blocking_send(chunk.into()).is_err() {
-            return Ok(());
-        }
-    }
 }
 
 fn write_chunks(mut chunks: mpsc::Receiver<Bytes>, to: &Path) -> Result<FileEntry, StoreError> {

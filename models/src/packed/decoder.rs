@@ -146,10 +146,12 @@ impl Packer<'_> {
         };
         let layers = || {
             let each = (0..config.num_hidden_layers).into_par_iter().with_max_len(1);
-            each.map(|index| self.layer(config, index)).collect::<Result<Vec<_>, _>>()
+            each.map(|index| self.layer(config, index)).collect::<Vec<_>>()
         };
         let ((embeddings, head), layers) = pool.install(|| rayon::join(tables, layers));
-        Ok((layers?, embeddings?, head?))
+        // Of several errors always the same one is told.
+        let (embeddings, head) = (embeddings?, head?);
+        Ok((layers.into_iter().collect::<Result<_, _>>()?, embeddings, head))
     }
 
     fn layer(&self, config: &LlamaConfig, index: usize) -> Result<Layer, LoadError> {
