@@ -190,7 +190,12 @@ impl Location {
         match object.payload {
             // The stream that object_store makes of a file has chunks of 8 KiB, each of them read on another thread.
             GetResultPayload::File(file, path) => {
-                let next = |(file, path)| blocking(move || read_block(file, path));
+                let next = |(mut file, path): (File, PathBuf)| {
+                    blocking(move || {
+                        let block = read_block(&mut file, &path)?;
+                        Ok((!block.is_empty()).then_some((block, (file, path))))
+                    })
+                };
                 stream::try_unfold((file, path), next).boxed()
             }
             GetResultPayload::Stream(stream) => stream.map_err(|error| self.error(error)).boxed(),
@@ -198,12 +203,11 @@ impl Location {
     }
 }
 
-/// The next block of a file and the file, or nothing at its end.
-fn read_block(mut file: File, path: PathBuf) -> Result<Option<(Bytes, (File, PathBuf))>, StoreError> {
+/// The next block of a file; empty at its end.
+fn read_block(file: &mut File, path: &Path) -> Result<Bytes, StoreError> {
     let mut block = Vec::with_capacity(BLOCK);
-    let read = Read::by_ref(&mut file).take(BLOCK as u64).read_to_end(&mut block);
-    let read = read.map_err(|error| StoreError::io(&path, error))?;
-    Ok((read > 0).then(|| (block.into(), (file, path))))
+    file.take(BLOCK as u64).read_to_end(&mut block).map_err(|error| StoreError::io(path, error))?;
+    Ok(block.into())
 }
 
 /// Whole MiB, so that every store takes them: at least [`PART`], and few enough parts for S3.
