@@ -100,7 +100,7 @@ fn language_model(
         }
         .context("starting the engine's thread")
     };
-    // At the same time: a vocabulary of 150,000 tokens takes one thread about a second.
+    // At the same time, since a large vocabulary takes one thread a good part of the start.
     let (tokenizer, engine) = std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| DecoderTokenizer::load(path));
         let engine = start();

@@ -18,7 +18,7 @@ use crate::{
     weights::stored::{EachRow, StoredRow},
 };
 
-/// Numbers that are converted at a time.
+/// Numbers that a thread converts at a time. Few, since a model may be packed on many threads.
 const PIECE: usize = 1 << 17;
 
 /// An open GGUF file. The header is in memory, the tensors are read when they are asked for.
